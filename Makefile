@@ -1,0 +1,60 @@
+# `make demo` runs the whole job on this machine; `make test` the tests. Both install first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_MODEL_CATALOG_URI :=
+export DVC_NO_ANALYTICS := 1
+export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test lint ui teachers lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make install   create $(VENV) from requirements.lock and fetch the trained teachers"
+	@echo "make demo      run the whole job here: data, teachers' check, distillation, scores, gate, registry"
+	@echo "make test      run the tests          make lint   ruff and mypy"
+	@echo "make ui        MLflow's pages on http://127.0.0.1:5000"
+	@echo "make teachers  train the teachers anew (long) and put them into teachers-store/"
+	@echo "make lock      resolve requirements.in into requirements.lock"
+	@echo "make clean     remove what runs have made (not the registry in mlflow/)"
+.PHONY: help
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=/path/to/python3.11")'
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m dvc pull --quiet data/teachers
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python -m flows.distill --promote auto
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+ui: install
+	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow/mlflow.db
+
+teachers: install
+	$(BIN)/python -m tasks teachers --out data/teachers
+	$(BIN)/python -m dvc commit --force teachers
+	$(BIN)/python -m dvc push data/teachers
+
+lock: install
+	uv pip compile --python-version 3.11 --no-annotate --no-header requirements.in | grep -Ev '^(nvidia-|triton|cuda-)' > requirements.resolved
+	{ sed -n '/^#/p;/^#/!q' requirements.lock; cat requirements.resolved; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock && rm requirements.resolved
+
+clean:
+	rm -rf runs .prefect .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/curated data/validated data/encoded checkpoints reports/data_docs reports/score

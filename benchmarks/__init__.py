@@ -1,0 +1,1 @@
+"""How good: GenEval, GEdit-Bench, detector, judge, statistics, scorecard, report."""

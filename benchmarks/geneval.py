@@ -1,0 +1,152 @@
+"""GenEval's verdict on one image: a record of requirements against a list of detections. The micro world and the real benchmark share it.
+
+Facts follow djghosh13/geneval (evaluation/evaluate_images.py): what counts as detected, which detections a colour or a position is asked of, when a relation
+holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.errors import UserError
+from data.records import GENEVAL_TAGS
+
+RELATIONS = ("left of", "right of", "above", "below")
+THRESHOLD = 0.3  # a detection counts when its score is strictly above
+COUNTING_THRESHOLD = 0.9  # the same for the tag "counting"
+MAX_PER_CLASS = 16
+POSITION_THRESHOLD = 0.1  # share of both boxes' extents that an offset must exceed before it counts
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One detected object. `score` lies in [0, 1]; `box` is (x0, y0, x1, y1) in pixels, y down; `color` is None where nobody classified it."""
+
+    class_name: str
+    color: str | None
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Clause:
+    """`count` objects of a class, perhaps of a colour, perhaps in a relation to the objects of an earlier clause (its index)."""
+
+    class_name: str
+    count: int
+    color: str | None = None
+    position: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of evaluation_metadata.jsonl: all of `include` must hold, none of `exclude` may be reached."""
+
+    tag: str
+    prompt: str
+    include: tuple[Clause, ...]
+    exclude: tuple[Clause, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    correct: bool
+    reasons: tuple[str, ...] = ()  # every failure found; empty when correct
+
+
+def _clause(value: Any, index: int, where: str) -> Clause:
+    try:
+        position = value.get("position")
+        clause = Clause(str(value["class"]), int(value["count"]), value.get("color"), None if position is None else (str(position[0]), int(position[1])))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{where}: clause {index} is {value!r}; it needs class, count and, where asked, color and position = [relation, index]") from error
+    if clause.count < 1:
+        raise UserError(f"{where}: clause {index} asks for count = {clause.count}; it must be 1 or more")
+    if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < index):
+        raise UserError(f"{where}: clause {index} has position = {list(clause.position)}; use one of {list(RELATIONS)} and the index of an earlier clause")
+    return clause
+
+
+def parse_record(value: Mapping[str, Any]) -> Record:
+    """A record from its JSON object (keys tag, include, [exclude], prompt). Raises UserError naming the prompt and the key at fault."""
+    where = f"GenEval record {value.get('prompt', '')!r}"
+    if value.get("tag") not in GENEVAL_TAGS:
+        raise UserError(f"{where}: tag = {value.get('tag')!r}; choose one of {list(GENEVAL_TAGS)}")
+    if not value.get("include"):
+        raise UserError(f"{where}: include is missing or empty; name at least one class and count")
+    include = tuple(_clause(clause, index, where) for index, clause in enumerate(value["include"]))
+    exclude = tuple(_clause(clause, index, where) for index, clause in enumerate(value.get("exclude") or ()))
+    return Record(value["tag"], str(value.get("prompt", "")), include, exclude)
+
+
+def relations(a: Sequence[float], b: Sequence[float], threshold: float = POSITION_THRESHOLD) -> frozenset[str]:
+    """Which relations box `a` has to box `b` (both x0, y0, x1, y1, y down); none, one or two of RELATIONS.
+
+    The offset of the centres shrinks by `threshold` times both extents, and is then divided by its unshrunken length: a component above one half counts.
+    """
+    a_box, b_box = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    offset = (a_box[:2] + a_box[2:] - b_box[:2] - b_box[2:]) / 2
+    extents = (a_box[2:] - a_box[:2]) + (b_box[2:] - b_box[:2])
+    shrunken = np.sign(offset) * np.maximum(np.abs(offset) - threshold * extents, 0.0)
+    if (np.abs(shrunken) < 1e-3).all():
+        return frozenset()
+    x, y = shrunken / np.linalg.norm(offset)
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return frozenset(name for name, held in holds.items() if held)
+
+
+def surviving(record: Record, detections: Mapping[str, Sequence[Detection]]) -> dict[str, list[Detection]]:
+    """Per class, most confident first: the detections above the tag's threshold, at most MAX_PER_CLASS."""
+    threshold = COUNTING_THRESHOLD if record.tag == "counting" else THRESHOLD
+    ranked = {name: sorted(found, key=lambda detection: -detection.score) for name, found in detections.items()}
+    return {name: [detection for detection in found if detection.score > threshold][:MAX_PER_CLASS] for name, found in ranked.items()}
+
+
+def _failures(clause: Clause, found: Sequence[Detection], groups: Sequence[Sequence[Detection] | None], names: Sequence[str]) -> list[str]:
+    """Why the top detections `found` do not fulfil an include clause; empty when they do."""
+    if len(found) < clause.count:
+        return [f"expected {clause.class_name} >= {clause.count}, found {len(found)}"]
+    failures = []
+    if clause.color is not None:
+        matching = sum(detection.color == clause.color for detection in found)
+        if matching < clause.count:
+            colors = ", ".join(str(detection.color) for detection in found)
+            failures.append(f"expected {clause.color} {clause.class_name} >= {clause.count}, found {matching} (seen: {colors})")
+    if clause.position is not None and not failures:
+        relation, index = clause.position
+        target = groups[index]
+        if target is None:
+            return [f"expected {clause.class_name} {relation} {names[index]}, but no {names[index]} fulfils its own clause"]
+        for detection in found:
+            for other in target:
+                held = relations(detection.box, other.box)
+                if relation not in held:
+                    return [f"expected {clause.class_name} {relation} {names[index]}, found {' and '.join(sorted(held)) or 'no relation'}"]
+    return failures
+
+
+def verdict(record: Record | Mapping[str, Any], detections: Mapping[str, Sequence[Detection]]) -> Verdict:
+    """Whether the detections (class -> objects, any order) fulfil the record, with every reason why not.
+
+    Only the `count` most confident objects of a class are asked for colour and position. Extra objects are free, except where `exclude` forbids them
+    (it does so for counting alone). Raises UserError for a malformed record.
+    """
+    record = record if isinstance(record, Record) else parse_record(record)
+    alive = surviving(record, detections)
+    names = [clause.class_name for clause in record.include]
+    groups: list[Sequence[Detection] | None] = []
+    reasons: list[str] = []
+    for clause in record.include:
+        found = alive.get(clause.class_name, [])[: clause.count]
+        failures = _failures(clause, found, groups, names)
+        groups.append(None if failures else found)
+        reasons.extend(failures)
+    for clause in record.exclude:
+        number = len(alive.get(clause.class_name, []))
+        if number >= clause.count:
+            reasons.append(f"expected {clause.class_name} < {clause.count}, found {number}")
+    return Verdict(not reasons, tuple(reasons))

@@ -1,0 +1,187 @@
+"""How sure a number is: standard errors, intervals, paired comparisons. The unit is the prompt; images of one prompt are averaged first.
+
+Groups map a category to one value a prompt, (n,) float. A macro average weighs categories equally, so every resampling is stratified by category. Random
+numbers come from PCG64, addressed by seed and purpose: equal input gives equal output. Methods: E. B. Wilson 1927 (binary proportions), B. Efron (percentile
+bootstrap, with T. Hesterberg's correction for small n), Q. McNemar 1947 (exact form), E. Miller 2024, "Adding Error Bars to Evals" (clusters, paired
+differences).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from data.errors import UserError
+from data.randomness import numpy_generator
+
+Groups = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean with its standard error and interval; n counts prompts or samples."""
+
+    mean: float
+    stderr: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model a minus model b on the same prompts, with interval and two-sided p; `discordant` counts the prompts on which they differ."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+    discordant: int
+
+
+def check_groups(groups: Groups) -> None:
+    """Raises UserError for no category, or one with fewer than two prompts or with a value that is not finite."""
+    if not groups:
+        raise UserError("statistics: no category was given")
+    for category, values in groups.items():
+        if len(values) < 2:
+            raise UserError(f"statistics: {category} has {len(values)} prompt(s); two or more are needed for a standard error")
+        if not np.isfinite(values).all():
+            raise UserError(f"statistics: {category} holds {int((~np.isfinite(values)).sum())} values that are not finite; score those prompts again")
+
+
+def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, in [0, 1]. E.g. 80 of 80 at 0.95 begins at 0.954."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def standard_error(groups: Groups) -> float:
+    """Of the macro average of K categories: sqrt(sum of SE_k^2) / K with SE_k^2 = sum (y - mean)^2 / (n (n - 1))."""
+    return math.sqrt(sum(float(values.var(ddof=1)) / len(values) for values in groups.values())) / len(groups)
+
+
+def macro_mean(groups: Groups) -> float:
+    return float(np.mean([values.mean() for values in groups.values()]))
+
+
+def resampled_means(groups: Groups, *, seed: int, resamples: int) -> dict[str, np.ndarray]:
+    """Per category, means (B, ...) over prompts drawn with replacement. Values (n,) or (n, M): the M columns of one prompt stay together (paired)."""
+    means = {}
+    for category, values in groups.items():
+        n = len(values)
+        rng = numpy_generator(seed, 0, 0, f"bootstrap/{category}")
+        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)
+        means[category] = counts @ values / n
+    return means
+
+
+def _student_t(probability: float, freedom: int) -> float:
+    """The quantile of Student's t, by the Cornish-Fisher series (Abramowitz and Stegun 26.7.5); error below 0.01 at 4 or more degrees of freedom."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+def _percentiles(draws: np.ndarray, confidence: float, smallest: int) -> tuple[float, float]:
+    """The draws' interval, widened for the narrowness of percentile intervals when the smallest category has few prompts."""
+    tail = NormalDist().cdf(-math.sqrt(smallest / (smallest - 1)) * _student_t(0.5 + confidence / 2, smallest - 1))
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def category_metric(values: np.ndarray, *, category: str, binary: bool, seed: int, resamples: int, confidence: float) -> Metric:
+    """One category. `binary`: every value is one image's 0 or 1, and the interval is Wilson's; otherwise a bootstrap over prompts.
+
+    Raises UserError as `check_groups` does.
+    """
+    check_groups({category: values})
+    mean, error = float(values.mean()), standard_error({category: values})
+    if binary:
+        low, high = wilson(round(float(values.sum())), len(values), confidence)
+    else:
+        low, high = _percentiles(resampled_means({category: values}, seed=seed, resamples=resamples)[category], confidence, len(values))
+    return Metric(mean, error, low, high, len(values))
+
+
+def macro_metric(groups: Groups, *, seed: int, resamples: int, confidence: float) -> Metric:
+    """The unweighted mean of the categories' means, with a bootstrap stratified by category. Raises UserError as `check_groups` does."""
+    check_groups(groups)
+    draws = np.mean(list(resampled_means(groups, seed=seed, resamples=resamples).values()), axis=0)
+    low, high = _percentiles(draws, confidence, min(map(len, groups.values())))
+    return Metric(macro_mean(groups), standard_error(groups), low, high, sum(map(len, groups.values())))
+
+
+def _check_pairs(a: Groups, b: Groups) -> None:
+    check_groups(a)
+    check_groups(b)
+    sizes = {category: (len(a.get(category, ())), len(b.get(category, ()))) for category in {**a, **b}}
+    unequal = {category: pair for category, pair in sizes.items() if pair[0] != pair[1]}
+    if unequal:
+        raise UserError(f"paired comparison: unequal numbers of prompts {unequal}; score both models on the same set")
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p that discordant pairs fall either way with equal chance."""
+    n = only_a + only_b
+    if n == 0:
+        return 1.0
+    return min(1.0, 2.0 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
+
+
+def sign_flip(differences: Groups, *, seed: int, resamples: int) -> float:
+    """Two-sided p that the macro mean of the paired differences is 0: prompts' signs are flipped at random, category by category."""
+    observed = abs(macro_mean(differences))
+    flipped = np.zeros(resamples)
+    for category, values in differences.items():
+        signs = numpy_generator(seed, 0, 0, f"sign-flip/{category}").integers(0, 2, size=(resamples, len(values)), dtype=np.int8) * np.int8(2) - np.int8(1)
+        flipped += signs @ values / len(values) / len(differences)
+    return float((1 + (np.abs(flipped) >= observed - 1e-12).sum()) / (resamples + 1))
+
+
+def compare_paired(a: Groups, b: Groups, *, binary: bool, seed: int, resamples: int, confidence: float) -> Comparison:
+    """a minus b, row i of a category being the same prompt with the same noise in both; the interval is a stratified paired bootstrap's.
+
+    p is McNemar's for one category of single binary images, and a stratified sign-flip permutation's otherwise. Raises UserError for unpaired groups.
+    """
+    _check_pairs(a, b)
+    differences = {category: a[category] - b[category] for category in a}
+    draws = np.mean(list(resampled_means(differences, seed=seed, resamples=resamples).values()), axis=0)
+    low, high = _percentiles(draws, confidence, min(map(len, differences.values())))
+    pooled = np.concatenate(list(differences.values()))
+    if binary and len(differences) == 1:
+        p = mcnemar(int((pooled > 0).sum()), int((pooled < 0).sum()))
+    else:
+        p = sign_flip(differences, seed=seed, resamples=resamples)
+    return Comparison(macro_mean(differences), low, high, p, len(pooled), int((pooled != 0).sum()))
+
+
+def retention(student: Groups, teacher: Groups, *, seed: int, resamples: int, confidence: float) -> Metric:
+    """Macro mean of the student over that of the teacher on the same prompts.
+
+    The standard error is the delta method's; the interval a stratified paired bootstrap's, without the draws in which the teacher scores nothing (they have no
+    ratio). Raises UserError for unpaired groups, or a teacher that scores 0.
+    """
+    _check_pairs(student, teacher)
+    if macro_mean(teacher) <= 0.0:
+        raise UserError(f"retention: the teacher scores 0 on {list(teacher)}, so nothing can be retained; check the teacher")
+    ratio = macro_mean(student) / macro_mean(teacher)
+    error = standard_error({category: student[category] - ratio * teacher[category] for category in student}) / macro_mean(teacher)
+    pairs = {category: np.stack([student[category], teacher[category]], axis=1) for category in student}
+    means = np.mean(list(resampled_means(pairs, seed=seed, resamples=resamples).values()), axis=0)  # (B, 2)
+    means = means[means[:, 1] > 0.0]
+    low, high = _percentiles(means[:, 0] / means[:, 1], confidence, min(map(len, student.values())))
+    return Metric(ratio, error, low, high, sum(map(len, student.values())))

@@ -1,0 +1,21 @@
+"""Errors a user can cause and mend. The command line prints them in one line each; anything else is a defect of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """One fault: names the file, row or key, the value, and what to do."""
+
+
+class UserErrors(UserError):
+    """Several faults found in one look, so that they can all be mended at once.
+
+    Raises nothing itself; `faults` keeps them in the order found.
+    """
+
+    def __init__(self, title: str, faults: Sequence[str]) -> None:
+        self.title = title
+        self.faults = list(faults)
+        super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))

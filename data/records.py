@@ -1,0 +1,88 @@
+"""What an example is, and the folder that holds many: `examples.parquet` with the images beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from data.errors import UserError
+from data.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Capability:
+    """A named ability of the student: which benchmark proves it, on which categories, and whether it edits a source image."""
+
+    name: str
+    benchmark: str  # "geneval" or "gedit"
+    categories: tuple[str, ...]
+    is_edit: bool
+
+
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+LOCAL_EDITS = ("subject-add", "subject-remove", "subject-replace", "color_alter")
+GLOBAL_EDITS = ("background_change", "style_change")
+
+CAPABILITIES: dict[str, Capability] = {
+    "t2i": Capability("t2i", "geneval", GENEVAL_TAGS, is_edit=False),
+    "local_edit": Capability("local_edit", "gedit", LOCAL_EDITS, is_edit=True),
+    "global_edit": Capability("global_edit", "gedit", GLOBAL_EDITS, is_edit=True),
+    "edit": Capability("edit", "gedit", LOCAL_EDITS + GLOBAL_EDITS, is_edit=True),  # the union of both edit buckets
+}
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One curated row. Image paths are relative to the curated folder."""
+
+    id: str
+    split: str  # "train" or "eval"
+    capability: str  # "t2i", "local_edit" or "global_edit"
+    category: str  # GenEval tag or GEdit task type
+    prompt: str
+    source: str | None = None  # the image to edit; None for T2I
+    target: str | None = None  # what the result should look like, where known
+    record: dict[str, Any] = field(default_factory=dict)  # evaluation tags: GenEval metadata, or the edit's scene
+    origin: str = ""  # manifest the row came from
+    row: int = 0  # its row there, counted from 1
+    sha256: str = ""  # of the prompt and the images' bytes
+
+
+COLUMNS = tuple(f.name for f in fields(Example))
+EXAMPLES_FILE = "examples.parquet"
+
+
+def write_examples(folder: str | Path, examples: Sequence[Example]) -> None:
+    """Writes `examples.parquet` into `folder`, whole or not at all; `record` is kept as JSON text."""
+    rows = [{**asdict(example), "record": json.dumps(example.record, sort_keys=True)} for example in examples]
+    with atomic_file(Path(folder) / EXAMPLES_FILE) as temporary:
+        pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(temporary, index=False)
+
+
+def read_examples(folder: str | Path) -> list[Example]:
+    """Raises UserError when the folder holds no readable `examples.parquet`."""
+    path = Path(folder) / EXAMPLES_FILE
+    try:
+        frame = pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; run the curate stage first") from error
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise UserError(f"{path}: not a readable Parquet file ({error}); run the curate stage again") from error
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing:
+        raise UserError(f"{path}: columns {missing} are missing; run the curate stage again")
+    frame = frame.astype(object).where(frame.notna(), None)
+    rows: list[dict[str, Any]] = frame[list(COLUMNS)].to_dict("records")  # type: ignore[assignment]
+    return [Example(**{**row, "record": json.loads(row["record"] or "{}"), "row": int(row["row"])}) for row in rows]
+
+
+def of_capability(examples: Sequence[Example], capability: str) -> list[Example]:
+    """The examples whose category belongs to the capability; "edit" takes those of both edit buckets."""
+    categories = CAPABILITIES[capability].categories
+    return [example for example in examples if example.category in categories]

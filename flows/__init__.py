@@ -1,0 +1,1 @@
+"""When and who: Prefect flows and their deployments. No torch."""

@@ -1,0 +1,1 @@
+"""What is learned: fields, routes, rollouts, the distillation loop, the student, teachers, backbones."""

@@ -1,0 +1,225 @@
+"""The micro world's backbone: the class of Stable Diffusion 3.5 (diffusers' SD3Transformer2DModel), tiny, on the latents of a linear codec.
+
+One latent token is one 8x8-pixel cell. The source image of an edit is concatenated on the channels, zeros for T2I (as UltraEdit does on SD3). The network takes
+1000 t and returns v, which is SD3's own convention.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from data.errors import UserError
+from data.files import read_json, write_json
+from model.checkpoint import write_tensors
+from model.field import Condition
+
+MAX_WORDS = 16
+PAD, UNKNOWN = 0, 1  # rows of the embedding table
+
+
+class LinearCodec(nn.Module):
+    """Pixels to latents and back by principal components of 8x8x3 patches, partly whitened. Buffers: mean (192), basis (C, 192), scale (C)."""
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, channels: int, patch: int = 8) -> None:
+        super().__init__()
+        self.patch = patch
+        self.register_buffer("mean", torch.zeros(3 * patch * patch))
+        self.register_buffer("basis", torch.zeros(channels, 3 * patch * patch))
+        self.register_buffer("scale", torch.ones(channels))
+
+    def _patches(self, images: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = images.shape
+        p = self.patch
+        return images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h // p, w // p, c * p * p)
+
+    def fit(self, images: torch.Tensor) -> float:
+        """Closed form, from images (B, 3, H, W) in [0, 1]; returns the share of pixel variance that the latents lose."""
+        patches = self._patches(images).reshape(-1, self.mean.numel()).double()
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        channels = len(self.scale)
+        top, basis = values.flip(0)[:channels].clamp_min(1e-12), vectors.flip(1)[:, :channels].T
+        basis = basis * torch.where(basis.gather(1, basis.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+        scale = top.pow(-0.25)  # half way to white: the latents' deviations are the square roots of the components' own
+        scale = scale / (top * scale.square()).mean().sqrt()
+        self.mean.copy_(mean)
+        self.basis.copy_(basis)
+        self.scale.copy_(scale)
+        return float(1.0 - top.sum() / values.sum())
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return (((self._patches(images) - self.mean) @ self.basis.T) * self.scale).permute(0, 3, 1, 2).contiguous()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        b, _, h, w = latents.shape
+        p = self.patch
+        patches = (latents.permute(0, 2, 3, 1) / self.scale) @ self.basis + self.mean
+        return patches.reshape(b, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * p, w * p).clamp(0.0, 1.0)
+
+
+class WordEncoder(nn.Module):
+    """A fixed vocabulary, positions, and one convolution that reads each word among its neighbours ("red" beside "circle"), as a text encoder does.
+
+    Two words become one token, which also makes the text stream half as long. Trained with the base, then frozen.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], width: int) -> None:
+        super().__init__()
+        self.vocabulary = tuple(vocabulary)
+        self.index = {word: row for row, word in enumerate(self.vocabulary, start=2)}
+        self.words = nn.Embedding(len(self.vocabulary) + 2, width)
+        self.positions = nn.Embedding(MAX_WORDS, width)
+        self.window = nn.Conv1d(width, 2 * width, kernel_size=7, stride=2, padding=3)
+        self.project = nn.Linear(2 * width, width)
+        self.gates = nn.Embedding(MAX_WORDS, width)  # lets the pooled vector tell "a left of b" from "b left of a"
+
+    def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(B, MAX_WORDS) word ids. Raises UserError for a longer prompt, whose end would be lost without a word."""
+        ids = torch.full((len(prompts), MAX_WORDS), PAD, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            words = prompt.lower().replace(",", " ").replace(".", " ").split()
+            if len(words) > MAX_WORDS:
+                raise UserError(f"prompt of {len(words)} words, the micro backbone reads {MAX_WORDS}: {prompt!r}; shorten it or let the curate stage reject it")
+            ids[row, : len(words)] = torch.tensor([self.index.get(word, UNKNOWN) for word in words], dtype=torch.long)
+        return ids
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        words = self.words(ids)  # (B, MAX_WORDS, D)
+        placed = words + self.positions.weight
+        pairs = placed.unflatten(1, (MAX_WORDS // 2, 2)).mean(2)  # (B, L, D), L = MAX_WORDS / 2
+        tokens = pairs + self.project(nn.functional.gelu(self.window(placed.mT).mT))
+        pooled = (words * (1.0 + self.gates.weight) * (ids != PAD).unsqueeze(-1)).sum(1) / MAX_WORDS**0.5 + tokens.mean(1)  # (B, D)
+        return tokens, pooled
+
+
+class MicroBackbone:
+    """See `Backbone`. `grid` is the picture's edge in cells."""
+
+    name = "micro"
+    adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
+
+    def __init__(self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]) -> None:
+        self.network, self.text, self.codec, self.scheduler = network, text, codec, scheduler
+        self.latent_shape = (network.config.out_channels, network.config.sample_size, network.config.sample_size)
+
+    @classmethod
+    def new(cls, vocabulary: Sequence[str], grid: int, width: int, layers: int, heads: int, channels: int, shift: float, seed: int) -> MicroBackbone:
+        """An untrained one; weights depend on `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = SD3Transformer2DModel(
+                sample_size=grid,
+                patch_size=1,
+                in_channels=2 * channels,
+                out_channels=channels,
+                num_layers=layers,
+                attention_head_dim=width // heads,
+                num_attention_heads=heads,
+                joint_attention_dim=width,
+                caption_projection_dim=width,
+                pooled_projection_dim=width,
+                pos_embed_max_size=grid,
+                qk_norm="rms_norm",
+            )
+            text = WordEncoder(vocabulary, width)
+            for table, deviation in ((text.words, 1.0), (text.positions, 0.5), (text.gates, 0.5)):
+                nn.init.normal_(table.weight, std=deviation)
+        return cls(network, text, LinearCodec(channels), {"type": "FlowMatchEulerDiscreteScheduler", "shift": shift})
+
+    def encode_prompt(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.text(self.text.tokens(prompts))
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.codec.encode(images)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.codec.decode(latents)
+
+    def velocity(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        source = torch.zeros_like(x_t) if condition.source is None else condition.source
+        return network(
+            hidden_states=torch.cat([x_t, source], dim=1),
+            timestep=1000.0 * t,
+            encoder_hidden_states=condition.embeds,
+            pooled_projections=condition.pooled,
+            return_dict=False,
+        )[0]
+
+    def freeze(self) -> None:
+        for module in (self.network, self.text, self.codec):
+            module.requires_grad_(False)
+            module.eval()
+
+    def save(self, folder: Path, network: nn.Module | None = None) -> None:
+        """A folder in diffusers' layout: transformer/, text_encoder/, vae/, scheduler/ and model_index.json; weights in half precision."""
+        net: Any = self.network if network is None else network
+        for part, module in (("transformer", net), ("text_encoder", self.text), ("vae", self.codec)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            # The codec stays in fp32: it is tiny, and rounding its basis would cost exact decoding.
+            dtype = torch.float32 if part == "vae" else torch.float16
+            write_tensors(folder / part / "diffusion_pytorch_model.safetensors", {k: v.to(dtype) for k, v in module.state_dict().items()})
+        (folder / "transformer" / "config.json").write_text(
+            json.dumps({"_class_name": "SD3Transformer2DModel", **{k: v for k, v in dict(net.config).items() if not k.startswith("_")}}, indent=2)
+        )
+        write_json(folder / "text_encoder" / "config.json", {"vocabulary": list(self.text.vocabulary), "width": self.text.words.embedding_dim})
+        write_json(folder / "vae" / "config.json", {"channels": len(self.codec.scale), "patch": self.codec.patch})
+        write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": self.scheduler["type"], "shift": self.scheduler["shift"]})
+        write_json(folder / "model_index.json", {"_class_name": "MicroPipeline", "backbone": self.name})
+
+    @classmethod
+    def load(cls, folder: Path) -> MicroBackbone:
+        """Frozen, in fp32. Raises UserError for a missing, truncated or mismatched part."""
+        config = {k: v for k, v in read_json(folder / "transformer" / "config.json").items() if not k.startswith("_")}
+        words, vae = read_json(folder / "text_encoder" / "config.json"), read_json(folder / "vae" / "config.json")
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        network, text, codec = SD3Transformer2DModel(**config), WordEncoder(words["vocabulary"], words["width"]), LinearCodec(vae["channels"], vae["patch"])
+        for part, module in (("transformer", network), ("text_encoder", text), ("vae", codec)):
+            load_weights(module, folder / part / "diffusion_pytorch_model.safetensors")
+        backbone = cls(network, text, codec, {"type": scheduler["_class_name"], "shift": scheduler["shift"]})
+        backbone.freeze()
+        return backbone
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Every key must match, in name and shape, and every value be finite; in fp32. Raises UserError otherwise."""
+    tensors = read_tensors(path)
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].shape != expected[key].shape
+    ]
+    if missing or extra or shapes:
+        raise UserError(
+            f"{path}: does not fit this model (missing keys {missing[:3]}, extra keys {extra[:3]}, shapes {sorted(shapes)[:3]}); "
+            "take the weights that belong to it"
+        )
+    module.load_state_dict({key: value.to(torch.float32) for key, value in tensors.items()})
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Raises UserError when the file is missing, truncated, not safetensors, or holds a value that is not finite."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; `dvc pull` brings the bundled teachers, `dvc repro` makes the rest") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); remove it and make or pull it again") from error
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if bad:
+        raise UserError(f"{path}: tensor {bad[0]} holds values that are not finite; the checkpoint is damaged")
+    return tensors

@@ -1,0 +1,95 @@
+"""Training state on disk: safetensors and JSON, written whole, the last two kept. Never pickle."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data.errors import UserError
+from data.files import atomic_folder, read_json, sha256_file, write_json
+
+TENSORS, RECORD = "state.safetensors", "state.json"
+KEPT = 2
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Tensors as safetensors, readable as other files are.
+
+    Raises OSError where the operating system refuses, which safetensors reports as an error of its own.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(0o644)  # safetensors leaves it to the owner alone
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """Writes `folder`/step-NNNNNNNN whole or not at all, then drops all but the last two. `record` must be JSON."""
+    with atomic_folder(folder / f"step-{step:08d}") as temporary:
+        write_tensors(temporary / TENSORS, tensors)
+        write_json(temporary / RECORD, {**record, "step": step, "sha256": sha256_file(temporary / TENSORS)})
+    for old in _steps(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    for left in folder.glob(".step-*"):  # of a run killed while it was saving
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest state, or None when there is none.
+
+    Raises UserError when it is damaged (size, hash, format) or belongs to other params, data or teachers.
+    """
+    found = _steps(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    record = read_json(newest / RECORD)
+    unknown = [key for key in ("fingerprint", "sha256", "step") if not isinstance(record, dict) or key not in record]
+    if unknown:
+        raise UserError(f"{newest / RECORD}: {unknown[0]!r} is missing; remove {newest} to go on from the state before it")
+    try:
+        if sha256_file(newest / TENSORS) != record["sha256"]:
+            raise UserError(
+                f"{newest / TENSORS}: truncated or changed since it was written (its SHA-256 differs); remove {newest} to go on from the state before it"
+            )
+        tensors = load_file(newest / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{newest}: not a whole checkpoint ({error}); remove the folder to go on from the state before it") from error
+    if record["fingerprint"] != fingerprint:
+        raise UserError(f"{newest}: belongs to other params, data or teachers; remove {folder} to start anew")
+    return tensors, record
+
+
+class Ema:
+    """Exponential moving average of named fp32 parameters; decay 0 keeps the parameters themselves.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are not averages of their start.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise UserError(f"ema = {decay}: must be in [0, 1)")
+        self.decay, self.updates = decay, 0
+        self.shadow = {name: value.detach().clone() for name, value in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.shadow.values()), [parameters[name].detach() for name in self.shadow], 1.0 - decay)

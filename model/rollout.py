@@ -1,0 +1,71 @@
+"""The student's own path, and the one state on it where student and teacher are compared.
+
+State j of an Euler rollout costs j evaluations, so the query index is drawn first and each row stops at its own: the same distribution as rolling out in full
+and picking afterwards (DanceOPD, section "low-noise query"), with E[j] evaluations instead of N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from data.errors import UserError
+from model.field import Condition, VelocityField
+
+QUERY_BIAS: dict[str, tuple[float, float]] = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}  # Beta(a, b) over the step index
+
+
+@dataclass(frozen=True)
+class Query:
+    """x_t (B, C, H, W) detached, t (B,), index (B,) the steps already taken."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    index: torch.Tensor
+
+
+def euler_grid(steps: int, shift: float = 1.0) -> torch.Tensor:
+    """The noise levels t_0 = 1 > t_1 > ... > t_N = 0: (steps + 1,) float32.
+
+    `shift` s maps t to s t / (1 + (s - 1) t), as diffusers' FlowMatchEulerDiscreteScheduler does; 1 leaves the grid uniform.
+    """
+    if steps < 1 or shift <= 0:
+        raise UserError(f"euler grid: steps = {steps} must be 1 or more and shift = {shift} above 0")
+    t = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    return (shift * t / (1.0 + (shift - 1.0) * t)).to(torch.float32)
+
+
+def query_index(uniform_steps: int, bias: str, rng: np.random.Generator) -> int:
+    """j = min(floor(u N), N - 1) with u ~ Beta(a, b) of the named bias; "low" is Beta(5, 2), the low-noise side (DanceOPD)."""
+    if bias not in QUERY_BIAS:
+        raise UserError(f"query = {bias!r}: choose one of {sorted(QUERY_BIAS)}")
+    return min(int(rng.beta(*QUERY_BIAS[bias]) * uniform_steps), uniform_steps - 1)
+
+
+@torch.no_grad()
+def roll_out_to_query(field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor, index: torch.Tensor) -> Query:
+    """Euler steps from `noise` (B, C, H, W) until row b has taken index[b] steps; rows that have arrived leave the batch.
+
+    Costs sum(index) row evaluations. No gradient flows into the result.
+    """
+    order = torch.argsort(index, descending=True, stable=True)
+    rows, remaining = condition[order], index[order]
+    x = noise[order].clone()
+    for step in range(int(index.max())):
+        active = int((remaining > step).sum())  # the longest-running rows come first
+        t = grid[step].expand(active)
+        x[:active] += (grid[step + 1] - grid[step]) * field(x[:active], t, rows[slice(0, active)])
+    back = torch.argsort(order)
+    return Query(x[back], grid[index], index)
+
+
+@torch.no_grad()
+def sample(field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor) -> torch.Tensor:
+    """The full Euler rollout: latents (B, C, H, W) at t = 0."""
+    x = noise.clone()
+    for now, after in pairwise(grid):
+        x += (after - now) * field(x, now.expand(len(x)), condition)
+    return x

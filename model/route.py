@@ -1,0 +1,56 @@
+"""Which teacher answers for which capability. Hard routing: every optimizer step follows one route, so that no target is ever a mixture (DanceOPD, G = 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.errors import UserErrors
+from data.records import CAPABILITIES
+
+
+@dataclass(frozen=True)
+class Route:
+    """Examples of `capability` are answered by `teacher`; `weight` is the route's relative share of the steps (above 0)."""
+
+    capability: str
+    teacher: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Router:
+    routes: tuple[Route, ...]
+
+    def pick(self, rng: np.random.Generator) -> Route:
+        weights = np.array([route.weight for route in self.routes], dtype=np.float64)
+        return self.routes[int(rng.choice(len(self.routes), p=weights / weights.sum()))]
+
+
+def route_faults(routes: Sequence[Route], teachers: Sequence[str] | None = None) -> list[str]:
+    """Every fault of a list of routes, in words; empty when there is none. `teachers` None skips the check of their names."""
+    faults = [] if routes else ["routes: empty; name at least one capability and its teacher"]
+    for index, route in enumerate(routes):
+        if route.capability not in CAPABILITIES:
+            faults.append(f"routes[{index}].capability = {route.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}")
+        if teachers is not None and route.teacher not in teachers:
+            faults.append(f"routes[{index}].teacher = {route.teacher!r}: no such teacher; have {sorted(teachers)}")
+        if not route.weight > 0:
+            faults.append(f"routes[{index}].weight = {route.weight}: must be above 0")
+    names = [route.capability for route in routes]
+    faults += [
+        f"routes: capability {name!r} is routed {names.count(name)} times; a sample has exactly one teacher"
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    return faults
+
+
+def router(routes: Sequence[Route], teachers: Sequence[str] | None = None) -> Router:
+    """Raises UserErrors with all faults at once."""
+    faults = route_faults(routes, teachers)
+    if faults:
+        raise UserErrors("routes cannot be used:", faults)
+    return Router(tuple(routes))

@@ -1,0 +1,47 @@
+"""Defaults of the environment: everything is written inside the project, nothing is reported home, nothing listens beyond this machine.
+
+To be called before Prefect, MLflow, DVC or Hugging Face libraries are imported: they read these variables once. What the user has set stays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def defaults(project: Path = PROJECT) -> dict[str, str]:
+    """Variable -> value. Each has its one reason beside it."""
+    return {
+        "DO_NOT_TRACK": "true",  # Prefect takes 1, true or yes; MLflow takes only "true"
+        "PREFECT_HOME": str(project / ".prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its 20 s are too few on a busy machine
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default is pickle
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_MODEL_CATALOG_URI": "",  # else a catalogue is downloaded
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(project / ".dvc" / "tmp" / "site"),
+        "ITERATIVE_DO_NOT_TRACK": "1",
+        "HF_HOME": str(project / ".cache" / "huggingface"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MPLCONFIGDIR": str(project / ".cache" / "matplotlib"),
+        "MPLBACKEND": "Agg",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def prepare(project: Path = PROJECT) -> None:
+    for name, value in defaults(project).items():
+        os.environ.setdefault(name, value)
+
+
+def for_children(executable: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a stage's process: lines arrive as they are printed, and `python` is the interpreter that runs now."""
+    made = {**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"}
+    made["PATH"] = os.pathsep.join([str(Path(executable).parent), made.get("PATH", os.defpath)])
+    return made

@@ -1,0 +1,30 @@
+"""Pictures as files, as arrays (H, W, 3) uint8, and as the images (B, 3, H, W) in [0, 1] that backbones take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.errors import UserError
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8. Raises UserError for a file that is missing or no image."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); run the curate stage again") from error
+
+
+def as_images(pictures: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255.0
+
+
+def as_pictures(images: torch.Tensor) -> list[np.ndarray]:
+    """(B, 3, H, W) in [0, 1] -> B pictures (H, W, 3) uint8."""
+    return list((images.clamp(0, 1).permute(0, 2, 3, 1) * 255.0).round().to(torch.uint8).numpy())

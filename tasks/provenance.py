@@ -1,0 +1,103 @@
+"""Where a result comes from: the git revision, DVC's record of the data and weights, the params. Keys are the registry's tag names.
+
+Reads files and asks git; writes nothing and never calls DVC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.errors import UserError
+from data.files import sha256_file
+from tasks.gate import CHECKPOINT_FOLDER, SCORECARD_FILE, VALIDATE_FILE
+
+DVC_PATHS = {"curated": "data/curated", "encoded": "data/encoded", "teachers": "data/teachers", "student": "checkpoints/student", "absorbed": CHECKPOINT_FOLDER}
+GENERATED = ("reports/", "dvc.lock")  # written by the run itself: a difference there says nothing about the code
+LOCK_FILES = ("requirements.lock", "uv.lock")
+
+
+def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+def git_state(project: Path) -> dict[str, Any]:
+    """{"git.known", "git.sha", "git.dirty", "git.changed", "git.reason"}.
+
+    Only a revision that contains the project counts: a folder that merely lies inside somebody's repository (its params.yaml is not tracked) is unknown.
+    """
+    unknown: dict[str, Any] = {"git.known": False, "git.sha": None, "git.dirty": None, "git.changed": []}
+    try:
+        head = _git(project, "rev-parse", "--verify", "HEAD")
+        tracked = _git(project, "ls-files", "--error-unmatch", "params.yaml")
+        prefix = _git(project, "rev-parse", "--show-prefix").stdout.strip()
+        status = _git(project, "status", "--porcelain=v1", "-z", "--untracked-files=no", "--", ".")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {**unknown, "git.reason": f"git cannot be run: {error}"}
+    for asked in (head, tracked, status):
+        if asked.returncode != 0:
+            return {**unknown, "git.reason": (asked.stderr.strip().splitlines() or ["git failed"])[0]}
+    changed, fields = [], iter(status.stdout.split("\0"))
+    for field in fields:
+        if field:
+            changed.append(field[3:].removeprefix(prefix))
+            if field[0] in "RC":
+                next(fields, None)  # the name before the rename
+    changed = sorted(name for name in changed if not name.startswith(GENERATED))
+    return {"git.known": True, "git.sha": head.stdout.strip(), "git.dirty": bool(changed), "git.changed": changed, "git.reason": ""}
+
+
+def md5_of(path: Path) -> str | None:
+    """A file's or folder's MD5 in DVC's sense (a folder's ends in ".dir"); None when there is nothing.
+
+    DVC hashes a folder as the JSON list of its files, {"md5", "relpath"}, sorted by relative path (dvc-data's hashfile tree).
+    """
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    if not path.is_dir():
+        return None
+    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    listing = [{"md5": md5_of(file), "relpath": name} for name, file in files]
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def _recorded(lock: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Path -> the digests that dvc.lock holds for it, over all stages' deps and outs."""
+    found: dict[str, set[str]] = {}
+    for stage in (lock.get("stages") or {}).values():
+        for item in [*(stage.get("deps") or []), *(stage.get("outs") or [])]:
+            if item.get("md5"):
+                found.setdefault(str(item["path"]).rstrip("/"), set()).add(item["md5"])
+    return found
+
+
+def provenance(project: Path) -> dict[str, Any]:
+    """Git state, `dvc.lock.sha256`, `dvc.NAME.md5`, `params.sha256`, `env.lock.sha256`, and `files`: path -> {"now", "recorded"} for what the verdict is about.
+
+    A value is None where there is nothing to read. Where stages disagree on a path (one is out of date) their digests are joined: equal to none of them.
+    Raises UserError for a damaged dvc.lock.
+    """
+    project = Path(project)
+    lock_path = project / "dvc.lock"
+    try:
+        lock = yaml.safe_load(lock_path.read_text(encoding="utf-8")) if lock_path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{lock_path}: not valid YAML ({error}); restore it with git checkout dvc.lock, or delete it and run dvc repro") from error
+    recorded = {path: " / ".join(sorted(digests)) for path, digests in _recorded(lock if isinstance(lock, Mapping) else {}).items()}
+    env_lock = next((project / name for name in LOCK_FILES if (project / name).is_file()), None)
+    params = project / "params.yaml"
+    return {
+        **git_state(project),
+        "dvc.lock.sha256": sha256_file(lock_path) if lock_path.is_file() else None,
+        **{f"dvc.{name}.md5": recorded.get(path) for name, path in DVC_PATHS.items()},
+        "params.sha256": sha256_file(params) if params.is_file() else None,
+        "env.lock.sha256": sha256_file(env_lock) if env_lock else None,
+        "files": {path: {"now": md5_of(project / path), "recorded": recorded.get(path)} for path in (SCORECARD_FILE, VALIDATE_FILE, CHECKPOINT_FOLDER)},
+    }

@@ -1,0 +1,698 @@
+"""The model registry: candidates in, one champion out, every decision on record. All registry writes happen here.
+
+    submit_files(project, gate_params, promote, actor, reason) -> dict   # what the flow calls after tasks.gate.judge_files
+    champion(project) -> dict | None                                     # {"version", "scorecard", "scores", "run_id"}: what the gate compares with
+    promote / rollback / reject(project, ...) -> dict, reconcile(project) -> list[str], cli(argv) -> int
+
+A candidate that passed the gate becomes a version of `danceopd` with alias `candidate`; a reviewer (or promote="auto") makes it `champion`. A refused one is
+kept as a run with its reasons and files, and is never a version. MLflow's aliases have no compare-and-swap and no history, so the decision is the
+ledger's next entry (tasks/ledger.py) and the aliases follow its last one; `reconcile` lets them catch up after a crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from data.errors import UserError, UserErrors
+from data.files import digest, read_json, sha256_bytes, sha256_file
+from tasks import gate, ledger, tracking
+from tasks.provenance import md5_of, provenance
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL = "danceopd"
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+HEAD_TAG = "ledger.head"  # of the registered model: the last entry that the aliases followed, so that a ledger cut short is noticed
+LONGEST_DESCRIPTION = 5000  # PostgreSQL's column; SQLite would take more
+WEIGHTS = ".safetensors"
+CHECKPOINT_SUFFIXES = (WEIGHTS, ".json", ".csv", ".txt", ".md", ".png")
+STEPS_FILES = {"distill": "checkpoints/student/steps.csv", "absorb": "checkpoints/absorbed/steps.csv"}
+Promote = Literal["auto", "review"]
+
+
+def ledger_folder(store: tracking.Store) -> Path:
+    """`mlflow/ledger` for the project's own store; a folder of its own for each other store, since version numbers are that store's."""
+    folder = store.project / tracking.FOLDER / "ledger"
+    return folder if store.is_local else folder / sha256_bytes(store.uri.encode())[:12]
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file of a checkpoint folder.
+
+    Raises UserErrors when it is missing, holds no readable safetensors, or holds a file of a kind that could carry code (pickle).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder; run the absorb stage first")
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    allowed = ", ".join(CHECKPOINT_SUFFIXES)
+    faults = [f"{name}: only {allowed} files belong in a checkpoint" for name, path in files.items() if path.suffix not in CHECKPOINT_SUFFIXES]
+    if not any(path.suffix == WEIGHTS for path in files.values()):
+        faults.append(f"no {WEIGHTS} file")
+    for name, path in files.items():
+        if path.suffix == WEIGHTS:
+            try:
+                with safe_open(path, framework="numpy"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                faults.append(f"{name}: not readable as safetensors ({error}); it may be truncated")
+    if faults:
+        raise UserErrors(f"{folder}: cannot be registered; run the absorb stage again", faults)
+    return {name: sha256_file(path) for name, path in files.items()}
+
+
+def _get_version(store: tracking.Store, version: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return store.client.get_model_version(MODEL, version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        existing = ", ".join(sorted((str(one.version) for one in _versions(store)), key=int)) or "none yet"
+        raise UserError(f"{MODEL} has no version {version}; versions: {existing}") from error
+
+
+def _versions(store: tracking.Store) -> list[ModelVersion]:
+    return list(store.client.search_model_versions(f"name='{MODEL}'"))
+
+
+def _aliases(store: tracking.Store) -> dict[str, str]:
+    """Alias -> version; empty before the first submission."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = store.client.get_registered_model(MODEL)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def _ensure_model(store: tracking.Store) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        store.client.create_registered_model(MODEL, description="Students distilled from several flow-matching teachers; alias champion is in service.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _read_ledger(store: tracking.Store) -> list[ledger.Entry]:
+    """The verified ledger. Raises UserError also when it ends before the entry that the aliases already followed."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        noted = store.client.get_registered_model(MODEL).tags.get(HEAD_TAG)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        noted = None
+    entries = ledger.read(ledger_folder(store))
+    if noted:
+        number, _, known = noted.partition(":")
+        if len(entries) < int(number) or entries[int(number) - 1].hash != known:
+            where = f"{ledger_folder(store)}: entry {int(number):06d}"
+            raise UserError(f"{where} is not the one that the registry noted; the ledger was tampered with: restore it from a backup")
+    return entries
+
+
+def _follow(store: tracking.Store) -> list[str]:
+    """Makes the aliases say what the ledger's last entry says; returns what it changed.
+
+    One process at a time, so that an older entry never overwrites a newer one.
+    """
+    with tracking.locked(store.project):
+        entries = _read_ledger(store)
+        aliases = _aliases(store)
+        head = entries[-1] if entries else None
+        wanted = {CHAMPION: head.to_version if head else None, PREVIOUS: head.previous if head else None}
+        decided = [entry.version for entry in entries if entry.action in ("promote", "reject")]
+        changed = []
+        for alias, version in wanted.items():
+            if aliases.get(alias) == version:
+                continue
+            if version is None:
+                store.client.delete_registered_model_alias(MODEL, alias)
+                changed.append(f"alias {alias} removed (was version {aliases[alias]})")
+            else:
+                _get_version(store, version)
+                store.client.set_registered_model_alias(MODEL, alias, version)
+                changed.append(f"alias {alias} -> version {version} (was {aliases.get(alias, 'unset')})")
+        if aliases.get(CANDIDATE) in decided:
+            store.client.delete_registered_model_alias(MODEL, CANDIDATE)
+            changed.append(f"alias {CANDIDATE} removed (version {aliases[CANDIDATE]} was decided on)")
+        for entry in _last_decisions(entries):
+            review = {"status": "rejected" if entry.action == "reject" else "approved", "by": entry.actor, "reason": entry.reason, "time": entry.time}
+            tags = _get_version(store, entry.version).tags
+            for key, value in review.items():
+                if tags.get(f"review.{key}") != value:
+                    store.client.set_model_version_tag(MODEL, entry.version, f"review.{key}", value)
+                    changed.append(f"version {entry.version}: review.{key} = {value}")
+        if head is not None:
+            store.client.set_registered_model_tag(MODEL, HEAD_TAG, f"{head.number}:{head.hash}")
+    return changed
+
+
+def _last_decisions(entries: Sequence[ledger.Entry]) -> list[ledger.Entry]:
+    """The last promotion or rejection of each version."""
+    return list({entry.version: entry for entry in entries if entry.action in ("promote", "reject")}.values())
+
+
+def _state(entries: Sequence[ledger.Entry]) -> tuple[str | None, str | None]:
+    """(champion, previous) after the last entry."""
+    return (entries[-1].to_version, entries[-1].previous) if entries else (None, None)
+
+
+@contextmanager
+def _opened(project: Path) -> Iterator[tracking.Store]:
+    store = tracking.open_store(project)
+    with tracking.explained(store.uri):
+        yield store
+
+
+def reconcile(project: Path) -> list[str]:
+    """Aliases and review tags are made to follow the ledger (after a crash, or a click in the web page); returns the changes, in words."""
+    with _opened(project) as store:
+        return _follow(store)
+
+
+def champion(project: Path) -> dict[str, Any] | None:
+    """The champion as the gate needs it: {"version", "scorecard" (dict), "scores" (path of its scores.parquet, or None), "run_id"}.
+
+    None before the first promotion. Downloads into `runs/champion/VERSION`. Raises UserError when the registry lacks what the ledger names, or when a file
+    is not the one that was judged.
+    """
+    with _opened(project) as store:
+        version, _ = _state(_read_ledger(store))
+        if version is None:
+            return None
+        found = _get_version(store, version)
+        folder = store.project / "runs" / "champion" / version
+        run_id = str(found.run_id)
+        wanted = {name: found.tags.get(f"{name}.sha256") for name in ("scorecard.json", "scores.parquet")}
+        for name, expected in wanted.items():
+            if expected and not ((folder / name).is_file() and sha256_file(folder / name) == expected):
+                folder.mkdir(parents=True, exist_ok=True)
+                artifact = "scores/scores.parquet" if name == "scores.parquet" else name
+                with tempfile.TemporaryDirectory() as temporary:
+                    fetched = Path(store.client.download_artifacts(run_id, artifact, temporary))
+                    if sha256_file(fetched) != expected:
+                        raise UserError(f"champion version {version}: {artifact} of run {run_id} is not the file that was judged; restore it, or roll back")
+                    shutil.copyfile(fetched, folder / name)
+        if not wanted["scorecard.json"]:
+            raise UserError(f"champion version {version} has no tag scorecard.json.sha256; it was not submitted by this pipeline: roll back")
+        scores = folder / "scores.parquet" if wanted["scores.parquet"] else None
+        return {"version": version, "scorecard": read_json(folder / "scorecard.json"), "scores": scores, "run_id": run_id}
+
+
+# What a reviewer reads
+
+
+def _number(metric: Mapping[str, Any] | None) -> str:
+    mean = gate.finite((metric or {}).get("mean"))
+    if mean is None:
+        return "-"
+    low, high = gate.finite((metric or {}).get("low")), gate.finite((metric or {}).get("high"))
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def teacher_metrics(validated: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Teacher -> metric path -> metric, from reports/validate.json (`teachers: {NAME: {"metrics": {...}}}`)."""
+    teachers = validated.get("teachers")
+    found = {name: one.get("metrics") for name, one in teachers.items() if isinstance(one, Mapping)} if isinstance(teachers, Mapping) else {}
+    return {name: metrics for name, metrics in found.items() if isinstance(metrics, Mapping)}
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "/").replace("\n", " ")
+
+
+def description(
+    scorecard: Mapping[str, Any],
+    verdict: Mapping[str, Any],
+    compared: tuple[str, Mapping[str, Any]] | None,
+    teachers: Mapping[str, Mapping[str, Any]],
+    origin: str,
+    version: str | None,
+) -> str:
+    """Markdown that a reviewer can decide from, under 5000 characters: how to decide, scores with intervals, the verdict's rules, where the grids are.
+
+    compared: (version, metrics) of the champion. teachers: name -> metrics. version: None while its number is unknown. Rows and rules that do not fit are
+    counted, never dropped in silence.
+    """
+    kept = sum(rule["passed"] for rule in verdict["rules"])
+    command = f"`python -m tasks promote --version {version or 'N'} --reviewer NAME --reason TEXT`"
+    registered = f"Promote: {command}; refuse: the same with `reject`; undo: `python -m tasks rollback`."
+    head = [
+        f"**Gate: {'passed' if _passed(verdict) else 'refused'}**, {kept} of {len(verdict['rules'])} rules. {origin}",
+        "",
+        registered if _passed(verdict) else "Refused: kept as a run, registered as no version.",
+        "Sample grids and the report page: the source run's artifacts, folder `report`.",
+        "",
+    ]
+    metrics = scorecard["metrics"]
+    order = [path for path in gate.known_paths() if path in metrics] + sorted(path for path in metrics if path not in set(gate.known_paths()))
+    order.sort(key=lambda path: not path.startswith("retention/") and path.partition("/")[2] not in gate.HEADLINES.values())  # what decides comes first
+    titles = ["metric", "candidate", f"champion (v{compared[0]})" if compared else "champion (none)", *teachers]
+    table = ["| " + " | ".join(map(_cell, titles)) + " |", "|---" * len(titles) + "|"]
+    for path in order:
+        others = [compared[1] if compared else {}, *teachers.values()]
+        table.append("| " + " | ".join([path, _number(metrics[path]), *(_number(other.get(path)) for other in others)]) + " |")
+    rules = ["", "| rule | outcome | value | bound |", "|---|---|---|---|"]
+    for rule in sorted(verdict["rules"], key=lambda rule: rule["passed"]):
+        shown = [f"{value:.4g}" if isinstance(value, float) else _cell("-" if value is None else value)[:12] for value in (rule["value"], rule["bound"])]
+        rules.append(f"| {rule['rule']} | {'pass' if rule['passed'] else '**FAIL**'} | {shown[0]} | {shown[1]} |")
+    text = head
+    for block, name in ((table, "metrics are in scorecard.json"), (rules, "rules are in verdict.json")):
+        for index, line in enumerate(block):
+            if len("\n".join([*text, line])) > LONGEST_DESCRIPTION - 200:
+                text = [*text, "", f"({len(block) - index} more {name})", ""]
+                break
+            text = [*text, line]
+    return "\n".join(text)[: LONGEST_DESCRIPTION - 1]
+
+
+# Submitting
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The files of one candidate. `steps`: stage -> its steps.csv."""
+
+    params: Path
+    checkpoint: Path
+    scorecard: Path
+    scores: Path
+    teachers: Path
+    verdict: Path
+    report: Path
+    steps: Mapping[str, Path]
+
+
+def _rule_value(verdict: Mapping[str, Any], name: str) -> Any:
+    return next((rule["value"] for rule in verdict["rules"] if rule["rule"] == name), None)
+
+
+def _checked(submission: Submission) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(scorecard, verdict, validated, weight hashes), read before anything is sent. Raises UserErrors with all faults."""
+    faults: list[str] = []
+
+    def read(path: Path, key: str) -> dict[str, Any]:
+        try:
+            value = read_json(path)
+        except UserError as error:
+            faults.append(str(error))
+            return {}
+        if not isinstance(value, dict) or (key and key not in value):
+            faults.append(f"{path}: no {key!r} in it; run the stage that makes it again")
+            return {}
+        return value
+
+    scorecard, verdict, validated = read(submission.scorecard, "metrics"), read(submission.verdict, "rules"), read(submission.teachers, "")
+    needed = (submission.params, submission.scores, submission.report, *submission.steps.values())
+    faults += [f"{path}: no such file or folder" for path in needed if not path.exists()]
+    hashes: dict[str, str] = {}
+    try:
+        hashes = weight_hashes(submission.checkpoint)
+    except UserErrors as error:
+        faults += [f"{submission.checkpoint}: {fault}" for fault in error.faults]
+    except UserError as error:
+        faults.append(str(error))
+    if verdict and scorecard:
+        judged = _rule_value(verdict, gate.SCORECARD_RULE)
+        if judged != md5_of(submission.scorecard):
+            faults.append(f"{submission.verdict}: it judged another scorecard than {submission.scorecard} (MD5 {judged}); run the gate again")
+        weights = _rule_value(verdict, gate.WEIGHTS_RULE)
+        if weights != md5_of(submission.checkpoint):
+            faults.append(f"{submission.verdict}: it judged other weights than {submission.checkpoint} (MD5 {weights}); run the gate again")
+    if faults:
+        raise UserErrors("the candidate cannot be submitted", faults)
+    return scorecard, verdict, validated, hashes
+
+
+def _passed(verdict: Mapping[str, Any]) -> bool:
+    return bool(verdict["rules"]) and verdict.get("passed") is True and all(rule["passed"] is True for rule in verdict["rules"])
+
+
+def _weight_tags(hashes: Mapping[str, str]) -> dict[str, str]:
+    return {f"weights.{name}.sha256": value for name, value in hashes.items()}
+
+
+def _tagged_weights(tags: Mapping[str, str]) -> dict[str, str]:
+    return {match[1]: value for key, value in tags.items() if (match := re.fullmatch(r"weights\.(.+)\.sha256", key))}
+
+
+def _lineage_tags(project: Path, submission: Submission, scorecard: Mapping[str, Any], verdict: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, str]:
+    origin = provenance(project)
+    known = {key: value for key, value in origin.items() if key not in ("files", "git.changed", "git.reason") and value is not None}
+    identities = scorecard.get("identities") or {}
+    teachers = identities.get("teachers")
+    failed = [rule["rule"] for rule in verdict["rules"] if not rule["passed"]]
+    return {
+        **{key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in known.items()},
+        "params.sha256": sha256_file(submission.params),
+        **{f"teacher.{name}.sha256": str(value) for name, value in (teachers if isinstance(teachers, Mapping) else {}).items()},
+        **({"base.sha256": str(identities["base"])} if identities.get("base") else {}),
+        **_weight_tags(hashes),
+        "scorecard.json.sha256": sha256_file(submission.scorecard),
+        "scores.parquet.sha256": sha256_file(submission.scores),
+        "gate.status": "passed" if _passed(verdict) else "refused",
+        "gate.verdict": f"{len(verdict['rules']) - len(failed)} of {len(verdict['rules'])} rules passed" + (f"; failed: {', '.join(failed)}" if failed else ""),
+        "gate.verdict.sha256": sha256_file(submission.verdict),
+        "gate.champion": str(_rule_value(verdict, gate.CHAMPION_RULE) or gate.NO_CHAMPION),
+    }
+
+
+def submit(project: Path, submission: Submission, *, promote: Promote, actor: str, reason: str, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Publishes one candidate as a run; a passing one becomes a version with alias `candidate` and, with promote="auto", the champion.
+
+    `tags` are added to the lineage tags. Returns {"model", "status" ("champion" | "candidate" | "refused"), "version" (str or None), "run_id",
+    "tracking_uri", "reasons" (of a refusal)}. Raises UserErrors for missing or mismatched files before anything is sent.
+    """
+    if promote not in ("auto", "review"):
+        raise UserError(f"promote = {promote!r}: expected 'auto' or 'review'")
+    _need(actor, reason)
+    outcome = _publish(project, submission, actor, reason, tags or {})
+    return _promote_at_once(project, outcome, actor, reason) if promote == "auto" and outcome["version"] else outcome
+
+
+def _publish(project: Path, submission: Submission, actor: str, reason: str, extra: Mapping[str, str]) -> dict[str, Any]:
+    scorecard, verdict, validated, hashes = _checked(submission)
+    passed = _passed(verdict)
+    refusals = [f"{rule['rule']}: {rule['reason']}" for rule in verdict["rules"] if not rule["passed"]]
+    tags = {**_lineage_tags(project, submission, scorecard, verdict, hashes), **extra}
+    with tracking.run(project, f"candidate {hashes_name(hashes)}", {**tags, "submitted.by": actor, "submitted.reason": reason}) as tracked:
+        store = tracked.store
+        tracking.log_params(tracked, _params_of(submission.params))
+        for stage, path in submission.steps.items():
+            tracking.log_steps(tracked, stage, path)
+        lock = Path(project) / "dvc.lock"
+        singles = [submission.scorecard, submission.verdict, submission.teachers, submission.params, *([lock] if lock.is_file() else [])]
+        for path in singles:
+            tracking.log_files(tracked, {"": path})
+        steps = {f"steps/{stage}": path for stage, path in submission.steps.items()}
+        tracking.log_files(tracked, {"scores": submission.scores, "report": submission.report, **steps})
+        model_id = _log_model(tracked, submission.checkpoint, hashes, tags["gate.status"])
+        tracking.log_scorecard(tracked, scorecard, model_id)
+        compared = _compared(store, tags["gate.champion"])
+        changed = " with changed files" if tags.get("git.dirty") == "true" else ""
+        origin = f"Code {tags.get('git.sha', 'unversioned')[:12]}{changed}, submitted by {actor}: {reason}"
+        card = description(scorecard, verdict, compared, teacher_metrics(validated), origin[:400], None)
+        if not passed:
+            tracking.log_tags(tracked, {"gate.reasons": "\n".join(refusals), "mlflow.note.content": card})
+            return _outcome(store, "refused", None, tracked.run_id, refusals)
+        _ensure_model(store)
+        version = store.client.create_model_version(
+            MODEL,
+            source=store.client.get_logged_model(model_id).artifact_location,  # models:/ID would be looked up in the process-wide tracking URI
+            run_id=tracked.run_id,
+            model_id=model_id,
+            tags={**tags, "mlflow.run_id": tracked.run_id, "review.status": "pending"},
+            description=card,
+        )
+        number = str(version.version)
+        store.client.update_model_version(MODEL, number, description(scorecard, verdict, compared, teacher_metrics(validated), origin[:400], number))
+        tracking.log_tags(tracked, {"registered.version": number, "mlflow.note.content": card})
+        with tracking.locked(store.project):
+            store.client.set_registered_model_alias(MODEL, CANDIDATE, number)
+    return _outcome(store, "candidate", number, tracked.run_id, [])
+
+
+def hashes_name(hashes: Mapping[str, str]) -> str:
+    """A short name for these weights, equal for equal weights."""
+    return digest(dict(hashes))[:10]
+
+
+def _outcome(store: tracking.Store, status: str, version: str | None, run_id: str, reasons: list[str]) -> dict[str, Any]:
+    return {"model": MODEL, "status": status, "version": version, "run_id": run_id, "tracking_uri": store.uri, "reasons": reasons}
+
+
+def _params_of(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _log_model(tracked: tracking.Run, checkpoint: Path, hashes: Mapping[str, str], status: str) -> str:
+    """The checkpoint as an MLflow logged model: plain safetensors and JSON, no flavour, nothing to unpickle. A half-sent one is marked FAILED."""
+    client = tracked.store.client
+    logged = client.create_logged_model(
+        tracked.experiment_id, name="student", source_run_id=tracked.run_id, tags={**_weight_tags(hashes), "gate.status": status}, model_type="diffusion"
+    )
+    try:
+        client.log_model_artifacts(logged.model_id, str(checkpoint))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
+
+
+def _compared(store: tracking.Store, version: str) -> tuple[str, Mapping[str, Any]] | None:
+    """(version, metrics) of the champion that the verdict compared with."""
+    if version == gate.NO_CHAMPION:
+        return None
+    found = _get_version(store, version)
+    with tempfile.TemporaryDirectory() as temporary:
+        return version, read_json(store.client.download_artifacts(str(found.run_id), "scorecard.json", temporary))["metrics"]
+
+
+def submit_files(project: Path, gate_params: gate.Params, promote: Promote, actor: str, reason: str) -> dict[str, Any]:
+    """`submit` with the files where the stages leave them; the digest of the gate's params is kept as tag `gate.params.sha256`."""
+    project = Path(project).resolve()
+    submission = Submission(
+        params=project / "params.yaml",
+        checkpoint=project / gate.CHECKPOINT_FOLDER,
+        scorecard=project / gate.SCORECARD_FILE,
+        scores=project / gate.SCORES_FILE,
+        teachers=project / gate.VALIDATE_FILE,
+        verdict=project / gate.VERDICT_FILE,
+        report=(project / gate.SCORES_FILE).parent,
+        steps={stage: project / path for stage, path in STEPS_FILES.items()},
+    )
+    return submit(project, submission, promote=promote, actor=actor, reason=reason, tags={"gate.params.sha256": digest(asdict(gate_params))})
+
+
+# Deciding
+
+
+def _need(actor: str, reason: str) -> None:
+    missing = [name for name, text in (("a name", actor), ("a reason", reason)) if not text.strip()]
+    if missing:
+        raise UserError(f"a decision needs {' and '.join(missing)}: who decided, and why, is part of the record")
+
+
+def _verified_weights(store: tracking.Store, found: ModelVersion) -> str:
+    """Downloads the version's files and compares each with the hash it was registered under; returns the digest of the hashes."""
+    from mlflow.artifacts import download_artifacts
+
+    expected = _tagged_weights(found.tags)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(download_artifacts(artifact_uri=found.source, dst_path=temporary, tracking_uri=store.uri))
+        actual = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    actual.pop("MLmodel", None)  # MLflow's own description of a logged model
+    faults = [f"{name}: missing" for name in expected if name not in actual]
+    faults += [f"{name}: not among the files registered" for name in actual if name not in expected]
+    faults += [f"{name}: SHA-256 is {actual[name]}, registered as {value}" for name, value in expected.items() if name in actual and actual[name] != value]
+    if faults or not expected:
+        title = f"version {found.version}: its files are not the ones that were judged; submit the candidate again"
+        raise UserErrors(title, faults or ["no weights.*.sha256 tag: not registered by this pipeline"])
+    return digest(actual)
+
+
+def _verified_verdict(store: tracking.Store, found: ModelVersion) -> tuple[dict[str, Any], str]:
+    """(verdict, SHA-256 of its file), which must be the one noted at registration and must have passed."""
+    if found.tags.get("gate.status") != "passed" or not found.run_id:
+        raise UserError(f"version {found.version} did not pass the gate (gate.status = {found.tags.get('gate.status', 'unset')}); it cannot become champion")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(store.client.download_artifacts(found.run_id, "verdict.json", temporary))
+        verdict, noted = read_json(path), sha256_file(path)
+    if noted != found.tags.get("gate.verdict.sha256") or not _passed(verdict):
+        where = f"version {found.version}: verdict.json of run {found.run_id}"
+        raise UserError(f"{where} is not the passing verdict it was registered with; submit the candidate again")
+    return verdict, noted
+
+
+def _decide(store: tracking.Store, entries: list[ledger.Entry], action: str, actor: str, reason: str, **decision: Any) -> dict[str, Any]:
+    """Takes the ledger's next entry, then lets the aliases follow. From the first on the decision stands, whatever happens to the second."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = ledger.append(ledger_folder(store), entries, time=now, action=action, actor=actor.strip(), reason=reason.strip(), **decision)
+    changed = _follow(store)
+    return {"model": MODEL, "entry": asdict(entry), "changed": changed}
+
+
+def promote(project: Path, version: str, reviewer: str, reason: str) -> dict[str, Any]:
+    """Makes a version the champion. Returns {"model", "entry" (the ledger's), "changed" (aliases and tags, in words)}.
+
+    Raises UserError when the version did not pass the gate, was rejected, was compared with another champion than today's, has other weights than were judged,
+    or when somebody else decided at the same moment.
+    """
+    _need(reviewer, reason)
+    with _opened(project) as store:
+        _follow(store)  # a decision that was interrupted is finished first
+        entries = _read_ledger(store)
+        current, _ = _state(entries)
+        found = _get_version(store, version)
+        version = str(found.version)
+        if version == current:
+            raise UserError(f"version {version} is the champion already")
+        rejected = next((entry for entry in _last_decisions(entries) if entry.version == version and entry.action == "reject"), None)
+        if rejected is not None:
+            raise UserError(f"version {version} was rejected by {rejected.actor} ({rejected.reason}); submit the candidate again to have it reviewed anew")
+        verdict, verdict_hash = _verified_verdict(store, found)
+        judged = str(_rule_value(verdict, gate.CHAMPION_RULE))
+        if judged != (current or gate.NO_CHAMPION):
+            now = f"version {current}" if current else "nobody"
+            stale = f"version {version} was judged against champion {judged}, but champion is {now}"
+            raise UserError(f"{stale}: the verdict is stale; run the gate again and submit")
+        weights = _verified_weights(store, found)
+        return _decide(
+            store,
+            entries,
+            "promote",
+            reviewer,
+            reason,
+            version=version,
+            from_version=current,
+            to_version=version,
+            previous=current,
+            verdict=verdict_hash,
+            weights=weights,
+        )
+
+
+def _promote_at_once(project: Path, outcome: dict[str, Any], actor: str, reason: str) -> dict[str, Any]:
+    try:
+        promote(project, outcome["version"], actor, f"automatic promotion: {reason}")
+    except UserError as error:
+        raise UserError(f"{MODEL} version {outcome['version']} is registered as candidate, but was not promoted: {error}") from error
+    return {**outcome, "status": "champion"}
+
+
+def _rejected(entries: Sequence[ledger.Entry]) -> set[str]:
+    return {entry.version for entry in _last_decisions(entries) if entry.action == "reject"}
+
+
+def rollback(project: Path, reviewer: str, reason: str) -> dict[str, Any]:
+    """Returns to the previous champion; the one rolled back is not kept as `previous`, so rolling back again goes further back. Returns as `promote`."""
+    _need(reviewer, reason)
+    with _opened(project) as store:
+        _follow(store)
+        entries = _read_ledger(store)
+        current, target = _state(entries)
+        if target is None:
+            raise UserError(f"there is no previous champion to return to (champion: {f'version {current}' if current else 'none'})")
+        found = _get_version(store, target)
+        _, verdict_hash = _verified_verdict(store, found)
+        weights = _verified_weights(store, found)
+        further = next((entry.previous for entry in reversed(entries) if entry.action == "promote" and entry.to_version == target), None)
+        return _decide(
+            store,
+            entries,
+            "rollback",
+            reviewer,
+            reason,
+            version=target,
+            from_version=current,
+            to_version=target,
+            previous=None if further in _rejected(entries) else further,
+            verdict=verdict_hash,
+            weights=weights,
+        )
+
+
+def reject(project: Path, version: str, reviewer: str, reason: str) -> dict[str, Any]:
+    """Closes a version's review with a no. Returns as `promote`. Raises UserError for the champion (roll back instead) and for one rejected already."""
+    _need(reviewer, reason)
+    with _opened(project) as store:
+        _follow(store)
+        entries = _read_ledger(store)
+        current, previous = _state(entries)
+        version = str(_get_version(store, version).version)
+        if version == current:
+            raise UserError(f"version {version} is the champion: roll back (python -m tasks rollback) before rejecting it")
+        if version in _rejected(entries):
+            raise UserError(f"version {version} was rejected already")
+        kept = None if version == previous else previous
+        decision = {"version": version, "from_version": current, "to_version": current, "previous": kept, "verdict": None, "weights": None}
+        return _decide(store, entries, "reject", reviewer, reason, **decision)
+
+
+# The command line
+
+
+def _show(project: Path) -> str:
+    """Versions with their aliases and review, then the ledger."""
+    with _opened(project) as store:
+        entries = _read_ledger(store)
+        names: dict[str, list[str]] = {}
+        for alias, version in _aliases(store).items():
+            names.setdefault(version, []).append(alias)
+        versions = sorted(_versions(store), key=lambda one: int(one.version))
+        lines = [f"{MODEL} in {store.uri}"]
+        for one in versions:
+            tags = one.tags
+            review = f"review {tags.get('review.status', 'unset')}" + (f" by {tags['review.by']} ({tags['review.reason']})" if tags.get("review.by") else "")
+            alias = ", ".join(sorted(names.get(str(one.version), []))) or "-"
+            lines.append(f"  version {one.version}  [{alias}]  {tags.get('gate.verdict', 'no verdict')}  {review}")
+        lines += [] if versions else ["  no versions yet"]
+        lines.append(f"ledger {ledger_folder(store)}")
+        for entry in entries:
+            moved = f"champion {entry.from_version or 'none'} -> {entry.to_version or 'none'}"
+            lines.append(f"  {entry.number:06d}  {entry.time}  {entry.action} version {entry.version}  {moved}  by {entry.actor}: {entry.reason}")
+        lines += [] if entries else ["  no decisions yet"]
+        if _state(entries)[0] != _aliases(store).get(CHAMPION):
+            lines.append("aliases and ledger differ: an interrupted decision, or a click in the web page; mend with python -m tasks registry --reconcile")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tasks", description="Decisions on registered students. Each is written to the ledger with who and why.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, words in (("promote", "make a candidate the champion"), ("reject", "refuse a candidate"), ("rollback", "return to the previous champion")):
+        command = commands.add_parser(name, help=words, description=words.capitalize() + ".")
+        if name != "rollback":
+            command.add_argument("--version", required=True, help="number of the registered version")
+        command.add_argument("--reviewer", required=True, help="who decides; kept in the ledger")
+        command.add_argument("--reason", required=True, help="why; kept in the ledger")
+    shown = commands.add_parser("registry", help="list versions, aliases and the ledger", description="List versions, aliases and the ledger.")
+    shown.add_argument("--reconcile", action="store_true", help="first make the aliases follow the ledger")
+    return parser
+
+
+def cli(argv: Sequence[str]) -> int:
+    """`promote`, `reject`, `rollback` and `registry` for the project in the current folder; prints what changed. UserError is left to the caller to print."""
+    options, project = _parser().parse_args(list(argv)), Path.cwd()
+    if options.command == "registry":
+        for line in reconcile(project) if options.reconcile else []:
+            print(line)
+        print(_show(project))
+        return 0
+    if options.command == "promote":
+        done = promote(project, options.version, options.reviewer, options.reason)
+    elif options.command == "reject":
+        done = reject(project, options.version, options.reviewer, options.reason)
+    else:
+        done = rollback(project, options.reviewer, options.reason)
+    print(f"ledger entry {done['entry']['number']:06d}: {options.command} version {done['entry']['version']}")
+    for line in done["changed"]:
+        print(line)
+    return 0

@@ -1,0 +1,39 @@
+"""What every test stands on: nothing is reported home, nothing is written into the project, and commands run with this very interpreter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HOME = tempfile.mkdtemp(prefix="danceopd-tests-")
+os.environ["PREFECT_HOME"] = str(Path(HOME) / "prefect")  # before anything imports Prefect
+os.environ["MPLCONFIGDIR"] = str(Path(HOME) / "matplotlib")
+os.environ.pop("PREFECT_API_URL", None)
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+from tasks.environment import PROJECT, prepare  # noqa: E402
+
+prepare()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home() -> Iterator[None]:
+    yield
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs this interpreter in the project: python("-m", "tasks", ...)."""
+
+    def run(*arguments: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+    return run

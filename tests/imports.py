@@ -1,0 +1,54 @@
+"""What the project's modules import, read from their text: used by the tests of the walls and of the wiring."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks.environment import PROJECT
+
+ROOMS = ("flows", "tasks", "model", "benchmarks", "data")
+
+
+def modules() -> list[Path]:
+    """Every Python file of the rooms, relative to the project."""
+    return sorted(path.relative_to(PROJECT) for room in ROOMS for path in (PROJECT / room).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every dotted name that a file imports, at any depth: `from a.b import c` gives "a.b" and "a.b.c"."""
+    for node in ast.walk(ast.parse((PROJECT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import on line {node.lineno}"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files_of(name: str) -> Iterator[Path]:
+    """Our files that importing the dotted name runs; package files that hold no more than a docstring are left out."""
+    parts = name.split(".")
+    if parts[0] not in ROOMS:
+        return
+    for depth in range(1, len(parts) + 1):
+        base = Path(*parts[:depth])
+        package, module = base / "__init__.py", base.with_suffix(".py")
+        if (PROJECT / package).is_file() and len(ast.parse((PROJECT / package).read_text(encoding="utf-8")).body) > 1:
+            yield package
+        elif (PROJECT / module).is_file():
+            yield module
+
+
+def closure(path: Path) -> set[Path]:
+    """The file and every file of ours that it imports, directly or through others, at any depth."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting += [file for name in imported(current) for file in files_of(name)]
+    return found

@@ -1,0 +1,167 @@
+"""Defends: GenEval's relation rule and verdict, case by case, and that the micro world's own scenes fulfil their records."""
+
+import numpy as np
+import pytest
+
+from benchmarks.detector import detect
+from benchmarks.geneval import MAX_PER_CLASS, Detection, parse_record, relations, verdict
+from data.errors import UserError
+from data.microworld import World, render, t2i_example
+from data.randomness import numpy_generator
+from data.records import GENEVAL_TAGS
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+# boxes x0, y0, x1, y1 and the relations of the first to the second, as the reference implementation gives them
+GOLDEN = [
+    ((0, 0, 100, 100), (200, 0, 300, 100), {"left of"}),
+    ((0, 0, 100, 100), (40, 0, 140, 100), set()),  # the component is exactly one half
+    ((0, 0, 100, 100), (10, 0, 110, 100), set()),
+    ((0, 0, 100, 100), (200, 200, 300, 300), {"left of", "above"}),
+    ((0, 0, 100, 100), (60, 60, 160, 160), set()),
+    ((0, 0, 100, 100), (70, 70, 170, 170), {"left of", "above"}),
+    ((0, 0, 400, 400), (150, 0, 250, 60), {"below"}),
+    ((200, 0, 300, 100), (0, 150, 100, 250), {"right of", "above"}),
+    ((0, 0, 100, 100), (0, 0, 100, 100), set()),
+]
+
+
+def seen(*things: tuple) -> dict[str, list[Detection]]:
+    """(class, score[, colour[, box]]) -> class -> detections."""
+    found: dict[str, list[Detection]] = {}
+    for name, score, *rest in things:
+        found.setdefault(name, []).append(Detection(name, rest[0] if rest else None, score, rest[1] if len(rest) > 1 else (0, 0, 10, 10)))
+    return found
+
+
+def record(tag: str, *include: dict, exclude: tuple = ()) -> dict:
+    return {"tag": tag, "prompt": "a prompt", "include": list(include), **({"exclude": list(exclude)} if exclude else {})}
+
+
+A, B = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
+THREE = record("counting", {"class": "cat", "count": 3}, exclude=({"class": "cat", "count": 4},))
+RED_CAT = record("colors", {**A, "color": "red"})
+LEFT = record("position", B, {**A, "position": ["left of", 0]})
+WEST, EAST = (0, 0, 100, 100), (200, 0, 300, 100)
+OBJECTS = [("cat", 0.95)] * 3
+
+VERDICTS = [
+    ("one is there", record("single_object", A), seen(("cat", 0.5)), []),
+    ("none is there", record("single_object", A), seen(("dog", 0.99)), ["expected cat >= 1, found 0"]),
+    ("extras are free", record("single_object", A), seen(("cat", 0.5), ("cat", 0.5), ("dog", 0.9)), []),
+    ("a score of 0.3 is not above 0.3", record("single_object", A), seen(("cat", 0.3)), ["expected cat >= 1, found 0"]),
+    ("a score just above 0.3", record("single_object", A), seen(("cat", np.nextafter(0.3, 1))), []),
+    ("both missing, both reported", record("two_object", A, B), {}, ["expected cat >= 1, found 0", "expected dog >= 1, found 0"]),
+    ("exactly three", THREE, seen(*OBJECTS), []),
+    ("four", THREE, seen(*OBJECTS, ("cat", 0.95)), ["expected cat < 4, found 4"]),
+    ("the fourth is not above 0.9", THREE, seen(*OBJECTS, ("cat", 0.9)), []),
+    ("two", THREE, seen(*OBJECTS[:2], ("cat", 0.9)), ["expected cat >= 3, found 2"]),
+    ("other classes do not count", THREE, seen(*OBJECTS, ("dog", 0.99)), []),
+    ("right colour", RED_CAT, seen(("cat", 0.9, "red"), ("cat", 0.5, "blue")), []),
+    ("wrong colour first", RED_CAT, seen(("cat", 0.5, "red"), ("cat", 0.9, "blue")), ["expected red cat >= 1, found 0 (seen: blue)"]),
+    (
+        "colours swapped",
+        record("color_attr", {**A, "color": "red"}, {**B, "color": "blue"}),
+        seen(("cat", 0.9, "blue"), ("dog", 0.9, "red")),
+        ["expected red cat >= 1, found 0 (seen: blue)", "expected blue dog >= 1, found 0 (seen: red)"],
+    ),
+    ("in place", LEFT, seen(("cat", 0.9, None, WEST), ("dog", 0.9, None, EAST)), []),
+    ("on the wrong side", LEFT, seen(("cat", 0.9, None, EAST), ("dog", 0.9, None, WEST)), ["expected cat left of dog, found right of"]),
+    ("on top of it", LEFT, seen(("cat", 0.9, None, WEST), ("dog", 0.9, None, WEST)), ["expected cat left of dog, found no relation"]),
+    (
+        "nothing to be left of",
+        LEFT,
+        seen(("cat", 0.9, None, WEST)),
+        ["expected dog >= 1, found 0", "expected cat left of dog, but no dog fulfils its own clause"],
+    ),
+    (
+        "every pair must hold",
+        record("position", {"class": "dog", "count": 2}, {**A, "position": ["left of", 0]}),
+        seen(("cat", 0.9, None, (150, 0, 250, 100)), ("dog", 0.9, None, (400, 0, 500, 100)), ("dog", 0.8, None, WEST)),
+        ["expected cat left of dog, found right of"],
+    ),
+    (
+        "a failed colour is not asked for its place",
+        record("position", B, {**A, "color": "red", "position": ["left of", 0]}),
+        seen(("cat", 0.9, "blue", EAST), ("dog", 0.9, None, WEST)),
+        ["expected red cat >= 1, found 0 (seen: blue)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), GOLDEN)
+def test_golden_relations(a, b, expected):
+    assert relations(a, b) == expected
+    assert relations(b, a) == {OPPOSITE[name] for name in expected}
+
+
+def test_relations_are_antisymmetric_and_do_not_depend_on_where():
+    rng = numpy_generator(0, 0, 0, "boxes")
+    corners = rng.integers(0, 400, (2_000, 2, 2)).astype(float)
+    boxes = np.concatenate([corners, corners + rng.integers(1, 200, (2_000, 2, 2))], axis=-1)
+    shifts = np.tile(rng.integers(-300, 300, (2_000, 2)), 2).astype(float)
+    held = 0
+    for (a, b), shift in zip(boxes, shifts, strict=True):
+        forward = relations(a, b)
+        assert relations(b, a) == {OPPOSITE[name] for name in forward}
+        assert relations(a + shift, b + shift) == forward
+        assert not {"left of", "right of"} <= forward and not {"above", "below"} <= forward
+        held += bool(forward)
+    assert 200 < held < 2_000
+
+
+@pytest.mark.parametrize(("a_width", "holds"), [(99, True), (100, False), (101, False)])
+def test_along_one_axis_the_offset_must_exceed_two_tenths_of_both_extents(a_width, holds):
+    # o = 40, w_B = 100: the relation holds iff 40 > 0.2 (w_A + w_B)
+    a, b = (-a_width / 2, 0, a_width / 2, 10), (-10, 0, 90, 10)
+    assert (relations(a, b) == {"left of"}) is holds
+
+
+@pytest.mark.parametrize(("row", "found", "reasons"), [case[1:] for case in VERDICTS], ids=[case[0] for case in VERDICTS])
+def test_verdict_table(row, found, reasons):
+    outcome = verdict(row, found)
+    assert list(outcome.reasons) == reasons
+    assert outcome.correct is not bool(reasons)
+
+
+def test_at_most_sixteen_of_a_class():
+    most = record("counting", {"class": "cat", "count": 16}, exclude=({"class": "cat", "count": 17},))
+    assert verdict(most, seen(*[("cat", 0.95)] * 40)).correct
+    assert MAX_PER_CLASS == 16
+
+
+def test_the_order_of_detections_does_not_matter():
+    found = seen(("cat", 0.5, "red"), ("cat", 0.9, "blue"), ("cat", 0.7, "red"))
+    again = {name: list(reversed(things)) for name, things in found.items()}
+    assert verdict(RED_CAT, found) == verdict(RED_CAT, again)
+
+
+def test_adding_an_unrelated_class_never_changes_a_verdict():
+    for _, row, found, reasons in VERDICTS:
+        assert list(verdict(row, {**found, "zebra": [Detection("zebra", "red", 1.0, (0, 0, 500, 500))]}).reasons) == reasons
+
+
+@pytest.mark.parametrize("tag", GENEVAL_TAGS)
+def test_micro_scenes_fulfil_their_records_and_mostly_not_each_others(tag):
+    world, rng = World(), numpy_generator(0, 0, 0, tag)
+    pairs = [t2i_example(world, rng, tag, "eval") for _ in range(120)]
+    found = [detect(world, render(world, scene)).by_class() for _, scene in pairs]
+    assert all(verdict(row, things).correct for (row, _), things in zip(pairs, found, strict=True))
+    elsewhere = [verdict(row, things).correct for (row, _), things in zip(pairs, found[1:] + found[:1], strict=True)]
+    assert np.mean(elsewhere) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tag": "size", "prompt": "p", "include": [A]}, "tag = 'size'"),
+        ({"tag": "colors", "prompt": "p"}, "include is missing"),
+        (record("colors", {"class": "cat"}), "needs class, count"),
+        (record("colors", {"class": "cat", "count": 0}), "count = 0"),
+        (record("position", {**A, "position": ["left of", 0]}), "earlier clause"),
+        (record("position", B, {**A, "position": ["near", 0]}), "near"),
+    ],
+)
+def test_malformed_records_are_named(row, message):
+    with pytest.raises(UserError, match=message):
+        parse_record(row)

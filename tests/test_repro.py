@@ -1,0 +1,84 @@
+"""A stage's process never outlives the run that started it, and what a failed one said reaches the user as its own message."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.repro import Busy, Ended, StageFailed, error_of, failure, is_chatter, stream
+
+
+def test_lines_arrive_and_the_status_is_told(tmp_path: Path) -> None:
+    seen: list[str] = []
+    ended = stream(["bash", "-c", "echo one; echo two >&2; pwd; exit 3"], tmp_path, seen.append)
+    assert ended == Ended(3, ("one", "two", str(tmp_path)))
+    assert seen == list(ended.lines)
+
+
+def test_python_of_the_child_is_this_one(tmp_path: Path) -> None:
+    ended = stream(["bash", "-c", "command -v python"], tmp_path, lambda text: None)
+    assert Path(ended.lines[0]).parent == Path(sys.executable).parent
+
+
+def alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["ends on TERM", "ignores TERM"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_takes_its_whole_group_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool, error: type[BaseException]) -> None:
+    """The grandchild stands for the stage below dvc: ending dvc alone would leave it writing."""
+    monkeypatch.setattr("tasks.repro.GRACE", 0.5)
+    trap = "trap '' TERM; " if deaf else ""
+    script = f"{trap}bash -c '{trap}echo $$; while true; do sleep 0.1; done' & echo $$; wait; sleep 60"
+    numbers: list[int] = []
+
+    def line(text: str) -> None:
+        numbers.append(int(text))
+        if len(numbers) == 2:
+            raise error("stop")
+
+    with pytest.raises(error):
+        stream(["bash", "-c", script], tmp_path, line)
+    deadline = time.monotonic() + 10
+    while any(map(alive, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(numbers) == 2 and not any(map(alive, numbers))
+
+
+def test_the_stages_own_message_is_found() -> None:
+    lines = ["Running stage 'curate':", "error: first", "note", "error: params.yaml: 2 faults", "  - a = 1: wrong", "  - b: missing", "ERROR: failed"]
+    assert error_of(lines) == "params.yaml: 2 faults\n  - a = 1: wrong\n  - b: missing"
+    assert error_of(["all is well"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "words"),
+    [
+        (("error: data/raw: no such file", "ERROR: failed to reproduce 'curate'"), StageFailed, "curate: data/raw: no such file"),
+        (("Traceback", "ERROR: failed to reproduce 'curate': missing data 'source': data/raw",), StageFailed, "curate: ERROR: failed to reproduce"),
+        (("ERROR: '/x' is busy, it is being blocked by:", "  (PID 1): dvc repro"), Busy, "another run"),
+        (("ERROR: Unable to acquire lock.",), Busy, "another run"),
+        ((), StageFailed, "curate: it said nothing"),
+    ],
+)
+def test_failures_have_a_kind(lines: tuple[str, ...], kind: type[Exception], words: str) -> None:
+    error = failure("curate", Ended(255, lines))
+    assert type(error) is kind and words in str(error)
+
+
+def test_a_killed_stage_is_told_as_such() -> None:
+    assert "out of memory" in str(failure("distill", Ended(-9, ("step 3",))))
+
+
+def test_chatter_is_dvcs_own_and_nothing_else() -> None:
+    assert is_chatter("\tgit add dvc.lock") and is_chatter("") and is_chatter("Updating lock file 'dvc.lock'")
+    assert not is_chatter("distill: 10/300, 2/s") and not is_chatter("Stage 'collect' didn't change, skipping")

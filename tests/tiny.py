@@ -1,0 +1,145 @@
+"""A pipeline small enough for a test: untrained networks that differ from one another, two dozen examples, encoded by the stage itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from data.microworld import World, example, render
+from data.randomness import numpy_generator
+from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example, write_examples
+from model.backbones import Backbone
+from model.backbones.micro import MicroBackbone
+from model.distill import LoopParams
+from model.field import Condition
+from model.randomness import noise_for, torch_generator
+from model.teachers import BASE, add_adapter, load_network, save_teacher
+from tasks import encode as encoding
+from tasks.sampling import as_images
+
+WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
+WIDTH, LAYERS, HEADS, CHANNELS, SHIFT = 32, 2, 2, 8, 1.0
+LOCAL_RANK, LOCAL_ALPHA = 4, 8  # alpha / rank = 2, so that a forgotten alpha shows
+EACH = 8  # examples a bucket
+ROUTES = [
+    {"capability": "t2i", "teacher": BASE, "weight": 1.0},
+    {"capability": "local_edit", "teacher": "local", "weight": 1.0},
+    {"capability": "global_edit", "teacher": "global", "weight": 1.0},
+]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Folders: `teachers` holds base, local (an adapter) and global (a full checkpoint)."""
+
+    curated: Path
+    teachers: Path
+    encoded: Path
+
+
+def new_backbone(seed: int = 0) -> MicroBackbone:
+    backbone = MicroBackbone.new(WORLD.vocabulary, WORLD.grid, WIDTH, LAYERS, HEADS, CHANNELS, SHIFT, seed)
+    backbone.codec.fit(as_images(np.stack([draw("two_object", row)[2] for row in range(16)])))
+    backbone.freeze()
+    return backbone
+
+
+def draw(category: str, row: int) -> tuple[dict[str, Any], np.ndarray | None, np.ndarray]:
+    """Record, source picture and target picture of one training example."""
+    record, source, target = example(WORLD, numpy_generator(0, row, 0, f"tiny/{category}"), category, "train")
+    return record, None if source is None else render(WORLD, source), render(WORLD, target)
+
+
+@torch.no_grad()
+def disturb(values: Mapping[str, torch.Tensor], size: float, seed: int) -> None:
+    """Adds normal noise of deviation `size` in place."""
+    for slot, value in enumerate(values.values()):
+        value += size * torch.randn(value.shape, generator=torch_generator(seed, 0, slot, "disturb"))
+
+
+def save_teachers(folder: Path) -> None:
+    save_teacher(folder / BASE, new_backbone(), new_backbone().network, name=BASE, capability="t2i", kind="base", base_sha256=None)
+    backbone = MicroBackbone.load(folder / BASE)
+    record = save_teacher(folder / "global", backbone, backbone.network, name="global", capability="global_edit", kind="full", base_sha256=_base_hash(folder))
+    network = load_network(backbone, folder / "global", record)
+    disturb(dict(network.named_parameters()), 0.02, seed=1)
+    save_teacher(folder / "global", backbone, network, name="global", capability="global_edit", kind="full", base_sha256=_base_hash(folder))
+    adapter = add_adapter(backbone, backbone.network, "local", LOCAL_RANK, LOCAL_ALPHA, seed=2)
+    disturb({name: value for name, value in adapter.items() if "lora_B" in name}, 0.05, seed=2)
+    numbers = {"rank": LOCAL_RANK, "alpha": LOCAL_ALPHA}
+    save_teacher(folder / "local", backbone, backbone.network, name="local", capability="local_edit", kind="adapter", base_sha256=_base_hash(folder), **numbers)
+
+
+def _base_hash(folder: Path) -> str:
+    from model.teachers import read_records
+
+    return read_records(folder)[BASE].sha256
+
+
+def save_curated(folder: Path) -> None:
+    examples = []
+    for bucket, categories in (("t2i", GENEVAL_TAGS), ("local_edit", LOCAL_EDITS), ("global_edit", GLOBAL_EDITS)):
+        for row in range(EACH):
+            category = categories[row % len(categories)]
+            record, source, target = draw(category, row)
+            paths = {"source": source, "target": target}
+            for part, picture in paths.items():
+                if picture is not None:
+                    (folder / "images").mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(picture).save(folder / f"images/{bucket}-{row}-{part}.png")
+            named = {part: None if picture is None else f"images/{bucket}-{row}-{part}.png" for part, picture in paths.items()}
+            examples.append(Example(f"{bucket}-{row}", "train", bucket, category, record["prompt"], **named, record=record, origin="tiny", row=row + 1))
+    write_examples(folder, examples)
+
+
+def build(root: Path) -> Tiny:
+    tiny = Tiny(root / "curated", root / "teachers", root / "encoded")
+    save_teachers(tiny.teachers)
+    save_curated(tiny.curated)
+    encoding.encode(encoding.Params(batch=8), curated=tiny.curated, teachers=tiny.teachers, out=tiny.encoded)
+    return tiny
+
+
+def condition_of(backbone: Backbone, prompts: list[str], edits: bool = False) -> Condition:
+    """A condition of the prompts, with a random source where `edits`."""
+    with torch.no_grad():
+        embeds, pooled = backbone.encode_prompt(prompts)
+        empty_embeds, empty_pooled = backbone.encode_prompt([""])
+    source = noise_for(3, 0, range(len(prompts)), backbone.latent_shape, "source") if edits else None
+    return Condition(embeds, pooled, empty_embeds[0], empty_pooled[0], source)
+
+
+PROMPTS = ["a photo of a red circle on a white background", "a photo of two blue squares", "make the circle green", "a photo"]
+
+
+def probe(field: Any, backbone: Backbone, edits: bool = True) -> torch.Tensor:
+    """The field's velocities at four fixed states, for comparing two fields."""
+    condition = condition_of(backbone, PROMPTS, edits)
+    with torch.no_grad():
+        result: torch.Tensor = field(noise_for(4, 0, range(4), backbone.latent_shape), torch.tensor([1.0, 0.7, 0.3, 0.05]), condition)
+    return result
+
+
+def loop_params(**changes: Any) -> LoopParams:
+    numbers: dict[str, Any] = {
+        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0, "rollout_steps": 8,
+        "query": "low", "states": "on_policy", "routing": "hard",
+    }  # fmt: skip
+    return LoopParams(**{**numbers, **changes})
+
+
+def write_params(path: Path, **changes: Any) -> Path:
+    """A params.yaml with the sections that the distill stage reads."""
+    section: dict[str, Any] = {
+        "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3, "optimizer": "muon", "warmup": 1,
+        "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low", "states": "on_policy", "routes_taken": "hard",
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump({"routing": {"routes": ROUTES}, "distill": {**section, **changes}}), encoding="utf-8")
+    return path
