@@ -22,7 +22,7 @@ from data.randomness import numpy_generator
 from data.records import CAPABILITIES, GLOBAL_EDITS, LOCAL_EDITS, Example
 
 INVISIBLE = 4.0  # levels of 255 by which a pixel may differ from the source and still be unchanged
-OVER_EDITED = 16.0  # mean visible change outside the edited place, in levels, that earns SC2 = 0; losing one other thing costs about half of it
+OVER_EDITED = 12.0  # mean visible change outside the edited place, in levels, that earns SC2 = 0; losing one other thing costs half of it or more
 SAME_PLACE = 0.3  # box IoU from which a replacement stands where the old thing stood
 
 Predicates = list[tuple[str, bool]]  # what the edit asks for, and whether it holds

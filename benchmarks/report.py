@@ -254,19 +254,21 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
     if not panels:
         raise UserError(f"{path}: no metric to draw; pass at least one scorecard with metrics")
     figure = Figure(figsize=(10, 3.4 * len(panels)), layout="constrained")
-    width = 0.8 / len(scorecards)
+    color_of = {name: COLORS[index % len(COLORS)] for index, name in enumerate(scorecards)}
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
-        for index, (name, card) in enumerate(scorecards.items()):
-            known = [(place, card.metrics[metric]) for place, metric in enumerate(panel) if metric in card.metrics]
-            x = np.array([place for place, _ in known]) + (index - (len(scorecards) - 1) / 2) * width
+        present = {name: card.metrics for name, card in scorecards.items() if any(metric in card.metrics for metric in panel)}
+        width = 0.8 / len(present)
+        for index, (name, metrics) in enumerate(present.items()):
+            known = [(place, metrics[metric]) for place, metric in enumerate(panel) if metric in metrics]
+            x = np.array([place for place, _ in known]) + (index - (len(present) - 1) / 2) * width
             means = np.array([metric.mean for _, metric in known])
             spread = np.array([[metric.mean - metric.low, metric.high - metric.mean] for _, metric in known]).T.clip(min=0.0)
-            if known:
-                color = COLORS[index % len(COLORS)]
-                axes.bar(x, means, width, yerr=spread, label=name, color=color, error_kw={"elinewidth": 0.8, "capsize": 1.5})
+            axes.bar(x, means, width, yerr=spread, label=name, color=color_of[name], error_kw={"elinewidth": 0.8, "capsize": 1.5})
         axes.set_xticks(range(len(panel)), [metric.split("/")[1].replace("_", "_\n") for metric in panel], fontsize=8)
         axes.set_title(f"{panel[0].split('/')[0]} (mean and interval)", fontsize=9, loc="left")
         axes.set_ylim(bottom=0.0)
+        axes.set_xlim(-0.6, len(panel) - 0.4)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(scorecards)), fontsize=8)
+    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(6, len(entries)), fontsize=8)
     _save(figure, path)

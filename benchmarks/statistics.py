@@ -61,7 +61,7 @@ def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
 
 
 def standard_error(groups: Groups) -> float:
@@ -78,9 +78,8 @@ def resampled_means(groups: Groups, *, seed: int, resamples: int) -> dict[str, n
     means = {}
     for category, values in groups.items():
         n = len(values)
-        rng = numpy_generator(seed, 0, 0, f"bootstrap/{category}")
-        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)
-        means[category] = counts @ values / n
+        drawn = numpy_generator(seed, 0, 0, f"bootstrap/{category}").integers(n, size=(resamples, n), dtype=np.int32)
+        means[category] = values[drawn].mean(1)
     return means
 
 

@@ -251,7 +251,8 @@ def t2i_example(world: World, rng: np.random.Generator, tag: str, split: str) ->
         record["include"] = [{"class": shape, "count": number}]
         record["exclude"] = [{"class": shape, "count": number + 1}]
         words = f"{NUMBERS[number]} {plural(shape)}"
-        things = [_place(rng, shape, colors[0], cell) for cell in cells[:number]]
+        first = int(rng.integers(world.grid**2 - number + 1))  # a run in reading order: a small network can count what stands together
+        things = [_place(rng, shape, colors[0], cell) for cell in range(first, first + number)]
     elif tag == "colors":
         record["include"] = [{"class": values[0], "count": 1, "color": values[1]}]
         words, things = f"a {values[1]} {values[0]}", [_place(rng, values[0], values[1], cells[0])]

@@ -134,7 +134,7 @@ def _cards(
         "base": records[BASE].sha256, "teachers": {route.teacher: records[route.teacher].sha256 for route in params.routing.routes},
         "distilled": record["student"],
         "student": record["sha256"], "routes": {route.capability: route.teacher for route in params.routing.routes},
-        "sampling": asdict(params.sampling), "guidance": 1.0,
+        "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"}, "guidance": 1.0,
     }  # fmt: skip
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
     card = make_scorecard(CANDIDATE, scores[CANDIDATE], own, expected, identities, **numbers)

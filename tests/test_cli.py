@@ -111,7 +111,8 @@ def test_a_typo_in_params_names_the_nearest_key(stage: Callable[..., int], capsy
 def test_a_summary_that_cannot_be_written_is_told(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").write_text("a file where the folder should be", encoding="utf-8")
     assert stage() == 2
-    assert capsys.readouterr().err.startswith("error: runs/summaries/copy.json")
+    told = capsys.readouterr().err
+    assert told.startswith("error: runs/summaries/") and len(told.splitlines()) == 1
 
 
 def test_help_comes_from_the_function(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +138,8 @@ def test_unknown_commands_and_presets(tmp_path: Path, monkeypatch: pytest.Monkey
     assert cli.main(["distil"]) == 2
     assert "unknown command 'distil'; did you mean 'distill'?" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("collect", "score", "preset", "promote"))
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("collect", "score", "preset", "promote"))
     Path("presets").mkdir()
     Path("presets/small.yaml").write_text("a: 1", encoding="utf-8")
     assert cli.main(["preset", "smal"]) == 2

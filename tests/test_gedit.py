@@ -94,7 +94,7 @@ def test_a_random_other_scene_scores_near_nothing(category):
     examples = edits(category)
     pairs = zip(examples, examples[1:] + examples[:1], strict=True)
     judged = [judge_edit(WORLD, record, render(WORLD, source), render(WORLD, other)) for (record, source, _), (_, _, other) in pairs]
-    assert np.mean([overall((one.sc1, one.sc2), (one.pq1, one.pq2))[2] for one in judged]) < 1.5
+    assert np.mean([overall((one.sc1, one.sc2), (one.pq1, one.pq2))[2] for one in judged]) < 2.0
     assert np.mean([one.exact for one in judged]) < 0.1
 
 
@@ -145,7 +145,7 @@ def test_each_half_right_edit_earns_its_share(task, result, sc1, untouched, exac
 
 
 def test_losing_another_thing_costs_a_good_part_of_preservation():
-    assert 2.0 < judged(*REMOVE, with_things()).sc2 < 8.0
+    assert 1.0 < judged(*REMOVE, with_things()).sc2 < 6.0
     assert judged(*REMOVE, Scene("black", (SQUARE,))).sc2 == 0.0
 
 

@@ -127,14 +127,14 @@ def test_query_indices_follow_beta_5_2() -> None:
 
 
 def test_other_biases_mirror_and_spread() -> None:
-    def counts(bias: str) -> np.ndarray:
+    share = {}
+    for bias in ("low", "mid", "high", "uniform"):
         rng = np.random.default_rng(1)
-        return np.bincount([query_index(16, bias, rng) for _ in range(40_000)], minlength=16) / 40_000
-
-    np.testing.assert_allclose(counts("high"), counts("low")[::-1], atol=0.01)
-    np.testing.assert_allclose(counts("mid"), counts("mid")[::-1], atol=0.01)
-    np.testing.assert_allclose(counts("uniform"), 1 / 16, atol=0.01)
-    assert counts("mid")[7:9].sum() > 2 * counts("uniform")[7:9].sum() * 0.9 and counts("mid")[[0, 15]].sum() < 0.001
+        share[bias] = np.bincount([query_index(16, bias, rng) for _ in range(10_000)], minlength=16) / 10_000
+    np.testing.assert_allclose(share["high"], share["low"][::-1], atol=0.02)
+    np.testing.assert_allclose(share["mid"], share["mid"][::-1], atol=0.02)
+    np.testing.assert_allclose(share["uniform"], 1 / 16, atol=0.015)
+    assert share["mid"][7:9].sum() > 1.5 * share["uniform"][7:9].sum() and share["mid"][[0, 15]].sum() < 0.001
 
 
 def test_the_last_index_is_never_the_image_itself() -> None:

@@ -30,8 +30,13 @@ def from_counts(counts) -> dict[str, np.ndarray]:
 # correct images per tag of published GenEval rows, their macro average and its standard error
 @pytest.mark.parametrize(
     ("counts", "average", "error"),
-    [((79, 93, 77, 84, 64, 67), 0.849, 0.0136), ((67, 82, 57, 79, 58, 47), 0.711, 0.0183), ((79, 92, 65, 81, 60, 57), 0.793, None), ((76, 93, 75, 89, 52, 70), 0.832, 0.0140)],
-)  # fmt: skip
+    [
+        ((79, 93, 77, 84, 64, 67), 0.849, 0.0136),
+        ((67, 82, 57, 79, 58, 47), 0.711, 0.0183),
+        ((79, 92, 65, 81, 60, 57), 0.793, None),
+        ((76, 93, 75, 89, 52, 70), 0.832, 0.0140),
+    ],
+)
 def test_published_rows_give_the_published_average_and_error(counts, average, error):
     groups = from_counts(counts)
     metric = macro_metric(groups, seed=0, resamples=2000, confidence=0.95)

@@ -105,6 +105,19 @@ class WordEncoder(nn.Module):
         return tokens, pooled
 
 
+def cell_codes(grid: int, width: int) -> torch.Tensor:
+    """Position codes of the cells: (1, grid * grid, width), one block of the width for the row, one for the column.
+
+    Sinusoids made for hundreds of positions barely tell three apart; with them the micro base did not learn "left of" in 3000 steps.
+    """
+    block = width // 2 // grid
+    codes = torch.zeros(grid, grid, width)
+    for index in range(grid):
+        codes[index, :, index * block : (index + 1) * block] = 1.5
+        codes[:, index, width // 2 + index * block : width // 2 + (index + 1) * block] = 1.5
+    return codes.reshape(1, grid * grid, width)
+
+
 class MicroBackbone:
     """See `Backbone`. `grid` is the picture's edge in cells."""
 
@@ -134,6 +147,7 @@ class MicroBackbone:
                 pos_embed_max_size=grid,
                 qk_norm="rms_norm",
             )
+            network.pos_embed.pos_embed.copy_(cell_codes(grid, width))
             text = WordEncoder(vocabulary, width)
             for table, deviation in ((text.words, 1.0), (text.positions, 0.5), (text.gates, 0.5)):
                 nn.init.normal_(table.weight, std=deviation)
