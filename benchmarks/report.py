@@ -257,7 +257,7 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
     color_of = {name: COLORS[index % len(COLORS)] for index, name in enumerate(scorecards)}
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
         present = {name: card.metrics for name, card in scorecards.items() if any(metric in card.metrics for metric in panel)}
-        width = 0.8 / len(present)
+        width = min(0.3, 0.8 / len(present))
         for index, (name, metrics) in enumerate(present.items()):
             known = [(place, metrics[metric]) for place, metric in enumerate(panel) if metric in metrics]
             x = np.array([place for place, _ in known]) + (index - (len(present) - 1) / 2) * width

@@ -60,6 +60,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        for left_over in path.parent.glob(f".{path.name}.????????.*"):  # of a writer that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):

@@ -177,20 +177,22 @@ def tuples_of(world: World, category: str) -> list[tuple[Any, ...]]:
         return [(a, b, ground) for (a, b), ground in product(pairs, grounds)]
     if category == "counting":
         return list(product(shapes, NUMBERS, grounds))
-    if category in ("colors", "subject-add", "subject-remove"):
+    if category == "colors":
         return list(product(shapes, colors))
+    if category in ("subject-add", "subject-remove"):
+        return list(product(shapes, colors, grounds))
     if category == "position":
         return [(a, relation, b) for (a, b), relation in product(pairs, RELATIONS)]
     if category == "color_attr":
         return [(a, c, b, d) for (a, b), (c, d) in product(pairs, permutations(colors, 2))]
     if category == "subject-replace":
-        return [(a, color, b) for (a, b), color in product(pairs, colors)]
+        return [(a, color, b, ground) for (a, b), color, ground in product(pairs, colors, grounds)]
     if category == "color_alter":
-        return [(shape, c, d) for shape, (c, d) in product(shapes, permutations(colors, 2))]
+        return [(shape, c, d, ground) for shape, (c, d), ground in product(shapes, permutations(colors, 2), grounds)]
     if category == "background_change":
-        return list(permutations(grounds, 2))
+        return [(old, new, shape) for (old, new), shape in product(permutations(grounds, 2), shapes)]
     if category == "style_change":
-        return list(product([style for style in world.styles if style != "plain"], grounds))
+        return list(product([style for style in world.styles if style != "plain"], grounds, shapes))
     raise UserError(f"micro world: unknown category {category!r}")
 
 
@@ -199,8 +201,6 @@ def is_held_out(world: World, category: str, values: tuple[Any, ...]) -> bool:
     scales: dict[Any, int] = {}
     for names in (world.shapes, world.colors, world.backgrounds, world.styles, RELATIONS, tuple(NUMBERS)):
         scales.update({name: index for index, name in enumerate(names)})
-    if category == "background_change":
-        return (scales[values[1]] - scales[values[0]]) % HOLD_OUT_EVERY == 1
     return sum(scales[value] for value in values) % HOLD_OUT_EVERY == 0
 
 
@@ -291,35 +291,35 @@ def edit_example(world: World, rng: np.random.Generator, category: str, split: s
     values = _pick(rng, split_tuples(world, category, split))
     touched: list[int] = []
     if category == "subject-add":
-        shape, color = values
-        source = _source_scene(world, rng, None, without=((shape, color),))
+        shape, color, ground = values
+        source = _source_scene(world, rng, None, ground, without=((shape, color),))
         taken = {thing.cell for thing in source.things}
         cell = _pick(rng, [cell for cell in range(world.grid**2) if cell not in taken])
         target = replace(source, things=(*source.things, _place(rng, shape, color, cell)))
         prompt, touched = f"add a {color} {shape}", [cell]
     elif category == "subject-remove":
-        shape, color = values
-        source = _source_scene(world, rng, (shape, color))
+        shape, color, ground = values
+        source = _source_scene(world, rng, (shape, color), ground)
         target = replace(source, things=source.things[1:])
         prompt, touched = f"remove the {color} {shape}", [source.things[0].cell]
     elif category == "subject-replace":
-        shape, color, new = values
-        source = _source_scene(world, rng, (shape, color), without=((new, color),))
+        shape, color, new, ground = values
+        source = _source_scene(world, rng, (shape, color), ground, without=((new, color),))
         target = replace(source, things=(replace(source.things[0], shape=new), *source.things[1:]))
         prompt, touched = f"replace the {color} {shape} with a {new}", [source.things[0].cell]
     elif category == "color_alter":
-        shape, color, new = values
-        source = _source_scene(world, rng, (shape, color), without=((shape, new),))
+        shape, color, new, ground = values
+        source = _source_scene(world, rng, (shape, color), ground, without=((shape, new),))
         target = replace(source, things=(replace(source.things[0], color=new), *source.things[1:]))
         prompt, touched = f"change the color of the {color} {shape} to {new}", [source.things[0].cell]
     elif category == "background_change":
-        old, new = values
-        source = _source_scene(world, rng, None, ground=old)
+        old, new, shape = values
+        source = _source_scene(world, rng, (shape, _pick(rng, world.colors)), old)
         target = replace(source, background=new)
         prompt = f"change the background to {new}"
     elif category == "style_change":
-        style, ground = values
-        source = _source_scene(world, rng, None, ground=ground)
+        style, ground, shape = values
+        source = _source_scene(world, rng, (shape, _pick(rng, world.colors)), ground)
         target = replace(source, style=style)
         prompt = STYLE_WORDS[style]
     else:

@@ -117,8 +117,8 @@ OPTIMIZERS = {"adamw": _build_adamw, "muon": _build_muon}
 
 
 def build_optimizer(name: str, named: Iterable[tuple[str, nn.Parameter]], learning_rate: float) -> Optimizers:
-    """Over fp32 trainable parameters only. Raises UserError for an unknown name or trainables that are not fp32."""
-    trainable = [(key, parameter) for key, parameter in named if parameter.requires_grad]
+    """Over all of `named`, whether or not an adapter is switched off just now. Raises UserError for an unknown name or parameters that are not fp32."""
+    trainable = list(named)
     if name not in OPTIMIZERS:
         raise UserError(f"optimizer = {name!r}: choose one of {sorted(OPTIMIZERS)}")
     wrong = [key for key, parameter in trainable if parameter.dtype != torch.float32]

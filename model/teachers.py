@@ -6,6 +6,7 @@ A teacher is a folder: its weights and `teacher.json`, the record that binds the
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ def switch_adapter(network: Any, adapter: str | None) -> None:
 
 def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int) -> dict[str, nn.Parameter]:
     """A fresh LoRA adapter on the backbone's target modules (its output is zero until trained); returns its named fp32 parameters."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are the design
         torch.manual_seed(seed)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(backbone.adapter_targets), init_lora_weights=True), adapter_name=name)
     return adapter_parameters(network, name)

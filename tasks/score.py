@@ -74,7 +74,6 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     distilled = load_student(student, load_base(teachers), records[BASE].sha256)
     candidate = load_student(absorbed, load_base(teachers), records[BASE].sha256)
     evaluation = evaluation_set(read_examples(curated), curated)
-    t2i = evaluation.only("t2i")
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     numbers = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     reference: dict[str, list[ExampleScore]] = {}
@@ -83,16 +82,16 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     missing = sorted({route.teacher for route in routes} - reference.keys())
     if missing:
         raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
-    total = (2 * len(evaluation.examples) + len(t2i.examples)) * params.sampling.images_per_prompt
+    total = 3 * len(evaluation.examples) * params.sampling.images_per_prompt
     with atomic_folder(out) as folder:
         scores: dict[str, list[ExampleScore]] = {}
         with progress("score: images", total) as advance:
-            for name, field, of, scale in (
-                (DISTILLED, distilled.field, evaluation, 1.0),
-                (DISTILLED_GUIDED, distilled.field, t2i, params.sampling.guidance),
-                (CANDIDATE, candidate.field, evaluation, 1.0),
+            for name, field, scale in (
+                (DISTILLED, distilled.field, 1.0),
+                (DISTILLED_GUIDED, distilled.field, params.sampling.guidance),
+                (CANDIDATE, candidate.field, 1.0),
             ):
-                scores[name] = score_field(field, backbone, world, of, params.sampling, model=name, scale=scale, folder=folder, advance=advance)
+                scores[name] = score_field(field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance)
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
         write_json(folder / "comparisons.json", _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers))
         write_json(folder / "scorecards.json", {name: other.to_json() for name, other in cards.items()})
@@ -153,7 +152,7 @@ def _comparisons(
     """Paired differences, on equal prompts and equal noise: what absorbing guidance cost, and what distilling did to T2I."""
     t2i = expected_scores(evaluation.only("t2i").examples, samples)
     pairs = [
-        (CANDIDATE, scores[CANDIDATE], DISTILLED_GUIDED, scores[DISTILLED_GUIDED], t2i),
+        (CANDIDATE, scores[CANDIDATE], DISTILLED_GUIDED, scores[DISTILLED_GUIDED], expected),
         (DISTILLED, scores[DISTILLED], BASE, reference[BASE], t2i),
         (CANDIDATE, scores[CANDIDATE], BASE, reference[BASE], t2i),
         (CANDIDATE, scores[CANDIDATE], DISTILLED, scores[DISTILLED], expected),

@@ -1,9 +1,10 @@
-"""Property: the loop asks the routed teacher, and only it, at the states that the student itself visits; the ablations share the loop and are other algorithms."""
+"""Property: the loop asks the routed teacher alone, at the states that the student itself visits; ablations share the loop and are other algorithms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -269,15 +270,14 @@ def test_a_student_equal_to_its_teacher_has_loss_exactly_zero(tiny: Tiny, start:
     assert all(torch.equal(value, before[name]) for name, value in student.parameters.items())
 
 
-@pytest.mark.parametrize(("teacher", "capability", "trainable"), [("local", "local_edit", "all"), ("global", "global_edit", "adapter")])
-def test_distilling_closes_the_gap_to_the_teacher_on_the_students_own_states(tiny: Tiny, teacher: str, capability: str, trainable: str) -> None:
-    backbone, fields = load_teachers(tiny.teachers, [BASE, teacher])
+@pytest.mark.parametrize(("trainable", "rate"), [("all", 2e-3), ("adapter", 1e-2)])
+def test_distilling_closes_the_gap_to_the_teacher_on_the_students_own_states(tiny: Tiny, trainable: str, rate: float) -> None:
+    backbone, fields = load_teachers(tiny.teachers, [BASE, "local"])
     student = start_student(backbone, fields, BASE, trainable, 8, 8, seed=0)
-    before = gap(tiny, student, fields[teacher], capability)
-    params = loop_params(steps=40, batch=8, learning_rate=3e-3, optimizer="muon", decay_from=0.5)
-    steps = tiny_run(tiny, student, fields, [Route(capability, teacher, 1.0)], params)
-    after = gap(tiny, student, fields[teacher], capability)
-    assert after < before / 5 and steps[-1].loss < steps[0].loss / 5
+    before = gap(tiny, student, fields["local"], "local_edit")
+    params = loop_params(steps=40, batch=8, learning_rate=rate, rollout_steps=4, decay_from=0.5)
+    steps = tiny_run(tiny, student, fields, [Route("local_edit", "local", 1.0)], params)
+    assert gap(tiny, student, fields["local"], "local_edit") < before / 3 and steps[-1].loss < steps[0].loss / 3
 
 
 def test_absorbing_guidance_moves_the_unguided_student_to_the_guided_field(tiny: Tiny) -> None:
@@ -287,7 +287,7 @@ def test_absorbing_guidance_moves_the_unguided_student_to_the_guided_field(tiny:
     guided = Guided(frozen, 3.0)
     frozen_weights = {name: value.clone() for name, value in frozen.network.state_dict().items()}
     before = gap(tiny, student, guided, "t2i")
-    params = loop_params(steps=40, batch=8, learning_rate=3e-3, optimizer="muon", decay_from=0.5)
+    params = loop_params(steps=40, batch=8, learning_rate=2e-3, rollout_steps=4, decay_from=0.5)
     tiny_run(tiny, student, {"guided t2i": guided}, [Route("t2i", "guided t2i", 1.0)], params)
     assert gap(tiny, student, guided, "t2i") < before / 5
     assert all(torch.equal(value, frozen_weights[name]) for name, value in frozen.network.state_dict().items())
@@ -297,7 +297,8 @@ def test_teachers_do_not_move_while_a_student_on_the_same_base_trains(tiny: Tiny
     backbone, fields = load_teachers(tiny.teachers, [BASE, "local", "global"])
     student = start_student(backbone, fields, BASE, "adapter", 4, 4, seed=0)
     before = {name: value.detach().clone() for name, value in backbone.network.state_dict().items() if ".student." not in name}
-    steps = tiny_run(tiny, student, fields, [Route("t2i", BASE, 1.0), Route("local_edit", "local", 1.0), Route("global_edit", "global", 1.0)], loop_params(steps=4))
+    routes = [Route("t2i", BASE, 1.0), Route("local_edit", "local", 1.0), Route("global_edit", "global", 1.0)]
+    steps = tiny_run(tiny, student, fields, routes, loop_params(steps=12, batch=2))
     assert len({step.teacher for step in steps}) > 1
     after = backbone.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -315,7 +316,7 @@ def test_the_fast_path_equals_the_plain_one_on_a_network(tiny: Tiny) -> None:
         x, one = noise[row : row + 1].clone(), condition[slice(row, row + 1)]
         states = [x.clone()]
         with torch.no_grad():
-            for now, after in zip(grid[:-1], grid[1:], strict=True):
+            for now, after in pairwise(grid):
                 x = x + (after - now) * fields[BASE](x, now.expand(1), one)
                 states.append(x.clone())
         torch.testing.assert_close(query.x_t[row : row + 1], states[steps], rtol=1e-5, atol=1e-5)

@@ -45,15 +45,16 @@ def tuple_of(category: str, record: dict[str, Any], source: Scene | None, target
     if source is not None:
         before, after = set(source.things), set(target.things)
         gone, new = next(iter(before - after), None), next(iter(after - before), None)
+        ground, lead = source.background, source.things[0].shape
         if category == "subject-add" and new:
-            return (new.shape, new.color)
+            return (new.shape, new.color, ground)
         if category == "subject-remove" and gone:
-            return (gone.shape, gone.color)
+            return (gone.shape, gone.color, ground)
         if category == "subject-replace" and gone and new:
-            return (gone.shape, gone.color, new.shape)
+            return (gone.shape, gone.color, new.shape, ground)
         if category == "color_alter" and gone and new:
-            return (gone.shape, gone.color, new.color)
-        return (source.background, target.background) if category == "background_change" else (target.style, source.background)
+            return (gone.shape, gone.color, new.color, ground)
+        return (ground, target.background, lead) if category == "background_change" else (target.style, ground, lead)
     first, last = record["include"][0], record["include"][-1]
     if category == "position":
         return (last["class"], last["position"][0], first["class"])

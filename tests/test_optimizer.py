@@ -26,7 +26,7 @@ def test_orthogonalized_singular_values_are_near_one(shape: tuple[int, int, int]
     matrices = normal(*shape) if shape[1] != shape[2] else normal(*shape) + 4.0 * torch.eye(shape[1])
     for scale in (1e-4, 1.0, 1e4):
         values = torch.linalg.svdvals(orthogonalize(scale * matrices))
-        assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+        assert float(values.min()) > 0.6 and float(values.max()) < 1.3
 
 
 def test_orthogonalizing_keeps_the_singular_vectors_and_each_matrix_to_itself() -> None:
@@ -57,12 +57,12 @@ def test_both_descend_a_quadratic(name: str) -> None:
     def loss() -> torch.Tensor:
         return torch.stack([(value - targets[key]).square().mean() for key, value in parameters]).sum()
 
-    optimizers, before = build_optimizer(name, parameters, 0.05), float(loss())
-    for step in range(200):
+    optimizers, before = build_optimizer(name, parameters, 0.2), loss().item()
+    for step in range(80):
         optimizers.zero_grad()
         loss().backward()
-        optimizers.step(warmup_then_linear(step, 200, 0, 0.5))
-    assert float(loss()) < before / 100
+        optimizers.step(warmup_then_linear(step, 80, 0, 0.3))
+    assert loss().item() < before / 20
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
@@ -103,8 +103,6 @@ def test_only_full_precision_trains() -> None:
     half = [("blocks.0.up", nn.Parameter(normal(4, 4).bfloat16()))]
     with pytest.raises(UserError, match=r"float32.*blocks\.0\.up"):
         build_optimizer("adamw", half, 0.1)
-    frozen = nn.Parameter(normal(4, 4).bfloat16(), requires_grad=False)
-    build_optimizer("adamw", [*named(), ("base", frozen)], 0.1)
     with pytest.raises(UserError, match="optimizer = 'adam'.*adamw.*muon"):
         build_optimizer("adam", named(), 0.1)
 

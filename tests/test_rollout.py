@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_rollout_of_a_linear_field_is_the_closed_form(steps: int, shift: float) 
     a, b, eye = matrix.double(), offset.double(), torch.eye(4, dtype=torch.float64)
     expected = start.double().flatten(1)
     states = [expected]
-    for now, after in zip(grid[:-1].double(), grid[1:].double(), strict=True):
+    for now, after in pairwise(grid.double()):
         expected = expected @ (eye + (after - now) * a).T + (after - now) * b  # x_j = prod (I + dt A) x_0 + the offset's own part
         states.append(expected)
     query = roll_out_to_query(linear, start, condition(6), grid, index)
@@ -84,7 +85,7 @@ def test_stopping_at_the_query_changes_no_bit_of_it() -> None:
     grid, start, rows = euler_grid(16), noise(9), 9
     index = torch.tensor([3, 15, 0, 7, 7, 1, 12, 15, 4])
     states, x = [start.clone()], start.clone()
-    for now, after in zip(grid[:-1], grid[1:], strict=True):  # the plain path: all rows to the end, then pick
+    for now, after in pairwise(grid):  # the plain path: all rows to the end, then pick
         x = x + (after - now) * curved(x, now.expand(rows), condition(rows))
         states.append(x)
     query = roll_out_to_query(curved, start, condition(rows), grid, index)

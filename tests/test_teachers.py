@@ -42,8 +42,8 @@ def folder(tiny: Tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny.teachers, tmp_path / "teachers"))
 
 
-def edit(folder: Path, name: str, **changes: Any) -> None:
-    path = folder / name / RECORD
+def edit(folder: Path, teacher: str, **changes: Any) -> None:
+    path = folder / teacher / RECORD
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -67,7 +67,7 @@ def test_an_adapter_teacher_is_switched_on_the_one_base(tiny: Tiny) -> None:
 
 
 def test_the_adapter_is_the_base_plus_its_scaled_product(tiny: Tiny) -> None:
-    backbone, fields = load_teachers(tiny.teachers, ["local"])
+    backbone, _ = load_teachers(tiny.teachers, ["local"])
     record, module = read_records(tiny.teachers)["local"], "transformer_blocks.1.ff.net.2"
     stored = load_file(tiny.teachers / "local" / ADAPTER_WEIGHTS)
     a, b = (stored[f"{module}.lora_{part}.weight"].float() for part in "AB")
@@ -113,8 +113,8 @@ def test_every_fault_is_named_at_once(folder: Path) -> None:
     names = [BASE, "local", "global", "other", "broken", "glboal"]
     faults = compatibility_faults(folder, names)
     for parts in (
-        ("local", "no such file"), ("global", "SHA-256"), ("other", "base_sha256"), ("other", "scheduler", "DDIM"), ("other", "latent_shape"), ("broken", "not valid JSON"),
-        ("glboal", "no such teacher"),
+        ("local", "no such file"), ("global", "SHA-256"), ("other", "base_sha256"), ("other", "scheduler =", "DDIM"), ("other", "latent_shape ="),
+        ("broken", "not valid JSON"), ("glboal", "no such teacher"),
     ):  # fmt: skip
         assert sum(all(part in fault for part in parts) for fault in faults) == 1, parts
     assert len(faults) == 7
@@ -132,7 +132,12 @@ def test_without_a_base_the_others_faults_are_still_told(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "part"),
-    [({"kind": "lora"}, "kind = 'lora'"), ({"backbone": "sd35"}, "backbone = 'sd35'"), ({"name": "student"}, "'student'"), ({"extra": 1}, "not a teacher record")],
+    [
+        ({"kind": "lora"}, "kind = 'lora'"),
+        ({"backbone": "sd35"}, "backbone = 'sd35'"),
+        ({"name": "student"}, "'student'"),
+        ({"extra": 1}, "not a teacher record"),
+    ],
 )
 def test_a_record_that_cannot_be_meant_is_refused(folder: Path, change: dict[str, Any], part: str) -> None:
     edit(folder, "local", **change)

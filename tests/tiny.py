@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from model.backbones.micro import MicroBackbone
 from model.distill import LoopParams
 from model.field import Condition
 from model.randomness import noise_for, torch_generator
-from model.teachers import BASE, add_adapter, load_network, save_teacher
+from model.teachers import BASE, add_adapter, read_records, save_teacher
 from tasks import encode as encoding
 from tasks.sampling import as_images
 
@@ -67,20 +68,14 @@ def disturb(values: Mapping[str, torch.Tensor], size: float, seed: int) -> None:
 def save_teachers(folder: Path) -> None:
     save_teacher(folder / BASE, new_backbone(), new_backbone().network, name=BASE, capability="t2i", kind="base", base_sha256=None)
     backbone = MicroBackbone.load(folder / BASE)
-    record = save_teacher(folder / "global", backbone, backbone.network, name="global", capability="global_edit", kind="full", base_sha256=_base_hash(folder))
-    network = load_network(backbone, folder / "global", record)
-    disturb(dict(network.named_parameters()), 0.02, seed=1)
-    save_teacher(folder / "global", backbone, network, name="global", capability="global_edit", kind="full", base_sha256=_base_hash(folder))
+    base = read_records(folder)[BASE].sha256
+    network = copy.deepcopy(backbone.network)
+    disturb(dict(network.named_parameters()), 0.1, seed=1)
+    save_teacher(folder / "global", backbone, network, name="global", capability="global_edit", kind="full", base_sha256=base)
     adapter = add_adapter(backbone, backbone.network, "local", LOCAL_RANK, LOCAL_ALPHA, seed=2)
-    disturb({name: value for name, value in adapter.items() if "lora_B" in name}, 0.05, seed=2)
+    disturb({name: value for name, value in adapter.items() if "lora_B" in name}, 0.5, seed=2)
     numbers = {"rank": LOCAL_RANK, "alpha": LOCAL_ALPHA}
-    save_teacher(folder / "local", backbone, backbone.network, name="local", capability="local_edit", kind="adapter", base_sha256=_base_hash(folder), **numbers)
-
-
-def _base_hash(folder: Path) -> str:
-    from model.teachers import read_records
-
-    return read_records(folder)[BASE].sha256
+    save_teacher(folder / "local", backbone, backbone.network, name="local", capability="local_edit", kind="adapter", base_sha256=base, **numbers)
 
 
 def save_curated(folder: Path) -> None:
@@ -138,8 +133,9 @@ def loop_params(**changes: Any) -> LoopParams:
 def write_params(path: Path, **changes: Any) -> Path:
     """A params.yaml with the sections that the distill stage reads."""
     section: dict[str, Any] = {
-        "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3, "optimizer": "muon", "warmup": 1,
-        "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low", "states": "on_policy", "routes_taken": "hard",
+        "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3,
+        "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low",
+        "states": "on_policy", "routes_taken": "hard",
     }  # fmt: skip
     path.write_text(yaml.safe_dump({"routing": {"routes": ROUTES}, "distill": {**section, **changes}}), encoding="utf-8")
     return path
