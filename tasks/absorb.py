@@ -79,7 +79,7 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
     before = read_json(student / RECORD)
     return run_training(
         "absorb", learner, guided, buckets, router(params.routes()), params.loop(), seed=params.seed, save_every=params.save_every,
-        facts=facts_of(params, encoded=encoded_fingerprint(encoded), student=before["sha256"]),
+        facts=facts_of(params, encoded=encoded_fingerprint(encoded), student=[before["sha256"], before["start_sha256"]]),
         record={**{key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")}, "student": before["sha256"]},
         out=out,
     )  # fmt: skip
