@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except UserError as error:
         return _refuse(str(error), 2)
-    except KeyboardInterrupt:
-        return _refuse("interrupted; nothing half-written was left, the same command goes on from there", 130)
+    except KeyboardInterrupt as error:
+        return _refuse(str(error) or "interrupted; nothing half-written was left, the same command goes on from there", 130)
     except _Terminated:
         return _refuse("terminated; nothing half-written was left, the same command goes on from there", 143)
     except MemoryError:
