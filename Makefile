@@ -30,7 +30,7 @@ $(STAMP): requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=/path/to/python3.11")'
 	$(BIN)/pip install --quiet --requirement requirements.lock
-	$(BIN)/python -m dvc pull --quiet data/teachers
+	$(BIN)/python -m dvc pull --quiet --remote bundled data/teachers
 	touch $(STAMP)
 
 demo: install
@@ -49,7 +49,7 @@ ui: install
 teachers: install
 	$(BIN)/python -m tasks teachers --out data/teachers
 	$(BIN)/python -m dvc commit --force teachers
-	$(BIN)/python -m dvc push data/teachers
+	$(BIN)/python -m dvc push --remote bundled data/teachers
 
 lock: install
 	uv pip compile --python-version 3.11 --no-annotate --no-header requirements.in | grep -Ev '^(nvidia-|triton|cuda-)' > requirements.resolved

@@ -22,7 +22,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 def as_images(pictures: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255.0
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255.0
 
 
 def as_pictures(images: torch.Tensor) -> list[np.ndarray]:
