@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from data.files import read_json
 
+LOG_WIDTH = 150  # columns where no terminal says otherwise
 HEADLINES = ("geneval/overall", "gedit/average")
 PLACES = {"report": "reports/score/report.html", "images": "reports/score", "scorecard": "reports/scorecard.json", "verdict": "reports/verdict.json"}
 
@@ -24,7 +26,7 @@ def print_outcome(
     project: Path, *, verdict: dict[str, Any], registered: dict[str, Any], champion: dict[str, float | None], console: Console | None = None
 ) -> None:
     """Reads the reports of `project`; prints tables and paths. `champion`: metric path -> mean of the champion before this run, empty if there was none."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     teachers = teacher_means(project / "reports" / "validate.json")
     console.print(_scores(read_json(project / "reports" / "scorecard.json"), {"champion before": champion, **teachers} if champion else teachers))
     console.print(_rules(verdict))
