@@ -21,7 +21,8 @@ from benchmarks.statistics import Metric
 from data.errors import UserError
 from data.files import atomic_file, explain, write_text
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#4d4d4d")  # tell apart without red and green
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#4d4d4d", "#f0e442", "#661100")  # tell apart without red and green
+STRIPS_A_LINE = 2
 STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 1rem 3rem;max-width:64rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
@@ -230,14 +231,20 @@ def sample_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: str |
 def edit_strips(
     sources: Sequence[np.ndarray], teachers: Sequence[np.ndarray], students: Sequence[np.ndarray], prompts: Sequence[str], path: str | Path
 ) -> None:
-    """A PNG sheet with one row an edit: source, teacher, student, each (H, W, 3) uint8, under the instruction. Raises UserError for unequal or empty lists."""
+    """A PNG sheet with two edits a line: source, teacher, student, each (H, W, 3) uint8, under the instruction. Raises UserError for unequal or empty lists."""
     lengths = {"sources": len(sources), "teachers": len(teachers), "students": len(students), "prompts": len(prompts)}
     if len(set(lengths.values())) > 1 or not prompts:
         raise UserError(f"{path}: lists of lengths {lengths}; give one of each an edit and at least one edit")
-    figure = Figure(figsize=(4.6, 1.75 * len(prompts)), layout="constrained")
-    grid = figure.subplots(len(prompts), 3, squeeze=False)
-    for line, (row, prompt) in enumerate(zip(grid, prompts, strict=True)):
-        for axes, name, image in zip(row, ("source", "teacher", "student"), (sources[line], teachers[line], students[line]), strict=True):
+    lines = math.ceil(len(prompts) / STRIPS_A_LINE)
+    figure = Figure(figsize=(4.6 * STRIPS_A_LINE, 1.75 * lines), layout="constrained")
+    grid = figure.subplots(lines, 3 * STRIPS_A_LINE, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for place, prompt in enumerate(prompts):
+        line, first = divmod(place, STRIPS_A_LINE)
+        row = grid[line, 3 * first : 3 * first + 3]
+        for axes, name, image in zip(row, ("source", "teacher", "student"), (sources[place], teachers[place], students[place]), strict=True):
+            axes.set_axis_on()
             axes.imshow(image, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
