@@ -138,7 +138,7 @@ def _cards(
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
     card = make_scorecard(CANDIDATE, scores[CANDIDATE], own, expected, identities, **numbers)
     cards = {CANDIDATE: card, DISTILLED: make_scorecard(DISTILLED, scores[DISTILLED], own, expected, {}, **numbers)}
-    for name, rows in {**reference, DISTILLED_GUIDED: scores[DISTILLED_GUIDED]}.items():
+    for name, rows in {DISTILLED_GUIDED: scores[DISTILLED_GUIDED], **reference}.items():
         kept = {category: keys for category, keys in expected.items() if any(row.category == category for row in rows)}
         if name == "ground_truth" or name == "shuffled":
             kept = {category: {(example.id, 0) for example in evaluation.examples if example.category == category} for category in kept}
