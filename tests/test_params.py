@@ -15,6 +15,7 @@ VALID = """
 world: {shapes: [circle, square], colors: [red, green], backgrounds: [white, gray], styles: [plain, night], grid: 3, cell: 8}
 backbone: {name: micro, width: 8, layers: 1, heads: 2, latent_channels: 4}
 sampling: {steps: 4, guidance: 1, images_per_prompt: 1, seed: 0, batch: 8}
+routing: {routes: [{capability: t2i, teacher: base, weight: 1}]}
 train:
   steps: 2
   rate: 1e-3

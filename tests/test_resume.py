@@ -143,10 +143,14 @@ def test_sigterm_saves_the_step_and_says_so(tiny: Tiny, tmp_path: Path, monkeypa
 def test_ctrl_c_is_one_line_and_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     expected = straight(tiny, tmp_path, monkeypatch)
     arguments = command(tiny, write_params(tmp_path / "params.yaml"))
-    with monkeypatch.context() as context:
-        at_step(context, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        capsys.readouterr()
-        assert main(arguments) == 130
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
+    try:
+        with monkeypatch.context() as context:
+            at_step(context, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+            capsys.readouterr()
+            assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 1 and "interrupted" in printed.err and "same command" in printed.err
     assert "interrupted" not in printed.out and "Traceback" not in printed.out
