@@ -124,8 +124,8 @@ def probe(field: Any, backbone: Backbone, edits: bool = True) -> torch.Tensor:
 
 def loop_params(**changes: Any) -> LoopParams:
     numbers: dict[str, Any] = {
-        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0, "rollout_steps": 8,
-        "query": "low", "states": "on_policy", "routing": "hard",
+        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "schedule": "linear", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0,
+        "max_gradient_norm": 0.0, "rollout_steps": 8, "query": "low", "states": "on_policy", "routing": "hard", "held_out": 0,
     }  # fmt: skip
     return LoopParams(**{**numbers, **changes})
 
