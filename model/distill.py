@@ -311,8 +311,9 @@ def distill(
 
     Every draw of step i comes from (seed, i, slot, purpose): starting at `start` with the state saved after step `start` equals never having stopped, and
     neither batch sizes nor the number of processes change more than the order of sums. `grid` (N + 1,), on the host, holds the noise levels of the rollout.
-    `stop` is asked in every step; `compute` takes the place of `accumulate`. Raises NotFinite when loss or gradient stop being finite, or grow beyond bounds; the student then still has the weights
-    before that step. With `execution.deferred` that is noticed one step later, and the device withholds every step from the first bad one on.
+    `stop` is asked in every step; `compute` takes the place of `accumulate`. Raises NotFinite when loss or gradient stop being finite, or grow beyond bounds;
+    the student then still has the weights before that step. With `execution.deferred` that is noticed one step later, and the device withholds every step
+    from the first bad one on.
     """
     soft = Mean(tuple(teachers[route.teacher] for route in router.routes), tuple(route.weight for route in router.routes)) if params.routing == "soft" else None
     trained, schedule = list(student.parameters.values()), SCHEDULES[params.schedule]
@@ -362,6 +363,7 @@ def distill(
                 ema.update(student.parameters)
             yield step
             begun = time.perf_counter()
+            counter.take()  # what the caller asked in between is not the step's
         if before is not None:
             before._read()
     finally:

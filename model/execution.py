@@ -19,56 +19,19 @@ from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
 from model.field import Guided, Mean, VelocityField
+from model.settings import ExecutionParams
 
 T = TypeVar("T")
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-COMPILE = ("off", "blocks")
-ATTENTION: dict[str, SDPBackend | None] = {
+PRECISION = {"fp32": None, "bf16": torch.bfloat16}
+KERNELS: dict[str, SDPBackend | None] = {
     "auto": None,  # torch chooses
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-SWITCH = ("auto", "on", "off")
 MEMORY_SHARE = 0.6  # of the free memory that the activations of one micro-batch may take
 ROLLOUT_FACTOR = 8  # rows of a rollout for each row of a micro-batch: without a graph a row costs little memory
-
-
-@dataclass(frozen=True)
-class ExecutionParams:
-    """Section `execution`.
-
-    `micro_batch`: rows of one forward with gradient, `rollout_batch`: rows of one without; 0 takes what fits into the free memory. `precision`: "fp32", or
-    "bf16" for the networks' arithmetic (weights that train, latents and Euler steps stay fp32). `compile`: "blocks" compiles one block of each kind.
-    `attention`: a kernel of torch's scaled_dot_product_attention. `checkpointing`: recompute activations in the backward; "auto" only where one row does not
-    fit otherwise. `merge_rollout`: add the student's adapter into its weights while it is rolled out; "auto" in fp32 alone, because in bf16 it moves the
-    states. `processes`: data-parallel processes on this machine. `shard_base`: spread the frozen base's weights over them (FSDP2).
-    """
-
-    device: str
-    processes: int
-    micro_batch: int
-    rollout_batch: int
-    precision: str
-    compile: str
-    attention: str
-    checkpointing: str
-    merge_rollout: str
-    shard_base: bool
-
-    def faults(self) -> list[str]:
-        known = {
-            "device": DEVICES, "precision": tuple(PRECISIONS), "compile": COMPILE, "attention": tuple(ATTENTION), "checkpointing": SWITCH, "merge_rollout": SWITCH,
-        }  # fmt: skip
-        found = [f"{name} = {getattr(self, name)!r}: choose one of {list(words)}" for name, words in known.items() if getattr(self, name) not in words]
-        found += [f"{name} = {getattr(self, name)}: expected 0 (what fits) or more" for name in ("micro_batch", "rollout_batch") if getattr(self, name) < 0]
-        if self.processes < 1:
-            found.append(f"processes = {self.processes}: expected 1 or more")
-        if self.shard_base and self.processes < 2:
-            found.append(f"shard_base = true: needs processes of 2 or more, have {self.processes}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -158,16 +121,16 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callable[[], torch.Tensor], batch: int, budget: int | None = None) -> Execution:
     """Decides batch sizes and recomputation for `row()`, the student's forward on one row. `budget` in bytes: the free memory's share unless given.
 
-    Recomputes only when memory asks for it: as few blocks as let one row fit (all of them where `checkpointing` is on).
+    Recomputes only when memory asks for it: as few blocks as let one row fit (all of them where `checkpointing` is "always").
     """
     blocks = blocks_of(network)
     allowed = int(MEMORY_SHARE * free_memory(device) / (params.processes if device.type == "cpu" else 1)) if budget is None else budget
-    recompute = len(blocks) if params.checkpointing == "on" else 0
+    recompute = len(blocks) if params.checkpointing == "always" else 0
     measured = params.micro_batch == 0 or params.checkpointing == "auto"
     rows = max(params.micro_batch, 1)
     if measured:
         with ExitStack() as stack:
-            stack.enter_context(precision(device, PRECISIONS[params.precision]))
+            stack.enter_context(precision(device, PRECISION[params.precision]))
             recompute_blocks(network, recompute)
             need = activation_bytes(row, [network])
             if params.checkpointing == "auto" and need * rows > allowed:
@@ -182,9 +145,9 @@ def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callab
                 rows = max(1, min(batch, allowed // max(need, 1)))
     rows = min(rows, batch)
     recompute_blocks(network, recompute)
-    merged = params.merge_rollout == "on" or (params.merge_rollout == "auto" and params.precision == "fp32")
+    merged = params.merge_rollout == "always" or (params.merge_rollout == "auto" and params.precision == "fp32")
     return Execution(
-        device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISIONS[params.precision], params.attention, merged, recompute,
+        device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISION[params.precision], params.attention, merged, recompute,
         device.type == "cuda",
     )  # fmt: skip
 
@@ -210,7 +173,7 @@ def recompute_blocks(network: Any, count: int) -> None:
 @contextmanager
 def precision(device: torch.device, dtype: torch.dtype | None, attention: str = "auto") -> Iterator[None]:
     """Student and teachers run inside the same one, so that equal weights give equal answers."""
-    backend = ATTENTION[attention]
+    backend = KERNELS[attention]
     with ExitStack() as stack:
         if backend is not None:
             stack.enter_context(sdpa_kernel(backend))
