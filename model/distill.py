@@ -100,6 +100,12 @@ class Bucket:
         picked = self.prompts[rows]
         return Condition(self.embeds[picked], self.pooled[picked], self.empty_embeds, self.empty_pooled, None if self.source is None else self.source[rows])
 
+    def targets(self, rows: list[int]) -> torch.Tensor:
+        """The clean target latents (B, C, H, W). Raises UserError where the data has none."""
+        if self.target is None:
+            raise UserError("states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy")
+        return self.target[rows]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -256,7 +262,7 @@ def accumulate(
                 x_t = roll_out_to_query(student.field, noise, moved(bucket.at(rows), device), grid, index).x_t
             else:
                 weight = moved(grid[index], device).reshape(-1, 1, 1, 1)
-                x_t = (1.0 - weight) * moved(_targets(bucket, rows), device) + weight * noise
+                x_t = (1.0 - weight) * moved(bucket.targets(rows), device) + weight * noise
             states.update(zip(part, x_t.unbind(), strict=True))
     order: list[int] = []
     gaps: list[torch.Tensor] = []
@@ -276,12 +282,6 @@ def accumulate(
     if order:
         losses.index_copy_(0, moved(torch.tensor(order), device), torch.cat(gaps))
     return losses, _samples(order, states, targets, plan)
-
-
-def _targets(bucket: Bucket, rows: list[int]) -> torch.Tensor:
-    if bucket.target is None:
-        raise UserError("states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy")
-    return bucket.target[rows]
 
 
 def _samples(order: list[int], states: dict[int, torch.Tensor], targets: list[torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:

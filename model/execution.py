@@ -79,6 +79,8 @@ def moved(value: T, device: torch.device) -> T:
         if value.device == device:
             return value
         return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+    if hasattr(value, "to"):  # it knows what of it belongs on the host
+        return value.to(device)  # type: ignore[no-any-return]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})  # type: ignore[no-any-return]

@@ -158,7 +158,7 @@ def _state_to_start_from(
             latest = max(others, key=lambda path: path.stat().st_mtime)
             changed = differing(read_json(latest / RECORD).get("facts", {}), facts)
             print(
-                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'nothing known'} (resume_from goes on from it)",
+                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'nothing known'}",
                 flush=True,
             )
         return None
