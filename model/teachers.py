@@ -5,9 +5,7 @@ A teacher is a folder: its weights and `teacher.json`, the record that binds the
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from torch import nn
 
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file, write_json
+from data.weights import precision_of, read_header
 from model.adapters import Adapter, linear_modules
 from model.backbones import Backbone
 from model.backbones.micro import MicroBackbone, load_weights, read_tensors
@@ -135,33 +134,6 @@ def weights_sha256(folder: Path, kind: str) -> str:
     return sha256_file(files[0]) if len(files) == 1 else digest({file.name: sha256_file(file) for file in files})
 
 
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {"dtype", "shape"} of a safetensors file, from its header alone. Raises UserError when that is not whole."""
-    try:
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            size = file.stat().st_size
-            header = json.loads(opened.read(length)) if length + 8 <= size else None
-        if header is None or any(not isinstance(value, dict) for value in header.values()):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header.pop("__metadata__", None)
-        ends = [value["data_offsets"][1] for value in header.values()]
-        if length + 8 + max(ends, default=0) != size:
-            raise ValueError(f"{size} bytes, the header needs {length + 8 + max(ends, default=0)}")
-    except (OSError, struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch or make it again") from error
-    return dict(header)
-
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
-
-def precision_of(files: Iterable[Path]) -> str:
-    """The floating type of the weights by their headers; "mixed" where there are several."""
-    kinds = {DTYPES.get(entry["dtype"], str(entry["dtype"])) for file in files for entry in read_header(file).values()}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
-
-
 def save_teacher(
     folder: Path, backbone: Backbone, network: nn.Module, *, name: str, capability: str, kind: str, base_sha256: str | None, rank: int = 0, alpha: int = 0
 ) -> TeacherRecord:
@@ -261,9 +233,8 @@ def _weight_faults(folder: Path, record: TeacherRecord) -> list[str]:
     except UserError as error:
         return [str(error)]
     faults = []
-    kinds = {DTYPES.get(entry["dtype"], str(entry["dtype"])) for header in headers for entry in header.values()}
-    if record.precision not in (*kinds, "mixed") or (len(kinds) > 1) != (record.precision == "mixed"):
-        faults.append(f"{folder.name}: precision = {record.precision!r}, the weights are {sorted(kinds)}; the record belongs to other weights")
+    if record.precision != precision_of(headers):
+        faults.append(f"{folder.name}: precision = {record.precision!r}, the weights are {precision_of(headers)}; the record belongs to other weights")
     ranks = {entry["shape"][0] for header in headers for key, entry in header.items() if key.endswith(".lora_A.weight")}
     if record.kind == "adapter" and ranks != {record.rank}:
         faults.append(f"{folder.name}: rank = {record.rank}, the weights have {sorted(ranks)}; the record belongs to other weights")

@@ -194,7 +194,7 @@ def test_a_record_of_other_weights_is_refused(folder: Path) -> None:
     edit(folder, "global", precision="float32")
     edit(folder, "local", rank=8)
     faults = "\n".join(compatibility_faults(folder, NAMES))
-    assert "global: precision = 'float32', the weights are ['float16']" in faults
+    assert "global: precision = 'float32', the weights are float16" in faults
     assert "local: rank = 8, the weights have [4]" in faults
 
 
