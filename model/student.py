@@ -14,9 +14,9 @@ from torch import nn
 from data.errors import UserError
 from data.files import read_json, sha256_file, write_json
 from model.adapters import Adapter, concatenated
-from model.backbones import Backbone
+from model.backbones import TRANSFORMER, Backbone, load_backbone
 from model.checkpoint import write_tensors
-from model.teachers import ADAPTER_WEIGHTS, BACKBONES, BASE, WEIGHTS, NetworkField, adapter_of, adapter_parameters, add_adapter, load_adapter, own_layers
+from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, adapter_of, adapter_parameters, add_adapter, load_adapter, own_layers
 
 STUDENT = "student"  # the adapter's name
 MERGED = "merged"
@@ -162,7 +162,7 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
             raise UserError(f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again")
     if record["base_sha256"] != base_sha256:
         raise UserError(f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base")
-    own = BACKBONES[record["backbone"]](folder) if record["own_start"] else None
+    own = load_backbone(folder, need=TRANSFORMER) if record["own_start"] else None
     network = backbone.network if own is None else own.network
     if not record["adapter"]:
         network.requires_grad_(True)

@@ -20,8 +20,8 @@ from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file, write_json
 from data.weights import precision_of, read_header
 from model.adapters import Adapter, linear_modules
-from model.backbones import Backbone
-from model.backbones.micro import MicroBackbone, load_weights, read_tensors
+from model.backbones import BACKBONES, Backbone, load_backbone, parts
+from model.backbones.micro import read_tensors
 from model.checkpoint import write_tensors
 from model.field import Condition
 
@@ -31,7 +31,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KINDS = ("base", "full", "adapter")
 RESERVED = ("student", "merged")  # the student's adapter, and a student's start
-BACKBONES = {"micro": MicroBackbone.load}
 
 
 @dataclass(frozen=True)
@@ -256,37 +255,38 @@ def file_faults(folder: Path, names: Iterable[str]) -> list[str]:
     return faults
 
 
-def load_base(folder: Path) -> Backbone:
-    """The frozen base below the teachers' folder. Raises UserErrors when it is missing or damaged."""
+def load_base(folder: Path, **options: Any) -> Backbone:
+    """The frozen base below the teachers' folder; `options` are those of `load_backbone`. Raises UserErrors when it is missing or damaged."""
     faults = compatibility_faults(folder, [])
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
-    return _load_base(folder)
-
-
-def _load_base(folder: Path) -> Backbone:
-    return BACKBONES[read_json(folder / BASE / RECORD)["backbone"]](folder / BASE)
+    return load_backbone(folder / BASE, **options)
 
 
 def load_network(backbone: Backbone, folder: Path, record: TeacherRecord) -> Any:
-    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now."""
-    network = type(backbone.network).from_config(dict(backbone.network.config))
-    load_weights(network, weights_file(folder, record.kind))
+    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now.
+
+    In the base's own precision and on its device, so that student and teacher compute alike.
+    """
+    weight = next(iter(parts.plain_state(backbone.network).values()))
+    with torch.device("meta"):
+        network = type(backbone.network).from_config(dict(backbone.network.config))
+    parts.load_weights(network, weight_files(folder, record.kind), weight.dtype, weight.device)
     network.requires_grad_(False)
     network.eval()
     return network
 
 
-def load_teachers(folder: Path, names: Iterable[str]) -> tuple[Backbone, dict[str, NetworkField]]:
+def load_teachers(folder: Path, names: Iterable[str], **options: Any) -> tuple[Backbone, dict[str, NetworkField]]:
     """The shared base and the named teachers as fields: "base" is the base with every adapter off, adapters are switched on it, full checkpoints stand alone.
 
-    Raises UserErrors with every fault when they do not belong together.
+    `options` are those of `load_backbone`. Raises UserErrors with every fault when they do not belong together.
     """
     names = list(dict.fromkeys(names))
     faults = compatibility_faults(folder, names)
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
-    records, backbone = read_records(folder), _load_base(folder)
+    records, backbone = read_records(folder), load_backbone(folder / BASE, **options)
     fields = {}
     for name in names:
         record = records[name]

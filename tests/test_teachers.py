@@ -173,7 +173,7 @@ def test_every_key_of_a_full_checkpoint_must_match_and_be_finite(folder: Path) -
     stored = load_file(folder / "global" / file)
     first = "proj_out.weight"
     for tensors, part in (
-        ({name: value for name, value in stored.items() if name != first}, "missing keys"),
+        ({name: value for name, value in stored.items() if name != first}, "missing key"),
         ({**stored, first: stored[first].fill_(float("nan"))}, "not finite"),
     ):
         rewrite(folder, "global", file, tensors)
