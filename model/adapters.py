@@ -26,6 +26,7 @@ from model.checkpoint import write_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")  # what PEFT and diffusers call an adapter in a folder
+RECORDS = ("teacher.json", "student.json")  # this pipeline's own, which hold rank and alpha
 SHOWN = 3  # keys that a message names
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # dots of the module's name are underscores
@@ -216,9 +217,9 @@ def _settings(path: Path, file: Path, ranks: Mapping[str, int], alphas: Mapping[
     bad = [name for name, alpha in alphas.items() if not alpha > 0]
     if bad:
         faults.append(f"{bad[0]}: alpha = {alphas[bad[0]]}; expected one number above 0")
-    config_file = file.parent / PEFT_CONFIG if path.is_dir() or file.name == PEFT_WEIGHTS else None
-    config: dict[str, Any] | None = read_json(config_file) if config_file and config_file.is_file() else _metadata(file)
-    origin = "config" if config_file and config_file.is_file() else "metadata"
+    config = _config(path, file)
+    origin = "metadata" if config is None else "config"
+    config = _metadata(file) if config is None else config
     if config is None:
         return {name: (alphas.get(name, float(rank)), rank) for name, rank in ranks.items()}, "keys" if alphas else "rank"
     for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False), ("peft_type", "LORA")):
@@ -234,6 +235,19 @@ def _settings(path: Path, file: Path, ranks: Mapping[str, int], alphas: Mapping[
         alpha = float(_patterned(config, "alpha_pattern", name, config.get("lora_alpha", rank)))
         settings[name] = (alpha * rank**0.5 if config.get("use_rslora") else alpha, rank)  # rank-stabilised: alpha / sqrt(rank)
     return settings, origin
+
+
+def _config(path: Path, file: Path) -> dict[str, Any] | None:
+    """LoraConfig's fields from the JSON beside the weights: PEFT's, or a record of this pipeline's own (teacher.json, student.json)."""
+    if not path.is_dir() and file.name != PEFT_WEIGHTS:
+        return None
+    if (file.parent / PEFT_CONFIG).is_file():
+        return dict(read_json(file.parent / PEFT_CONFIG))
+    for name in RECORDS:
+        if (file.parent / name).is_file():
+            record = read_json(file.parent / name)
+            return {"r": record.get("rank"), "lora_alpha": record.get("alpha")}
+    return None
 
 
 def _patterned(config: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:
