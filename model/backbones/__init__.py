@@ -29,6 +29,7 @@ class Backbone(Protocol):
     supports_edits: bool  # whether the network reads a source image
     pixels_per_latent: int
     size_multiple: int  # px: height and width of a picture are multiples of it
+    edit_prompts: bool  # whether edits read their prompts in another form than T2I
 
     def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
         """The prompts as T2I reads them, or as edits do."""
@@ -59,22 +60,22 @@ class Backbone(Protocol):
         ...
 
 
-def _micro(folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str) -> Backbone:
+def _micro(folder: Path, **options: Any) -> Backbone:
     from model.backbones.micro import MicroBackbone
 
     return MicroBackbone.load(folder)  # tiny, in fp32 on the CPU: what is not needed costs nothing
 
 
-def _sd3(folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str) -> Backbone:
+def _sd3(folder: Path, **options: Any) -> Backbone:
     from model.backbones.sd3 import SD3Backbone
 
-    return SD3Backbone.load(folder, need=need, dtype=dtype, max_tokens=max_tokens, device=device)
+    return SD3Backbone.load(folder, **options)
 
 
-def _zimage(folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str) -> Backbone:
+def _zimage(folder: Path, **options: Any) -> Backbone:
     from model.backbones.zimage import ZImageBackbone
 
-    return ZImageBackbone.load(folder, need=need, dtype=dtype, max_tokens=max_tokens, device=device)
+    return ZImageBackbone.load(folder, **options)
 
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {"micro": _micro, "sd3": _sd3, "zimage": _zimage}
@@ -93,13 +94,20 @@ def load_backbone(
     folder: Path,
     *,
     need: Collection[str] = PARTS,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     max_tokens: int = MAX_TOKENS,
     device: torch.device | str = "cpu",
+    resolution: int | None = None,
 ) -> Backbone:
     """The frozen base of a pipeline folder. `need`: the parts of `PARTS` that are read; training needs the transformer alone.
 
-    `dtype` is the network's and the text encoders' (the micro backbone and every VAE stay in fp32); prompts of more than `max_tokens` tokens are cut. Raises
-    UserError for a folder that is missing, damaged, pickled or of no known family.
+    `dtype` is the network's and the text encoders' (the micro backbone and every VAE stay in fp32); prompts of more than `max_tokens` tokens are cut; `device`
+    "auto" is the GPU where there is one; `resolution` (px) sets the usual picture's edge where the checkpoint's own is not wanted. The micro backbone is what its
+    folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
     """
-    return BACKBONES[family_of(folder)](folder, need=frozenset(need), dtype=dtype, max_tokens=max_tokens, device=device)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"need": frozenset(need), "dtype": dtype, "max_tokens": max_tokens, "device": device, "resolution": resolution}
+    return BACKBONES[family_of(folder)](folder, **options)

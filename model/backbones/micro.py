@@ -123,6 +123,7 @@ class MicroBackbone:
 
     name = "micro"
     supports_edits = True
+    edit_prompts = False
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
 
     def __init__(self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]) -> None:

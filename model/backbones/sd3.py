@@ -27,6 +27,7 @@ class SD3Backbone:
     """See `Backbone`. Made by `load`."""
 
     name = "sd3"
+    edit_prompts = False
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, folder: Path, network: Any, scheduler: dict[str, Any], pixels_per_latent: int, max_tokens: int) -> None:
@@ -45,13 +46,18 @@ class SD3Backbone:
         self._texts: Any = None
 
     @classmethod
-    def load(cls, folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str = "cpu") -> SD3Backbone:
+    def load(
+        cls, folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str = "cpu", resolution: int | None = None
+    ) -> SD3Backbone:
         """A frozen base from a pipeline folder; `need` names the parts that are read ("transformer", "text", "vae").
 
         Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that differ, and for a scheduler not followed.
         """
         network = parts.load_network(SD3Transformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need)
         backbone = cls(folder, network, parts.read_scheduler(folder), parts.pixels_per_latent(folder), max_tokens)
+        if resolution is not None:
+            edge = resolution // backbone.pixels_per_latent
+            backbone.latent_shape = (backbone.latent_shape[0], edge, edge)
         channels = read_json(folder / "vae" / "config.json").get("latent_channels")
         if channels != backbone.latent_shape[0]:
             raise UserError(f"{folder}: the VAE has {channels} latent channels, the transformer {backbone.latent_shape[0]}; they are of different models")

@@ -26,6 +26,7 @@ class ZImageBackbone:
     """See `Backbone`. Made by `load`."""
 
     name = "zimage"
+    edit_prompts = True
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
     supports_edits = True
 
@@ -39,13 +40,18 @@ class ZImageBackbone:
         self._texts: Any = None
 
     @classmethod
-    def load(cls, folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str = "cpu") -> ZImageBackbone:
+    def load(
+        cls, folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str = "cpu", resolution: int | None = None
+    ) -> ZImageBackbone:
         """A frozen base from a pipeline folder; `need` names the parts that are read ("transformer", "text", "vae").
 
         Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that differ, and for a scheduler not followed.
         """
         network = parts.load_network(ZImageTransformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need)
         backbone = cls(folder, network, parts.read_scheduler(folder), parts.pixels_per_latent(folder), max_tokens)
+        if resolution is not None:
+            edge = resolution // backbone.pixels_per_latent
+            backbone.latent_shape = (backbone.latent_shape[0], edge, edge)
         channels = read_json(folder / "vae" / "config.json").get("latent_channels")
         if channels != backbone.latent_shape[0]:
             raise UserError(f"{folder}: the VAE has {channels} latent channels, the transformer {backbone.latent_shape[0]}; they are of different models")
