@@ -15,6 +15,7 @@ SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 KEPT = (SAFETENSORS, ".json", ".jinja", ".model", ".txt")  # weights, configurations, vocabularies
 PIPELINE = "model_index.json"
+STUDENT = "student.json"  # marks a student's folder, all of which belongs to it
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -58,8 +59,8 @@ def weight_folder(folder: Path) -> dict[str, str]:
     Raises UserError for a folder without safetensors, with a pickle file among its parts (which runs code when it is read), or with one that is damaged.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    if (folder / PIPELINE).is_file():
-        parts = pipeline_parts(read_json(folder / PIPELINE))
+    parts = pipeline_parts(read_json(folder / PIPELINE)) if (folder / PIPELINE).is_file() else []
+    if parts and not (folder / STUDENT).is_file():
         files = [path for path in files if path.relative_to(folder).as_posix() == PIPELINE or path.relative_to(folder).parts[0] in parts]
     names = {path.relative_to(folder).as_posix(): path for path in files}
     pickled = [name for name in names if Path(name).suffix in PICKLES]

@@ -14,7 +14,7 @@ from torch import nn
 from data.errors import UserError
 from data.files import read_json, sha256_file, write_json
 from model.adapters import Adapter, concatenated
-from model.backbones import TRANSFORMER, Backbone, load_backbone
+from model.backbones import TRANSFORMER, Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
 from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, adapter_of, adapter_parameters, add_adapter, load_adapter, own_layers
 
@@ -69,11 +69,15 @@ def merged_weights(base: NetworkField, teachers: Mapping[str, NetworkField]) -> 
     return {name: value + sum(other[name] - value for other in others) / len(others) for name, value in start.items()}
 
 
-def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor]) -> Any:
+def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Any:
     network = type(backbone.network).from_config(dict(backbone.network.config))
     network.load_state_dict(weights)
     network.eval()
-    return network
+    return network.to(_base_weight(backbone).device, dtype)
+
+
+def _base_weight(backbone: Backbone) -> torch.Tensor:
+    return next(iter(parts.plain_state(backbone.network).values()))
 
 
 def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], start: str, trainable: str, rank: int, alpha: int, seed: int) -> Student:
@@ -98,7 +102,9 @@ def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], star
         weights = plain_weights(base) if trainable == "all" else None
     else:
         raise UserError(f"start = {start!r}: choose {BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}")
-    network = backbone.network if weights is None else _network_with(backbone, weights)
+    # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.
+    dtype = torch.float32 if trainable == "all" else _base_weight(backbone).dtype
+    network = backbone.network if weights is None else _network_with(backbone, weights, dtype)
     if trainable == "all":
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
@@ -162,7 +168,9 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
             raise UserError(f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again")
     if record["base_sha256"] != base_sha256:
         raise UserError(f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base")
-    own = load_backbone(folder, need=TRANSFORMER) if record["own_start"] else None
+    weight = _base_weight(backbone)
+    dtype = weight.dtype if record["adapter"] else torch.float32
+    own = load_backbone(folder, need=TRANSFORMER, dtype=dtype, device=weight.device) if record["own_start"] else None
     network = backbone.network if own is None else own.network
     if not record["adapter"]:
         network.requires_grad_(True)

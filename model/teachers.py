@@ -90,7 +90,10 @@ def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: i
         torch.manual_seed(seed)
         layers = list(targets or backbone.adapter_targets)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True), adapter_name=name)
-    return adapter_parameters(network, name)
+    parameters = adapter_parameters(network, name)
+    for parameter in parameters.values():  # PEFT gives them the base's precision, in which moments would not decay
+        parameter.data = parameter.data.float()
+    return parameters
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:

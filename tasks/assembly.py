@@ -157,7 +157,7 @@ def _fit(backbone: Backbone, files: list[Path]) -> None:
 
 
 def _says_another_base(found: Source, base: TeacherRecord) -> None:
-    """Raises UserError where the files beside the weights name a base that this is not: a record of this pipeline by its hash, PEFT's config by the hub's name."""
+    """Raises UserError where the files beside the weights name another base: a record of this pipeline by its hash, PEFT's config by the hub's name."""
     folder = found.path if found.path.is_dir() else found.path.parent
     for name in RECORDS:
         if (folder / name).is_file():
@@ -166,7 +166,7 @@ def _says_another_base(found: Source, base: TeacherRecord) -> None:
                 raise UserError(
                     f"{found.uri}: {name} says base_sha256 = {record['base_sha256'][:12]}, the base has {base.sha256[:12]}; it was trained on another base"
                 )
-            if record.get("own_start"):
+            if record.get("own_start") and record.get("adapter"):
                 raise UserError(f"{found.uri}: this student's adapter lies on a start of its own; export it as merged and bring that as a full teacher")
     if (folder / PEFT_CONFIG).is_file():
         named = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path") or ""
