@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from data.errors import UserError
+from data.errors import Terminated, UserError
 from data.files import explain, write_json, write_text
 from tasks.environment import prepare
 from tasks.params import PARAMS_FILE, load_params, read_yaml
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare()
     try:
         return _dispatch(arguments)
+    except Terminated as error:
+        return _refuse(str(error), 143)
     except UserError as error:
         return _refuse(str(error), 2)
     except KeyboardInterrupt as error:

@@ -22,6 +22,7 @@ import yaml
 from data.errors import UserError, UserErrors
 from data.files import explain
 from model.route import Route, route_faults
+from model.settings import ExecutionParams
 
 if TYPE_CHECKING:
     from data.microworld import World
@@ -145,7 +146,7 @@ class RoutingParams:
         return route_faults(self.routes)
 
 
-SHARED: dict[str, type] = {"world": WorldParams, "backbone": BackboneParams, "sampling": SamplingParams, "routing": RoutingParams}
+SHARED: dict[str, type] = {"world": WorldParams, "backbone": BackboneParams, "sampling": SamplingParams, "routing": RoutingParams, "execution": ExecutionParams}
 
 
 def _positive(params: object, *names: str) -> list[str]:
