@@ -18,8 +18,9 @@ from torch import nn
 from data.errors import UserError
 from data.randomness import numpy_generator
 from model.checkpoint import Ema
+from model.examples import Bucket as Bucket
 from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, merged_adapter, moved, networks_of, precision
-from model.field import Condition, Mean, VelocityField, evaluations, velocity_gaps
+from model.field import Mean, VelocityField, evaluations, velocity_gaps
 from model.optimizer import OPTIMIZERS, SCHEDULES, Optimizers
 from model.parallel import ALONE, World, deal, reduce_gradients
 from model.randomness import noise_for
@@ -71,40 +72,6 @@ class LoopParams:
                 found.append(f"{name} = {getattr(self, name)}: expected above 0")
         found += [f"{name} = {getattr(self, name)}: expected 0 or more" for name in ("max_gradient_norm", "held_out") if getattr(self, name) < 0]
         return found
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A capability's encoded training examples.
-
-    Row i has the prompt prompts[i] of the tables embeds (P, L, D) and pooled (P, D'); source and target are (n, C, H, W).
-    """
-
-    prompts: torch.Tensor
-    embeds: torch.Tensor
-    pooled: torch.Tensor
-    empty_embeds: torch.Tensor
-    empty_pooled: torch.Tensor
-    source: torch.Tensor | None
-    target: torch.Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def shape_of(self, row: int) -> tuple[int, ...] | None:
-        """The row's latent shape (C, H, W); None where only the backbone knows it."""
-        known = self.source if self.source is not None else self.target
-        return None if known is None else tuple(known.shape[1:])
-
-    def at(self, rows: list[int]) -> Condition:
-        picked = self.prompts[rows]
-        return Condition(self.embeds[picked], self.pooled[picked], self.empty_embeds, self.empty_pooled, None if self.source is None else self.source[rows])
-
-    def targets(self, rows: list[int]) -> torch.Tensor:
-        """The clean target latents (B, C, H, W). Raises UserError where the data has none."""
-        if self.target is None:
-            raise UserError("states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy")
-        return self.target[rows]
 
 
 @dataclass(frozen=True)
