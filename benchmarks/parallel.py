@@ -69,7 +69,7 @@ def _client(workers: int, scheduler: str) -> Iterator[Any]:
                 f"scheduler {scheduler}: no answer ({error}); start one (`dask scheduler --host 127.0.0.1`) and its workers, or leave it empty"
             ) from error
         with client:
-            _check_workers(client, scheduler)
+            check_workers(client, scheduler, code_digest())
             yield client
         return
     cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0)
@@ -77,12 +77,8 @@ def _client(workers: int, scheduler: str) -> Iterator[Any]:
         yield client
 
 
-def own_code() -> str:
-    return code_digest()
-
-
-def _check_workers(client: Any, scheduler: str) -> None:
-    own = own_code()
+def check_workers(client: Any, scheduler: str, own: str) -> None:
+    """Raises UserError unless the scheduler has workers and all of them run the code with the digest `own`."""
     try:
         found = client.run(code_digest)
     except Exception as error:  # whatever importing our code raises over there
