@@ -144,14 +144,15 @@ def _judge(arguments: Sequence[str]) -> int:
     provider = parsed.provider or (urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge)
     name = Path(parsed.judge_model).name if parsed.judge in ("local", "replay") else parsed.judge_model
     settings = JudgeSettings(
-        parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first, parsed.image_format,
-        parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,
+        parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first,
+        parsed.image_format, parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,
     )  # fmt: skip
     judge_folder(
-        _tasks(parsed, parsed.out), parsed.images, parsed.out, model=parsed.model or parsed.images.resolve().name, settings=settings, wording=load_wording(parsed.wording),
-        make_ask=lambda: _make_ask(parsed, settings), concurrency=1 if parsed.judge == "local" else parsed.concurrency, anchors=parsed.anchors, retry=parsed.retry,
-        shard=shard_of(parsed.shard), image_tokens=parsed.image_tokens, prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price,
-        only_preview=parsed.preview, say=lambda text: print(text, flush=True),
+        _tasks(parsed, parsed.out), parsed.images, parsed.out, model=parsed.model or parsed.images.resolve().name, settings=settings,
+        wording=load_wording(parsed.wording), make_ask=lambda: _make_ask(parsed, settings), concurrency=1 if parsed.judge == "local" else parsed.concurrency,
+        anchors=parsed.anchors, retry=parsed.retry, shard=shard_of(parsed.shard), image_tokens=parsed.image_tokens,
+        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview,
+        say=lambda text: print(text, flush=True),
     )  # fmt: skip
     return 0
 

@@ -103,8 +103,8 @@ def _entry(task: EditTask, edited: Path, out: Path, purpose: str) -> Entry:
             status, fault = "bad_image", str(error)
     source, path = (os.path.relpath(file, out) for file in (task.source, edited))
     return Entry(
-        purpose, task.id, task.key, task.language, task.category, task.instruction, task.intersection, source, task.source_sha256, source_size, path, sha256, size,
-        status, fault,
+        purpose, task.id, task.key, task.language, task.category, task.instruction, task.intersection, source, task.source_sha256, source_size,
+        path, sha256, size, status, fault,
     )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ b: how well everything else was kept. 0 means that the result shows a different 
 OWN_QUALITY = f"""You grade the technical quality of a picture. It was made by a computer, also where it shows people.
 
 Give two grades.
-a: how natural it looks. 0 means that the scene cannot be believed at all: light, shadows, distances or proportions are wrong; 10 means that it looks natural throughout.
+a: how natural it looks. 0 means that the scene cannot be believed at all: light, shadows, distances or proportions are wrong; 10 means that it looks natural
+throughout.
 b: how free of defects it is. 0 means that distortions, blurred faces, malformed bodies, watermarks, scratches or things that do not belong together
 dominate; 10 means that there are none.
 

@@ -40,7 +40,7 @@ def load_local(path: str | Path, device: str, dtype: str) -> LocalModel:
     `dtype` is a name of torch's ("bfloat16", "float32"). Raises UserError for a folder that is not such a checkpoint, or an unknown dtype or device.
     """
     kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"local judge: dtype = {dtype!r}; choose bfloat16, float16 or float32")
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")

@@ -1,7 +1,8 @@
-"""Defends: a folder of judgements says what was judged and nothing more: failures are bounds, no question is asked twice, a killed run ends as an unbroken one."""
+"""Defends: judgements say what was judged and nothing more: failures are bounds, no question is asked twice, a killed run ends as an unbroken one."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.gedit import overall
 from benchmarks.gedit_cli import cli
@@ -53,7 +55,9 @@ def constant(scores: dict[str, float] | None = None):
         with lock:
             asked.append(question.kind)
         value = (scores or {}).get(question.kind, 5.0)
-        return Reply("ok", json.dumps({"score": [value, 9.0], "reasoning": f"{question.kind} words"}), "m1", "stop", {"prompt_tokens": 10, "completion_tokens": 2})
+        return Reply(
+            "ok", json.dumps({"score": [value, 9.0], "reasoning": f"{question.kind} words"}), "m1", "stop", {"prompt_tokens": 10, "completion_tokens": 2}
+        )
 
     return ask, asked
 
@@ -272,12 +276,9 @@ def test_other_resizings_are_other_questions(tmp_path: Path) -> None:
     edited_path(tmp_path / "student", tasks[0]).write_bytes(png("wide", (64, 32)))
     sizes: dict[str, set] = {}
     for resize in ("match-source", "area512", "none"):
+        seen = sizes[resize] = set()
 
-        def ask(question, turns, seen=sizes.setdefault(resize, set())):
-            import io
-
-            from PIL import Image
-
+        def ask(question, turns, seen=seen):
             seen.add(tuple(Image.open(io.BytesIO(image)).size for image in question.images))
             return Reply("ok", '{"score": [5, 5]}', "m1")
 
