@@ -309,3 +309,22 @@ def compare(
         binary = all(_binary(a_scores, category) for category in categories)
         comparisons[path] = compare_paired(a, b, binary=binary, seed=seed, resamples=resamples, confidence=confidence)
     return comparisons
+
+
+def check_same_evaluator(cards: Mapping[str, Scorecard]) -> None:
+    """Raises UserErrors when scorecards of one table were made with different detectors, judges or prompt sets; cards that name none are left out.
+
+    A scorecard of real images says under identities/BENCHMARK what scored it: "evaluator" (or "judge") and "prompts".
+    """
+    faults = []
+    for benchmark in MACRO:
+        for key in ("evaluator", "judge", "prompts", "thresholds"):
+            named = {name: card.identities.get(benchmark, {}).get(key) for name, card in cards.items() if isinstance(card.identities.get(benchmark), Mapping)}
+            kinds: dict[str, list[str]] = {}
+            for name, value in named.items():
+                if value is not None:
+                    kinds.setdefault(json.dumps(value, sort_keys=True), []).append(name)
+            if len(kinds) > 1:
+                faults.append(f"{benchmark}: {len(kinds)} different values of {key} ({'; '.join(', '.join(names) for names in kinds.values())})")
+    if faults:
+        raise UserErrors("these scorecards cannot stand in one table, their numbers mean different things:", [*faults, "score them with the same evaluator"])

@@ -27,6 +27,7 @@ from tasks.stages import STAGES, load_stage
 SUMMARIES = Path("runs/summaries")
 PRESETS = Path("presets")
 OTHERS = {"check": "check params.yaml, the routes and the teachers they name", "preset": "put presets/NAME.yaml in force as params.yaml"}
+SAMPLE_SET = {"sample-set": "sample a list of prompts with one model into a folder"}
 REGISTRY = {
     "registry": "list the registered versions, their aliases and the ledger",
     "promote": "make a reviewed version the champion",
@@ -69,6 +70,11 @@ def _dispatch(arguments: list[str]) -> int:
         return _check(arguments[1:])
     if command == "preset":
         return _preset(arguments[1:])
+    if command in SAMPLE_SET:
+        from tasks import sample_set
+
+        signal.signal(signal.SIGTERM, _terminate)
+        return sample_set.cli(arguments[1:])
     if command in REGISTRY:
         from tasks import registry
 
@@ -135,13 +141,13 @@ def _presets() -> list[str]:
 def _overview(command: str) -> int:
     lines = ["usage: python -m tasks COMMAND [--help]", "", "stages, in order:"]
     lines += [f"  {name:10}{_first_line(name)}" for name in STAGES]
-    lines += ["", "other commands:", *(f"  {name:10}{text}" for name, text in {**OTHERS, **REGISTRY}.items())]
+    lines += ["", "other commands:", *(f"  {name:12}{text}" for name, text in {**OTHERS, **SAMPLE_SET, **REGISTRY}.items())]
     if command in ("-h", "--help", "help"):
         print("\n".join(lines))
         return 0
     from difflib import get_close_matches
 
-    near = get_close_matches(command, [*STAGES, *OTHERS, *REGISTRY], n=1)
+    near = get_close_matches(command, [*STAGES, *OTHERS, *SAMPLE_SET, *REGISTRY], n=1)
     raise UserError(f"unknown command {command!r}{f'; did you mean {near[0]!r}?' if near else ''}\n" + "\n".join(lines))
 
 

@@ -1,0 +1,193 @@
+"""`python -m tasks sample-set`: a list of prompts with seeds and file names, sampled with one model into a folder. The benchmarks' own commands call it.
+
+Every image has its own seed, so that it depends neither on its batch's place nor on the number of workers. What is in the folder already stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.parallel import batches, each
+from benchmarks.store import claim
+from data.errors import UserError, UserErrors
+from data.files import atomic_file, read_json
+from data.images import encode_png
+from data.progress import progress
+from model.backbones import Backbone
+from model.field import Condition, Guided, VelocityField
+from model.rollout import euler_grid, sample
+from model.student import RECORD as STUDENT_RECORD
+from model.student import load_student
+from model.teachers import BASE, load_base, load_teachers, read_records
+from model.teachers import RECORD as TEACHER_RECORD
+from tasks.params import PARAMS_FILE, SamplingParams, load_params
+from tasks.pictures import as_images, as_pictures, read_picture
+
+TEACHERS = Path("data/teachers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: `path` is relative to the output folder, `source` the picture to edit ("" for T2I)."""
+
+    id: str
+    prompt: str
+    seed: int
+    path: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a worker needs to know."""
+
+    model: str
+    teachers: str
+    jobs: tuple[Job, ...]
+    sources: tuple[bytes, ...]  # PNG, one a job, or none at all
+    steps: int
+    guidance: float
+
+
+@lru_cache(maxsize=1)
+def open_model(model: str, teachers: str) -> tuple[Backbone, VelocityField, dict[str, Any]]:
+    """The backbone, the field and what identifies it. `model`: a student's folder or a teacher's (below the teachers' folder, with its base beside it).
+
+    Raises UserError for a folder that is neither, or whose files do not belong together.
+    """
+    folder = Path(model)
+    if (folder / STUDENT_RECORD).exists():
+        base = load_base(Path(teachers))
+        student = load_student(folder, base, read_records(Path(teachers))[BASE].sha256)
+        return base, student.field, {"kind": "student", "sha256": read_json(folder / STUDENT_RECORD)["sha256"]}
+    if (folder / TEACHER_RECORD).exists():
+        backbone, fields = load_teachers(folder.parent, [folder.name])
+        return backbone, fields[folder.name], {"kind": f"teacher {folder.name}", "sha256": read_records(folder.parent)[folder.name].sha256}
+    raise UserError(
+        f"--model {model}: neither a student ({STUDENT_RECORD}) nor a teacher ({TEACHER_RECORD}) lies there; e.g. checkpoints/absorbed, data/teachers/base"
+    )
+
+
+def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
+    """{"settings": {...}, "jobs": [{"id", "prompt", "seed", "path", ["source"]}]}. Raises UserErrors with every job at fault."""
+    value = read_json(path)
+    jobs, faults = [], []
+    for number, row in enumerate(value.get("jobs") or [] if isinstance(value, dict) else []):
+        try:
+            job = Job(**row)
+        except TypeError as error:
+            faults.append(f"job {number}: {error}")
+            continue
+        place = PurePosixPath(job.path)
+        if place.is_absolute() or ".." in place.parts or place.suffix != ".png":
+            faults.append(f"job {number}: path = {job.path!r}; a .png below the output folder is needed")
+        if not job.prompt.strip():
+            faults.append(f"job {number} ({job.id}): the prompt is empty")
+        jobs.append(job)
+    if len({job.path for job in jobs}) < len(jobs):
+        faults.append("two jobs have the same path")
+    if faults or not jobs:
+        raise UserErrors(f"{path}: the list of images cannot be used:", faults or ["it holds no job"])
+    return dict(value.get("settings") or {}), jobs
+
+
+@torch.no_grad()
+def _draw(field: VelocityField, backbone: Backbone, jobs: Sequence[Job], sources: Sequence[np.ndarray], steps: int, guidance: float) -> list[np.ndarray]:
+    """One picture (H, W, 3) uint8 a job; `sources` is empty or has one picture a job."""
+    grid = euler_grid(steps, float(backbone.scheduler["shift"]))
+    embeds, pooled = backbone.encode_prompt([job.prompt for job in jobs])
+    empty_embeds, empty_pooled = backbone.encode_prompt([""])
+    source = backbone.encode_image(as_images(np.stack(list(sources)))) if sources else None
+    noise = torch.stack([torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
+    latents = sample(Guided(field, guidance), noise, Condition(embeds, pooled, empty_embeds[0], empty_pooled[0], source), grid)
+    return as_pictures(backbone.decode(latents))
+
+
+def draw_batch(batch: _Batch) -> list[bytes]:
+    """The batch's images as PNG files. Runs in a worker."""
+    backbone, field, _ = open_model(batch.model, batch.teachers)
+    sources = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in batch.sources]
+    return [encode_png(picture) for picture in _draw(field, backbone, batch.jobs, sources, batch.steps, batch.guidance)]
+
+
+def sample_set(
+    model: str,
+    jobs: Sequence[Job],
+    settings: dict[str, Any],
+    *,
+    out: Path,
+    teachers: Path,
+    steps: int,
+    guidance: float,
+    batch: int,
+    workers: int,
+    scheduler: str,
+) -> dict[str, int]:
+    """Writes every job's image that is not there yet, each whole or not at all. Returns {"images", "made"}.
+
+    Raises UserErrors for a folder whose images were made by another model or sampler.
+    """
+    backbone, _, identity = open_model(model, str(teachers))
+    sampler = {"steps": steps, "guidance": guidance, "scheduler": backbone.scheduler}
+    claim(out, {**settings, "model": identity, "sampler": sampler})
+    # Batches follow from the full list: what a network makes of an image may depend on the batch in the last bits.
+    dealt = [members for edits in (False, True) for members in batches([job for job in jobs if bool(job.source) == edits], batch)]
+    todo = [members for members in dealt if any(not (out / job.path).exists() for job in members)]
+    total = sum(map(len, todo))
+    made = 0
+
+    def prepared(members: tuple[Job, ...]) -> _Batch:
+        sources = tuple(encode_png(read_picture(Path(job.source))) for job in members if job.source)
+        return _Batch(model, str(teachers), members, sources, steps, guidance)
+
+    with progress("sample: images", total) as advance:
+
+        def done(index: int, contents: list[bytes]) -> None:
+            nonlocal made
+            for job, content in zip(todo[index], contents, strict=True):
+                if not (out / job.path).exists():
+                    with atomic_file(out / job.path) as temporary:
+                        temporary.write_bytes(content)
+                    made += 1
+            advance(len(contents))
+
+        each(draw_batch, todo, prepared, done, workers=workers, scheduler=scheduler)
+    return {"images": len(jobs), "made": made}
+
+
+def cli(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m tasks sample-set", description="Sample a list of prompts with one model; images that are there stay.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a student's folder (checkpoints/absorbed) or a teacher's (data/teachers/base)")
+    parser.add_argument("--jobs", type=Path, required=True, metavar="FILE", help='{"settings": {}, "jobs": [{"id", "prompt", "seed", "path", "source"}]}')
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--teachers", type=Path, default=TEACHERS, metavar="DIR", help="where a student's base lies (default: %(default)s)")
+    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="its section `sampling` has the defaults (default: %(default)s)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 is unguided, as a student with absorbed guidance is sampled (default: %(default)s)")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--scheduler", default="", metavar="ADDRESS")
+    parsed = parser.parse_args(arguments)
+    params = load_params(SamplingParams, "sampling", parsed.params)
+    chosen = SamplingParams(**{**asdict(params), **{name: value for name in ("steps", "batch") if (value := getattr(parsed, name)) is not None}})
+    faults = chosen.faults() + ([f"guidance = {parsed.guidance}: expected 1 (unguided) or more"] if parsed.guidance < 1 else [])
+    if faults:
+        raise UserErrors("sample-set:", faults)
+    settings, jobs = _read_jobs(parsed.jobs)
+    counts = sample_set(
+        parsed.model, jobs, settings, out=parsed.out, teachers=parsed.teachers, steps=chosen.steps, guidance=parsed.guidance, batch=chosen.batch,
+        workers=parsed.workers, scheduler=parsed.scheduler,
+    )  # fmt: skip
+    print(f"sample-set: {counts['made']} of {counts['images']} images made, the others were there")
+    return 0

@@ -1,0 +1,88 @@
+"""Defends: work spread over processes gives what one process gives, in the order of the jobs; a job's mistake or a silent scheduler is one message."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.parallel import batches, check_workers, each
+from data.errors import UserError, UserErrors
+from tasks.environment import PROJECT
+
+
+def product(job: tuple[int, torch.Tensor]) -> tuple[int, float, int]:
+    """(index, a sum whose last bits depend on the number of threads, process)."""
+    index, values = job
+    return index, float((values @ values.T).sum()), os.getpid()
+
+
+def mistaken(job: tuple[int, torch.Tensor]) -> tuple[int, float, int]:
+    if job[0] == 3:
+        raise UserErrors("two faults:", ["one", "another"])
+    return job[0], 0.0, 0
+
+
+def collected(workers: int, function=product, scheduler: str = "") -> list[tuple[int, float, int]]:
+    found: list[tuple[int, float, int]] = []
+
+    def done(index: int, result: tuple[int, float, int]) -> None:
+        assert index == len(found) == result[0]  # in order
+        found.append(result)
+
+    def prepare(index: int) -> tuple[int, torch.Tensor]:
+        return index, torch.rand(64, 300, generator=torch.Generator().manual_seed(index))
+
+    each(function, list(range(12)), prepare, done, workers=workers, scheduler=scheduler)
+    return found
+
+
+def test_any_number_of_workers_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    alone, together = collected(1), collected(2)
+    assert [row[:2] for row in alone] == [row[:2] for row in together]
+    assert {row[2] for row in alone} == {os.getpid()} and os.getpid() not in {row[2] for row in together}
+
+
+def test_a_named_scheduler_s_workers_are_used_and_checked() -> None:
+    from distributed import Client, LocalCluster
+
+    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, processes=False, protocol="tcp://", threads_per_worker=1) as cluster:
+        address = cluster.scheduler_address
+        with pytest.raises(UserError, match="it has no worker"):
+            collected(1, scheduler=address)
+        cluster.scale(1)
+        cluster.wait_for_workers(1)
+        assert [row[:2] for row in collected(1, scheduler=address)] == [row[:2] for row in collected(1)]
+        with pytest.raises(UserError, match="two faults"):
+            collected(1, mistaken, address)
+        with Client(address) as client, pytest.raises(UserError, match="1 of 1 workers run another version of the code"):
+            check_workers(client, address, "another version")
+
+
+def test_a_mistake_in_a_job_is_its_message() -> None:
+    with pytest.raises(UserError, match="two faults:\n  - one"):
+        collected(1, mistaken)
+    with pytest.raises(UserError, match="workers = 0"):
+        collected(0)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.parallel.CONNECT_SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"scheduler tcp://127\.0\.0\.1:1: no answer"):
+        collected(1, scheduler="tcp://127.0.0.1:1")
+
+
+def test_threads_are_as_before(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    collected(1)
+    assert torch.get_num_threads() == before
+
+
+def test_batches_are_consecutive() -> None:
+    assert batches(list("abcde"), 2) == [("a", "b"), ("c", "d"), ("e",)]
+    assert batches([], 2) == []
+    with pytest.raises(UserError, match="batch = 0"):
+        batches([1], 0)
