@@ -43,7 +43,7 @@ except UserError as error:
 
 @pytest.mark.parametrize("simultaneous", ["yes", "no"])
 def test_two_processes_promote_two_versions(tmp_path: Path, simultaneous: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """"yes": both reach the ledger having seen it empty. "no": they start together and run as they happen to."""
+    """ "yes": both reach the ledger having seen it empty. "no": they start together and run as they happen to."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     project = candidates.new_project(tmp_path / "project")
     candidates.submitted(project)

@@ -310,5 +310,3 @@ def test_another_store_has_a_ledger_of_its_own(tmp_path: Path) -> None:
     other = tracking.Store(None, "http://127.0.0.1:5000", tmp_path.resolve())  # type: ignore[arg-type]
     assert registry.ledger_folder(own) == tmp_path.resolve() / "mlflow" / "ledger"
     assert registry.ledger_folder(other).parent == registry.ledger_folder(own)
-
-
