@@ -22,6 +22,8 @@ from tasks.environment import PROJECT, prepare  # noqa: E402
 
 prepare()
 
+pytest_plugins = ["tests.servers"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _home() -> Iterator[None]:
