@@ -125,6 +125,11 @@ def without_credentials(uri: str) -> str:
     return uri if uri.startswith("sqlite") else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
+def _clean(error: BaseException) -> str:
+    """An error's text without the credentials that an address in it may carry."""
+    return re.sub(r"//[^/@\s]+@", "//", str(error))
+
+
 def is_outage(error: BaseException) -> bool:
     """Whether the server did not answer, or answered that it cannot at the moment: worth trying again later, unlike a refusal."""
     from requests.exceptions import RequestException
@@ -141,7 +146,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = (_clean(error).strip().splitlines() or [type(error).__name__])[0]
         where = without_credentials(uri)
         if uri.startswith("http") and is_outage(error):
             raise Outage(f"MLflow ({where}) stopped answering; no result is lost, run the same command again when it is back ({first[:300]})") from error
@@ -250,7 +255,7 @@ def _send(tracked: Run, operation: Mapping[str, Any], spare: BaseException | Non
             if not (tracked.store.uri.startswith("http") and is_outage(error)):
                 if spare is None:
                     raise
-                logging.getLogger(__name__).warning("run %s: %s could not be recorded: %s", tracked.run_id, dict(operation), error)
+                logging.getLogger(__name__).warning("run %s: %s could not be recorded: %s", tracked.run_id, dict(operation), _clean(error))
                 return
     _keep(folder, operation)
 
@@ -320,7 +325,7 @@ def replay(store: Store) -> list[str]:
             except MlflowException as error:
                 if is_outage(error):
                     raise
-                logging.getLogger(__name__).warning("run %s refuses what was kept for it (%s); it is set aside in %s.refused", folder.name, error, folder)
+                logging.getLogger(__name__).warning("run %s refuses what was kept for it (%s): set aside in %s.refused", folder.name, _clean(error), folder)
                 folder.rename(folder.with_name(f"{folder.name}.refused"))
                 continue
         shutil.rmtree(folder)

@@ -3,13 +3,15 @@ that puts faults between a client and one of them.
 
     s3_server (session)   the store; S3Server.environment are the settings that a child process needs
     s3 (function)         "s3://BUCKET/PREFIX" of the test's own, with the settings in force
-    mlflow_server (session)  MLflow with basic authentication; MlflowServer.uri, .user(name, password)
+    mlflow_server (session)  MLflow with basic authentication; MlflowServer.environment, .new_user(name)
     FaultyProxy(url)      answers 500 or 503, cuts connections or waits, as `fault` says
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
+import json
 import os
 import secrets
 import signal
@@ -30,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tasks import tracking
 
 START_SECONDS = 300  # MLflow takes 26 s on an idle machine
 BUCKET = "danceopd"
@@ -258,3 +262,63 @@ def first(count: int, fault: str, *, method: str | None = None, containing: str 
         return None
 
     return plan
+
+
+# MLflow with accounts
+
+
+@dataclass(frozen=True)
+class MlflowServer:
+    """`mlflow server --app-name basic-auth`. Its database and artifacts are in `folder`."""
+
+    url: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+    admin: str
+    password: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"MLFLOW_TRACKING_URI": self.url, "MLFLOW_TRACKING_USERNAME": self.admin, "MLFLOW_TRACKING_PASSWORD": self.password}
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None, account: tuple[str, str] | None = None) -> tuple[int, bytes]:
+        """(status, content) of one request, anonymous unless an account (name, password) is given."""
+        headers = {"Content-Type": "application/json"}
+        if account is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(":".join(account).encode()).decode()
+        data = json.dumps(body or {}).encode() if method != "GET" else None
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method), timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def new_user(self, name: str) -> str:
+        """A new account with the default rights (it may read); returns its password."""
+        password = secrets.token_urlsafe(18)
+        status, content = self.request("POST", "/api/2.0/mlflow/users/create", {"username": name, "password": password}, (self.admin, self.password))
+        assert status == 200, content
+        return password
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """Half a minute on an idle machine; shared by the session, so a test keeps to models and runs of its own."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    (port,) = free_ports(1)
+    admin, password = "admin", secrets.token_urlsafe(18)
+    accounts = f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder / 'accounts.db'}\n"
+    (folder / "auth.ini").write_text(accounts + "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n")
+    environment = {
+        **os.environ,
+        **tracking.SWITCHES,
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+    }
+    environment |= {"MLFLOW_AUTH_ADMIN_USERNAME": admin, "MLFLOW_AUTH_ADMIN_PASSWORD": password}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    options = ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")]
+    with process_group([sys.executable, "-m", "mlflow", "server", *options, *stores], folder, environment) as process:
+        wait_for(process, lambda: answers(f"http://127.0.0.1:{port}/health"), folder)
+        yield MlflowServer(f"http://127.0.0.1:{port}", folder, process, admin, password)
