@@ -308,5 +308,5 @@ def test_each_ledger_number_is_given_once(tmp_path: Path) -> None:
 def test_another_store_has_a_ledger_of_its_own(tmp_path: Path) -> None:
     own = tracking.Store(None, tracking.local_uri(tmp_path), tmp_path.resolve())  # type: ignore[arg-type]
     other = tracking.Store(None, "http://127.0.0.1:5000", tmp_path.resolve())  # type: ignore[arg-type]
-    assert registry.ledger_folder(own) == tmp_path.resolve() / "mlflow" / "ledger"
-    assert registry.ledger_folder(other).parent == registry.ledger_folder(own)
+    assert registry.ledger_place(own) == tmp_path.resolve() / "mlflow" / "ledger"
+    assert registry.ledger_place(other).parent == registry.ledger_place(own)
