@@ -70,7 +70,7 @@ class PretrainedParams:
     """Key `backbone.pretrained`: how a published checkpoint is loaded and fed.
 
     `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is), `device` "auto", "cpu" or "cuda",
-    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut, and counted by stage `encode`.
+    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut; stage `encode` counts them.
     `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
     """
 
@@ -106,6 +106,10 @@ class BackboneParams:
             if getattr(self.pretrained, name) not in known:
                 faults.append(f"pretrained.{name} = {getattr(self.pretrained, name)!r}: choose one of {list(known)}")
         return faults
+
+    @property
+    def offload(self) -> bool:
+        return self.pretrained is not None and self.pretrained.offload
 
     def loading(self) -> dict[str, Any]:
         """The options of model.backbones.load_backbone; none for the micro backbone, which is what its folder says."""
