@@ -99,7 +99,7 @@ def activation_bytes(forward: Callable[[], torch.Tensor], networks: Iterable[nn.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph: a cycle that nothing frees
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         answer = forward()

@@ -187,6 +187,8 @@ class Metrics:
         self.path, self.writes = path, writes
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
+                left.unlink()
             write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
