@@ -37,6 +37,7 @@ from tasks.progress import progress
 RUNS = Path("runs")
 COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor", "seconds")
 METRICS = "metrics.jsonl"
+SHARES = "query/"  # of the queried noise levels over the whole run: written at its end
 VALIDATION = "validation"  # folder of the pictures
 PICTURES = 4  # examples a capability
 
@@ -189,7 +190,7 @@ class Metrics:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
                 left.unlink()
-            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start))
+            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.writes and values:
@@ -354,7 +355,7 @@ def run_training(
     if world.rank == 0:
         student.load(ema.shadow)
         total = sum(run.queried.values())
-        metrics.log(done, {f"query/t_{level}": count / total for level, count in sorted(run.queried.items())})
+        metrics.log(done, {f"{SHARES}t_{level}": count / total for level, count in sorted(run.queried.items())})
         with atomic_folder(out) as folder:
             extra = {"stage": stage, "steps": done, "fingerprint": fingerprint, **({"origin": run.origin} if run.origin else {})}
             save_student(folder, student, {**record, **extra})

@@ -32,7 +32,7 @@ from tests.tiny import Tiny, loop_params, write_params
 from tests.tiny import build as build_tiny
 
 ROUTER = Router((Route("t2i", "teacher0", 1.0), Route("local_edit", "teacher1", 1.0)))
-PARAMS = loop_params(batch=5, rollout_steps=6, steps=3, learning_rate=1e-2, ema=0.5)
+PARAMS = loop_params(batch=5, rollout_steps=6, steps=3, learning_rate=1e-3, ema=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_dealing_balances_and_loses_no_slot() -> None:
         assert max(sums) - min(sums) <= max(costs)
         balanced.append(max(sums))
         lockstep.append(max(sum(costs[slot] for slot in range(rank, 16, 4)) for rank in range(4)))
-    assert np.mean(balanced) < 0.9 * np.mean(lockstep)  # against dealing in turn
+    assert np.mean(balanced) < 0.95 * np.mean(lockstep)  # against dealing in turn
     assert deal([3, 1], 3) == [[0], [1], []] and deal([1, 2, 3], 1) == [[0, 1, 2]]
 
 
@@ -103,7 +103,7 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
     for rank in range(size):
         found, theirs = load_file(tmp_path / f"{rank}.safetensors"), read_json(tmp_path / f"{rank}.json")
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=name)
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
         for mine, one in zip(theirs[:-1], numbers[:-1], strict=True):
             assert mine[2] == mine[3] == one[2] and mine[4] == 1.0  # counted over all, and asked to stop by one: known to all
             np.testing.assert_allclose(mine[:2] + mine[5:], one[:2] + one[5:], rtol=1e-5, atol=1e-6)
