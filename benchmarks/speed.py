@@ -285,8 +285,8 @@ def _take(path: Running, device: torch.device) -> tuple[Step, float]:
 def measure(case: Case, device: torch.device, seed: int, alternations: int) -> dict[str, Any]:
     """Both paths in turn: ratios, rates, counted evaluations; the largest relative gap between their losses."""
     paths = {path: start(case, path, device, seed, alternations + 1) for path in PATHS}
-    for path in paths.values():  # the first step pays for what is done once
-        _take(path, device)
+    for running in paths.values():  # the first step pays for what is done once
+        _take(running, device)
     seconds: dict[str, list[float]] = {path: [] for path in PATHS}
     counted, floor, gap = 0, 0, 0.0
     for _ in range(alternations):

@@ -77,7 +77,8 @@ class Watch:
 
 def loop_params(params: Any, **given: Any) -> LoopParams:
     """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not have."""
-    return LoopParams(**{field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)})
+    numbers: dict[str, Any] = {field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)}
+    return LoopParams(**numbers)
 
 
 def watch_params(params: Any) -> Watch:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ZImageTransformer2DModel
 
+from benchmarks.speed import CASES as SPEED_CASES
 from benchmarks.speed import Case, build, sd3_case
 from model.checkpoint import Ema
 from model.distill import Bucket, LoopParams, NotFinite, Plan, accumulate, distill, parts, plan_step
@@ -36,7 +38,18 @@ def micro_case() -> Case:
     return replace(case, rank=0)
 
 
+def zimage_case() -> Case:
+    """Z-Image's class and call, small."""
+    config = {
+        "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 24, "axes_dims": [4, 6, 6], "axes_lens": [64, 16, 16],
+    }  # fmt: skip
+    real, tiny = SPEED_CASES["zimage"](512), CASES["sd3"]
+    shapes = {"latent_shape": (16, 4, 4), "tokens": 3, "widths": (24, 1), "rank": 4, "teachers": 2, "batch": 5, "rollout_steps": 6}
+    return replace(real, name="tiny zimage", network=lambda: ZImageTransformer2DModel(**config), execution=tiny.execution, **shapes)  # type: ignore[arg-type]
+
+
 CASES = {"micro": micro_case(), "sd3": sd3_case("tiny sd3", 32, 2, 4, 3, 4, 5, None, 6)}
+CASES["zimage"] = zimage_case()
 
 
 @dataclass(frozen=True)
