@@ -75,16 +75,15 @@ def networks_of(field: VelocityField) -> list[nn.Module]:
 
 def moved(value: T, device: torch.device) -> T:
     """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that the copy waits for nothing that is still running there."""
+    whole: Any = value
     if isinstance(value, torch.Tensor):
         if value.device == device:
             return value
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+        return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
     if hasattr(value, "to"):  # it knows what of it belongs on the host
-        return value.to(device)  # type: ignore[no-any-return]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})  # type: ignore[no-any-return]
-    return value
+        return whole.to(device)
+    parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(whole)}
+    return dataclasses.replace(whole, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})
 
 
 # --- what fits ----------------------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def activation_bytes(forward: Callable[[], torch.Tensor], networks: Iterable[nn.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph: a cycle that nothing frees
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         answer = forward()
@@ -206,7 +205,8 @@ def merged_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
     On rows of many tokens that costs a fraction of the two extra products, takes no memory of its own, and leaves the base's weights untouched. A no-op
     without an adapter.
     """
-    layers: list[Any] = [module for module in network.modules() if adapter is not None and hasattr(module, "get_delta_weight") and adapter in module.lora_A]
+    named: list[Any] = [module for module in network.modules() if hasattr(module, "get_delta_weight")]
+    layers = [layer for layer in named if adapter is not None and adapter in layer.lora_A]
     for layer in layers:
         layer.forward = _merged_forward(layer, str(adapter))
     try:

@@ -38,8 +38,7 @@ def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterato
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = distributed.FileStore(str(meeting), size)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    distributed.init_process_group(backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size)
     finally:

@@ -37,6 +37,7 @@ from tasks.progress import progress
 RUNS = Path("runs")
 COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor", "seconds")
 METRICS = "metrics.jsonl"
+SHARES = "query/"  # of the queried noise levels over the whole run: written at its end
 VALIDATION = "validation"  # folder of the pictures
 PICTURES = 4  # examples a capability
 
@@ -76,7 +77,8 @@ class Watch:
 
 def loop_params(params: Any, **given: Any) -> LoopParams:
     """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not have."""
-    return LoopParams(**{field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)})
+    numbers: dict[str, Any] = {field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)}
+    return LoopParams(**numbers)
 
 
 def watch_params(params: Any) -> Watch:
@@ -187,7 +189,9 @@ class Metrics:
         self.path, self.writes = path, writes
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start))
+            for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
+                left.unlink()
+            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.writes and values:
@@ -352,7 +356,7 @@ def run_training(
     if world.rank == 0:
         student.load(ema.shadow)
         total = sum(run.queried.values())
-        metrics.log(done, {f"query/t_{level}": count / total for level, count in sorted(run.queried.items())})
+        metrics.log(done, {f"{SHARES}t_{level}": count / total for level, count in sorted(run.queried.items())})
         with atomic_folder(out) as folder:
             extra = {"stage": stage, "steps": done, "fingerprint": fingerprint, **({"origin": run.origin} if run.origin else {})}
             save_student(folder, student, {**record, **extra})
