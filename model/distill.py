@@ -15,6 +15,7 @@ from torch import nn
 from data.errors import UserError
 from data.randomness import numpy_generator
 from model.checkpoint import Ema
+from model.examples import Bucket as Bucket
 from model.field import Condition, Mean, VelocityField, evaluations, velocity_mse
 from model.optimizer import OPTIMIZERS, Optimizers, warmup_then_linear
 from model.randomness import noise_for
@@ -61,29 +62,6 @@ class LoopParams:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """A capability's encoded training examples.
-
-    Row i has the prompt prompts[i] of the tables embeds (P, L, D) and pooled (P, D'); source and target are (n, C, H, W).
-    """
-
-    prompts: torch.Tensor
-    embeds: torch.Tensor
-    pooled: torch.Tensor
-    empty_embeds: torch.Tensor
-    empty_pooled: torch.Tensor
-    source: torch.Tensor | None
-    target: torch.Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def at(self, rows: list[int]) -> Condition:
-        picked = self.prompts[rows]
-        return Condition(self.embeds[picked], self.pooled[picked], self.empty_embeds, self.empty_pooled, None if self.source is None else self.source[rows])
-
-
-@dataclass(frozen=True)
 class Step:
     """One optimizer step: mean loss and mean queried t over the batch.
 
@@ -105,11 +83,9 @@ def _query(
 ) -> Query:
     if states == "on_policy":
         return roll_out_to_query(student, noise, condition, grid, index)
-    if bucket.target is None:
-        raise UserError("states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy")
     t = grid[index]
     weight = t.reshape(-1, 1, 1, 1)
-    return Query((1.0 - weight) * bucket.target[rows] + weight * noise, t, index)
+    return Query((1.0 - weight) * bucket.targets(rows) + weight * noise, t, index)
 
 
 def distill(

@@ -13,11 +13,12 @@ from torch import nn
 
 from data.errors import UserError
 from data.files import read_json, sha256_file, write_json
-from model.backbones import Backbone
+from model.backbones import TRANSFORMER, Backbone, load_backbone
 from model.checkpoint import write_tensors
-from model.teachers import ADAPTER_WEIGHTS, BACKBONES, BASE, WEIGHTS, NetworkField, adapter_parameters, add_adapter, load_adapter
+from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, adapter_parameters, add_adapter, load_adapter
 
 STUDENT = "student"  # the adapter's name
+FROZEN = "frozen"  # of its frozen copy
 MERGED = "merged"
 RECORD = "student.json"
 TRAINABLE = ("all", "adapter")
@@ -42,7 +43,15 @@ class Student:
             parameter.copy_(values[name])
 
     def frozen_copy(self) -> NetworkField:
-        """The student as it is now, as a field that no longer changes."""
+        """The student as it is now, as a field that no longer changes: for an adapter a second one on the same network, else a network of its own."""
+        if self.adapter is not None:
+            config = self.network.peft_config[self.adapter]
+            copied = add_adapter(self.backbone, self.network, FROZEN, config.r, config.lora_alpha, seed=0)
+            with torch.no_grad():
+                for name, parameter in copied.items():
+                    parameter.copy_(self.parameters[name.replace(f".{FROZEN}.", f".{self.adapter}.")])
+                    parameter.requires_grad_(False)
+            return NetworkField(self.backbone, self.network, FROZEN)
         network = copy.deepcopy(self.network)
         network.requires_grad_(False)
         return NetworkField(self.backbone, network, self.adapter)
@@ -67,8 +76,10 @@ def merged_weights(base: NetworkField, teachers: Mapping[str, NetworkField]) -> 
     return {name: value + sum(other[name] - value for other in others) / len(others) for name, value in start.items()}
 
 
-def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor]) -> Any:
-    network = type(backbone.network).from_config(dict(backbone.network.config))
+def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> Any:
+    """A network of its own on the base's device, by default in the base's precision."""
+    base = next(backbone.network.parameters())
+    network = nn.Module.to(type(backbone.network).from_config(dict(backbone.network.config)), device=base.device, dtype=dtype or base.dtype)
     network.load_state_dict(weights)
     network.eval()
     return network
@@ -92,7 +103,7 @@ def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], star
         weights = plain_weights(base) if trainable == "all" else None
     else:
         raise UserError(f"start = {start!r}: choose {BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}")
-    network = backbone.network if weights is None else _network_with(backbone, weights)
+    network = backbone.network if weights is None else _network_with(backbone, weights, torch.float32 if trainable == "all" else None)
     if trainable == "all":
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
@@ -135,7 +146,7 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
             raise UserError(f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again")
     if record["base_sha256"] != base_sha256:
         raise UserError(f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base")
-    own = BACKBONES[record["backbone"]](folder) if record["own_start"] else None
+    own = load_backbone(folder, need=TRANSFORMER) if record["own_start"] else None
     network = backbone.network if own is None else own.network
     if not record["adapter"]:
         network.requires_grad_(True)

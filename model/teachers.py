@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from torch import nn
 
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_file, write_json
-from model.backbones import Backbone
-from model.backbones.micro import MicroBackbone, load_weights, read_tensors
+from model.backbones import BACKBONES, Backbone, load_backbone, parts
+from model.backbones.micro import load_weights, read_tensors
 from model.checkpoint import write_tensors
 from model.field import Condition
 
@@ -28,8 +29,7 @@ RECORD = "teacher.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KINDS = ("base", "full", "adapter")
-RESERVED = ("student", "merged")  # the student's adapter, and a student's start
-BACKBONES = {"micro": MicroBackbone.load}
+RESERVED = ("student", "frozen", "merged")  # the student's adapter, its frozen copy, and a student's start
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,36 @@ class TeacherRecord:
 
 @dataclass(frozen=True)
 class NetworkField:
-    """A network, with one of its adapters switched on or all switched off, as a velocity field."""
+    """A network, with one of its adapters switched on or all switched off, as a velocity field.
+
+    `offload` names the device that the network visits for each of its evaluations, living on the CPU between them; None: it stays where it is.
+    """
 
     backbone: Backbone
     network: Any
     adapter: str | None = None
+    offload: torch.device | None = None
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         switch_adapter(self.network, self.adapter)
-        return self.backbone.velocity(self.network, x_t, t, condition)
+        with visiting(self.network, self.offload):
+            return self.backbone.velocity(self.network, x_t, t, condition)
+
+
+@contextmanager
+def visiting(network: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The frozen network's tensors on `device` for the length of the block. The copies are dropped, not brought back: nothing in them has changed."""
+    if device is None:
+        yield
+        return
+    home = {value: value.data for value in [*network.parameters(), *network.buffers()]}
+    try:
+        for value in home:
+            value.data = value.data.to(device, copy=True, non_blocking=True)
+        yield
+    finally:
+        for value, data in home.items():
+            value.data = data
 
 
 def switch_adapter(network: Any, adapter: str | None) -> None:
@@ -79,7 +100,10 @@ def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: i
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are the design
         torch.manual_seed(seed)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(backbone.adapter_targets), init_lora_weights=True), adapter_name=name)
-    return adapter_parameters(network, name)
+    parameters = adapter_parameters(network, name)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()  # peft gives them the base's precision, in which Adam's moments cannot decay
+    return parameters
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -177,44 +201,49 @@ def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
     return faults
 
 
-def load_base(folder: Path) -> Backbone:
-    """The frozen base below the teachers' folder. Raises UserErrors when it is missing or damaged."""
+def load_base(folder: Path, **options: Any) -> Backbone:
+    """The frozen base below the teachers' folder; `options` are those of `load_backbone`. Raises UserErrors when it is missing or damaged."""
     faults = compatibility_faults(folder, [])
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
-    return _load_base(folder)
+    return load_backbone(folder / BASE, **options)
 
 
-def _load_base(folder: Path) -> Backbone:
-    return BACKBONES[read_json(folder / BASE / RECORD)["backbone"]](folder / BASE)
-
-
-def load_network(backbone: Backbone, folder: Path, record: TeacherRecord) -> Any:
-    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now."""
-    network = type(backbone.network).from_config(dict(backbone.network.config))
-    load_weights(network, weights_file(folder, record.kind))
+def load_network(backbone: Backbone, folder: Path, record: TeacherRecord, device: torch.device | str | None = None) -> Any:
+    """A full checkpoint as a frozen network of its own: the base's class, configuration and precision, without the adapters that it may carry by now."""
+    if backbone.name == "micro":
+        network = type(backbone.network).from_config(dict(backbone.network.config))
+        load_weights(network, weights_file(folder, record.kind))
+    else:
+        own = next(backbone.network.parameters())
+        with torch.device("meta"):
+            network = type(backbone.network).from_config(dict(backbone.network.config))
+        parts.load_weights(network, [weights_file(folder, record.kind)], own.dtype, device or own.device)
     network.requires_grad_(False)
     network.eval()
     return network
 
 
-def load_teachers(folder: Path, names: Iterable[str]) -> tuple[Backbone, dict[str, NetworkField]]:
+def load_teachers(folder: Path, names: Iterable[str], offload: bool = False, **options: Any) -> tuple[Backbone, dict[str, NetworkField]]:
     """The shared base and the named teachers as fields: "base" is the base with every adapter off, adapters are switched on it, full checkpoints stand alone.
 
-    Raises UserErrors with every fault when they do not belong together.
+    `offload` keeps full checkpoints on the CPU but for their own evaluations. `options` are those of `load_backbone`. Raises UserErrors with every fault when
+    they do not belong together.
     """
     names = list(dict.fromkeys(names))
     faults = compatibility_faults(folder, names)
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
-    records, backbone = read_records(folder), _load_base(folder)
+    records, backbone = read_records(folder), load_backbone(folder / BASE, **options)
     fields = {}
     for name in names:
         record = records[name]
         if record.kind == "base":
             fields[name] = NetworkField(backbone, backbone.network)
         elif record.kind == "full":
-            fields[name] = NetworkField(backbone, load_network(backbone, folder / name, record))
+            device = next(backbone.network.parameters()).device
+            network = load_network(backbone, folder / name, record, "cpu" if offload else None)
+            fields[name] = NetworkField(backbone, network, None, device if offload else None)
         else:
             parameters = add_adapter(backbone, backbone.network, name, record.rank, record.alpha, seed=0)
             load_adapter(parameters, weights_file(folder / name, record.kind), name)

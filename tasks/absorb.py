@@ -8,12 +8,14 @@ from typing import Any
 
 from data.files import read_json
 from data.records import CAPABILITIES
+from model.backbones import TRANSFORMER
 from model.distill import LoopParams
 from model.field import Guided, VelocityField
 from model.route import Route, route_faults, router
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
 from tasks.encode import encoded_fingerprint, load_buckets
+from tasks.params import BackboneParams
 from tasks.training import facts_of, run_training
 
 
@@ -30,6 +32,7 @@ class Guidance:
 class Params:
     """Section `absorb`. `fields`: what is absorbed, by capability; the rest is as in `distill`."""
 
+    backbone: BackboneParams
     fields: tuple[Guidance, ...]
     seed: int
     save_every: int
@@ -72,7 +75,7 @@ class Params:
 def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out: Path) -> dict[str, Any]:
     """Trains the distilled student on towards its own guided field, and writes it to `out`."""
     base = read_records(teachers)[BASE]
-    learner = load_student(student, load_base(teachers), base.sha256)
+    learner = load_student(student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading()), base.sha256)
     frozen = learner.frozen_copy()
     guided: dict[str, VelocityField] = {f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields}
     buckets = load_buckets(encoded, [field.capability for field in params.fields if field.capability in CAPABILITIES], base.sha256)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.backbones import TRANSFORMER
 from model.distill import LoopParams
 from model.route import router
 from model.student import TRAINABLE, start_student
 from model.teachers import BASE, load_teachers, read_records
 from tasks.encode import encoded_fingerprint, load_buckets
-from tasks.params import RoutingParams
+from tasks.params import BackboneParams, RoutingParams
 from tasks.training import facts_of, run_training
 
 
@@ -19,6 +20,7 @@ from tasks.training import facts_of, run_training
 class Params:
     """Section `distill`. `start`: "base", "merged" or a teacher; `trainable`: "all" or "adapter" (of `rank`, `alpha`); the rest is model.distill.LoopParams."""
 
+    backbone: BackboneParams
     routing: RoutingParams
     seed: int
     start: str
@@ -67,7 +69,7 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     """Trains the student and writes it to `out`. Killed, the same command goes on where it last saved."""
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    backbone, fields = load_teachers(teachers, names)
+    backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, need=TRANSFORMER, **params.backbone.loading())
     records = read_records(teachers)
     buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)

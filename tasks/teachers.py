@@ -103,7 +103,9 @@ def _weighted(mix: dict[str, float], seed: int, index: int) -> str:
 
 
 def _new_backbone(world: World, params: Params) -> MicroBackbone:
-    p = params.backbone
+    p = params.backbone.micro
+    if p is None:
+        raise UserError(f"backbone.name = {params.backbone.name!r}: this stage trains the micro network only; published checkpoints are brought, not trained")
     backbone = MicroBackbone.new(world.vocabulary, world.grid, p.width, p.layers, p.heads, p.latent_channels, params.shift, params.seed)
     lost = _fit_codec(backbone, world, params)
     print(f"codec: {p.latent_channels} components lose {100 * lost:.2f} % of the pixel variance", flush=True)

@@ -23,6 +23,7 @@ from model.field import Condition
 from model.randomness import noise_for, torch_generator
 from model.teachers import BASE, add_adapter, read_records, save_teacher
 from tasks import encode as encoding
+from tasks.params import BackboneParams, MicroParams
 from tasks.sampling import as_images
 
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
@@ -98,7 +99,12 @@ def build(root: Path) -> Tiny:
     tiny = Tiny(root / "curated", root / "teachers", root / "encoded")
     save_teachers(tiny.teachers)
     save_curated(tiny.curated)
-    encoding.encode(encoding.Params(batch=8), curated=tiny.curated, teachers=tiny.teachers, out=tiny.encoded)
+    encoding.encode(
+        encoding.Params(BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None), batch=8, cache=False),
+        curated=tiny.curated,
+        teachers=tiny.teachers,
+        out=tiny.encoded,
+    )
     return tiny
 
 
@@ -137,5 +143,6 @@ def write_params(path: Path, **changes: Any) -> Path:
         "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low",
         "states": "on_policy", "routes_taken": "hard",
     }  # fmt: skip
-    path.write_text(yaml.safe_dump({"routing": {"routes": ROUTES}, "distill": {**section, **changes}}), encoding="utf-8")
+    backbone = {"name": "micro", "micro": {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "latent_channels": CHANNELS}, "pretrained": None}
+    path.write_text(yaml.safe_dump({"backbone": backbone, "routing": {"routes": ROUTES}, "distill": {**section, **changes}}), encoding="utf-8")
     return path
