@@ -9,8 +9,7 @@ from typing import Any
 from benchmarks.gedit_verdict import Judgements, column_scorecard, columns, drift, read_judgements, repeat_noise
 from benchmarks.judge import Wording
 from benchmarks.report import write_report
-from benchmarks.scorecard import Scorecard, read_scorecard
-from data.errors import UserError
+from benchmarks.scorecard import Scorecard, check_same_evaluator, read_scorecard
 
 
 def _notes(judgements: Judgements, column: str, allow_partial: bool, numbers: dict[str, Any]) -> list[str]:
@@ -54,7 +53,7 @@ def write_gedit_report(
 ) -> None:
     """Writes the page for one column of a folder of judgements, beside the scorecards of other models.
 
-    Raises UserError for a scorecard beside it that was judged by another judge, with another wording or on other rows: their figures may not share a table.
+    Raises UserErrors for a scorecard that was judged by another judge or on other rows: their figures may not share a table.
     """
     judgements = read_judgements(folder, wording)
     numbers = {"seed": seed, "resamples": resamples, "confidence": confidence}
@@ -62,19 +61,12 @@ def write_gedit_report(
     cards: dict[str, Scorecard] = {card.model: card}
     for file in beside:
         other = read_scorecard(file)
-        unlike = [name for name in ("judge", "judge_settings", "column digest", "repeats") if _trait(other, name) != _trait(card, name)]
-        if unlike:
-            raise UserError(f"{file}: its {', '.join(unlike)} differ from the candidate's, so they may not stand in one table; judge both alike")
         name = other.model if other.model not in cards else f"{other.model} ({file.parent.name})"
         cards[name] = other
+    check_same_evaluator(cards)
     entries = {entry.id: entry for entry, _ in judgements.samples}
     write_report(
         path, cards=cards, scores=rows, folder=folder, prompts={row.example_id: entries[row.example_id].instruction for row in rows},
         images={row.example_id: [("source", Path(folder) / entries[row.example_id].source)] for row in rows},
         title=f"GEdit-Bench: {card.model}", notes=_notes(judgements, column, allow_partial, numbers), files=["scores.parquet"],
     )  # fmt: skip
-
-
-def _trait(card: Scorecard, name: str) -> Any:
-    values = card.benchmarks.get("gedit", {})
-    return values.get("digest" if name == "column digest" else name)

@@ -80,11 +80,10 @@ def test_scores_pass_from_the_judge_to_rows_and_scorecard(tmp_path: Path) -> Non
     assert (tmp_path / "out" / scores[0].image).resolve() == edited_path(tmp_path / "student", tasks[0]).resolve()
     card, _ = column_scorecard(found, "en/full", allow_partial=False, **HOW)
     assert {path: metric.mean for path, metric in card.metrics.items()} == {"gedit/average": 6.0, "gedit/subject-add": 6.0, "gedit/material_alter": 6.0}
-    assert card.benchmarks["gedit"] | {"digest": "", "set": "", "judge_settings": ""} == {
-        "n": 6, "images": 6, "digest": "", "language": "en", "subset": "full", "categories": ["subject-add", "material_alter"], "set": "", "judge": "m1",
-        "judge_kind": "endpoint", "provider": "test", "judge_settings": "", "wording": "own", "resize": "match-source", "repeats": 1, "coverage": 1.0,
-        "statuses": {"ok": 6},
-    }  # fmt: skip
+    identity = card.identities["gedit"]
+    assert (card.benchmarks["gedit"]["n"], identity["language"], identity["subset"], identity["set"], identity["repeats"]) == (6, "en", "full", "custom", 1)
+    assert (identity["coverage"], identity["statuses"], identity["judge"]["answered_by"], identity["images"]) == (1.0, {"ok": 6}, "m1", {})
+    assert identity["judge"]["wording"] == WORDING.identity()
     means = columns(found, allow_partial=False)
     assert list(means) == ["en/full", "en/intersection", "en/paper"]
     assert means["en/intersection"].average.n == 4 and list(means["en/paper"].categories) == ["subject-add"]
@@ -356,7 +355,7 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
     killed, unbroken = (finish(tmp_path / name, "--allow-partial") for name in ("killed", "unbroken"))
     assert killed == unbroken
     card = read_scorecard(tmp_path / "killed" / "scorecard.json")
-    assert card.benchmarks["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
+    assert card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
 
 
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
