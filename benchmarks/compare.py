@@ -153,7 +153,8 @@ def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
         found.append(f"GEdit samples in those categories: {sum(sizes.values())}, the paper {sum(theirs['tasks'].values())}")
     if about.get("language", theirs["language"]) != theirs["language"]:
         found.append(f"GEdit language: {about['language']}, the paper {theirs['language']}")
-    found.append(f"GEdit rows: {about.get('subset', NOT_STATED)}, the paper's {theirs['subset'] or NOT_STATED}")
+    rows = {"full": "full set", "paper": "full set", "intersection": "intersection"}.get(about.get("subset", ""), NOT_STATED)
+    found.append(f"GEdit rows: {rows}, the paper's {theirs['subset'] or NOT_STATED}")
     judge = about.get("judge")
     wording = f" (wording {judge['wording']['name']}, {about['repeats']} judgement(s) an image)" if isinstance(judge, Mapping) and "wording" in judge else ""
     found.append(f"GEdit judge: {_named(judge)}{wording}, the paper's {theirs['judge'] or NOT_STATED}")
@@ -212,8 +213,8 @@ def render(rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequ
         kept = [table[0], *(line for line in lines if any(line[place] != "-" for place in chosen[1:]))]
         widths = [max(len(line[place]) for line in kept) for place in chosen]
         for number, line in enumerate(kept):
-            cells = [line[place].ljust(width) if place == 0 else line[place].rjust(width) for place, width in zip(chosen, widths, strict=True)]
-            blocks.append("  ".join(cells).rstrip())
+            padded = [line[place].ljust(width) if place == 0 else line[place].rjust(width) for place, width in zip(chosen, widths, strict=True)]
+            blocks.append("  ".join(padded).rstrip())
             if number == 0:
                 blocks.append("-" * (sum(widths) + 2 * len(widths) - 2))
         blocks.append("")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,7 +151,7 @@ def _judge_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings) -> Ask:
+def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings, halt: threading.Event) -> Ask:
     if settings.kind == "fake":
         return fake_judge()
     if settings.kind == "replay":
@@ -164,22 +165,24 @@ def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings) -> Ask:
     endpoint = Endpoint(parsed.base_url, parsed.key_variable, parsed.timeout, parsed.tries, parsed.wait, parsed.longest_wait, parsed.per_minute)
     if endpoint.faults():
         raise UserErrors("the judge's server:", endpoint.faults())
-    return endpoint_judge(settings, endpoint)
+    return endpoint_judge(settings, endpoint, halt)
 
 
 def _judge(arguments: Sequence[str]) -> int:
     parsed = _judge_parser().parse_args(arguments)
     provider = parsed.provider or (urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge)
     name = Path(parsed.judge_model).name if parsed.judge in ("local", "replay") else parsed.judge_model
+    halt = threading.Event()
     settings = JudgeSettings(
         parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first,
         parsed.image_format, parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,
     )  # fmt: skip
     judge_folder(
         _tasks(parsed, parsed.out), parsed.images, parsed.out, model=parsed.model or parsed.images.resolve().name, settings=settings,
-        wording=load_wording(parsed.wording), make_ask=lambda: _make_ask(parsed, settings), concurrency=1 if parsed.judge == "local" else parsed.concurrency,
+        wording=load_wording(parsed.wording), make_ask=lambda: _make_ask(parsed, settings, halt),
+        concurrency=1 if parsed.judge == "local" else parsed.concurrency,
         anchors=parsed.anchors, retry=parsed.retry, shard=shard_of(parsed.shard), image_tokens=parsed.image_tokens,
-        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview,
+        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview, halt=halt,
         say=lambda text: print(text, flush=True),
     )  # fmt: skip
     return 0

@@ -185,10 +185,8 @@ def job_key(job: Job, identity: Mapping[str, Any], wording: Wording) -> str:
 
 
 def jobs_of(entries: Sequence[Entry], repeats: int) -> list[Job]:
-    """Every question of the entries that can be judged, anchors by one repeat."""
-    return [
-        Job(entry, kind, repeat) for entry in entries if entry.status == "ok" for repeat in range(repeats if entry.purpose == SAMPLE else 1) for kind in KINDS
-    ]
+    """Every question of the entries that can be judged."""
+    return [Job(entry, kind, repeat) for entry in entries if entry.status == "ok" for repeat in range(repeats) for kind in KINDS]
 
 
 def question_of(job: Job, settings: JudgeSettings, wording: Wording, out: Path) -> Question:
@@ -280,9 +278,11 @@ class _Watch:
                 raise UserError(f"judge: {self._silent} questions in a row got no answer, the last one: {error}; {again}")
 
 
-def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, shard: Shard, watch: _Watch) -> None:
+def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, shard: Shard, watch: _Watch, halt: threading.Event) -> None:
     question = question_of(job, settings, wording, out)
     replies = ask_once_or_twice(ask, question)
+    if halt.is_set() and replies[-1].status == "api_error":
+        return  # given up because the run ends, not because of the server
     shard.append(key, {"question": question.digest(), "replies": [reply_to_json(reply) for reply in replies]})
     watch.count(outcome(replies).status, replies[-1].error)
 
@@ -304,13 +304,14 @@ def judge_folder(
     prices: tuple[float, float] | None = None,
     highest_price: float | None = None,
     only_preview: bool = False,
+    halt: threading.Event | None = None,
     say: Callable[[str], None] = print,
 ) -> Preview:
     """Judges every image of `model` below `folder`; the judgements are kept in `out`, and no question that has been answered is asked again.
 
     `make_ask` is called only when something is to be asked, after the preview was said. `retry` names statuses ("api_error", "refused", "unparseable") whose
-    questions are asked anew. Raises UserError(s) for faulty settings, a folder of judgements made with others, a price above `highest_price`, and whatever ends
-    the run (see `benchmarks.judge_endpoint`).
+    questions are asked anew. `halt` is set when the run ends early, for a judge that waits between tries. Raises UserError(s) for faulty settings, a folder of
+    judgements made with others, a price above `highest_price`, and whatever ends the run (see `benchmarks.judge_endpoint`).
     """
     out = Path(out)
     faults = settings.faults() + ([] if concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"])
@@ -334,6 +335,7 @@ def judge_folder(
         return estimate
     if highest_price is not None and open_keys and (estimate.price is None or estimate.price > highest_price):
         raise UserError(f"that is not within --highest-price {highest_price:g}: raise it, give --prices, or judge fewer images")
+    halt = halt or threading.Event()
     ask = make_ask() if open_keys else None
     claim(out, {"judge": identity, "model": model, "set": about_set})
     write_json(out / MANIFEST_FILE, {**about, "entries": [entry_to_json(entry) for entry in entries]})
@@ -343,10 +345,13 @@ def judge_folder(
         watch = _Watch(advance)
         pool = ThreadPoolExecutor(concurrency)
         try:
-            futures = [pool.submit(_work, wanted[key], key, ask, settings, wording, out, writer, watch) for key in open_keys]
+            futures = [pool.submit(_work, wanted[key], key, ask, settings, wording, out, writer, watch, halt) for key in open_keys]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
+        except BaseException:
+            halt.set()
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)  # what is under way is paid for: its answers are kept
     return estimate

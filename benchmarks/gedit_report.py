@@ -12,8 +12,10 @@ from benchmarks.report import write_report
 from benchmarks.scorecard import Scorecard, check_same_evaluator, read_scorecard
 
 
-def _notes(judgements: Judgements, column: str, allow_partial: bool, numbers: dict[str, Any]) -> list[str]:
-    identity, found = judgements.identity, columns(judgements, allow_partial=allow_partial)[column]
+def notes_of(judgements: Judgements, column: str, *, allow_partial: bool, seed: int, resamples: int, confidence: float) -> list[str]:
+    """Sentences below the headline: the judge, what has no score and how far that could move the average, the other columns, the judge's noise and drift."""
+    identity, table = judgements.identity, columns(judgements, allow_partial=allow_partial)
+    found = table[column]
     notes = [
         f"Column {column}. Judge: {judgements.answered_by or identity['model']} ({identity['kind']}, {identity['provider']}), "
         f"wording {identity['wording']['name']}, "
@@ -26,10 +28,13 @@ def _notes(judgements: Judgements, column: str, allow_partial: bool, numbers: di
             f"Scores: {statuses}; coverage {means.coverage:.1%}. "
             f"Had the images without a score earned 0 or 10, the average would be {means.low:.2f} or {means.high:.2f}."
         )
+    others = [f"{name} {means.average.overall:.2f} (n={means.average.n})" for name, means in table.items() if name != column and not isinstance(means, str)]
+    if others:
+        notes.append(f"Other columns of the same judgements: {', '.join(others)}.")
     stretched = sum(entry.stretched for entry, _ in judgements.samples)
     if stretched:
         notes.append(f"{stretched} edited images have another aspect than their source; they were judged as {identity['resize']} says.")
-    noise, moved = repeat_noise(judgements), drift(judgements, **numbers)
+    noise, moved = repeat_noise(judgements), drift(judgements, seed=seed, resamples=resamples, confidence=confidence)
     if noise and noise["within"] is not None:
         spread = f"standard deviation {noise['within']:.2f} within an image, {noise['of_mean']:.3f} of the mean over {noise['samples']} images"
         notes.append(f"The judge's own noise: {spread}.")
@@ -56,7 +61,7 @@ def write_gedit_report(
     Raises UserErrors for a scorecard that was judged by another judge or on other rows: their figures may not share a table.
     """
     judgements = read_judgements(folder, wording)
-    numbers = {"seed": seed, "resamples": resamples, "confidence": confidence}
+    numbers: dict[str, Any] = {"seed": seed, "resamples": resamples, "confidence": confidence}
     card, rows = column_scorecard(judgements, column, allow_partial=allow_partial, **numbers)
     cards: dict[str, Scorecard] = {card.model: card}
     for file in beside:
@@ -68,5 +73,5 @@ def write_gedit_report(
     write_report(
         path, cards=cards, scores=rows, folder=folder, prompts={row.example_id: entries[row.example_id].instruction for row in rows},
         images={row.example_id: [("source", Path(folder) / entries[row.example_id].source)] for row in rows},
-        title=f"GEdit-Bench: {card.model}", notes=_notes(judgements, column, allow_partial, numbers), files=["scores.parquet"],
+        title=f"GEdit-Bench: {card.model}", notes=notes_of(judgements, column, allow_partial=allow_partial, **numbers), files=["scores.parquet"],
     )  # fmt: skip

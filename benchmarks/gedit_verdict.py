@@ -56,7 +56,7 @@ def read_judgements(out: str | Path, wording: Wording) -> Judgements:
     found: dict[str, list[tuple[Entry, Judged]]] = {SAMPLE: [], ANCHOR: []}
     for entry in entries:
         judged: Judged = []
-        for repeat in range(repeats if entry.purpose == SAMPLE else 1) if entry.status == "ok" else ():
+        for repeat in range(repeats) if entry.status == "ok" else ():
             pair: dict[str, Outcome] = {}
             for kind in KINDS:
                 value = results.get(job_key(Job(entry, kind, repeat), identity, wording))
