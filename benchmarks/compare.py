@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from benchmarks.gedit import GEDIT_CATEGORIES
-from benchmarks.scorecard import MACRO, Scorecard, read_scorecard
-from data.errors import UserError, UserErrors
+from benchmarks.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
+from data.errors import UserError
 from data.files import write_text
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
@@ -99,8 +99,31 @@ def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
 # --- what differs -----------------------------------------------------------------------------------------------------------
 
 
+def _identity(card: Scorecard, benchmark: str) -> Mapping[str, Any]:
+    """What a scorecard of real images says of its evaluation; empty for the micro world's, whose evaluation is exact."""
+    value = card.identities.get(benchmark)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _named(evaluator: Any) -> str:
+    """A detector's or judge's name out of its identity."""
+    if not isinstance(evaluator, Mapping):
+        return str(evaluator) if evaluator else NOT_STATED
+    return str(evaluator.get("answered_by") or evaluator.get("model") or evaluator.get("detector") or dict(evaluator))
+
+
+def _sampling(card: Scorecard) -> tuple[Any, Any] | None:
+    """(steps, guidance) that a scorecard names, None where it names none."""
+    made = [_identity(card, benchmark).get("images", {}).get("sampler") for benchmark in ("gedit", "geneval")]
+    sampler = next((one for one in made if isinstance(one, Mapping)), None)
+    if sampler is not None:
+        return sampler.get("steps", NOT_STATED), sampler.get("guidance", NOT_STATED)
+    own = card.identities.get("sampling")
+    return (own.get("steps", NOT_STATED), card.identities.get("guidance", NOT_STATED)) if isinstance(own, Mapping) else None
+
+
 def _geneval_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
-    about, theirs = card.benchmarks["geneval"], paper["geneval"]
+    about, theirs, identity = card.benchmarks["geneval"], paper["geneval"], _identity(card, "geneval")
     found = []
     sizes = {task: card.metrics[f"geneval/{task}"].n for task in theirs["tasks"] if f"geneval/{task}" in card.metrics}
     if sizes != theirs["tasks"]:
@@ -111,12 +134,12 @@ def _geneval_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]
     each = about["images"] / about["n"]
     if each != theirs["images_per_prompt"]:
         found.append(f"GenEval images per prompt: {each:g}, the paper {theirs['images_per_prompt']}")
-    found.append(f"GenEval detector: {about.get('detector', NOT_STATED)}, the paper's {theirs['detector'] or NOT_STATED}")
+    found.append(f"GenEval detector: {_named(identity.get('evaluator'))}, the paper's {theirs['detector'] or NOT_STATED}")
     return found
 
 
 def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
-    about, theirs = card.benchmarks["gedit"], paper["gedit"]
+    about, theirs = _identity(card, "gedit"), paper["gedit"]
     found = []
     mine = [category for category in GEDIT_CATEGORIES if f"gedit/{category}" in card.metrics]
     extra, missing = [name for name in mine if name not in theirs["tasks"]], [name for name in theirs["tasks"] if name not in mine]
@@ -130,9 +153,11 @@ def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
         found.append(f"GEdit samples in those categories: {sum(sizes.values())}, the paper {sum(theirs['tasks'].values())}")
     if about.get("language", theirs["language"]) != theirs["language"]:
         found.append(f"GEdit language: {about['language']}, the paper {theirs['language']}")
-    found.append(f"GEdit rows: {about.get('subset', NOT_STATED)}, the paper's {theirs['subset'] or NOT_STATED}")
-    wording = f" (wording {about['wording']}, {about['repeats']} judgement(s) an image)" if "wording" in about else ""
-    found.append(f"GEdit judge: {about.get('judge', NOT_STATED)}{wording}, the paper's {theirs['judge'] or NOT_STATED}")
+    rows = {"full": "full set", "paper": "full set", "intersection": "intersection"}.get(about.get("subset", ""), NOT_STATED)
+    found.append(f"GEdit rows: {rows}, the paper's {theirs['subset'] or NOT_STATED}")
+    judge = about.get("judge")
+    wording = f" (wording {judge['wording']['name']}, {about['repeats']} judgement(s) an image)" if isinstance(judge, Mapping) and "wording" in judge else ""
+    found.append(f"GEdit judge: {_named(judge)}{wording}, the paper's {theirs['judge'] or NOT_STATED}")
     if about.get("coverage", 1.0) < 1.0:
         found.append(f"GEdit coverage: {about['coverage']:.1%} of the samples have a score")
     return found
@@ -145,30 +170,10 @@ def differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
         found += _geneval_differences(card, paper)
     if "gedit" in card.benchmarks:
         found += _gedit_differences(card, paper)
-    sampling, theirs = card.identities.get("sampling"), paper["sampling"]
-    if isinstance(sampling, Mapping):
-        guidance = card.identities.get("guidance", NOT_STATED)
-        found.append(
-            f"sampling: {sampling.get('steps', NOT_STATED)} steps, guidance {guidance}; the paper {theirs['steps']} steps, "
-            f"guidance {theirs['guidance_edit']:g} (edits) and {theirs['guidance_t2i']:g} (T2I)"
-        )
-    else:
-        found.append(
-            f"sampling: {NOT_STATED}; the paper {theirs['steps']} steps, guidance {theirs['guidance_edit']:g} (edits) and {theirs['guidance_t2i']:g} (T2I)"
-        )
+    sampling, theirs = _sampling(card), paper["sampling"]
+    mine = f"{sampling[0]} steps, guidance {sampling[1]}" if sampling else NOT_STATED
+    found.append(f"sampling: {mine}; the paper {theirs['steps']} steps, guidance {theirs['guidance_edit']:g} (edits) and {theirs['guidance_t2i']:g} (T2I)")
     return found
-
-
-def check_alike(cards: Mapping[str, Scorecard]) -> None:
-    """Raises UserErrors when the scorecards of one table were made with different detectors, judges or rows."""
-    faults = []
-    for benchmark, traits in {"geneval": ("detector", "digest"), "gedit": ("judge", "judge_settings", "repeats", "digest")}.items():
-        for trait in traits:
-            values = {name: card.benchmarks[benchmark].get(trait) for name, card in cards.items() if benchmark in card.benchmarks}
-            if len(set(values.values())) > 1:
-                faults.append(f"{benchmark} {trait}: " + ", ".join(f"{name} {str(value)[:40]}" for name, value in values.items()))
-    if faults:
-        raise UserErrors("these scorecards may not share a table; compare them one at a time, or score them alike:", faults)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------------
@@ -208,8 +213,8 @@ def render(rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequ
         kept = [table[0], *(line for line in lines if any(line[place] != "-" for place in chosen[1:]))]
         widths = [max(len(line[place]) for line in kept) for place in chosen]
         for number, line in enumerate(kept):
-            cells = [line[place].ljust(width) if place == 0 else line[place].rjust(width) for place, width in zip(chosen, widths, strict=True)]
-            blocks.append("  ".join(cells).rstrip())
+            padded = [line[place].ljust(width) if place == 0 else line[place].rjust(width) for place, width in zip(chosen, widths, strict=True)]
+            blocks.append("  ".join(padded).rstrip())
             if number == 0:
                 blocks.append("-" * (sum(widths) + 2 * len(widths) - 2))
         blocks.append("")
@@ -224,7 +229,7 @@ def compare_text(files: Sequence[Path], style: str) -> str:
         card = read_scorecard(file)
         name = card.model if card.model not in cards else f"{card.model} ({os.fspath(file)})"
         cards[name] = card
-    check_alike(cards)
+    check_same_evaluator(cards)
     rows = [*paper_rows(paper), *(scorecard_row(name, card, paper) for name, card in cards.items())]
     return render(rows, columns_of(paper), {name: differences(card, paper) for name, card in cards.items()}, style, paper["source"])
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.gedit import LANGUAGES, STATUSES, SUBSETS
-from benchmarks.gedit_data import EditTask, check_official, load_tasks
-from benchmarks.gedit_judging import IMAGE_TOKENS, judge_folder
+from benchmarks.gedit_data import EditTask, check_official, edited_path, is_official, load_tasks, set_digest, source_path
+from benchmarks.gedit_judging import IMAGE_TOKENS, SUITE, image_seed, judge_folder
 from benchmarks.gedit_verdict import column_scorecard, freeze_anchors, read_judgements, rows_of, summary
-from benchmarks.judge import IMAGE_FORMATS, JUDGES, RESIZES, Ask, JudgeSettings, fake_judge, load_wording, replay_judge
+from benchmarks.judge import IMAGE_FORMATS, JUDGES, RESIZES, Ask, JudgeSettings, fake_judge, load_wording, read_rgb, replay_judge
 from benchmarks.scorecard import write_scorecard, write_scores
 from benchmarks.store import read_results, shard_of
 from data.errors import UserError, UserErrors
-from data.files import write_json
+from data.files import atomic_file, write_json
 
 UNPACKED = "sources"
 SUMMARY_FILE, SCORECARD_FILE = "summary.json", "scorecard.json"
@@ -65,6 +68,32 @@ def _prompts(arguments: Sequence[str]) -> int:
     counts = Counter((task.language, task.category) for task in tasks)
     sys.stderr.write("".join(f"{language} {category}: {count}\n" for (language, category), count in sorted(counts.items())))
     return 0
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    parser = _parser("generate", "Edit the set's source images with a model into the official folder layout. What is there already is not made again.")
+    _add_data(parser)
+    parser.add_argument("--model", required=True, metavar="URI", help="as `python -m tasks sample-set --model` takes it")
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="the model's folder; gets fullset/TASK_TYPE/LANGUAGE/KEY.png")
+    parser.add_argument("--seed", type=int, default=0, help="base seed; every image has a seed of its own that follows from it")
+    parser.add_argument("sampler", nargs=argparse.REMAINDER, metavar="-- OPTIONS", help="passed on to `python -m tasks sample-set`, e.g. -- --steps 28")
+    parsed = parser.parse_args(arguments)
+    tasks = _tasks(parsed, parsed.images)
+    jobs = []
+    for task in tasks:
+        copy = source_path(parsed.images, task)
+        if not copy.exists():
+            with atomic_file(copy) as temporary:
+                read_rgb(task.source).save(temporary, format="PNG")
+        path = edited_path(".", task).as_posix()
+        jobs.append({"id": task.id, "prompt": task.instruction, "seed": image_seed(task, parsed.seed), "path": path, "source": str(task.source.resolve())})
+    settings = {"suite": SUITE, "prompts": set_digest(tasks), "set": "official" if is_official(tasks) else "custom", "seed": parsed.seed}
+    with tempfile.TemporaryDirectory(prefix="gedit-") as folder:
+        file = Path(folder) / "jobs.json"
+        write_json(file, {"settings": settings, "jobs": jobs})
+        # Sampling belongs to the room above this one, so it is another program: it is given the list and nothing else.
+        command = [sys.executable, "-m", "tasks", "sample-set", "--model", parsed.model, "--jobs", str(file), "--out", str(parsed.images)]
+        return subprocess.run([*command, *(word for word in parsed.sampler if word != "--")], check=False).returncode
 
 
 def _judge_parser() -> argparse.ArgumentParser:
@@ -122,7 +151,7 @@ def _judge_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings) -> Ask:
+def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings, halt: threading.Event) -> Ask:
     if settings.kind == "fake":
         return fake_judge()
     if settings.kind == "replay":
@@ -136,22 +165,24 @@ def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings) -> Ask:
     endpoint = Endpoint(parsed.base_url, parsed.key_variable, parsed.timeout, parsed.tries, parsed.wait, parsed.longest_wait, parsed.per_minute)
     if endpoint.faults():
         raise UserErrors("the judge's server:", endpoint.faults())
-    return endpoint_judge(settings, endpoint)
+    return endpoint_judge(settings, endpoint, halt)
 
 
 def _judge(arguments: Sequence[str]) -> int:
     parsed = _judge_parser().parse_args(arguments)
     provider = parsed.provider or (urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge)
     name = Path(parsed.judge_model).name if parsed.judge in ("local", "replay") else parsed.judge_model
+    halt = threading.Event()
     settings = JudgeSettings(
         parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first,
         parsed.image_format, parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,
     )  # fmt: skip
     judge_folder(
         _tasks(parsed, parsed.out), parsed.images, parsed.out, model=parsed.model or parsed.images.resolve().name, settings=settings,
-        wording=load_wording(parsed.wording), make_ask=lambda: _make_ask(parsed, settings), concurrency=1 if parsed.judge == "local" else parsed.concurrency,
+        wording=load_wording(parsed.wording), make_ask=lambda: _make_ask(parsed, settings, halt),
+        concurrency=1 if parsed.judge == "local" else parsed.concurrency,
         anchors=parsed.anchors, retry=parsed.retry, shard=shard_of(parsed.shard), image_tokens=parsed.image_tokens,
-        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview,
+        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview, halt=halt,
         say=lambda text: print(text, flush=True),
     )  # fmt: skip
     return 0
@@ -230,6 +261,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 STEPS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "prompts": (_prompts, "print the set's rows and their counts"),
+    "generate": (_generate, "edit the set's images with a model"),
     "judge": (_judge, "ask a judge about every edited image"),
     "verdict": (_verdict, "raw replies to scores, columns and a scorecard"),
     "report": (_report, "one HTML page"),

@@ -188,6 +188,15 @@ def check_official(tasks: Sequence[EditTask]) -> None:
         raise UserErrors("this is not the official GEdit-Bench; download it again, or say that the set is your own (--custom-set):", faults)
 
 
+def is_official(tasks: Sequence[EditTask]) -> bool:
+    """Whether `check_official` finds no fault."""
+    try:
+        check_official(tasks)
+    except UserError:
+        return False
+    return True
+
+
 def select(tasks: Sequence[EditTask], language: str, subset: str) -> list[EditTask]:
     """The rows of a column: one language, and all rows, the intersection's or the paper's six categories. Raises UserError for an unknown name or no row."""
     for name, value, known in (("language", language, LANGUAGES), ("subset", subset, SUBSETS)):

@@ -6,17 +6,17 @@ append-only shards. A reply is on the disk before its thread asks the next quest
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gedit_data import EditTask, check_folder, edited_path, set_digest
+from benchmarks.gedit_data import EditTask, check_folder, edited_path, is_official, set_digest
 from benchmarks.judge import (
     KINDS,
     SEMANTIC,
@@ -33,10 +33,11 @@ from benchmarks.judge import (
     reply_from_json,
     reply_to_json,
 )
-from benchmarks.store import Shard, claim, open_shard, read_results, result_key, shard_name
+from benchmarks.store import SETTINGS_FILE, Shard, claim, open_shard, read_results, read_settings, result_key, shard_name
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file, write_json
 from data.images import ImageFault
+from data.progress import Advance, progress
 
 MANIFEST_FILE = "manifest.json"
 ANCHORS_FILE = "anchors.json"
@@ -45,6 +46,8 @@ ASPECT_TOLERANCE = 0.02  # relative difference of width / height from which an e
 COMPLETION_TOKENS = 80  # a typical reply
 CHARACTERS_A_TOKEN = 4
 GIVE_UP_AFTER = 20  # questions without an answer in a row
+UNKNOWN_SEED = -1
+SUITE = "gedit"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Entry:
     edited: str
     edited_sha256: str
     edited_size: tuple[int, int]
+    seed: int  # that made the edited image; UNKNOWN_SEED for one made elsewhere
     status: str  # "ok": can be judged; "missing_image" or "bad_image"
     fault: str
 
@@ -88,7 +92,17 @@ class Job:
 # --- what is expected -------------------------------------------------------------------------------------------------------
 
 
-def _entry(task: EditTask, edited: Path, out: Path, purpose: str) -> Entry:
+def image_seed(task: EditTask, seed: int) -> int:
+    """Of one edited image, from suite, row and base seed alone, so that two models start from the same noise. 63 bits."""
+    return int.from_bytes(hashlib.sha256(f"{SUITE}|{task.id}|0|{seed}".encode()).digest()[:8], "big") >> 1
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """The settings of a folder that `gedit generate` has filled; empty for a folder made elsewhere."""
+    return read_settings(folder) if (folder / SETTINGS_FILE).exists() else {}
+
+
+def _entry(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> Entry:
     status, fault, sha256, size = "ok", "", "", (0, 0)
     try:
         source_size = read_rgb(task.source).size
@@ -104,14 +118,17 @@ def _entry(task: EditTask, edited: Path, out: Path, purpose: str) -> Entry:
     source, path = (os.path.relpath(file, out) for file in (task.source, edited))
     return Entry(
         purpose, task.id, task.key, task.language, task.category, task.instruction, task.intersection, source, task.source_sha256, source_size,
-        path, sha256, size, status, fault,
+        path, sha256, size, seed, status, fault,
     )  # fmt: skip
 
 
 def plan(tasks: Sequence[EditTask], folder: Path, out: Path) -> list[Entry]:
     """An entry for every task and its image below `folder` (the official layout). Raises UserError(s) for unreadable sources or a folder of something else."""
     check_folder(folder, tasks)
-    return [_entry(task, edited_path(folder, task), out, SAMPLE) for task in tasks]
+    settings = made_with(folder)
+    base = settings.get("seed") if settings.get("suite") == SUITE else None
+    seeds = [UNKNOWN_SEED if base is None else image_seed(task, int(base)) for task in tasks]
+    return [_entry(task, edited_path(folder, task), out, SAMPLE, seed) for task, seed in zip(tasks, seeds, strict=True)]
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:
@@ -148,7 +165,7 @@ def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
             faults += [f"{file}: missing, or not the frozen image" for file in wrong]
             if not wrong:
                 task = EditTask(row["id"], row["language"], row["category"], row["instruction"], False, source, row["source_sha256"])
-                entries.append(_entry(task, edited, out, ANCHOR))
+                entries.append(_entry(task, edited, out, ANCHOR, UNKNOWN_SEED))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / ANCHORS_FILE}: not a set of anchors ({error!r}); make one with `python -m benchmarks gedit anchors`") from error
     if faults:
@@ -168,10 +185,8 @@ def job_key(job: Job, identity: Mapping[str, Any], wording: Wording) -> str:
 
 
 def jobs_of(entries: Sequence[Entry], repeats: int) -> list[Job]:
-    """Every question of the entries that can be judged, anchors by one repeat."""
-    return [
-        Job(entry, kind, repeat) for entry in entries if entry.status == "ok" for repeat in range(repeats if entry.purpose == SAMPLE else 1) for kind in KINDS
-    ]
+    """Every question of the entries that can be judged."""
+    return [Job(entry, kind, repeat) for entry in entries if entry.status == "ok" for repeat in range(repeats) for kind in KINDS]
 
 
 def question_of(job: Job, settings: JudgeSettings, wording: Wording, out: Path) -> Question:
@@ -248,31 +263,26 @@ def preview(
 
 
 class _Watch:
-    """Counts what is done, says now and then how far it is, and notices a server that answers nothing; threads share it."""
+    """Counts what is done and notices a server that answers nothing; threads share it."""
 
-    def __init__(self, total: int, say: Callable[[str], None], interval: float) -> None:
-        self._total, self._say, self._interval = total, say, interval
-        self._done = self._silent = 0
-        self._begun = self._said = time.monotonic()
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._silent = advance, 0
         self._lock = threading.Lock()
 
     def count(self, status: str, error: str) -> None:
         with self._lock:
-            self._done += 1
+            self._advance()
             self._silent = self._silent + 1 if status == "api_error" else 0
-            now = time.monotonic()
-            if now - self._said >= self._interval or self._done == self._total:
-                self._said = now
-                rate = self._done / max(now - self._begun, 1e-9)
-                self._say(f"judge: {self._done} of {self._total} questions, {rate:.1f} a second, about {(self._total - self._done) / rate:.0f} s left")
             if self._silent >= GIVE_UP_AFTER:
                 again = "what was judged is kept: see to the server, then run the same command with --retry api_error"
                 raise UserError(f"judge: {self._silent} questions in a row got no answer, the last one: {error}; {again}")
 
 
-def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, shard: Shard, watch: _Watch) -> None:
+def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, shard: Shard, watch: _Watch, halt: threading.Event) -> None:
     question = question_of(job, settings, wording, out)
     replies = ask_once_or_twice(ask, question)
+    if halt.is_set() and replies[-1].status == "api_error":
+        return  # given up because the run ends, not because of the server
     shard.append(key, {"question": question.digest(), "replies": [reply_to_json(reply) for reply in replies]})
     watch.count(outcome(replies).status, replies[-1].error)
 
@@ -294,14 +304,14 @@ def judge_folder(
     prices: tuple[float, float] | None = None,
     highest_price: float | None = None,
     only_preview: bool = False,
+    halt: threading.Event | None = None,
     say: Callable[[str], None] = print,
-    interval: float = 5.0,
 ) -> Preview:
     """Judges every image of `model` below `folder`; the judgements are kept in `out`, and no question that has been answered is asked again.
 
     `make_ask` is called only when something is to be asked, after the preview was said. `retry` names statuses ("api_error", "refused", "unparseable") whose
-    questions are asked anew. Raises UserError(s) for faulty settings, a folder of judgements made with others, a price above `highest_price`, and whatever ends
-    the run (see `benchmarks.judge_endpoint`).
+    questions are asked anew. `halt` is set when the run ends early, for a judge that waits between tries. Raises UserError(s) for faulty settings, a folder of
+    judgements made with others, a price above `highest_price`, and whatever ends the run (see `benchmarks.judge_endpoint`).
     """
     out = Path(out)
     faults = settings.faults() + ([] if concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"])
@@ -309,7 +319,8 @@ def judge_folder(
         raise UserErrors("the judge's settings:", faults)
     entries = plan(tasks, Path(folder), out)
     identity = identity_of_judge(settings, wording)
-    about: dict[str, Any] = {"model": model, "set": set_digest(tasks), "repeats": settings.repeats}
+    about_set = {"digest": set_digest(tasks), "kind": "official" if is_official(tasks) else "custom"}
+    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats, "made_with": made_with(Path(folder))}
     if anchors is not None:
         frozen, about["anchors"] = read_anchors(anchors, out)
         entries += frozen
@@ -324,19 +335,23 @@ def judge_folder(
         return estimate
     if highest_price is not None and open_keys and (estimate.price is None or estimate.price > highest_price):
         raise UserError(f"that is not within --highest-price {highest_price:g}: raise it, give --prices, or judge fewer images")
+    halt = halt or threading.Event()
     ask = make_ask() if open_keys else None
-    claim(out, {"judge": identity, "model": model, "set": about["set"]})
+    claim(out, {"judge": identity, "model": model, "set": about_set})
     write_json(out / MANIFEST_FILE, {**about, "entries": [entry_to_json(entry) for entry in entries]})
     if ask is None:
         return estimate
-    watch = _Watch(len(open_keys), say, interval)
-    with open_shard(out, shard_name(shard)) as writer:
+    with open_shard(out, shard_name(shard)) as writer, progress("judge: questions", len(open_keys)) as advance:
+        watch = _Watch(advance)
         pool = ThreadPoolExecutor(concurrency)
         try:
-            futures = [pool.submit(_work, wanted[key], key, ask, settings, wording, out, writer, watch) for key in open_keys]
+            futures = [pool.submit(_work, wanted[key], key, ask, settings, wording, out, writer, watch, halt) for key in open_keys]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
+        except BaseException:
+            halt.set()
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)  # what is under way is paid for: its answers are kept
     return estimate

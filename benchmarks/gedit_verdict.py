@@ -21,7 +21,6 @@ from data.errors import UserError, UserErrors
 from data.files import atomic_folder, digest, write_json
 from data.randomness import numpy_generator
 
-UNKNOWN_SEED = -1  # of images that were made elsewhere
 Judged = list[tuple[Outcome, Outcome]]  # one pair (semantic, quality) a repeat
 
 
@@ -31,7 +30,8 @@ class Judgements:
 
     model: str
     repeats: int
-    set_digest: str
+    about_set: dict[str, Any]  # "digest", and "kind": "official" or "custom"
+    made_with: dict[str, Any]  # the settings that the images' folder names: model, sampler, seed; empty for images made elsewhere
     identity: dict[str, Any]  # of the judge
     answered_by: str  # the model's name as the server gave it
     samples: list[tuple[Entry, Judged]]
@@ -56,7 +56,7 @@ def read_judgements(out: str | Path, wording: Wording) -> Judgements:
     found: dict[str, list[tuple[Entry, Judged]]] = {SAMPLE: [], ANCHOR: []}
     for entry in entries:
         judged: Judged = []
-        for repeat in range(repeats if entry.purpose == SAMPLE else 1) if entry.status == "ok" else ():
+        for repeat in range(repeats) if entry.status == "ok" else ():
             pair: dict[str, Outcome] = {}
             for kind in KINDS:
                 value = results.get(job_key(Job(entry, kind, repeat), identity, wording))
@@ -77,7 +77,8 @@ def read_judgements(out: str | Path, wording: Wording) -> Judgements:
     if faults:
         raise UserErrors(f"{out}: these judgements make no score:", faults)
     return Judgements(
-        manifest["model"], repeats, manifest["set"], identity, next(iter(models), ""), found[SAMPLE], found[ANCHOR], manifest.get("anchors", {}), dict(usage)
+        manifest["model"], repeats, manifest["set"], manifest["made_with"], identity, next(iter(models), ""), found[SAMPLE], found[ANCHOR],
+        manifest.get("anchors", {}), dict(usage),
     )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def rows_of(judgements: Judgements) -> list[ExampleScore]:
             pairs = np.array([[*semantic, *quality] for semantic, quality in ((sample.semantic, sample.quality), *sample.repeats)]).mean(0)
             values = {"O": o, "sc": sc, "pq": pq, **dict(zip(("sc1", "sc2", "pq1", "pq2"), map(float, pairs), strict=True))}
         image = entry.edited if entry.status == "ok" else ""
-        rows.append(ExampleScore(judgements.model, "gedit", entry.category, entry.id, 0, UNKNOWN_SEED, values, _reasons(entry, judged), image, sample.status))
+        rows.append(ExampleScore(judgements.model, "gedit", entry.category, entry.id, 0, entry.seed, values, _reasons(entry, judged), image, sample.status))
     return rows
 
 
@@ -177,15 +178,13 @@ def column_scorecard(
     rows = [row for row in rows_of(judgements) if row.example_id in kept]
     expected = {category: {(entry.id, 0) for entry in members if entry.category == category} for category in categories_of(members)}
     metrics = summarise(rows, expected=expected, seed=seed, resamples=resamples, confidence=confidence, allow_partial=allow_partial)
-    identity = identity_of(expected)
     statuses = Counter(row.status for row in rows)
-    identity["gedit"] |= {
-        "language": language, "subset": subset, "categories": categories_of(members), "set": judgements.set_digest,
-        "judge": judgements.answered_by or judgements.identity["model"], "judge_kind": judgements.identity["kind"], "provider": judgements.identity["provider"],
-        "judge_settings": digest(judgements.identity), "wording": judgements.identity["wording"]["name"], "resize": judgements.identity["resize"],
-        "repeats": judgements.repeats, "coverage": statuses["ok"] / len(rows), "statuses": dict(sorted(statuses.items())),
+    identity = {
+        "prompts": digest([[entry.id, entry.category, entry.instruction, entry.source_sha256] for entry in members]), "set": judgements.about_set["kind"],
+        "language": language, "subset": subset, "judge": {**judgements.identity, "answered_by": judgements.answered_by}, "repeats": judgements.repeats,
+        "coverage": statuses["ok"] / len(rows), "statuses": dict(sorted(statuses.items())), "images": judgements.made_with,
     }  # fmt: skip
-    return Scorecard(judgements.model, identity, {"gedit": judgements.set_digest}, metrics), rows
+    return Scorecard(judgements.model, identity_of(expected), {"gedit": identity}, metrics), rows
 
 
 # --- the judge's own noise --------------------------------------------------------------------------------------------------
@@ -283,7 +282,8 @@ def summary(judgements: Judgements, *, allow_partial: bool, seed: int, resamples
         f"{kind} {found.status}" for _, judged in judgements.samples for pair in judged for kind, found in zip(KINDS, pair, strict=True) if found.status != "ok"
     )
     return {
-        "model": judgements.model, "set": judgements.set_digest, "samples": len(entries), "repeats": judgements.repeats, "judge": judgements.identity,
+        "model": judgements.model, "set": judgements.about_set, "images": judgements.made_with, "samples": len(entries), "repeats": judgements.repeats,
+        "judge": judgements.identity,
         "answered_by": judgements.answered_by, "usage": dict(sorted(judgements.usage.items())), "failed_questions": dict(sorted(failed.items())),
         "stretched": sum(entry.stretched for entry in entries), "noise": repeat_noise(judgements),
         "drift": drift(judgements, seed=seed, resamples=resamples, confidence=confidence), "columns": table,

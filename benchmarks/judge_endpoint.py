@@ -92,7 +92,7 @@ class _Pace:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def wait(self, sleep: Callable[[float], None]) -> None:
+    def wait(self, sleep: Callable[[float], object]) -> None:
         with self._lock:
             now = time.monotonic()
             begin = max(now, self._next)
@@ -164,8 +164,8 @@ def _read(response: Any) -> tuple[str, str, str, dict[str, int], str]:
     return content or "", str(getattr(message, "refusal", None) or ""), str(choices[0].finish_reason or ""), counts, str(getattr(response, "model", "") or "")
 
 
-def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, sleep: Callable[[float], None] = time.sleep) -> Ask:
-    """A judge that asks a server. Threads may share it; `sleep` is what it waits with.
+def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.Event | None = None, sleep: Callable[[float], object] | None = None) -> Ask:
+    """A judge that asks a server. Threads may share it. Once `halt` is set no request is tried again; `sleep` is what it waits with (default: for `halt`).
 
     Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and an account without credit, because no
     further request could succeed. Every other fault ends as a reply's status.
@@ -175,7 +175,8 @@ def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, sleep: Callable[
         hint = 'export it, name another variable (--key-variable), or "" for a server that needs no key'
         raise UserError(f"judge {settings.model}: the environment variable {endpoint.key_variable} is not set; {hint}")
     client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout_s)
-    pace, plain = _Pace(endpoint.per_minute), threading.Event()
+    pace, plain, halt = _Pace(endpoint.per_minute), threading.Event(), halt or threading.Event()
+    sleep = sleep or halt.wait
 
     def clean(text: str) -> str:
         return text.replace(key, "[key]") if endpoint.key_variable else text
@@ -225,7 +226,7 @@ def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, sleep: Callable[
         def reply(status: str, text: str = "", error: str = "", model: str = "", finish: str = "", usage: dict[str, int] | None = None) -> Reply:
             return Reply(status, clean(text), model, finish, usage, sent, clean(error)[:LONGEST_ERROR], round(time.monotonic() - begun, 3))
 
-        tries = tenacity.stop_after_attempt(endpoint.tries)
+        tries = tenacity.stop_any(tenacity.stop_after_attempt(endpoint.tries), tenacity.stop_when_event_set(halt))
         try:
             text, refusal, finish, usage, model = tenacity.Retrying(
                 stop=tries, wait=wait, retry=tenacity.retry_if_exception_type(_Again), sleep=sleep, reraise=True

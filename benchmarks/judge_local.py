@@ -75,7 +75,7 @@ def inputs_of(local: LocalModel, question: Question, turns: Sequence[Turn], text
     if len(pieces) != len(counts) + 1:
         raise UserError(f"local judge: the text itself holds {PAD}; remove it from the wording or the instruction")
     text = pieces[0] + "".join(PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
-    tokens = local.tokenizer(text, return_tensors="pt", add_special_tokens=False)  # type: ignore[operator]
+    tokens = local.tokenizer(text, return_tensors="pt", add_special_tokens=False)
     pad = local.model.config.image_token_id
     ids = tokens["input_ids"]
     return {
@@ -88,7 +88,7 @@ def local_judge(settings: JudgeSettings, local: LocalModel) -> Ask:
     """A judge that runs the network itself. Not for several threads: the device is one. Raises UserError for a temperature: decoding is greedy."""
     if settings.temperature:
         raise UserError(f"local judge: temperature = {settings.temperature}; it decodes greedily, so it must be 0")
-    end = local.tokenizer.convert_tokens_to_ids(END)  # type: ignore[attr-defined]
+    end = local.tokenizer.convert_tokens_to_ids(END)
 
     @torch.inference_mode()
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
@@ -98,7 +98,7 @@ def local_judge(settings: JudgeSettings, local: LocalModel) -> Ask:
         made = local.model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
         new = made[0, inputs["input_ids"].shape[1] :].tolist()
         finish = "stop" if end in new else "length"
-        text = local.tokenizer.decode(new, skip_special_tokens=True)  # type: ignore[attr-defined]
+        text = local.tokenizer.decode(new, skip_special_tokens=True)
         usage = {"prompt_tokens": int(inputs["input_ids"].shape[1]), "completion_tokens": len(new)}
         return Reply("ok", text, local.name, finish, usage, 1, "", round(time.monotonic() - begun, 3))
 

@@ -96,7 +96,8 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
             ):
                 scores[name] = score_field(field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance)
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
-        write_json(folder / "comparisons.json", _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers))
+        comparisons = _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers)
+        write_json(folder / "comparisons.json", comparisons)
         write_json(folder / "scorecards.json", {name: other.to_json() for name, other in cards.items()})
         write_scores(folder, [row for rows in scores.values() for row in rows])
         teacher_of = {category: route.teacher for route in routes for category in CAPABILITIES[route.capability].categories}
@@ -112,6 +113,8 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
             folder / "report.html", cards=cards, scores=scores[CANDIDATE], folder=folder, images=beside,
             prompts={example.id: example.prompt for example in evaluation.examples},
             per_category=params.shown, files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
+            records={example.id: example.record for example in evaluation.examples}, comparisons=comparisons,
+            others={DISTILLED: (folder, scores[DISTILLED]), **{name: (validated, reference[name]) for name in sorted({BASE, *teacher_of.values()})}},
         )  # fmt: skip
     write_scorecard(scorecard, card)
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare import check_alike, cli, columns_of, compare_text, differences, load_paper, overall_of_counts, paper_rows, scorecard_row
+from benchmarks.compare import cli, columns_of, compare_text, differences, load_paper, overall_of_counts, paper_rows, scorecard_row
 from benchmarks.gedit import OFFICIAL_COUNTS, PAPER_CATEGORIES
 from benchmarks.scorecard import Scorecard, write_scorecard
 from benchmarks.statistics import Metric
@@ -28,22 +28,13 @@ def card(model: str = "mine", images: int = 1, without: tuple[str, ...] = (), **
             value = 0.8 if path.startswith("geneval") else 5.0 if path.split("/")[1] in PAPER_CATEGORIES else 1.0
             metrics[path] = Metric(value, 0.06, value - 0.1, value + 0.1, n)
     metrics["gedit/average"] = Metric(3.2, 0.1, 3.0, 3.4, 606)
-    about = {
-        "geneval": {"n": 553, "images": 553 * images, "digest": "g", "detector": "mask2former"},
-        "gedit": {
-            "n": 606,
-            "images": 606,
-            "digest": "e",
-            "judge": "gpt-1",
-            "judge_settings": "s",
-            "language": "en",
-            "subset": "full",
-            "wording": "own",
-            "repeats": 3,
-        },
+    about = {"geneval": {"n": 553, "images": 553 * images, "digest": "g"}, "gedit": {"n": 606, "images": 606, "digest": "e"}}
+    judge = {"model": "gpt", "answered_by": "gpt-1", "wording": {"name": "own"}}
+    identities = {
+        "geneval": {"evaluator": {"detector": "mask2former"}},
+        "gedit": {"judge": judge, "language": "en", "subset": "full", "repeats": 3, "images": {"sampler": {"steps": 16, "guidance": 1.0}}, **gedit},
     }
-    about["gedit"] |= gedit
-    return Scorecard(model, about, {"sampling": {"steps": 16}, "guidance": 1.0}, metrics)
+    return Scorecard(model, about, identities, metrics)
 
 
 def test_the_paper_s_overall_values_follow_from_its_counts() -> None:
@@ -102,13 +93,11 @@ def test_a_set_of_another_size_does_not_pass_for_the_benchmark() -> None:
     assert "judge: not stated" in text and "detector: not stated" in text and "sampling: not stated" in text
 
 
-def test_different_judges_and_detectors_do_not_share_a_table() -> None:
-    check_alike({"a": card(), "b": card()})
-    other = card(judge="gpt-2")
-    other.benchmarks["geneval"]["detector"] = "mmdet"
-    with pytest.raises(UserErrors) as caught:
-        check_alike({"a": card(), "b": other})
-    assert "geneval detector: a mask2former, b mmdet" in str(caught.value) and "gedit judge: a gpt-1, b gpt-2" in str(caught.value)
+def test_different_judges_do_not_share_a_table(tmp_path: Path) -> None:
+    write_scorecard(tmp_path / "a.json", card())
+    write_scorecard(tmp_path / "b.json", card("other", judge={"model": "gpt", "answered_by": "gpt-2"}))
+    with pytest.raises(UserErrors, match="gedit: 2 different values of judge"):
+        compare_text([tmp_path / "a.json", tmp_path / "b.json"], "text")
 
 
 @pytest.mark.parametrize("style", ["text", "markdown", "csv"])

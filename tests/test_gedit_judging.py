@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.gedit import overall
+from benchmarks.gedit import GEDIT_CATEGORIES, Sample, aggregate, overall
 from benchmarks.gedit_cli import cli
 from benchmarks.gedit_data import edited_path, load_tasks
 from benchmarks.gedit_judging import jobs_of, judge_folder, patch_tokens, plan, preview, tile_tokens
+from benchmarks.gedit_report import notes_of
 from benchmarks.gedit_verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, summary
 from benchmarks.judge import Reply, fake_judge, load_wording
 from benchmarks.judge_endpoint import Endpoint, endpoint_judge
@@ -80,11 +82,10 @@ def test_scores_pass_from_the_judge_to_rows_and_scorecard(tmp_path: Path) -> Non
     assert (tmp_path / "out" / scores[0].image).resolve() == edited_path(tmp_path / "student", tasks[0]).resolve()
     card, _ = column_scorecard(found, "en/full", allow_partial=False, **HOW)
     assert {path: metric.mean for path, metric in card.metrics.items()} == {"gedit/average": 6.0, "gedit/subject-add": 6.0, "gedit/material_alter": 6.0}
-    assert card.benchmarks["gedit"] | {"digest": "", "set": "", "judge_settings": ""} == {
-        "n": 6, "images": 6, "digest": "", "language": "en", "subset": "full", "categories": ["subject-add", "material_alter"], "set": "", "judge": "m1",
-        "judge_kind": "endpoint", "provider": "test", "judge_settings": "", "wording": "own", "resize": "match-source", "repeats": 1, "coverage": 1.0,
-        "statuses": {"ok": 6},
-    }  # fmt: skip
+    identity = card.identities["gedit"]
+    assert (card.benchmarks["gedit"]["n"], identity["language"], identity["subset"], identity["set"], identity["repeats"]) == (6, "en", "full", "custom", 1)
+    assert (identity["coverage"], identity["statuses"], identity["judge"]["answered_by"], identity["images"]) == (1.0, {"ok": 6}, "m1", {})
+    assert identity["judge"]["wording"] == WORDING.identity()
     means = columns(found, allow_partial=False)
     assert list(means) == ["en/full", "en/intersection", "en/paper"]
     assert means["en/intersection"].average.n == 4 and list(means["en/paper"].categories) == ["subject-add"]
@@ -236,6 +237,7 @@ def test_the_anchors_show_a_judge_that_has_drifted(tmp_path: Path) -> None:
     moved = drift(read_judgements(tmp_path / "kinder", WORDING), **HOW)
     assert moved["difference"] > 1.0 and moved["drifted"] and moved["largest"]
     assert len(rows_of(read_judgements(tmp_path / "kinder", WORDING))) == 8  # anchors are no samples
+    assert "has drifted: anchors +" in "".join(notes_of(read_judgements(tmp_path / "kinder", WORDING), "en/full", allow_partial=False, **HOW))
     judge(tmp_path, tasks, fake_judge(), out="other", anchors=tmp_path / "anchors", settings=settings(max_tokens=65))
     with pytest.raises(UserError, match="frozen with other settings"):
         drift(read_judgements(tmp_path / "other", WORDING), **HOW)
@@ -263,6 +265,17 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
     ask, _ = constant()
     judge(tmp_path, tasks, ask, make_ask=lambda: (order.append("asked"), ask)[1], say=lambda line: order.append("said"))
     assert order[:2] == ["said", "asked"]
+
+
+def test_ten_thousand_judgements_are_averaged_in_seconds() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 11, (10_000, 4)).astype(float)
+    samples = [Sample(f"s{index}", GEDIT_CATEGORIES[index % 11], tuple(row[:2]), tuple(row[2:])) for index, row in enumerate(scores)]
+    begun = time.process_time()
+    found = aggregate(samples, GEDIT_CATEGORIES)
+    assert time.process_time() - begun < 5.0 and found.average.n == 10_000
+    o = np.sqrt(scores[:, :2].min(1) * scores[:, 2:].min(1))
+    assert found.average.overall == pytest.approx(np.mean([o[start::11].mean() for start in range(11)]))
 
 
 def test_image_tokens_follow_the_published_rules() -> None:
@@ -303,6 +316,25 @@ def test_every_sample_of_a_faulty_server_ends_in_its_status(tmp_path: Path, monk
     assert [server.calls[name] for name in scripts] == [1, 2, 1, 2, 3, 3] and server.calls["quality"] == 6
     assert all(score.values["O"] == 6.0 if score.status == "ok" else score.values == {} for score in found)
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file() and b"sk-test-77" in file.read_bytes()]
+
+
+def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up(tmp_path: Path) -> None:
+    scripts = {f"n{index}": ["limit"] for index in range(12)} | {"n7": ["no_key"]}
+    tasks = tasks_of(tmp_path, rows(12))
+    halt = threading.Event()
+    with judge_server(scripts) as server:
+        endpoint = Endpoint(server.url, "", 5.0, 4, 60.0, 60.0, 0)
+        with pytest.raises(UserError, match="the key is refused"):
+            judge(
+                tmp_path,
+                tasks,
+                None,
+                make_ask=lambda: endpoint_judge(settings(), endpoint, halt, sleep=lambda seconds: halt.wait(5.0)),
+                halt=halt,
+                concurrency=24,
+            )
+    kept = (tmp_path / "out" / "shards" / "0-of-1.jsonl").read_text(encoding="utf-8")
+    assert halt.is_set() and "api_error" not in kept
 
 
 def command(tmp_path: Path, server: Server, out: str) -> list[str]:
@@ -356,7 +388,7 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
     killed, unbroken = (finish(tmp_path / name, "--allow-partial") for name in ("killed", "unbroken"))
     assert killed == unbroken
     card = read_scorecard(tmp_path / "killed" / "scorecard.json")
-    assert card.benchmarks["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
+    assert card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
 
 
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
