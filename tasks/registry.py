@@ -833,7 +833,7 @@ def approve(project: Path, version: str, reviewer: str, reason: str) -> dict[str
     with _opened(project) as store:
         entries = _read_ledger(store)
         found = _get_version(store, version)
-        if found.version in {entry.version for entry in _last_decisions(entries)}:
+        if str(found.version) in {entry.version for entry in _last_decisions(entries)}:
             raise UserError(f"version {found.version} was decided on already: python -m tasks registry shows how")
         _require_right(store, reviewer)
         verdict, _ = _verified_verdict(store, found)

@@ -3,6 +3,7 @@ that puts faults between a client and one of them.
 
     s3_server (session)   the store; S3Server.environment are the settings that a child process needs
     s3 (function)         "s3://BUCKET/PREFIX" of the test's own, with the settings in force
+    mlflow_database (session)  an MLflow database to copy
     mlflow_server (session)  MLflow with basic authentication; MlflowServer.environment, .new_user(name)
     FaultyProxy(url)      answers 500 or 503, cuts connections or waits, as `fault` says
 """
@@ -264,7 +265,15 @@ def first(count: int, fault: str, *, method: str | None = None, containing: str 
     return plan
 
 
-# MLflow with accounts
+# MLflow
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh SQLite database of MLflow's to copy: making one takes seconds."""
+    import candidates
+
+    return candidates.fresh_database(tmp_path_factory.mktemp("database"))
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,13 @@ from tasks import s3 as store
 from tests.servers import FaultyProxy, S3Server
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return candidates.fresh_database(tmp_path_factory.mktemp("database"))
-
-
 @pytest.fixture
-def project(tmp_path: Path, database: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, mlflow_database: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its ledger and what it publishes are on S3."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DANCEOPD_LEDGER", f"{s3}/ledger")
     monkeypatch.setenv("DANCEOPD_PUBLISH", f"{s3}/models")
-    return candidates.new_project(tmp_path / "project", database)
+    return candidates.new_project(tmp_path / "project", mlflow_database)
 
 
 def weight(folder: Path) -> float:
