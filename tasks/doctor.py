@@ -114,9 +114,9 @@ def _data(project: Path) -> Iterator[Finding]:
         yield Finding(OK, "teachers", f"{len(list(teachers.glob('*/teacher.json')))} in {teachers.relative_to(project)}")
     else:
         yield Finding(WARNING, "teachers", "none fetched yet: dvc pull data/teachers")
-    for store in stores(project):
+    for name, store in stores(project).items():
         if not s3.is_s3(store) and not Path(store).is_dir():
-            yield Finding(WARNING, "dvc", f"{store}: no such folder; nothing is kept there yet")
+            yield Finding(WARNING, f"dvc {name}", f"{store}: no such folder; nothing is kept there yet")
 
 
 # MLflow
@@ -194,7 +194,7 @@ def _ledger(project: Path) -> Iterator[Finding]:
 def _buckets(project: Path) -> Iterator[Finding]:
     places = {
         "ledger": environment.setting(environment.LEDGER), "published": environment.setting(environment.PUBLISH),
-        **{f"dvc remote {index}": store for index, store in enumerate(stores(project)) if s3.is_s3(store)},
+        **{f"dvc {name}": store for name, store in stores(project).items() if s3.is_s3(store)},
     }  # fmt: skip
     told: set[str] = set()
     for what, uri in places.items():

@@ -39,14 +39,14 @@ class Line:
     where: str | None
 
     def __str__(self) -> str:
-        return f"{self.key:28} {self.value[:40]:40}  {self.where or 'MISSING'}"
+        return f"{self.key:36} {self.value:64}  {self.where or 'MISSING'}"
 
 
 # DVC's stores
 
 
-def stores(project: Path) -> list[str]:
-    """The cache and every remote of .dvc/config and .dvc/config.local whose content can be looked up: folders and s3:// addresses, cache first."""
+def stores(project: Path) -> dict[str, str]:
+    """"cache" and the name of every remote in .dvc/config and .dvc/config.local -> folder or s3:// address; other kinds are left out."""
     found = {"cache": str(project / ".dvc" / "cache")}
     for name in ("config", "config.local"):
         parser = configparser.ConfigParser(interpolation=None)
@@ -59,14 +59,14 @@ def stores(project: Path) -> list[str]:
         cache = parser.get("cache", "dir", fallback="").strip()
         if cache:
             found["cache"] = str((project / ".dvc" / cache).resolve())
-    return [url for url in found.values() if s3.is_s3(url) or "://" not in url]
+    return {name: url for name, url in found.items() if s3.is_s3(url) or "://" not in url}
 
 
 class Contents:
     """What DVC's stores hold. Each S3 remote is listed once, by the first two characters of the digest."""
 
     def __init__(self, project: Path) -> None:
-        self.stores = stores(project)
+        self.stores = list(stores(project).values())
         self.listed: dict[str, set[str]] = {}
 
     def find(self, md5: str) -> str | None:

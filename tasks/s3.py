@@ -85,7 +85,7 @@ def join(uri: str, *names: str) -> str:
 
 def relative_name(key: str, prefix: str) -> str:
     """The key without its prefix, as a path that cannot leave the folder it is written into. Raises UserError for one that could."""
-    name = key.removeprefix(prefix).lstrip("/")
+    name = key.removeprefix(prefix)
     if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise UserError(f"{key!r}: not a name that can be written below a folder; rename the object")
     return name
@@ -125,7 +125,7 @@ def _client(settings: tuple[tuple[str, str], ...]) -> Any:
 REMEDIES = {
     "NoSuchBucket": "the bucket does not exist; create it, or correct the address",
     "NoSuchKey": "no such object",
-    "404": "no such object or bucket",
+    "404": "no such object",
     "InvalidAccessKeyId": "the store does not know this access key; look at AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "SignatureDoesNotMatch": "the secret key is not the one of this access key; look at AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the credentials have expired; renew them",
@@ -145,6 +145,8 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except ClientError as error:
         code, status = str(error.response["Error"].get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code == "404" and error.operation_name == "HeadBucket":
+            code = "NoSuchBucket"
         if code in ("NoSuchKey", "404") and error.operation_name != "HeadBucket":
             raise Missing(f"{uri}: {REMEDIES[code]}") from error
         if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):

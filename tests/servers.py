@@ -3,6 +3,7 @@ that puts faults between a client and one of them.
 
     s3_server (session)   the store; S3Server.environment are the settings that a child process needs
     s3 (function)         "s3://BUCKET/PREFIX" of the test's own, with the settings in force
+    mlflow_database (session)  an MLflow database to copy
     mlflow_server (session)  MLflow with basic authentication; MlflowServer.environment, .new_user(name)
     FaultyProxy(url)      answers 500 or 503, cuts connections or waits, as `fault` says
 """
@@ -264,7 +265,15 @@ def first(count: int, fault: str, *, method: str | None = None, containing: str 
     return plan
 
 
-# MLflow with accounts
+# MLflow
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh SQLite database of MLflow's to copy: making one takes seconds."""
+    import candidates
+
+    return candidates.fresh_database(tmp_path_factory.mktemp("database"))
 
 
 @dataclass(frozen=True)
@@ -308,6 +317,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     (port,) = free_ports(1)
     admin, password = "admin", secrets.token_urlsafe(18)
     accounts = f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder / 'accounts.db'}\n"
+    accounts += "auth_cache_ttl_seconds = 60\n"  # a password costs tens of milliseconds to verify, at every request
     (folder / "auth.ini").write_text(accounts + "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n")
     environment = {
         **os.environ,

@@ -44,7 +44,7 @@ def keep(store_folder: Path, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
     """A project under git and DVC with one champion. Data and weights are in DVC's cache; the teachers only in a remote."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "DANCEOPD_LEDGER"):
@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True)
             save_file({"weight": candidates.np.full(3, len(name), candidates.np.float32)}, folder / "weights.safetensors")
             card["identities"]["teachers"][name] = sha256_file(folder / "weights.safetensors")
-        candidates.new_project(project)
+        candidates.new_project(project, mlflow_database)
         candidates.write_candidate(project, card=card)
         for name in ("curated", "encoded"):
             (project / "data" / name).mkdir()
@@ -75,6 +75,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         git(project, "commit", "-q", "-m", "first")
         candidates.judged(project)
         assert registry.submit_files(project, candidates.PARAMS, "auto", "ann", "nightly")["status"] == "champion"
+        for name in ("data", "checkpoints"):  # another machine, or another run since: only DVC has them
+            (project / name).rename(project.parent / name)
     return project
 
 
@@ -108,8 +110,8 @@ def test_and_back(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(project)
     for part, key in (
         (git(project, "rev-parse", "HEAD")[:12], "git.sha"),
-        (str(md5_of(project / "data/curated")), "dvc.curated.md5"),
-        (sha256_file(project / "data/teachers/local/weights.safetensors")[:10], "teacher.local.sha256"),
+        (str(md5_of(project.parent / "data/curated")), "dvc.curated.md5"),
+        (sha256_file(project.parent / "data/teachers/local/weights.safetensors")[:10], "teacher.local.sha256"),
         (sha256_file(project / "params.yaml"), "params.sha256"),
     ):
         assert lineage.cli([part]) == 0
@@ -138,9 +140,9 @@ def test_what_is_gone_or_altered_is_named(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, missing: set[str]
 ) -> None:
     if fault.startswith("object"):
-        path = object_path(project / ".dvc/cache", str(md5_of(project / "data/curated/examples.json")))
+        path = object_path(project / ".dvc/cache", str(md5_of(project.parent / "data/curated/examples.json")))
     elif fault == "teacher altered":
-        path = object_path(project.parent / "remote", str(md5_of(project / "data/teachers/local/weights.safetensors")))
+        path = object_path(project.parent / "remote", str(md5_of(project.parent / "data/teachers/local/weights.safetensors")))
     else:
         path = next((project / "mlflow/artifacts").rglob("params.yaml" if fault == "params altered" else "student.safetensors"))
     before = path.read_bytes()
@@ -148,7 +150,7 @@ def test_what_is_gone_or_altered_is_named(
         if fault == "object removed":
             path.unlink()
         else:
-            path.write_bytes(before[:-1] + b"?")
+            path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         assert {key for key, where in places(project).items() if where is None} == missing
         monkeypatch.chdir(project)
         assert lineage.cli(["1"]) == 1
@@ -157,11 +159,24 @@ def test_what_is_gone_or_altered_is_named(
         path.write_bytes(before)
 
 
+def test_what_was_never_cached_is_found_where_its_stage_left_it(project: Path) -> None:
+    cached = object_path(project / ".dvc/cache", str(md5_of(project.parent / "checkpoints/absorbed")))
+    before = cached.read_bytes()
+    cached.unlink()
+    try:
+        assert places(project)["dvc.absorbed.md5"] is None
+        (project / "checkpoints").symlink_to(project.parent / "checkpoints")
+        assert places(project)["dvc.absorbed.md5"] == "checkpoints/absorbed (not cached)"
+    finally:
+        (project / "checkpoints").unlink()
+        cached.write_bytes(before)
+
+
 def test_a_remote_on_s3_is_looked_into(project: Path, s3: str, tmp_path: Path) -> None:
     """The same layout, below the remote's address."""
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text(f"['remote \"s3\"']\n    url = {s3}/dvc\n")
-    contents, md5 = lineage.Contents(tmp_path), str(md5_of(project / "data/teachers"))
+    contents, md5 = lineage.Contents(tmp_path), str(md5_of(project.parent / "data/teachers"))
     assert contents.whole(md5) is None
     remote = project.parent / "remote"
     for path in (remote / "files").rglob("*"):

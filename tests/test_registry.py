@@ -20,23 +20,18 @@ from data.files import digest, read_json, sha256_file
 from tasks import ledger, registry, tracking
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return candidates.fresh_database(tmp_path_factory.mktemp("database"))
-
-
 @pytest.fixture
-def project(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return candidates.new_project(tmp_path / "project", database)
+    return candidates.new_project(tmp_path / "project", mlflow_database)
 
 
 @pytest.fixture(scope="module")
-def seasoned(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
+def seasoned(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
     """A project (read only) whose version 1 is champion, version 2 waits for review and whose third candidate was refused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        project = candidates.new_project(tmp_path_factory.mktemp("seasoned") / "project", database)
+        project = candidates.new_project(tmp_path_factory.mktemp("seasoned") / "project", mlflow_database)
         submitted(project, promote="auto")
         submitted(project, geneval=0.82, weights=2.0)
         submitted(project, geneval=0.1, weights=3.0)

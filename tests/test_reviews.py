@@ -17,16 +17,11 @@ from data.files import sha256_file
 from tasks import ledger, registry, tracking
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return candidates.fresh_database(tmp_path_factory.mktemp("database"))
-
-
 @pytest.fixture
-def project(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MLFLOW_TRACKING_URI", "DANCEOPD_LEDGER", "DANCEOPD_REVIEWERS"):
         monkeypatch.delenv(name, raising=False)
-    return candidates.new_project(tmp_path / "project", database)
+    return candidates.new_project(tmp_path / "project", mlflow_database)
 
 
 def click(project: Path, version: str, **tags: str) -> None:
