@@ -23,9 +23,9 @@ def size_buckets(resolution: int, multiple: int) -> tuple[tuple[int, int], ...]:
         raise UserError(f"resolution = {resolution}: expected a multiple of {multiple} px, as this backbone's latents and patches need")
     step = max(multiple, resolution // STEP_SHARE // multiple * multiple)
     found = {(resolution, resolution)}
-    for width in range(step, int(resolution * LONGEST**0.5) + step, step):
-        height = resolution * resolution // width // step * step
-        if height and max(width / height, height / width) <= LONGEST:
+    for width in range(step, resolution, step):
+        height = int(min(resolution * resolution // width, LONGEST * width)) // step * step
+        if width <= height:
             found |= {(width, height), (height, width)}
     return tuple(sorted(found))
 

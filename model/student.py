@@ -19,6 +19,7 @@ from model.checkpoint import write_tensors
 from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, adapter_of, adapter_parameters, add_adapter, load_adapter, own_layers
 
 STUDENT = "student"  # the adapter's name
+FROZEN = "frozen"  # of its frozen copy
 MERGED = "merged"
 RECORD = "student.json"
 TRAINABLE = ("all", "adapter")
@@ -43,7 +44,15 @@ class Student:
             parameter.copy_(values[name])
 
     def frozen_copy(self) -> NetworkField:
-        """The student as it is now, as a field that no longer changes."""
+        """The student as it is now, as a field that no longer changes: for an adapter a second one on the same network, else a network of its own."""
+        if self.adapter is not None:
+            config = self.network.peft_config[self.adapter]
+            copied = add_adapter(self.backbone, self.network, FROZEN, config.r, config.lora_alpha, seed=0)
+            with torch.no_grad():
+                for name, parameter in copied.items():
+                    parameter.copy_(self.parameters[name.replace(f".{FROZEN}.", f".{self.adapter}.")])
+                    parameter.requires_grad_(False)
+            return NetworkField(self.backbone, self.network, FROZEN)
         network = copy.deepcopy(self.network)
         network.requires_grad_(False)
         return NetworkField(self.backbone, network, self.adapter)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ RECORD = "teacher.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KINDS = ("base", "full", "adapter")
-RESERVED = ("student", "merged")  # the student's adapter, and a student's start
+RESERVED = ("student", "frozen", "merged")  # the student's adapter, its frozen copy, and a student's start
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,36 @@ class TeacherRecord:
 
 @dataclass(frozen=True)
 class NetworkField:
-    """A network, with one of its adapters switched on or all switched off, as a velocity field."""
+    """A network, with one of its adapters switched on or all switched off, as a velocity field.
+
+    `offload` names the device that the network visits for each of its evaluations, living on the CPU between them; None: it stays where it is.
+    """
 
     backbone: Backbone
     network: Any
     adapter: str | None = None
+    offload: torch.device | None = None
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         switch_adapter(self.network, self.adapter)
-        return self.backbone.velocity(self.network, x_t, t, condition)
+        with visiting(self.network, self.offload):
+            return self.backbone.velocity(self.network, x_t, t, condition)
+
+
+@contextmanager
+def visiting(network: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The frozen network's tensors on `device` for the length of the block. The copies are dropped, not brought back: nothing in them has changed."""
+    if device is None:
+        yield
+        return
+    home = {value: value.data for value in [*network.parameters(), *network.buffers()]}
+    try:
+        for value in home:
+            value.data = value.data.to(device, copy=True, non_blocking=True)
+        yield
+    finally:
+        for value, data in home.items():
+            value.data = data
 
 
 def switch_adapter(network: Any, adapter: str | None) -> None:
@@ -266,24 +288,25 @@ def load_base(folder: Path, **options: Any) -> Backbone:
     return load_backbone(folder / BASE, **options)
 
 
-def load_network(backbone: Backbone, folder: Path, record: TeacherRecord) -> Any:
+def load_network(backbone: Backbone, folder: Path, record: TeacherRecord, device: torch.device | str | None = None) -> Any:
     """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now.
 
-    In the base's own precision and on its device, so that student and teacher compute alike.
+    In the base's own precision, so that student and teacher compute alike, and on its device unless another is named.
     """
     weight = next(iter(parts.plain_state(backbone.network).values()))
     with torch.device("meta"):
         network = type(backbone.network).from_config(dict(backbone.network.config))
-    parts.load_weights(network, weight_files(folder, record.kind), weight.dtype, weight.device)
+    parts.load_weights(network, weight_files(folder, record.kind), weight.dtype, device or weight.device)
     network.requires_grad_(False)
     network.eval()
     return network
 
 
-def load_teachers(folder: Path, names: Iterable[str], **options: Any) -> tuple[Backbone, dict[str, NetworkField]]:
+def load_teachers(folder: Path, names: Iterable[str], offload: bool = False, **options: Any) -> tuple[Backbone, dict[str, NetworkField]]:
     """The shared base and the named teachers as fields: "base" is the base with every adapter off, adapters are switched on it, full checkpoints stand alone.
 
-    `options` are those of `load_backbone`. Raises UserErrors with every fault when they do not belong together.
+    `offload` keeps full checkpoints on the CPU but for their own evaluations. `options` are those of `load_backbone`. Raises UserErrors with every fault when
+    they do not belong together.
     """
     names = list(dict.fromkeys(names))
     faults = compatibility_faults(folder, names)
@@ -296,7 +319,9 @@ def load_teachers(folder: Path, names: Iterable[str], **options: Any) -> tuple[B
         if record.kind == "base":
             fields[name] = NetworkField(backbone, backbone.network)
         elif record.kind == "full":
-            fields[name] = NetworkField(backbone, load_network(backbone, folder / name, record))
+            device = next(backbone.network.parameters()).device
+            network = load_network(backbone, folder / name, record, "cpu" if offload else None)
+            fields[name] = NetworkField(backbone, network, None, device if offload else None)
         else:
             parameters = add_adapter(backbone, backbone.network, name, record.rank, record.alpha, seed=0, targets=record.targets)
             load_adapter(parameters, weights_file(folder / name, record.kind), name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from data.files import read_json
 from data.records import CAPABILITIES
+from model.backbones import TRANSFORMER
 from model.distill import LoopParams
 from model.field import Guided, VelocityField
 from model.route import Route, route_faults, router
@@ -15,6 +16,7 @@ from model.settings import ExecutionParams
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
 from tasks.encode import encoded_fingerprint, load_buckets
+from tasks.params import BackboneParams
 from tasks.processes import in_processes, this_process
 from tasks.training import Watch, facts_of, loop_params, run_training, watch_params
 
@@ -32,6 +34,7 @@ class Guidance:
 class Params:
     """Section `absorb`. `fields`: what is absorbed, by capability; the rest is as in `distill`."""
 
+    backbone: BackboneParams
     execution: ExecutionParams
     fields: tuple[Guidance, ...]
     seed: int
@@ -76,7 +79,7 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
     if params.execution.processes > this_process().size:
         return in_processes("absorb", params, {"encoded": encoded, "teachers": teachers, "student": student, "out": out}, params.execution)
     base = read_records(teachers)[BASE]
-    learner = load_student(student, load_base(teachers), base.sha256)
+    learner = load_student(student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading(params.execution.device)), base.sha256)
     frozen = learner.frozen_copy()
     guided: dict[str, VelocityField] = {f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields}
     buckets = load_buckets(encoded, [field.capability for field in params.fields if field.capability in CAPABILITIES], base.sha256)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import atomic_folder, digest
+from model.backbones import TRANSFORMER
 from model.distill import LoopParams
 from model.methods import compute_of, method_faults
 from model.route import router
@@ -14,7 +15,7 @@ from model.settings import ExecutionParams
 from model.student import TRAINABLE, Student, save_student, start_student
 from model.teachers import BASE, load_teachers, read_records
 from tasks.encode import encoded_fingerprint, load_buckets
-from tasks.params import RoutingParams
+from tasks.params import BackboneParams, RoutingParams
 from tasks.processes import in_processes, this_process
 from tasks.training import Watch, facts_of, loop_params, run_training, watch_params, write_steps
 
@@ -26,6 +27,7 @@ class Params:
     The rest is model.distill.LoopParams and tasks.training.Watch; the shared section `execution` is model.execution.ExecutionParams.
     """
 
+    backbone: BackboneParams
     routing: RoutingParams
     execution: ExecutionParams
     seed: int
@@ -79,7 +81,7 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out}, params.execution)
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    backbone, fields = load_teachers(teachers, names)
+    backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, need=TRANSFORMER, **params.backbone.loading(params.execution.device))
     records = read_records(teachers)
     buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)

@@ -71,7 +71,7 @@ class PretrainedParams:
     """Key `backbone.pretrained`: how a published checkpoint is loaded and fed.
 
     `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is), `device` "auto", "cpu" or "cuda",
-    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut, and counted by stage `encode`.
+    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut; stage `encode` counts them.
     `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
     """
 
@@ -108,12 +108,16 @@ class BackboneParams:
                 faults.append(f"pretrained.{name} = {getattr(self.pretrained, name)!r}: choose one of {list(known)}")
         return faults
 
-    def loading(self) -> dict[str, Any]:
-        """The options of model.backbones.load_backbone; none for the micro backbone, which is what its folder says."""
+    @property
+    def offload(self) -> bool:
+        return self.pretrained is not None and self.pretrained.offload
+
+    def loading(self, device: str | None = None) -> dict[str, Any]:
+        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro backbone, which is what its folder says."""
         if self.pretrained is None:
             return {}
         p = self.pretrained
-        return {"dtype": p.precision, "device": p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
+        return {"dtype": p.precision, "device": device or p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from benchmarks.scorecard import scorecard as make_scorecard
 from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
 from data.records import CAPABILITIES, Example, read_examples
+from model.backbones import TRANSFORMER
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
-from tasks.params import RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, RoutingParams, SamplingParams, WorldParams
 from tasks.pictures import read_picture
 from tasks.progress import progress
 from tasks.sampling import EvaluationSet, evaluation_set, score_field
@@ -28,6 +29,7 @@ class Params:
     """Section `score`. `resamples` and `confidence` of the bootstrap intervals; `shown`: examples a category in grids and report."""
 
     world: WorldParams
+    backbone: BackboneParams
     sampling: SamplingParams
     routing: RoutingParams
     seed: int
@@ -70,9 +72,10 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     """Writes `scorecard` (the absorbed student's) and `out`: every image with its score, report.html, grids, all models' scorecards and their comparisons."""
     world, routes = params.world.world(), params.routing.routes
     records = read_records(teachers)
-    backbone = load_base(teachers)
-    distilled = load_student(student, load_base(teachers), records[BASE].sha256)
-    candidate = load_student(absorbed, load_base(teachers), records[BASE].sha256)
+    loading = params.backbone.loading()
+    backbone = load_base(teachers, **loading)
+    distilled = load_student(student, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
+    candidate = load_student(absorbed, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
     evaluation = evaluation_set(read_examples(curated), curated)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     numbers = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}

@@ -23,6 +23,7 @@ from model.field import Condition
 from model.randomness import noise_for, torch_generator
 from model.teachers import BASE, add_adapter, read_records, save_teacher
 from tasks import encode as encoding
+from tasks.params import BackboneParams, MicroParams
 from tasks.sampling import as_images
 
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
@@ -102,7 +103,12 @@ def build(root: Path) -> Tiny:
     tiny = Tiny(root / "curated", root / "teachers", root / "encoded")
     save_teachers(tiny.teachers)
     save_curated(tiny.curated)
-    encoding.encode(encoding.Params(batch=8), curated=tiny.curated, teachers=tiny.teachers, out=tiny.encoded)
+    encoding.encode(
+        encoding.Params(BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None), batch=8, cache=False),
+        curated=tiny.curated,
+        teachers=tiny.teachers,
+        out=tiny.encoded,
+    )
     return tiny
 
 
@@ -143,6 +149,8 @@ def write_params(path: Path, **changes: Any) -> Path:
         "states": "on_policy", "routes_taken": "hard", "resume_from": "", "accept_changed": [], "keep_every": 0, "validate_every": 0, "patience": 0,
         "cosine_every": 0, "held_out": 0, "max_gradient_norm": 0.0,
     }  # fmt: skip
+    backbone = {"name": "micro", "micro": {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "latent_channels": CHANNELS}, "pretrained": None}
     execution = {key: changes.pop(key, value) for key, value in EXECUTION.items()}
-    path.write_text(yaml.safe_dump({"routing": {"routes": ROUTES}, "execution": execution, "distill": {**section, **changes}}), encoding="utf-8")
+    sections = {"backbone": backbone, "routing": {"routes": ROUTES}, "execution": execution, "distill": {**section, **changes}}
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
     return path

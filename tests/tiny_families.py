@@ -33,6 +33,7 @@ from transformers import (
 SENTENCE = "a an the photo image of red green blue yellow circle square triangle cross on over white gray black pink and background make it night two"
 WORDS = SENTENCE.split()
 CHANNELS = 4  # latent
+PIXELS = 2  # a latent
 MAX_TOKENS = 24
 SHIFT = 3.0
 CHAT = (

@@ -102,8 +102,8 @@ def load_backbone(
     """The frozen base of a pipeline folder. `need`: the parts of `PARTS` that are read; training needs the transformer alone.
 
     `dtype` is the network's and the text encoders' (the micro backbone and every VAE stay in fp32); prompts of more than `max_tokens` tokens are cut; `device`
-    "auto" is the GPU where there is one; `resolution` (px) sets the usual picture's edge where the checkpoint's own is not wanted. The micro backbone is what its
-    folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
+    "auto" is the GPU where there is one; `resolution` (px) sets the usual picture's edge where the checkpoint's own is not wanted. The micro backbone takes
+    none of these: it is what its folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)

@@ -178,17 +178,20 @@ def load_text(folder: Path, part: str, dtype: torch.dtype, device: torch.device 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own progress bars and warnings stay out of a stage's log; what matters is raised."""
-    from transformers.utils import logging
+    """The libraries' own progress bars and warnings stay out of a stage's log: what matters is raised, and cut prompts are counted."""
+    from diffusers.utils import logging as diffusion
+    from transformers.utils import logging as text
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    levels = diffusion.get_verbosity(), text.get_verbosity()
+    diffusion.set_verbosity_error()
+    text.set_verbosity_error()
+    text.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        diffusion.set_verbosity(levels[0])
+        text.set_verbosity(levels[1])
+        text.enable_progress_bar()
 
 
 def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
