@@ -38,6 +38,15 @@ REGISTRY = {
     "promote": "make a reviewed version the champion",
     "reject": "refuse a candidate version",
     "rollback": "return to the previous champion",
+    "approve": "note an approval on a version, as its page would",
+    "review": "act on the approvals and refusals given on the versions' pages",
+    "reconcile": "make aliases and reviews say what the ledger says",
+}
+SERVERS = {
+    "publish": ("publish", "publish the champion to S3 and point at it"),
+    "fetch": ("publish", "fetch what is published, every file verified"),
+    "lineage": ("lineage", "where a version comes from, verified; or which versions come from a digest"),
+    "doctor": ("doctor", "check this machine, the stores and the servers"),
 }
 TABLE_ROWS = 40
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
@@ -83,6 +92,9 @@ def _dispatch(arguments: list[str]) -> int:
         from tasks import registry
 
         return int(registry.cli(arguments) or 0)
+    if command in SERVERS:
+        module = importlib.import_module(f"tasks.{SERVERS[command][0]}")
+        return int(module.cli(arguments if SERVERS[command][0] == "publish" else arguments[1:]))
     return _overview(command)
 
 
@@ -143,15 +155,16 @@ def _presets() -> list[str]:
 
 
 def _overview(command: str) -> int:
+    servers = {name: text for name, (_, text) in SERVERS.items()}
     lines = ["usage: python -m tasks COMMAND [--help]", "", "stages, in order:"]
     lines += [f"  {name:10}{_first_line(name)}" for name in STAGES]
-    lines += ["", "other commands:", *(f"  {name:10}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY}.items())]
+    lines += ["", "other commands:", *(f"  {name:10}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY, **servers}.items())]
     if command in ("-h", "--help", "help"):
         print("\n".join(lines))
         return 0
     from difflib import get_close_matches
 
-    near = get_close_matches(command, [*STAGES, *OTHERS, *TOOLS, *REGISTRY], n=1)
+    near = get_close_matches(command, [*STAGES, *OTHERS, *TOOLS, *REGISTRY, *SERVERS], n=1)
     raise UserError(f"unknown command {command!r}{f'; did you mean {near[0]!r}?' if near else ''}\n" + "\n".join(lines))
 
 

@@ -11,6 +11,17 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 
+# What chooses the servers. Everything else about them is in their own standard settings: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD,
+# PREFECT_API_URL, AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, ...
+LEDGER = "DANCEOPD_LEDGER"  # s3://BUCKET/PREFIX of the ledger that all machines share; unset: a folder inside the project
+PUBLISH = "DANCEOPD_PUBLISH"  # s3://BUCKET/PREFIX where promoted versions are published; unset: nothing is published
+REVIEWERS = "DANCEOPD_REVIEWERS"  # names that may decide, separated by commas; unset: whoever may write to the registry
+
+
+def setting(name: str) -> str | None:
+    """The variable's value without surrounding space; None when it is unset or empty."""
+    return os.environ.get(name, "").strip() or None
+
 
 def defaults(project: Path = PROJECT) -> dict[str, str]:
     """Variable -> value. Each has its one reason beside it."""

@@ -16,10 +16,12 @@ import http.client
 import json
 import logging
 import os
-import time
+import re
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ LONGEST_TAG = 8000
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one log_batch
 STEP_COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "seconds")
 PROBE_SECONDS = 10.0
+SPOOL, OPERATIONS = "spool", "operations.jsonl"
+IDENTITY_TAG = "submission"  # what a run is about
 SWITCHES = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -74,6 +78,7 @@ class Run:
     store: Store
     run_id: str
     experiment_id: str
+    started: int  # ms since 1970, UTC: the time of every metric, so that what is sent twice is kept once
 
 
 def local_uri(project: Path) -> str:
@@ -99,17 +104,57 @@ def _probe(uri: str) -> None:
         raise UserError(f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}") from error
 
 
+class Outage(UserError):
+    """The server stopped answering. What was not sent is in the spool or in the project's files; the same command finishes the job."""
+
+
+def account() -> str:
+    """In whose name MLflow is spoken to: the account of the credentials in force, else the system's."""
+    import getpass
+
+    named = os.environ.get("MLFLOW_TRACKING_USERNAME", "").strip() or urllib.parse.urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).username
+    try:
+        return named or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def without_credentials(uri: str) -> str:
+    """The address as it may be shown and kept: no user, no password, no query."""
+    parts = urllib.parse.urlsplit(uri)
+    return uri if uri.startswith("sqlite") else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _clean(error: BaseException) -> str:
+    """An error's text without the credentials that an address in it may carry."""
+    return re.sub(r"//[^/@\s]+@", "//", str(error))
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the server did not answer, or answered that it cannot at the moment: worth trying again later, unlike a refusal."""
+    from requests.exceptions import RequestException
+
+    return isinstance(error, RequestException) or bool(re.search(r"failed with exception|error code 5\d\d|too many 5\d\d|Connection|timed out", str(error)))
+
+
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns MLflow's exceptions, and the disk's, into UserError."""
+    """Turns MLflow's exceptions, and the disk's, into UserError; Outage when the server does not answer."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
 
     try:
         yield
     except (MlflowException, RequestException) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        where = uri if uri.startswith("sqlite") else urllib.parse.urlsplit(uri)._replace(query="").geturl().rpartition("@")[2]
+        first = (_clean(error).strip().splitlines() or [type(error).__name__])[0]
+        where = without_credentials(uri)
+        if uri.startswith("http") and is_outage(error):
+            raise Outage(f"MLflow ({where}) stopped answering; no result is lost, run the same command again when it is back ({first[:300]})") from error
+        if re.search(r"error code 401|UNAUTHENTICATED", str(error)):
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of this server"
+            raise UserError(f"MLflow ({where}) does not know {account()!r} or its password; {remedy}") from error
+        if re.search(r"error code 403|PERMISSION_DENIED", str(error)):
+            raise UserError(f"MLflow ({where}): the account {account()!r} may not do this; ask for the permission EDIT on {EXPERIMENT}") from error
         raise UserError(f"MLflow ({where}): {first}") from error
     except OSError as error:
         raise explain(error, Path(error.filename or FOLDER)) from error
@@ -130,7 +175,7 @@ def locked(project: Path) -> Iterator[None]:
 
 
 def open_store(project: Path) -> Store:
-    """Opens (and the first time creates) the store. Raises UserError within seconds when a server does not answer."""
+    """Opens (and the first time creates) the store, and sends what the spool has kept. Raises UserError within seconds when a server does not answer."""
     project = Path(project).resolve()
     uri = tracking_uri(project)
     for name, value in SWITCHES.items():
@@ -146,34 +191,146 @@ def open_store(project: Path) -> Store:
         store = Store(client, uri, project)
         if client.get_experiment_by_name(EXPERIMENT) is None:
             client.create_experiment(EXPERIMENT, artifact_location=(project / FOLDER / "artifacts").as_uri() if store.is_local else None)
+        replay(store)
     return store
 
 
 @contextmanager
-def run(project: Path, name: str, tags: Mapping[str, str]) -> Iterator[Run]:
-    """A run that ends FINISHED, FAILED or KILLED (Ctrl-C), never RUNNING. MLflow's failures inside it become UserError."""
+def run(project: Path, name: str, tags: Mapping[str, str], identity: str | None = None) -> Iterator[Run]:
+    """A run that ends FINISHED, FAILED or KILLED (Ctrl-C). MLflow's failures inside it become UserError.
+
+    `identity` names what the run is about: the same call after a failure goes on with the run that it left. When the server stops answering, what is logged
+    from then on is kept in `mlflow/spool` and sent when a store is next opened.
+    """
     store = open_store(project)
     with explained(store.uri):
         experiment = store.client.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None  # open_store made it
-        tracked = Run(store, store.client.create_run(experiment.experiment_id, run_name=name).info.run_id, experiment.experiment_id)
+        found = _interrupted(store, experiment.experiment_id, identity)
+        if found is None:
+            first = {IDENTITY_TAG: identity} if identity else {}
+            found = store.client.create_run(experiment.experiment_id, run_name=name, tags=first)
+        else:
+            store.client.update_run(found.info.run_id, status="RUNNING")
+        tracked = Run(store, found.info.run_id, experiment.experiment_id, int(found.info.start_time))
         try:
             log_tags(tracked, tags)
             yield tracked
         except BaseException as error:
-            _end(tracked, "FAILED" if isinstance(error, Exception) else "KILLED")
+            _send(tracked, {"end": "FAILED" if isinstance(error, Exception) else "KILLED"}, spare=error)
             raise
-        store.client.set_terminated(tracked.run_id, "FINISHED")
+        _send(tracked, {"end": "FINISHED"})
 
 
-def _end(tracked: Run, status: str) -> None:
-    """Best effort: the reason for failing is worth more than the failure to record it."""
+def _interrupted(store: Store, experiment_id: str, identity: str | None) -> Any:
+    """The newest run about the same thing that did not finish; None when there is none."""
+    if identity is None:
+        return None
+    same = store.client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"])
+    return next((one for one in same if one.info.status != "FINISHED"), None)
+
+
+# What cannot be sent is kept: one folder a run, `operations.jsonl` with one operation a line, `files/` with what was to be published.
+
+
+def _spool(store: Store) -> Path:
+    """One for each server: a run's number means nothing to another."""
+    return store.project / FOLDER / SPOOL / sha256_bytes(without_credentials(store.uri).encode())[:12]
+
+
+def _send(tracked: Run, operation: Mapping[str, Any], spare: BaseException | None = None) -> None:
+    """Carries out one operation, or keeps it when the server does not answer; once one is kept the later ones are too, so that their order holds.
+
+    `spare`: an error on its way out, worth more than the failure to record it.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    folder = _spool(tracked.store) / tracked.run_id
+    if not folder.exists():
+        try:
+            _apply(tracked.store.client, tracked.run_id, operation, tracked.started)
+            return
+        except (MlflowException, RequestException) as error:
+            if not (tracked.store.uri.startswith("http") and is_outage(error)):
+                if spare is None:
+                    raise
+                logging.getLogger(__name__).warning("run %s: %s could not be recorded: %s", tracked.run_id, dict(operation), _clean(error))
+                return
+    _keep(folder, operation)
+
+
+def _keep(folder: Path, operation: Mapping[str, Any]) -> None:
+    try:
+        (folder / "files").mkdir(parents=True, exist_ok=True)
+        kept = dict(operation)
+        if "file" in kept:  # what is published may be replaced before the server is back
+            copy = folder / "files" / uuid.uuid4().hex[:12] / Path(kept["file"]).name
+            if Path(kept["file"]).is_dir():
+                shutil.copytree(kept["file"], copy)
+            else:
+                copy.parent.mkdir()
+                shutil.copyfile(kept["file"], copy)
+            kept["file"] = copy.relative_to(folder).as_posix()
+        with open(folder / OPERATIONS, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(kept) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+    except OSError as error:
+        raise explain(error, folder) from error
+
+
+def _apply(client: MlflowClient, run_id: str, operation: Mapping[str, Any], started: int) -> None:
+    """Carries out one operation; repeating it changes nothing.
+
+    operation: {"metrics": [[name, value, step], ...], "model": number of a logged model}, {"params" or "tags": {...}}, {"file", "to"} or {"end"}.
+    """
+    from mlflow.entities import Metric, Param, RunTag
+
+    if "end" in operation:
+        client.set_terminated(run_id, operation["end"])
+    elif "file" in operation and Path(operation["file"]).is_dir():
+        client.log_artifacts(run_id, operation["file"], operation["to"] or None)
+    elif "file" in operation:
+        client.log_artifact(run_id, operation["file"], operation["to"] or None)
+    else:
+        model = operation.get("model")
+        metrics = [Metric(name, value, started, step, model_id=model, run_id=run_id) for name, value, step in operation.get("metrics", ())]
+        params = [Param(name, value) for name, value in operation.get("params", {}).items()]
+        client.log_batch(run_id, metrics, params, [RunTag(name, value) for name, value in operation.get("tags", {}).items()])
+
+
+def replay(store: Store) -> list[str]:
+    """Sends what is kept in the spool, run by run in the order it was logged; returns the runs that are whole now.
+
+    Raises Outage when the server goes away again: what is kept stays kept, and nothing is logged twice. What the server refuses for good (the run was deleted)
+    is set aside as `RUN.refused`.
+    """
     from mlflow.exceptions import MlflowException
 
-    try:
-        tracked.store.client.set_terminated(tracked.run_id, status)
-    except MlflowException as error:
-        logging.getLogger(__name__).warning("run %s could not be marked %s: %s", tracked.run_id, status, error)
+    done = []
+    for folder in sorted(_spool(store).glob("*/")):
+        operations = folder / OPERATIONS
+        if not operations.is_file() or folder.suffix == ".refused":
+            continue
+        lines = operations.read_text(encoding="utf-8").split("\n")[:-1]  # a line that was cut off was never promised
+        with explained(store.uri):
+            try:
+                started = int(store.client.get_run(folder.name).info.start_time)
+                for line in lines:
+                    operation = json.loads(line)
+                    if "file" in operation:
+                        operation["file"] = str(folder / operation["file"])
+                    _apply(store.client, folder.name, operation, started)
+            except MlflowException as error:
+                if is_outage(error):
+                    raise
+                logging.getLogger(__name__).warning("run %s refuses what was kept for it (%s): set aside in %s.refused", folder.name, _clean(error), folder)
+                folder.rename(folder.with_name(f"{folder.name}.refused"))
+                continue
+        shutil.rmtree(folder)
+        done.append(folder.name)
+    return done
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -195,20 +352,16 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def log_params(tracked: Run, params: Mapping[str, Any]) -> None:
     """Logs nested params under dotted names."""
-    from mlflow.entities import Param
-
-    items = [Param(name, param_text(text)) for name, text in flatten(params).items()]
+    items = [(name, param_text(text)) for name, text in flatten(params).items()]
     for chunk in _chunks(items, BATCH["params"]):
-        tracked.store.client.log_batch(tracked.run_id, params=chunk)
+        _send(tracked, {"params": dict(chunk)})
 
 
 def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
     """Longer texts than a tag holds are cut at its limit with a visible mark; their whole is in an artifact."""
-    from mlflow.entities import RunTag
-
-    items = [RunTag(key, value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ...") for key, value in tags.items()]
+    items = [(key, value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ...") for key, value in tags.items()]
     for chunk in _chunks(items, BATCH["tags"]):
-        tracked.store.client.log_batch(tracked.run_id, tags=chunk)
+        _send(tracked, {"tags": dict(chunk)})
 
 
 def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
@@ -235,23 +388,15 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
 
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
     """Publishes a stage's steps.csv as metrics by step, a thousand a request."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, step) for name, value, step in step_metrics(stage, path)]
-    for chunk in _chunks(metrics, BATCH["metrics"]):
-        tracked.store.client.log_batch(tracked.run_id, metrics=chunk)
+    for chunk in _chunks(step_metrics(stage, path), BATCH["metrics"]):
+        _send(tracked, {"metrics": [list(one) for one in chunk]})
 
 
 def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | None = None) -> None:
     """Each metric path's mean under its own name (of the logged model too, if given). Intervals are in the scorecard.json artifact."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
     means = {path: metric.get("mean") for path, metric in scorecard["metrics"].items()}
-    metrics = [Metric(path, float(mean), now, 0, model_id=model_id, run_id=tracked.run_id) for path, mean in means.items() if mean is not None]
-    for chunk in _chunks(metrics, BATCH["metrics"]):
-        tracked.store.client.log_batch(tracked.run_id, metrics=chunk)
+    for chunk in _chunks([[path, float(mean), 0] for path, mean in means.items() if mean is not None], BATCH["metrics"]):
+        _send(tracked, {"metrics": list(chunk), **({"model": model_id} if model_id else {})})
 
 
 def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
@@ -260,7 +405,4 @@ def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
     if missing:
         raise UserError(f"cannot publish {', '.join(missing)}: no such file or folder; run the stage that makes it")
     for target, path in files.items():
-        if path.is_dir():
-            tracked.store.client.log_artifacts(tracked.run_id, str(path), target or None)
-        else:
-            tracked.store.client.log_artifact(tracked.run_id, str(path), target or None)
+        _send(tracked, {"file": str(path), "to": target})

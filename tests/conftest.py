@@ -15,12 +15,14 @@ import pytest
 HOME = tempfile.mkdtemp(prefix="danceopd-tests-")
 os.environ["PREFECT_HOME"] = str(Path(HOME) / "prefect")  # before anything imports Prefect
 os.environ["MPLCONFIGDIR"] = str(Path(HOME) / "matplotlib")
-os.environ.pop("PREFECT_API_URL", None)
-os.environ.pop("MLFLOW_TRACKING_URI", None)
+for _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "DANCEOPD_LEDGER", "DANCEOPD_PUBLISH", "DANCEOPD_REVIEWERS"):
+    os.environ.pop(_name, None)
 
 from tasks.environment import PROJECT, prepare  # noqa: E402
 
 prepare()
+
+pytest_plugins = ["tests.servers"]
 
 
 @pytest.fixture(scope="session", autouse=True)

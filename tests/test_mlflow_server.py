@@ -69,7 +69,7 @@ def test_candidate_champion_refusal_and_a_server_that_dies(
     version = store.client.get_model_version(registry.MODEL, "2")
     assert store.client.get_run(version.run_id).info.artifact_uri.startswith("mlflow-artifacts:")  # the server keeps the files
     assert not (project / "mlflow" / "artifacts").exists() and not (project / "mlflow" / "mlflow.db").exists()
-    entries = ledger.read(registry.ledger_folder(store))
+    entries = ledger.read(registry.ledger_place(store))
     assert [(entry.action, entry.from_version, entry.to_version) for entry in entries] == [("promote", None, "1"), ("promote", "1", "2")]
     registry.rollback(project, "eve", "artefacts")
     champion = registry.champion(project)

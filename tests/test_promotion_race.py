@@ -41,10 +41,15 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("simultaneous", ["yes", "no"])
-def test_two_processes_promote_two_versions(tmp_path: Path, simultaneous: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("simultaneous", "place"), [("yes", "folder"), ("no", "folder"), ("yes", "S3")])
+def test_two_processes_promote_two_versions(
+    tmp_path: Path, simultaneous: str, place: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """"yes": both reach the ledger having seen it empty. "no": they start together and run as they happen to."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DANCEOPD_LEDGER", raising=False)
+    if place == "S3":
+        monkeypatch.setenv("DANCEOPD_LEDGER", request.getfixturevalue("s3"))
     project = candidates.new_project(tmp_path / "project")
     candidates.submitted(project)
     candidates.submitted(project, weights=2.0)
@@ -67,7 +72,7 @@ def test_two_processes_promote_two_versions(tmp_path: Path, simultaneous: str, m
     message = ended[int(loser) - 1][1]
     expected = "somebody else decided at the same moment" if simultaneous == "yes" else "error: "
     assert expected in message and "Traceback" not in message
-    entries = ledger.read(project / "mlflow" / "ledger")
+    entries = ledger.read(registry.ledger_place(tracking.open_store(project)))
     assert [(entry.to_version, entry.actor, entry.reason) for entry in entries] == [(winner, f"reviewer {winner}", "mine is better")]
     store = tracking.open_store(project)
     assert registry._aliases(store)["champion"] == winner

@@ -20,23 +20,18 @@ from data.files import digest, read_json, sha256_file
 from tasks import ledger, registry, tracking
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return candidates.fresh_database(tmp_path_factory.mktemp("database"))
-
-
 @pytest.fixture
-def project(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return candidates.new_project(tmp_path / "project", database)
+    return candidates.new_project(tmp_path / "project", mlflow_database)
 
 
 @pytest.fixture(scope="module")
-def seasoned(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
+def seasoned(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
     """A project (read only) whose version 1 is champion, version 2 waits for review and whose third candidate was refused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        project = candidates.new_project(tmp_path_factory.mktemp("seasoned") / "project", database)
+        project = candidates.new_project(tmp_path_factory.mktemp("seasoned") / "project", mlflow_database)
         submitted(project, promote="auto")
         submitted(project, geneval=0.82, weights=2.0)
         submitted(project, geneval=0.1, weights=3.0)
@@ -308,7 +303,5 @@ def test_each_ledger_number_is_given_once(tmp_path: Path) -> None:
 def test_another_store_has_a_ledger_of_its_own(tmp_path: Path) -> None:
     own = tracking.Store(None, tracking.local_uri(tmp_path), tmp_path.resolve())  # type: ignore[arg-type]
     other = tracking.Store(None, "http://127.0.0.1:5000", tmp_path.resolve())  # type: ignore[arg-type]
-    assert registry.ledger_folder(own) == tmp_path.resolve() / "mlflow" / "ledger"
-    assert registry.ledger_folder(other).parent == registry.ledger_folder(own)
-
-
+    assert registry.ledger_place(own) == tmp_path.resolve() / "mlflow" / "ledger"
+    assert registry.ledger_place(other).parent == registry.ledger_place(own)

@@ -29,7 +29,8 @@ HOMES = {
     "transformers": ("model/backbones/", "benchmarks/"),
     "great_expectations": ("data/expectations.py",),
     "torch": ("model/", "benchmarks/", "tasks/"),
-    "boto3": (),
+    "boto3": ("tasks/s3.py",),
+    "botocore": ("tasks/s3.py",),
     "dvc": (),  # a child process, never a library: its locks are per process
     "pickle": (),
     "cloudpickle": (),

@@ -1,0 +1,191 @@
+"""MLflow with accounts, as in production: strangers change nothing, the right to promote is checked before anything is decided, a server that goes away in the
+middle costs a repetition and no record, and no secret is kept anywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import candidates
+import pytest
+
+from data.errors import UserError
+from tasks import ledger, registry, tracking
+from tasks import s3 as store
+from tasks.environment import PROJECT
+from tests.servers import FaultyProxy, MlflowServer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(tmp_path: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A model and an experiment of the test's own on the shared server; the ledger and what is published are on S3."""
+    name = f"danceopd-{uuid.uuid4().hex[:8]}"
+    monkeypatch.setattr(registry, "MODEL", name)
+    monkeypatch.setattr(tracking, "EXPERIMENT", name)
+    for key, value in {**mlflow_server.environment, "DANCEOPD_LEDGER": f"{s3}/ledger", "DANCEOPD_PUBLISH": f"{s3}/models"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    yield candidates.new_project(tmp_path / "project")
+
+
+def state(project: Path) -> tuple[Any, ...]:
+    """All that strangers might change: versions with their tags and texts, aliases, runs with their tags and status."""
+    opened = tracking.open_store(project)
+    versions = [(one.version, sorted(one.tags.items()), one.description, one.source) for one in registry._versions(opened)]
+    experiment = opened.client.get_experiment_by_name(tracking.EXPERIMENT)
+    runs = [(one.info.run_id, one.info.status, sorted(one.data.tags.items())) for one in opened.client.search_runs([experiment.experiment_id])]
+    return versions, sorted(registry._aliases(opened).items()), runs, experiment.lifecycle_stage
+
+
+def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an account, with a wrong password, and with an account that may only read."""
+    candidates.submitted(project, promote="auto")
+    candidates.submitted(project, weights=2.0, geneval=0.82)
+    before = state(project)
+    run = registry.champion(project)["run_id"]  # type: ignore[index]
+    experiment = tracking.open_store(project).client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    model, reader = registry.MODEL, f"reader-{uuid.uuid4().hex[:6]}"
+    password = mlflow_server.new_user(reader)
+    name = {"name": model, "version": "2"}
+    attempts: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "mlflow/registered-models/alias", {**name, "alias": "champion"}),
+        ("DELETE", "mlflow/registered-models/alias", {"name": model, "alias": "champion"}),
+        ("PATCH", "mlflow/model-versions/update", {**name, "description": "trust me"}),
+        ("POST", "mlflow/model-versions/set-tag", {**name, "key": "review.status", "value": "approved"}),
+        ("DELETE", "mlflow/model-versions/delete", name),
+        ("POST", "mlflow/model-versions/create", {"name": model, "source": f"runs:/{run}/x"}),
+        ("POST", "mlflow/registered-models/rename", {"name": model, "new_name": "mine"}),
+        ("DELETE", "mlflow/registered-models/delete", {"name": model}),
+        ("POST", "mlflow/runs/set-tag", {"run_id": run, "key": "gate.status", "value": "passed"}),
+        ("POST", "mlflow/runs/log-batch", {"run_id": run, "metrics": [{"key": "geneval/overall", "value": 1.0, "timestamp": 1, "step": 1}]}),
+        ("POST", "mlflow/runs/update", {"run_id": run, "status": "FAILED"}),
+        ("POST", "mlflow/runs/delete", {"run_id": run}),
+        ("POST", "mlflow/runs/create", {"experiment_id": experiment}),
+        ("POST", "mlflow/experiments/delete", {"experiment_id": experiment}),
+        ("PUT", f"mlflow-artifacts/artifacts/{experiment}/{run}/artifacts/verdict.json", {"passed": True}),
+        ("POST", "mlflow/users/update-admin", {"username": reader, "is_admin": True}),
+    ]
+    for who in (None, (mlflow_server.admin, "wrong"), ("nobody", "nothing-at-all")):
+        for method, path, body in attempts:
+            for prefix in ("/api/2.0/", "/ajax-api/2.0/"):
+                status, _ = mlflow_server.request(method, prefix + path, body, who)
+                assert status in (401, 403, 404), (who, method, path, status)
+    for method, path, body in attempts:
+        status, _ = mlflow_server.request(method, "/api/2.0/" + path, body, (reader, password))
+        assert status >= 400, (method, path, status)
+    assert state(project) == before and len(ledger.read(f"{s3}/ledger")) == 1
+    with monkeypatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_USERNAME")
+        patch.delenv("MLFLOW_TRACKING_PASSWORD")
+        with pytest.raises(UserError, match="does not know"):
+            registry.promote(project, "2", "mallory", "mine")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", reader)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        for decision in (registry.promote, registry.reject):
+            with pytest.raises(UserError, match="may not do this"):
+                decision(project, "2", "reader", "I would like to")
+        with pytest.raises(UserError, match="may not do this"):
+            registry.approve(project, "2", "reader", "I would like to")
+    assert state(project) == before and len(ledger.read(f"{s3}/ledger")) == 1  # refused before the ledger's entry
+
+
+@pytest.mark.parametrize("last", [3, 9, 14, 20, 26, 32, 38])
+def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    """It stops answering after so many writes; with the server back the same command finishes the same run, and every figure is there once."""
+    candidates.judged(project)
+    with FaultyProxy(mlflow_server.url) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        left = [last]
+
+        def fault(method: str, path: str) -> str | None:
+            left[0] -= method != "GET"
+            return "cut" if left[0] < 0 else None
+
+        proxy.fault = fault
+        try:
+            registry.submit_files(project, candidates.PARAMS, "review", "ann", "x")
+        except UserError as error:
+            assert "run the same command again" in str(error)
+        proxy.fault = lambda method, path: None
+        done = registry.submit_files(project, candidates.PARAMS, "review", "ann", "x")
+    assert (done["status"], done["version"]) == ("candidate", "1")
+    opened = tracking.open_store(project)
+    experiment = opened.client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    (run,) = opened.client.search_runs([experiment])
+    assert run.info.status == "FINISHED" and run.data.params["distill.steps"] == "300"
+    for metric in ("distill/loss/t2i", "absorb/loss/guided"):
+        assert [one.step for one in sorted(opened.client.get_metric_history(run.info.run_id, metric), key=lambda one: one.step)] == list(range(5))
+    assert len(registry._versions(opened)) == 1 and registry._aliases(opened) == {"candidate": "1"}
+    assert not list((project / "mlflow" / "spool").glob("*/*"))
+    assert registry.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
+
+
+def test_what_was_logged_while_the_server_was_away_is_sent_later(
+    project: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "steps.csv").write_text("step,route,loss,t,gradient_norm,seconds\n" + "".join(f"{step},t2i,{step},0.5,1.0,0.1\n" for step in range(20)))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "page.html").write_text("as it was")
+    with FaultyProxy(mlflow_server.url) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        with tracking.run(project, "long", {"kind": "test"}) as tracked:
+            tracking.log_params(tracked, {"before": 1})
+            proxy.fault = lambda method, path: "503"
+            tracking.log_steps(tracked, "distill", tmp_path / "steps.csv")
+            tracking.log_files(tracked, {"report": tmp_path / "report", "steps": tmp_path / "steps.csv"})
+            (tmp_path / "report" / "page.html").write_text("changed since")
+        found = list((project / "mlflow" / "spool").glob(f"*/{tracked.run_id}/operations.jsonl"))
+        assert len(found) == 1 and len(found[0].read_text().splitlines()) == 4  # steps, two files, the end
+        with pytest.raises(UserError, match="MLflow"):
+            tracking.open_store(project)
+        broken = iter(range(100))
+        proxy.fault = lambda method, path: "cut" if method == "PUT" and next(broken) < 4 else None  # once more, in the middle of sending
+        with pytest.raises(tracking.Outage):
+            tracking.open_store(project)
+        assert found[0].is_file()
+        proxy.fault = lambda method, path: None
+        tracking.open_store(project)
+    assert not list((project / "mlflow" / "spool").glob("*/*"))
+    client = tracking.open_store(project).client
+    assert client.get_run(tracked.run_id).info.status == "FINISHED"
+    assert len(client.get_metric_history(tracked.run_id, "distill/loss/t2i")) == 20
+    assert Path(client.download_artifacts(tracked.run_id, "report/page.html", str(tmp_path))).read_text() == "as it was"
+
+
+def test_no_secret_is_kept_or_shown(project: Path, s3: str, mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the registry, in runs, in artifacts, in the ledger, in what is published, in the project, nor in what the commands print."""
+    with_password = mlflow_server.url.replace("//", f"//{mlflow_server.admin}:{mlflow_server.password}@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    done = candidates.submitted(project, promote="auto")
+    assert done["tracking_uri"] == mlflow_server.url
+    said = str(done)
+    program = f"import sys; from tasks import registry, tracking; registry.MODEL = tracking.EXPERIMENT = {registry.MODEL!r}; from tasks.__main__ import main"
+    program += (
+        "\nfor name in ('registry', 'doctor', 'publish', 'reconcile', 'review'): main([name])\nmain(['lineage', '1']); main(['promote', '--version', '1',"
+    )
+    program += " '--reviewer', 'eve', '--reason', 'again'])"
+    for environment in ({}, {"MLFLOW_TRACKING_URI": with_password.replace(mlflow_server.url[-5:], "1")}):  # the second: a server that is not there
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=project,
+            env={**os.environ, **environment, "PYTHONPATH": str(PROJECT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said += ended.stdout + ended.stderr
+    assert "account admin" in said and "is published now" in said  # the commands did their work
+    kept = b"".join(path.read_bytes() for folder in (project, mlflow_server.folder) for path in folder.rglob("*") if path.is_file())
+    kept += b"".join(store.read(one.uri)[0] for one in store.list_objects(s3))
+    for secret in (mlflow_server.password, os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in said and secret.encode() not in kept
