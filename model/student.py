@@ -82,7 +82,8 @@ def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor], dtype: t
     network = type(backbone.network).from_config(dict(backbone.network.config))
     network.load_state_dict(weights)
     network.eval()
-    return network.to(_base_weight(backbone).device, dtype)
+    nn.Module.to(network, _base_weight(backbone).device, dtype)
+    return network
 
 
 def _base_weight(backbone: Backbone) -> torch.Tensor:
@@ -165,8 +166,10 @@ def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None
     write_json(folder / RECORD, {**record, **own, **hashes})
 
 
-def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
-    """Raises UserError when the checkpoint is damaged, or was trained on another base than `backbone`'s."""
+def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: torch.device | str = "cpu") -> Student:
+    """The student on `backbone`; one with a start of its own takes the base network's place, on its device, or on `device` where the base was not loaded.
+
+    Raises UserError when the checkpoint is damaged, or was trained on another base than `backbone`'s."""
     record = read_json(folder / RECORD)
     missing = [key for key in ("adapter", "own_start", "base_sha256", "sha256", "start_sha256", "backbone", "rank", "alpha") if key not in record]
     if missing:
@@ -179,7 +182,8 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
         raise UserError(f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base")
     weight = _base_weight(backbone)
     dtype = weight.dtype if record["adapter"] else torch.float32
-    own = load_backbone(folder, need=TRANSFORMER, dtype=dtype, device=weight.device) if record["own_start"] else None
+    place = device if weight.is_meta else weight.device
+    own = load_backbone(folder, need=TRANSFORMER, dtype=dtype, device=place) if record["own_start"] else None
     network = backbone.network if own is None else own.network
     if not record["adapter"]:
         network.requires_grad_(True)

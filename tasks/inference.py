@@ -77,7 +77,7 @@ def open_folder(source: Source, project: Path, *, base: str = "", parts: Sequenc
     own = bool(record.get("own_start"))
     origin = folder if own else base_of(folder, record, project, base)
     backbone = load_backbone(origin, need=parts if own else ("transformer", *parts), **options)  # a start of its own comes with the student
-    student = load_student(folder, backbone, str(record.get("base_sha256")))
+    student = load_student(folder, backbone, str(record.get("base_sha256")), options.get("device", "cpu"))
     student.network.requires_grad_(False)
     return Model(student, record, origin)
 

@@ -977,13 +977,10 @@ def registered(project: Path, uri: str) -> tuple[str, dict[str, str]]:
 
 def download(project: Path, version: str, folder: Path) -> None:
     """Writes the files of a registered version into the new `folder`, each one compared with the hash it was judged under. Raises UserErrors otherwise."""
-    with _opened(project) as store:
-        found = _get_version(store, version)
-        with tempfile.TemporaryDirectory() as temporary:
-            fetched, _ = fetch_weights(store, found, Path(temporary))
-            for name in _tagged_weights(found.tags):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(fetched / name, folder / name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(project) as store, tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        fetched, _ = fetch_weights(store, _get_version(store, version), Path(temporary))
+        fetched.rename(folder)
 
 
 # The command line

@@ -20,7 +20,7 @@ from PIL import Image
 from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, read_json, write_json, write_text
 from model.checkpoint import RECORD, Ema, load_state, newest_state, read_state, save_state, write_tensors
-from model.distill import Bucket, LoopParams, NotFinite, Step, distill
+from model.distill import Accumulate, Bucket, LoopParams, NotFinite, Step, distill
 from model.execution import PRECISION, Execution, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
 from model.field import VelocityField
 from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
@@ -266,6 +266,7 @@ def run_training(
     facts: Mapping[str, Any],
     record: Mapping[str, Any],
     out: Path,
+    compute: Accumulate | None = None,
 ) -> dict[str, Any]:
     """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the pictures of its validations.
 
@@ -309,7 +310,7 @@ def run_training(
     with _stop_on_sigterm() as asked, _progress(stage, steps - start, world) as advance:
         done = saved_at = start
         first = params.steps if run.ended else start  # a run that had ended early only writes its result again
-        loop = distill(student, teachers, buckets, router, optimizers, ema, params, grid, seed, first, fitted, world, lambda: asked["stop"])
+        loop = distill(student, teachers, buckets, router, optimizers, ema, params, grid, seed, first, fitted, world, lambda: asked["stop"], compute)
         waiting: list[Step] = []
         try:
             for step in loop:

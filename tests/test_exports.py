@@ -124,12 +124,12 @@ def answers(model: Model, field: Callable[..., torch.Tensor]) -> list[torch.Tens
     return [field(noise_for(8, 0, [0, 1], shape), torch.tensor([0.9, 0.2]), condition) for condition in conditions(model)]
 
 
-def assert_same(model: Model, network: Any) -> None:
+def assert_same(project: Project, model: Model, network: Any) -> None:
     """The library's network answers as the student does, and not as the base does."""
     expected = answers(model, model.student.field)
     for found, wanted in zip(answers(model, lambda *state: model.backbone.velocity(network.eval(), *state)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    base = NetworkField(model.backbone, load_backbone(model.origin).network)
+    base = NetworkField(model.backbone, load_base(project.root / "data" / "teachers", need=("transformer",)).network)
     assert max(float((one - other).abs().max()) for one, other in zip(answers(model, base), expected, strict=True)) > 1e-3
 
 
@@ -137,7 +137,7 @@ def assert_same(model: Model, network: Any) -> None:
 def test_diffusers_loads_the_pipeline(project: Project, student: str, tmp_path: Path) -> None:
     model = project.model(student)
     made = export(model, "diffusers", tmp_path / "out")
-    assert_same(model, DiffusionPipeline.from_pretrained(str(tmp_path / "out")).transformer)
+    assert_same(project, model, DiffusionPipeline.from_pretrained(str(tmp_path / "out")).transformer)
     files = read_json(tmp_path / "out" / "export.json")["files"]
     assert len(files) == made["files"] and "model_index.json" in files and files.keys() == {
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "export.json"
@@ -148,13 +148,13 @@ def test_diffusers_loads_the_pipeline(project: Project, student: str, tmp_path: 
 def test_diffusers_loads_the_merged_network(project: Project, student: str, tmp_path: Path) -> None:
     model = project.model(student)
     export(model, "merged", tmp_path / "out")
-    assert_same(model, type(model.student.network).from_pretrained(str(tmp_path / "out")))
+    assert_same(project, model, type(model.student.network).from_pretrained(str(tmp_path / "out")))
 
 
 def test_peft_loads_the_adapter(project: Project, tmp_path: Path) -> None:
     model = project.model("adapter")
     export(model, "peft", tmp_path / "out")
-    assert_same(model, PeftModel.from_pretrained(load_backbone(model.origin, need=("transformer",)).network, str(tmp_path / "out")))
+    assert_same(project, model, PeftModel.from_pretrained(load_backbone(model.origin, need=("transformer",)).network, str(tmp_path / "out")))
 
 
 def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: 
     export(model, "comfyui", tmp_path / "out")
     pipeline = DiffusionPipeline.from_pretrained(str(model.origin))
     pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=COMFYUI_FILE)
-    assert_same(model, pipeline.transformer)
+    assert_same(project, model, pipeline.transformer)
 
 
 @pytest.mark.parametrize("kind", ["peft", "comfyui"])
@@ -177,10 +177,10 @@ def test_the_micro_student_is_exported_too(micro: Project, tmp_path: Path) -> No
         model = micro.model(student)
         for kind in WRITERS if student == "adapter" else ("diffusers", "merged"):
             export(model, kind, tmp_path / kind)
-        assert_same(model, SD3Transformer2DModel.from_pretrained(str(tmp_path / "merged")))
-        assert_same(model, load_backbone(tmp_path / "diffusers").network)
+        assert_same(micro, model, SD3Transformer2DModel.from_pretrained(str(tmp_path / "merged")))
+        assert_same(micro, model, load_backbone(tmp_path / "diffusers").network)
     model = micro.model("adapter")
-    assert_same(model, PeftModel.from_pretrained(load_base(micro.root / "data" / "teachers").network, str(tmp_path / "peft")))
+    assert_same(micro, model, PeftModel.from_pretrained(load_base(micro.root / "data" / "teachers").network, str(tmp_path / "peft")))
 
 
 def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,7 @@ def loop_params(**changes: Any) -> LoopParams:
 def write_params(path: Path, **changes: Any) -> Path:
     """A params.yaml with the sections that the distill stage reads."""
     section: dict[str, Any] = {
+        "method": "danceopd", "query_states": 1,
         "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3,
         "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low", "schedule": "linear",
         "states": "on_policy", "routes_taken": "hard", "resume_from": "", "accept_changed": [], "keep_every": 0, "validate_every": 0, "patience": 0,

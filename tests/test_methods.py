@@ -1,0 +1,198 @@
+"""Property: every baseline computes the loss and the gradient that its formula says, on toys where both are known, and runs in the one loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from data.errors import UserError
+from model.checkpoint import Ema
+from model.distill import LoopParams, Plan, accumulate, distill
+from model.examples import Bucket
+from model.execution import WHOLE_BATCH
+from model.methods import ETA, METHODS, compute_of, method_faults, transition
+from model.optimizer import build_optimizer
+from model.randomness import noise_for
+from model.rollout import euler_grid
+from model.route import Route, Router, router
+from model.student import load_student, merged_weights, plain_weights, start_student
+from model.teachers import BASE, load_base, load_teachers, read_records
+from tasks import distill as stage
+from tasks.encode import load_buckets
+from tasks.params import load_params
+from tests.tiny import Tiny, build, loop_params, write_params
+
+SHAPE = (2, 3, 3)
+STEPS, SHIFT = 4, 3.0
+GRID = euler_grid(STEPS, SHIFT)
+AIM = 0.7  # what the toy's teacher says everywhere
+
+
+class Constant(nn.Module):
+    """A student that says theta everywhere, so that every gap is theta - AIM."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta))
+
+
+def toy(theta: float = 0.2) -> Any:
+    network = Constant(theta)
+    backbone = SimpleNamespace(latent_shape=SHAPE)
+
+    def field(x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+        return network.theta * torch.ones_like(x)
+
+    return SimpleNamespace(network=network, adapter=None, backbone=backbone, field=field, parameters={"theta": network.theta})
+
+
+def teacher(x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+    return torch.full_like(x, AIM)
+
+
+def bucket(rows: int = 5) -> Bucket:
+    pooled, clean = torch.zeros(rows, 1), noise_for(9, 0, range(rows), SHAPE, "clean")
+    return Bucket(torch.arange(rows), torch.zeros(rows, 1, 1), pooled, torch.zeros(1, 1), torch.zeros(1), None, clean)
+
+
+PLAN = Plan(3, Route("t2i", "teacher", 1.0), (0, 1, 2, 3), (0, 1, 2, 3))
+
+
+def step(method: str, student: Any, query_states: int = 1, field: Any = teacher, params: LoopParams | None = None) -> tuple[torch.Tensor, float]:
+    """Losses by slot and the gradient of theta."""
+    compute = compute_of(method, query_states) or accumulate
+    losses, _ = compute(student, field, bucket(), PLAN, range(4), params or loop_params(rollout_steps=STEPS), GRID, 7, WHOLE_BATCH)
+    return losses, float(student.network.theta.grad)
+
+
+def test_diffusionopd_weights_every_state_by_its_own_squared_step() -> None:
+    student = toy()
+    losses, gradient = step("diffusionopd", student)
+    weight = float((GRID[1:] - GRID[:-1]).square().sum())
+    gap = 0.2 - AIM
+    torch.testing.assert_close(losses, torch.full((4,), 0.5 * weight * gap**2))
+    assert gradient == pytest.approx(weight * gap, rel=1e-5)
+    squares = (euler_grid(16, 3.0)[1:] - euler_grid(16, 3.0)[:-1]).square()
+    assert float(squares.max() / squares.min()) == pytest.approx(58.8, abs=0.1)  # what a uniform weight would ignore
+
+
+def test_diffusionopd_compares_where_the_student_goes() -> None:
+    """A teacher that tells the state: the losses are those of the states of the student's own Euler path."""
+    student = toy()
+    losses, _ = step("diffusionopd", student, field=lambda x, t, condition: x)
+    noise = noise_for(7, PLAN.index, range(4), SHAPE)
+    expected = torch.zeros(4)
+    for k in range(STEPS):
+        x_k = noise + (GRID[k] - 1.0) * 0.2  # theta for all the way down from t = 1
+        expected += 0.5 * (GRID[k + 1] - GRID[k]) ** 2 * (0.2 - x_k).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_several_query_states_are_the_mean_of_their_losses() -> None:
+    one, other = toy(), toy()
+    losses, gradient = step("danceopd", one, 4)
+    alone, single = step("danceopd", other, 1)
+    torch.testing.assert_close(losses, alone)  # the gap is the same everywhere
+    assert gradient == pytest.approx(single, rel=1e-5)
+    spread, _ = step("danceopd", toy(), 16, field=lambda x, t, condition: t.reshape(-1, 1, 1, 1) * torch.ones_like(x))
+    levels = [float((0.2 - level) ** 2) for level in GRID[:-1]]
+    assert all(min(levels) <= float(loss) <= max(levels) for loss in spread) and len({round(float(loss), 6) for loss in spread}) > 1
+
+
+def test_joint_training_asks_no_teacher() -> None:
+    def forbidden(*_: Any) -> torch.Tensor:
+        raise AssertionError("no teacher in joint training")
+
+    losses, gradient = step("joint", toy(), field=forbidden)
+    aim = noise_for(7, PLAN.index, range(4), SHAPE) - noise_for(9, 0, range(5), SHAPE, "clean")[[0, 1, 2, 3]]
+    torch.testing.assert_close(losses, (0.2 - aim).square().mean((1, 2, 3)))
+    assert gradient == pytest.approx(float(2.0 * (0.2 - aim).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("t", [0.9, 0.5, 0.1])
+def test_the_stochastic_step_keeps_the_marginals(t: float) -> None:
+    """Data at 0: x_t has deviation t, and so must x_{t + dt} have t + dt, to second order in dt."""
+    errors = []
+    for dt in (-0.02, -0.01):
+        mean, deviation = transition(torch.tensor(t, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64), t, t + dt, 0.99)
+        errors.append(abs(float(mean) ** 2 + deviation**2 - (t + dt) ** 2))
+    assert deviation == pytest.approx(ETA * (t / (1 - t)) ** 0.5 * 0.01**0.5)
+    assert errors[1] < 0.3 * errors[0] and errors[0] < 0.02
+
+
+def test_flowopd_weighs_the_score_by_the_kl_at_every_state() -> None:
+    student, gap = toy(), 0.2 - AIM
+    losses, gradient = step("flowopd", student)
+    kls, expected = [], 0.0
+    for k in range(STEPS):
+        now, after = float(GRID[k]), float(GRID[k + 1])
+        _, deviation = transition(torch.zeros(1), torch.zeros(1), now, after, float(GRID[1]))
+        gain = float(transition(torch.zeros(1), torch.ones(1), now, after, float(GRID[1]))[0])  # of the mean by the velocity
+        kls.append((gain * gap) ** 2 / (2 * deviation**2))
+        drawn = noise_for(7, PLAN.index, range(4), SHAPE, f"transition/{k}")
+        expected += kls[-1] * gain * float(drawn.mean()) / deviation / STEPS
+    torch.testing.assert_close(losses, torch.full((4,), sum(kls) / STEPS), rtol=1e-4, atol=1e-6)
+    assert gradient == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_flowopd_takes_one_prompt_a_group() -> None:
+    seen: list[torch.Tensor] = []
+
+    def listening(x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+        seen.append(condition.embeds.flatten())
+        return torch.zeros_like(x)
+
+    examples = bucket()
+    examples.embeds.copy_(torch.arange(5.0).reshape(5, 1, 1))  # type: ignore[union-attr]
+    compute = compute_of("flowopd", 1)
+    assert compute is not None
+    compute(toy(), listening, examples, PLAN, range(4), loop_params(rollout_steps=STEPS), GRID, 7, WHOLE_BATCH)
+    assert seen and all(torch.equal(rows, torch.zeros(4)) for rows in seen)
+
+
+def test_choices_that_do_not_fit_are_named() -> None:
+    good = [("danceopd", "on_policy", 4, "base"), ("danceopd", "off_policy", 1, "base")]
+    good += [("offpolicy", "off_policy", 1, "base"), ("merge", "on_policy", 1, "merged")]
+    assert [fault for method, states, k, start in good for fault in method_faults(method, states, k, start, 16)] == []
+    bad = [("danseopd", "on_policy", 1, "base"), ("offpolicy", "on_policy", 1, "base"), ("joint", "off_policy", 1, "base"), ("merge", "on_policy", 1, "base")]
+    bad += [("danceopd", "on_policy", 3, "base"), ("diffusionopd", "on_policy", 4, "base")]
+    assert [len(method_faults(method, states, k, start, 16)) for method, states, k, start in bad] == [1] * len(bad)
+    assert "groups of 16" in method_faults("flowopd", "on_policy", 1, "base", 24)[0]
+    with pytest.raises(UserError, match="nothing is trained"):
+        compute_of("merge", 1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("danceopd", "merge")])
+def test_every_method_trains_a_real_network_in_the_one_loop(tiny: Tiny, method: str) -> None:
+    backbone, fields = load_teachers(tiny.teachers, [BASE, "local"])
+    routes: Router = router([Route("local_edit", "local", 1.0)], [BASE, "local"])
+    buckets = load_buckets(tiny.encoded, ["local_edit"], read_records(tiny.teachers)[BASE].sha256)
+    student = start_student(backbone, fields, BASE, "adapter", 4, 4, seed=0)
+    before = {name: value.detach().clone() for name, value in student.parameters.items()}
+    params = loop_params(steps=2, batch=4, rollout_steps=2, states="off_policy" if method == "offpolicy" else "on_policy")
+    optimizers, ema = build_optimizer("adamw", student.parameters.items(), 1e-3), Ema(dict(student.parameters), 0.0)
+    loop = distill(student, fields, buckets, routes, optimizers, ema, params, euler_grid(2), 0, compute=compute_of(method, 1))
+    steps = list(loop)
+    assert len(steps) == 2 and all(one.loss > 0 and one.gradient_norm > 0 for one in steps)
+    assert any(not torch.equal(value, before[name]) for name, value in student.parameters.items())
+
+
+def test_merge_is_the_mean_of_the_teachers_without_a_step(tiny: Tiny, tmp_path: Path) -> None:
+    params = load_params(stage.Params, "distill", write_params(tmp_path / "params.yaml", method="merge", start="merged", trainable="all"))
+    stage.distill(params, encoded=tiny.encoded, teachers=tiny.teachers, out=tmp_path / "out")
+    base = load_base(tiny.teachers)
+    student = load_student(tmp_path / "out", base, read_records(tiny.teachers)[BASE].sha256)
+    _, fields = load_teachers(tiny.teachers, [BASE, "local", "global"])
+    expected = merged_weights(fields[BASE], {name: fields[name] for name in ("local", "global")})
+    assert all(torch.equal(value, expected[name]) for name, value in plain_weights(student.field).items())
+    assert (tmp_path / "out" / "steps.csv").read_text().count("\n") == 1
