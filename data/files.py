@@ -81,6 +81,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_or_copy(origin: Path, target: Path) -> None:
+    """`target` with the content of `origin`: a hard link where the file system allows, so that large files lie there once; folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(origin.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(origin, target)
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -5,16 +5,14 @@ Every weight is resolved and verified first, then everything is checked against 
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, UserErrors
-from data.files import atomic_folder, read_json, write_json
+from data.files import atomic_folder, link_or_copy, read_json, write_json
 from data.records import CAPABILITIES
 from data.weights import SAFETENSORS, precision_of, read_header
 from model.adapters import PEFT_CONFIG, RECORDS, read_adapter
@@ -82,14 +80,6 @@ def assemble(sources: Mapping[str, SourceParams], out: Path, project: Path) -> d
         return {name: read_json(folder / name / RECORD)["sha256"][:12] for name in sources}
 
 
-def _link(origin: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(origin.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(origin, target)
-
-
 def _record(folder: Path, backbone: Backbone, source: SourceParams, found: Source, base: TeacherRecord | None, **changes: Any) -> TeacherRecord:
     headers = [read_header(file) for file in weight_files(folder, source.kind)]
     sha256 = weights_sha256(folder, source.kind)
@@ -108,7 +98,7 @@ def _base(folder: Path, source: SourceParams, found: Source, backbone: Backbone)
     if not found.files:
         raise UserError(f"{found.uri}: the base is a pipeline folder (model_index.json, transformer/, text_encoder/, vae/, ...), not one file")
     for name in found.files:
-        _link(found.path / name, folder / name)
+        link_or_copy(found.path / name, folder / name)
     weights = {file.relative_to(folder).as_posix() for file in weight_files(folder, "base")}
     _fit(backbone, weight_files(folder, "base"))
     return _record(folder, backbone, source, found, None, files={name: sha256 for name, sha256 in found.files.items() if name not in weights})
@@ -129,13 +119,13 @@ def _full(folder: Path, name: str, source: SourceParams, found: Source, backbone
     changes: dict[str, Any] = {}
     if origin.is_dir():
         for file in [*weight_files(origin.parent, "full")] if origin.name == "transformer" else sorted(origin.glob(f"*{SAFETENSORS}")):
-            _link(file, folder / "transformer" / file.name)
+            link_or_copy(file, folder / "transformer" / file.name)
         for file in origin.glob(f"{WEIGHTS}.index.json"):
-            _link(file, folder / "transformer" / file.name)
+            link_or_copy(file, folder / "transformer" / file.name)
         if (found.path / "scheduler").is_dir():
             changes["scheduler"] = parts.read_scheduler(found.path)
     else:
-        _link(origin, folder / "transformer" / WEIGHTS)
+        link_or_copy(origin, folder / "transformer" / WEIGHTS)
     files = weight_files(folder, "full")
     absent = [file for file in files if not file.exists()]
     if absent:

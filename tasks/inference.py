@@ -21,9 +21,9 @@ from model.student import RECORD, Student, load_student
 from model.teachers import BASE, weights_sha256
 from tasks.pictures import as_images, as_pictures
 from tasks.progress import Advance
+from tasks.pyfunc_model import CARRIED as CARRIED
 from tasks.sources import Source, resolve
 
-CARRIED = "base"  # the folder of a registered model that holds the base of an adapter student
 TEACHERS = Path("data/teachers")
 PURPOSE = "sample"
 

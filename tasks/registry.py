@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from data.errors import UserError, UserErrors
-from data.files import digest, read_json, sha256_bytes, sha256_file
-from tasks import environment, gate, ledger, s3, tracking
+from data.files import digest, link_or_copy, read_json, sha256_bytes, sha256_file
+from tasks import environment, gate, ledger, pyfunc_model, s3, tracking
 from tasks.provenance import DVC_PATHS, md5_of, provenance
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ LONGEST_DESCRIPTION = 5000  # PostgreSQL's column; SQLite would take more
 WEIGHTS = ".safetensors"
 CHECKPOINT_SUFFIXES = (WEIGHTS, ".json", ".csv", ".txt", ".md", ".png")
 STEPS_FILES = {"distill": "checkpoints/student/steps.csv", "absorb": "checkpoints/absorbed/steps.csv"}
-NOT_WEIGHTS = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt")  # MLflow's own description of a logged model
 PICTURES = ("t2i.png", "edits.png", "scorecard.png")  # of the report: shown on the version's page
 LONGEST_ANSWER = 2000
+MLFLOWS_OWN = ("MLmodel", "registered_model_meta", "conda.yaml", "python_env.yaml", "requirements.txt")  # its description of a logged model, and what loading one writes beside it
 STATUS_TAG, BY_TAG, REASON_TAG, ANSWER_TAG = "review.status", "review.by", "review.reason", "review.answer"
 LINEAGE_PREFIXES = ("git.", "dvc.", "params.", "env.", "teacher.", "base.", "mlflow.run_id")
 Promote = Literal["auto", "review"]
@@ -527,6 +527,8 @@ def submit(project: Path, submission: Submission, *, promote: Promote, actor: st
 def _publish(project: Path, submission: Submission, actor: str, reason: str, extra: Mapping[str, str]) -> dict[str, Any]:
     """Sends the candidate. Every step looks first for what an interrupted submission of the same candidate has left, so that repeating it finishes it."""
     scorecard, verdict, validated, hashes = _checked(submission)
+    base = pyfunc_model.carried(project, submission.checkpoint)
+    hashes |= {name: sha256_file(path) for name, path in base.items()}
     refusals = [f"{rule['rule']}: {rule['reason']}" for rule in verdict["rules"] if not rule["passed"]]
     tags = {**_lineage_tags(project, submission, scorecard, verdict, hashes), **extra}
     identity = digest({"weights": dict(hashes), "verdict": tags["gate.verdict.sha256"]})[:16]
@@ -557,7 +559,7 @@ def _publish(project: Path, submission: Submission, actor: str, reason: str, ext
                 tracked, {"registered.identical": twin, "mlflow.note.content": f"The same weights as champion version {twin}: not registered again."}
             )
             return _outcome(store, "identical", twin, tracked.run_id, [f"the weights are those of champion version {twin}: there is nothing new to register"])
-        model_id = _log_model(tracked, submission.checkpoint, hashes, tags["gate.status"])
+        model_id = _log_model(tracked, submission.checkpoint, base, hashes, tags["gate.status"])
         tracking.log_scorecard(tracked, scorecard, model_id)
         compared = _compared(store, tags["gate.champion"])
         changed = " with changed files" if tags.get("git.dirty") == "true" else ""
@@ -649,8 +651,28 @@ def _params_of(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _log_model(tracked: tracking.Run, checkpoint: Path, hashes: Mapping[str, str], status: str) -> str:
-    """The checkpoint as an MLflow logged model: plain safetensors and JSON, no flavour, nothing to unpickle. A half-sent one is marked FAILED."""
+def _write_mlmodel(folder: Path) -> None:
+    """MLflow's description of the model: a pyfunc whose loader is the project's own module, so that no code and nothing to unpickle travels with it."""
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    kinds = {int: "long", float: "double"}
+    described = Model()
+    pyfunc.add_to_model(described, loader_module="tasks.pyfunc_model")
+    described.signature = ModelSignature(
+        Schema([ColSpec("string", "prompt"), ColSpec("string", "source", required=False)]),
+        Schema([ColSpec("string", "image")]),
+        ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in pyfunc_model.DEFAULTS.items()]),
+    )
+    described.save(str(folder / "MLmodel"))
+
+
+def _log_model(tracked: tracking.Run, checkpoint: Path, base: Mapping[str, Path], hashes: Mapping[str, str], status: str) -> str:
+    """The checkpoint as an MLflow logged model: safetensors and JSON, the base of an adapter student beside it, and a pyfunc that samples it.
+
+    A half-sent one is marked FAILED.
+    """
     client = tracked.store.client
     same = client.search_logged_models([tracked.experiment_id], f"source_run_id = '{tracked.run_id}'", max_results=10)
     whole = next((one for one in same if str(one.status) in ("READY", "LoggedModelStatus.READY")), None)
@@ -661,6 +683,11 @@ def _log_model(tracked: tracking.Run, checkpoint: Path, hashes: Mapping[str, str
     )
     try:
         client.log_model_artifacts(logged.model_id, str(checkpoint))
+        with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
+            for name, path in base.items():
+                link_or_copy(path, Path(temporary) / name)
+            _write_mlmodel(Path(temporary))
+            client.log_model_artifacts(logged.model_id, temporary)
     except BaseException:
         with suppress(Exception):  # the first failure is the one to tell
             client.finalize_logged_model(logged.model_id, "FAILED")
@@ -735,7 +762,7 @@ def fetch_weights(store: tracking.Store, found: ModelVersion, folder: Path) -> t
 
     expected = _tagged_weights(found.tags)
     fetched = Path(download_artifacts(artifact_uri=found.source, dst_path=str(folder), tracking_uri=store.uri))
-    for name in NOT_WEIGHTS:
+    for name in MLFLOWS_OWN:
         (fetched / name).unlink(missing_ok=True)
     actual = {path.relative_to(fetched).as_posix(): sha256_file(path) for path in sorted(fetched.rglob("*")) if path.is_file()}
     faults = [f"{name}: missing" for name in expected if name not in actual]
@@ -751,6 +778,7 @@ def _verified_weights(store: tracking.Store, found: ModelVersion, verdict: Mappi
     """Downloads the version's files and compares each with the hash it was registered under, and all with the verdict; returns the digest of the hashes."""
     with tempfile.TemporaryDirectory() as temporary:
         fetched, actual = fetch_weights(store, found, Path(temporary))
+        shutil.rmtree(fetched / pyfunc_model.CARRIED, ignore_errors=True)  # verified by its hashes; the verdict is about the student's own files
         if _rule_value(verdict, gate.WEIGHTS_RULE) != md5_of(fetched):
             raise Refusal(f"version {found.version}: its files are not the ones that were judged (the verdict names others); submit the candidate again")
     return digest(actual)
