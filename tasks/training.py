@@ -21,11 +21,11 @@ from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, read_json, write_json, write_text
 from model.checkpoint import RECORD, Ema, load_state, newest_state, read_state, save_state, write_tensors
 from model.distill import Bucket, LoopParams, NotFinite, Step, distill
-from model.execution import PRECISION, Execution, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
+from model.execution import PRECISION, Execution, blocks_of, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
 from model.field import VelocityField
 from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
 from model.optimizer import Optimizers, build_optimizer
-from model.parallel import World, shared
+from model.parallel import World, shard_frozen, shared
 from model.rollout import euler_grid
 from model.route import Router
 from model.settings import ExecutionParams
@@ -281,6 +281,10 @@ def run_training(
     ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
     found = _state_to_start_from(stage, state, fingerprint, facts, watch)
     fitted = _fitted(student, buckets, params, execution, device, world)
+    if execution.shard_base:
+        if student.adapter is None or student.network is not student.backbone.network:
+            raise UserError("execution.shard_base = true: spreads a frozen base that teachers and student share; set trainable: adapter and start: base")
+        shard_frozen(blocks_of(student.network), device)
     if found:
         tensors, saved = found
         _restore(tensors, student, ema, optimizers)
@@ -328,7 +332,7 @@ def run_training(
                         run.queried[f"{level:.4f}"] = run.queried.get(f"{level:.4f}", 0) + 1
                     metrics.log(one.index + 1, _step_metrics(one, params.batch, device))
                     advance(route=one.route, loss=one.loss)
-                if watch.cosine_every and done % watch.cosine_every == 0 and world.rank == 0:
+                if watch.cosine_every and done % watch.cosine_every == 0 and (world.rank == 0 or fitted.lockstep):
                     cosines = gradient_cosines(student, teachers, buckets, router, params, grid, seed, step.index, fitted)
                     metrics.log(done, {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()})
                 if watch.validate_every and done % watch.validate_every == 0:
@@ -412,7 +416,7 @@ def _as_before(fitted: Execution, saved: Mapping[str, Any], execution: Execution
     recompute_blocks(student.network, saved["recompute"])
     return Execution(
         fitted.device, saved["micro_batch"], execution.rollout_batch or saved["rollout_batch"], PRECISION[execution.precision], fitted.attention, fitted.merged,
-        saved["recompute"], fitted.deferred,
+        saved["recompute"], fitted.deferred, fitted.lockstep,
     )  # fmt: skip
 
 
@@ -422,13 +426,13 @@ def _validate(
 ) -> None:  # fmt: skip
     """Gap and pictures of the averaged weights, which are what will be saved; notes the end of the run when the gap has not become smaller for long."""
     mean = 0.0
-    if world.rank == 0:
+    if world.rank == 0 or fitted.lockstep:  # a sharded base answers only when all processes ask
         with weights_of(student, ema.shadow):
             gaps = held_out_gaps(student, teachers, buckets, router, params, grid, seed, fitted)
             pictures = held_out_pictures(student, buckets, params, grid, seed, fitted, PICTURES)
         mean = sum(gaps.values()) / len(gaps)
         metrics.log(done, {**{f"held_out_gap/{name}": gap for name, gap in gaps.items()}, "held_out_gap": mean})
-        for capability, images in pictures.items():
+        for capability, images in pictures.items() if world.rank == 0 else ():
             rows = [np.concatenate(as_pictures(row), axis=1) for row in images]
             path = state / VALIDATION / f"{capability}-{done:08d}.png"
             with atomic_file(path) as temporary:
