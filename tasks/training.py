@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, read_json, write_json, write_text
 from model.checkpoint import RECORD, Ema, load_state, newest_state, read_state, save_state, write_tensors
 from model.distill import Bucket, LoopParams, NotFinite, Step, distill
-from model.execution import PRECISION, Execution, blocks_of, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
+from model.execution import Execution, blocks_of, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
 from model.field import VelocityField
 from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
 from model.optimizer import Optimizers, build_optimizer
@@ -249,7 +249,11 @@ def _fitted(student: Student, buckets: Mapping[str, Bucket], params: LoopParams,
     def row() -> torch.Tensor:
         return student.field(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device))
 
-    return fit(execution, device, student.network, row, max(1, params.batch // world.size))
+    fitted = fit(execution, device, student.network, row, max(1, params.batch // world.size))
+    # Rank 0 decides: processes that saw other amounts of free memory would compute in other batches.
+    micro_batch, rollout_batch, recompute = (int(shared(float(n), world)) for n in (fitted.micro_batch, fitted.rollout_batch, fitted.recompute))
+    recompute_blocks(student.network, recompute)
+    return replace(fitted, micro_batch=micro_batch, rollout_batch=rollout_batch, recompute=recompute)
 
 
 def run_training(
@@ -414,10 +418,7 @@ def _as_before(fitted: Execution, saved: Mapping[str, Any], execution: Execution
     if execution.micro_batch or saved["device"] != fitted.device.type or execution.checkpointing != "auto":
         return fitted
     recompute_blocks(student.network, saved["recompute"])
-    return Execution(
-        fitted.device, saved["micro_batch"], execution.rollout_batch or saved["rollout_batch"], PRECISION[execution.precision], fitted.attention, fitted.merged,
-        saved["recompute"], fitted.deferred, fitted.lockstep,
-    )  # fmt: skip
+    return replace(fitted, micro_batch=saved["micro_batch"], rollout_batch=execution.rollout_batch or saved["rollout_batch"], recompute=saved["recompute"])
 
 
 def _validate(

@@ -209,6 +209,17 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int]
         torch.testing.assert_close(weights("two")[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_the_stage_spreads_its_base_where_that_can_be(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert stage("alone", steps=2) == 0
+    for folder in Path("runs").glob("distill-*"):
+        folder.rename(f"{folder}.done")
+    assert stage("spread", steps=2, processes=2, shard_base=True) == 0
+    for name, value in weights("alone").items():
+        torch.testing.assert_close(weights("spread")[name], value, rtol=1e-5, atol=1e-6)
+    assert stage("whole", steps=2, processes=2, shard_base=True, trainable="all") == 2
+    assert "shard_base" in capfd.readouterr().err
+
+
 def test_sigterm_to_the_stage_saves_in_two_processes(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     child = os.fork()
     if not child:
