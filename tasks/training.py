@@ -158,9 +158,10 @@ def _state_to_start_from(
         others = [newest for folder in RUNS.glob(f"{stage}-*") if folder != state and (newest := newest_state(folder)) is not None]
         if others and not this_process().rank:
             latest = max(others, key=lambda path: path.stat().st_mtime)
-            changed = differing(read_json(latest / RECORD).get("facts", {}), facts)
+            known = read_json(latest / RECORD).get("facts")
+            changed = list(differing(known, facts)) if known else []
             print(
-                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'nothing known'}",
+                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'facts that it does not tell'}",
                 flush=True,
             )
         return None
