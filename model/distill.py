@@ -22,7 +22,7 @@ from model.examples import Bucket as Bucket
 from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, merged_adapter, moved, networks_of, precision
 from model.field import Mean, VelocityField, evaluations, velocity_gaps
 from model.optimizer import OPTIMIZERS, SCHEDULES, Optimizers
-from model.parallel import ALONE, World, deal, reduce_gradients
+from model.parallel import ALONE, World, deal, most, reduce_gradients
 from model.randomness import noise_for
 from model.rollout import QUERY_BIAS, query_index, roll_out_to_query
 from model.route import Route, Router
@@ -220,9 +220,17 @@ def accumulate(
     device, count = execution.device, len(plan.rows)
     shapes = {slot: bucket.shape_of(plan.rows[slot]) or student.backbone.latent_shape for slot in slots}
     states: dict[int, torch.Tensor] = {}
+    rolled = list(parts(slots, shapes, execution.rollout_batch, lambda slot: -plan.query[slot]))
+    asked = list(parts(slots, shapes, execution.micro_batch))
+    extra = [0, 0]
+    if execution.lockstep:
+        own = [sum(max(plan.query[slot] for slot in part) for part in rolled) if params.states == "on_policy" else 0, len(asked)]
+        extra = [longest - count for longest, count in zip(most(own), own, strict=True)]
+        shape = bucket.shape_of(plan.rows[0]) or student.backbone.latent_shape
+        idle = (torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([plan.rows[0]]), device))
     merged = merged_adapter(student.network, student.adapter) if execution.merged else nullcontext()
     with torch.no_grad(), merged, precision(device, execution.dtype, execution.attention):
-        for part in parts(slots, shapes, execution.rollout_batch, lambda slot: -plan.query[slot]):
+        for part in rolled:
             noise, index = moved(noise_for(seed, plan.index, part, shapes[part[0]]), device), torch.tensor([plan.query[slot] for slot in part])
             rows = [plan.rows[slot] for slot in part]
             if params.states == "on_policy":
@@ -231,10 +239,12 @@ def accumulate(
                 weight = moved(grid[index], device).reshape(-1, 1, 1, 1)
                 x_t = (1.0 - weight) * moved(bucket.targets(rows), device) + weight * noise
             states.update(zip(part, x_t.unbind(), strict=True))
+        for _ in range(extra[0]):
+            student.field(*idle)
     order: list[int] = []
     gaps: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
-    for part in parts(slots, shapes, execution.micro_batch):
+    for part in asked:
         x_t, t = torch.stack([states[slot] for slot in part]), moved(grid[[plan.query[slot] for slot in part]], device)
         condition = moved(bucket.at([plan.rows[slot] for slot in part]), device)
         with torch.no_grad(), precision(device, execution.dtype, execution.attention):
@@ -245,6 +255,11 @@ def accumulate(
         order += part
         gaps.append(gap.detach())
         targets.append(target)
+    for _ in range(extra[1]):
+        with torch.no_grad(), precision(device, execution.dtype, execution.attention):
+            target = teacher(*idle)
+        with precision(device, execution.dtype, execution.attention):
+            (0.0 * velocity_gaps(student.field(*idle), target).sum()).backward()
     losses = torch.zeros(count, device=device)
     if order:
         losses.index_copy_(0, moved(torch.tensor(order), device), torch.cat(gaps))

@@ -38,7 +38,8 @@ ROLLOUT_FACTOR = 8  # rows of a rollout for each row of a micro-batch: without a
 class Execution:
     """What a run uses, decided before its first step. `recompute`: how many of the network's blocks recompute their activations in the backward.
 
-    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step.
+    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step. `lockstep`: every process runs the same
+    sequence of forwards and backwards, which a sharded base needs; a process that has none left runs it on a row that counts nothing.
     """
 
     device: torch.device
@@ -49,9 +50,10 @@ class Execution:
     merged: bool
     recompute: int
     deferred: bool
+    lockstep: bool
 
 
-WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False)  # fp32, nothing cut, nothing merged
+WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False)  # fp32, nothing cut, nothing merged
 
 
 def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
@@ -150,6 +152,7 @@ def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callab
     return Execution(
         device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISION[params.precision], params.attention, merged, recompute,
         device.type == "cuda",
+        params.shard_base,
     )  # fmt: skip
 
 

@@ -15,7 +15,18 @@ from benchmarks.speed import CASES as SPEED_CASES
 from benchmarks.speed import Case, build, sd3_case
 from model.checkpoint import Ema
 from model.distill import Bucket, LoopParams, NotFinite, Plan, accumulate, distill, parts, plan_step
-from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, activation_bytes, blocks_of, fit, merged_adapter, moved, recompute_blocks
+from model.execution import (
+    WHOLE_BATCH,
+    EvaluationCounter,
+    Execution,
+    activation_bytes,
+    blocks_of,
+    fit,
+    merged_adapter,
+    moved,
+    prepare_networks,
+    recompute_blocks,
+)
 from model.field import Guided, VelocityField
 from model.instruments import gradient_cosines, held_out_gaps, weights_of
 from model.optimizer import build_optimizer
@@ -320,3 +331,11 @@ def test_no_step_waits_for_the_device() -> None:
         next(loop)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_answer_as_the_others() -> None:
+    plain, compiled = setting("sd3"), setting("sd3")
+    params = ExecutionParams(**{**EXECUTION, "compile": "blocks"})
+    prepare_networks(params, CPU, compiled.student.network, compiled.student.parameters.values(), [])
+    same(one_step(compiled, replace(WHOLE_BATCH, micro_batch=2, merged=True)), one_step(plain), 1e-5)

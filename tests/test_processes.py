@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 import tasks.processes
 import tasks.training
@@ -21,9 +22,9 @@ from benchmarks.speed import build, sd3_case
 from data.files import read_json, write_json
 from model.checkpoint import Ema, write_tensors
 from model.distill import distill
-from model.execution import WHOLE_BATCH, EvaluationCounter
+from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, blocks_of, recompute_blocks
 from model.optimizer import build_optimizer
-from model.parallel import ALONE, World, deal, joined
+from model.parallel import ALONE, World, deal, joined, shard_frozen
 from model.rollout import euler_grid
 from model.route import Route, Router
 from tasks.__main__ import main
@@ -111,6 +112,38 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
     assert sum(work) == numbers[-1][0] and max(work) < 0.75 * sum(work)
 
 
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path: Path) -> None:
+    case = sd3_case("tiny", 32, 2, 4, 3, 4, 5, None, 6)
+    execution = replace(WHOLE_BATCH, merged=True, micro_batch=2, rollout_batch=2)
+
+    def run(world: World, execution: Execution) -> tuple[dict[str, torch.Tensor], int, int]:
+        student, teachers, bucket = build(case, torch.device("cpu"), 0)
+        whole = sum(value.numel() for value in student.network.parameters())
+        if execution.lockstep:
+            shard_frozen(blocks_of(student.network), torch.device("cpu"))
+        recompute_blocks(student.network, recompute)
+        optimizers, ema = build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate), Ema(dict(student.parameters), PARAMS.ema)
+        buckets = {"t2i": bucket, "local_edit": bucket}
+        list(distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world))
+        held = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in student.network.parameters())
+        return dict(student.parameters), whole, held
+
+    def act(rank: int) -> None:
+        with joined(rank, 2, tmp_path / "meeting", torch.device("cpu")) as world:
+            tensors, whole, held = run(world, replace(execution, lockstep=True))
+        assert held < 0.75 * whole
+        write_tensors(tmp_path / f"{rank}.safetensors", tensors)
+
+    assert forked(act, 2) == [0, 0]
+    expected, whole, held = run(ALONE, execution)
+    assert held == whole
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 # --- the stage ------------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +207,17 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int]
     assert "goes on at step 2 of 4" in capfd.readouterr().out
     for name, value in weights("alone").items():
         torch.testing.assert_close(weights("two")[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_stage_spreads_its_base_where_that_can_be(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert stage("alone", steps=2) == 0
+    for folder in Path("runs").glob("distill-*"):
+        folder.rename(f"{folder}.done")
+    assert stage("spread", steps=2, processes=2, shard_base=True) == 0
+    for name, value in weights("alone").items():
+        torch.testing.assert_close(weights("spread")[name], value, rtol=1e-5, atol=1e-6)
+    assert stage("whole", steps=2, processes=2, shard_base=True, trainable="all") == 2
+    assert "shard_base" in capfd.readouterr().err
 
 
 def test_sigterm_to_the_stage_saves_in_two_processes(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from data.files import read_json
 from model.checkpoint import save_state
 from model.settings import ExecutionParams
 from tasks.__main__ import main
+from tasks.params import read_yaml
 from tasks.tracking import named_metrics
 from tasks.training import Watch, differing, facts_of, read_metrics
 from tests.tiny import EXECUTION, Tiny, build, loop_params, write_params
@@ -119,6 +122,26 @@ def test_a_gap_that_does_not_fall_ends_the_run_early(stage: Callable[..., int], 
     before = adapter("out")
     assert stage("out", steps=30, held_out=2, validate_every=1, patience=2, learning_rate=1e-12) == 0  # and stays ended
     assert (Path("out") / "steps.csv").read_text().splitlines() == rows and adapter("out") == before
+
+
+def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage("student", steps=2) == 0
+    document = read_yaml(Path("params.yaml"))
+    own = {key: value for key, value in document["distill"].items() if key not in ("start", "trainable", "rank", "alpha", "states", "routes_taken")}
+    fields = [{"capability": "t2i", "scale": 2.0, "weight": 1.0}, {"capability": "local_edit", "scale": 1.0, "weight": 1.0}]
+    document["absorb"] = {**own, "fields": fields, "steps": 3, "save_every": 1}
+    Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    command = ["absorb", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--student", "student", "--params", "params.yaml", "--out"]
+    assert main([*command, "straight"]) == 0
+    (state,) = Path("runs").glob("absorb-*")
+    shutil.rmtree(state / "step-00000003")
+    capsys.readouterr()
+    assert main([*command, "resumed"]) == 0
+    assert "goes on at step 2 of 3" in capsys.readouterr().out
+    assert adapter("straight") == adapter("resumed") != adapter("student")
+    with open("straight/steps.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["evaluations"] == row["floor"] and int(row["evaluations"]) >= 4 * (3 if row["route"] == "t2i" else 2)
 
 
 def test_a_metrics_file_cut_short_is_read_up_to_there(tmp_path: Path) -> None:
