@@ -36,14 +36,14 @@ class Bucket:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def shape_of(self, row: int) -> tuple[int, int, int]:
-        """The latents' shape of one row. Raises UserError for a bucket that knows none, which encode never writes."""
+    def shape_of(self, row: int) -> tuple[int, int, int] | None:
+        """The latents' shape (C, H, W) of one row; None where only the backbone knows it: T2I without pictures."""
         if self.shapes is not None:
             return self.shapes[row]
         for latents in (self.target, self.source):
             if latents is not None:
                 return cast(tuple[int, int, int], tuple(latents[row].shape))
-        raise UserError("examples: these have neither pictures nor shapes; run the encode stage again")
+        return None
 
     def at(self, rows: Sequence[int]) -> Condition:
         """The condition of these rows, which must share one latent shape where they have a source."""

@@ -117,7 +117,7 @@ class Guided:
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         if self.scale == 1.0:
             return self.field(x_t, t, condition)
-        both = self.field(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate([condition.dropped(), condition]))  # (2B, C, H, W)
+        both = self.field(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate([condition.dropped(), condition])).float()  # (2B, C, H, W)
         empty, full = both.chunk(2)
         return empty + self.scale * (full - empty)
 
@@ -131,7 +131,7 @@ class Mean:
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         total = sum(self.weights)
-        return torch.stack([field(x_t, t, condition) * (weight / total) for field, weight in zip(self.fields, self.weights, strict=True)]).sum(0)
+        return torch.stack([field(x_t, t, condition).float() * (weight / total) for field, weight in zip(self.fields, self.weights, strict=True)]).sum(0)
 
 
 def evaluations(field: VelocityField) -> int:
@@ -144,3 +144,8 @@ def evaluations(field: VelocityField) -> int:
 def velocity_mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean over all elements of the squared velocity gap; both (B, C, H, W), returns a scalar (DanceOPD, the distillation loss)."""
     return (prediction.float() - target.float()).square().mean()
+
+
+def velocity_gaps(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The squared velocity gap of each sample, its mean over channels and pixels: (B, C, H, W) twice -> (B,) fp32. Their mean is `velocity_mse`."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -22,6 +22,7 @@ import yaml
 from data.errors import UserError, UserErrors
 from data.files import explain
 from model.route import Route, route_faults
+from model.settings import ExecutionParams
 
 if TYPE_CHECKING:
     from data.microworld import World
@@ -111,12 +112,12 @@ class BackboneParams:
     def offload(self) -> bool:
         return self.pretrained is not None and self.pretrained.offload
 
-    def loading(self) -> dict[str, Any]:
-        """The options of model.backbones.load_backbone; none for the micro backbone, which is what its folder says."""
+    def loading(self, device: str | None = None) -> dict[str, Any]:
+        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro backbone, which is what its folder says."""
         if self.pretrained is None:
             return {}
         p = self.pretrained
-        return {"dtype": p.precision, "device": p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
+        return {"dtype": p.precision, "device": device or p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ SHARED: dict[str, type] = {
     "backbone": BackboneParams,
     "sampling": SamplingParams,
     "routing": RoutingParams,
+    "execution": ExecutionParams,
     "benchmark": BenchmarkParams,
 }
 

@@ -26,16 +26,13 @@ from data.images import encode_png
 from model.backbones import Backbone
 from model.field import Guided, VelocityField, condition_of
 from model.rollout import euler_grid, sample
-from model.student import RECORD as STUDENT_RECORD
-from model.student import load_student
-from model.teachers import BASE, load_base, load_teachers, read_records
 from model.teachers import RECORD as TEACHER_RECORD
+from model.teachers import load_teachers, read_records
+from tasks.inference import open_model
 from tasks.params import PARAMS_FILE, BackboneParams, SamplingParams, load_params
 from tasks.pictures import as_pictures, picture_size, read_picture
 from tasks.progress import progress
 from tasks.sampling import encode_sources, network_device
-
-TEACHERS = Path("data/teachers")
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class _Batch:
     """What a worker needs to know."""
 
     model: str
-    teachers: str
+    base: str
     backbone: BackboneParams
     jobs: tuple[Job, ...]
     size: tuple[int, int]  # width and height in px
@@ -72,22 +69,17 @@ class _Sections:
 
 
 @lru_cache(maxsize=1)
-def open_model(model: str, teachers: str, backbone: BackboneParams) -> tuple[Backbone, VelocityField, dict[str, Any]]:
-    """The backbone, the field and what identifies it. `model`: a student's folder or a teacher's (below the teachers' folder, with its base beside it).
+def open_field(model: str, base: str, backbone: BackboneParams) -> tuple[Backbone, VelocityField, dict[str, Any]]:
+    """The backbone, the field and what identifies it. `model`: a student's address (see tasks/sources.py) or a teacher's folder, with its base beside it.
 
-    Raises UserError for a folder that is neither, or whose files do not belong together.
+    Raises UserError for an address with neither behind it, or files that do not belong together.
     """
     folder, loading = Path(model), backbone.loading()
-    if (folder / STUDENT_RECORD).exists():
-        base = load_base(Path(teachers), **loading)
-        student = load_student(folder, base, read_records(Path(teachers))[BASE].sha256)
-        return base, student.field, {"kind": "student", "sha256": read_json(folder / STUDENT_RECORD)["sha256"]}
     if (folder / TEACHER_RECORD).exists():
         shared, fields = load_teachers(folder.parent, [folder.name], **loading)
         return shared, fields[folder.name], {"kind": f"teacher {folder.name}", "sha256": read_records(folder.parent)[folder.name].sha256}
-    raise UserError(
-        f"--model {model}: neither a student ({STUDENT_RECORD}) nor a teacher ({TEACHER_RECORD}) lies there; e.g. checkpoints/absorbed, data/teachers/base"
-    )
+    opened = open_model(model, Path.cwd(), base=base, **loading)
+    return opened.backbone, opened.student.field, {"kind": "student", "sha256": opened.record["sha256"]}
 
 
 def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
@@ -127,7 +119,7 @@ def _draw(field: VelocityField, backbone: Backbone, batch: _Batch, sources: Sequ
 
 def draw_batch(batch: _Batch) -> list[bytes]:
     """The batch's images as PNG files. Runs in a worker."""
-    backbone, field, _ = open_model(batch.model, batch.teachers, batch.backbone)
+    backbone, field, _ = open_field(batch.model, batch.base, batch.backbone)
     sources = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in batch.sources]
     return [encode_png(picture) for picture in _draw(field, backbone, batch, sources)]
 
@@ -151,7 +143,7 @@ def sample_set(
     settings: dict[str, Any],
     *,
     out: Path,
-    teachers: Path,
+    base: str,
     backbone: BackboneParams,
     steps: int,
     guidance: float,
@@ -163,7 +155,7 @@ def sample_set(
 
     Raises UserErrors for a folder whose images were made by another model or sampler.
     """
-    loaded, _, identity = open_model(model, str(teachers), backbone)
+    loaded, _, identity = open_field(model, base, backbone)
     sampler = {"steps": steps, "guidance": guidance, "scheduler": loaded.scheduler, "loading": backbone.loading()}
     claim(out, {**settings, "model": identity, "sampler": sampler})
     todo = [(size, members) for size, members in _dealt(loaded, jobs, batch) if any(not (out / job.path).exists() for job in members)]
@@ -173,7 +165,7 @@ def sample_set(
     def prepared(dealt: tuple[tuple[int, int], tuple[Job, ...]]) -> _Batch:
         size, members = dealt
         sources = tuple(encode_png(read_picture(Path(job.source))) for job in members if job.source)
-        return _Batch(model, str(teachers), backbone, members, size, sources, steps, guidance)
+        return _Batch(model, base, backbone, members, size, sources, steps, guidance)
 
     with progress("sample: images", total) as advance:
 
@@ -193,10 +185,12 @@ def sample_set(
 def cli(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tasks sample-set", description="Sample a list of prompts with one model; images that are there stay.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a student's folder (checkpoints/absorbed) or a teacher's (data/teachers/base)")
+    parser.add_argument(
+        "--model", required=True, metavar="URI", help="a student: folder, s3://..., models:/name@alias; or a teacher's folder (data/teachers/base)"
+    )
+    parser.add_argument("--base", default="", metavar="URI", help="the base of an adapter student, where it is neither carried nor among data/teachers")
     parser.add_argument("--jobs", type=Path, required=True, metavar="FILE", help='{"settings": {}, "jobs": [{"id", "prompt", "seed", "path", "source"}]}')
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--teachers", type=Path, default=TEACHERS, metavar="DIR", help="where a student's base lies (default: %(default)s)")
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="its section `sampling` has the defaults (default: %(default)s)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is unguided, as a student with absorbed guidance is sampled (default: %(default)s)")
@@ -215,7 +209,7 @@ def cli(arguments: Sequence[str]) -> int:
         jobs,
         settings,
         out=parsed.out,
-        teachers=parsed.teachers,
+        base=parsed.base,
         backbone=params.backbone,
         steps=chosen.steps,
         guidance=parsed.guidance,

@@ -94,7 +94,23 @@ def test_lists_at_fault_are_refused(teachers: Path, tmp_path: Path, rows: list[d
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, jobs_file(tmp_path, rows_of(1)), tmp_path / "out")) == 2
-    assert "neither a student" in capsys.readouterr().err
+    assert "no .safetensors file in it" in capsys.readouterr().err
+
+
+def test_a_student_is_opened_with_its_base(teachers: Path, tmp_path: Path) -> None:
+    from model.student import save_student, start_student
+    from model.teachers import read_records
+
+    backbone, fields = load_teachers(teachers, [BASE, "global"])
+    student = start_student(backbone, fields, "global", "all", 4, 4, seed=0)
+    record = {"base_sha256": read_records(teachers)[BASE].sha256, "rank": 4, "alpha": 4, "start": "global"}
+    save_student(tmp_path / "student", student, record)
+    jobs = jobs_file(tmp_path, rows_of(2))
+    for model, out in ((tmp_path / "student", "one"), (teachers / "global", "two")):
+        assert main(command(model, jobs, tmp_path / out, "--base", str(teachers / BASE))) == 0
+    assert [path.read_bytes() for path in sorted((tmp_path / "one").rglob("*.png"))] == [
+        path.read_bytes() for path in sorted((tmp_path / "two").rglob("*.png"))
+    ]
 
 
 def test_generate_detect_and_verdict_of_a_model(teachers: Path, tmp_path: Path) -> None:

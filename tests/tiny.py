@@ -30,6 +30,10 @@ WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gr
 WIDTH, LAYERS, HEADS, CHANNELS, SHIFT = 32, 2, 2, 8, 1.0
 LOCAL_RANK, LOCAL_ALPHA = 4, 8  # alpha / rank = 2, so that a forgotten alpha shows
 EACH = 8  # examples a bucket
+EXECUTION: dict[str, Any] = {
+    "device": "cpu", "processes": 1, "micro_batch": 0, "rollout_batch": 0, "precision": "fp32", "compile": "none", "attention": "auto", "checkpointing": "auto",
+    "merge_rollout": "auto", "shard_base": False,
+}  # fmt: skip
 ROUTES = [
     {"capability": "t2i", "teacher": BASE, "weight": 1.0},
     {"capability": "local_edit", "teacher": "local", "weight": 1.0},
@@ -130,8 +134,8 @@ def probe(field: Any, backbone: Backbone, edits: bool = True) -> torch.Tensor:
 
 def loop_params(**changes: Any) -> LoopParams:
     numbers: dict[str, Any] = {
-        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0, "rollout_steps": 8,
-        "query": "low", "states": "on_policy", "routing": "hard",
+        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "schedule": "linear", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0,
+        "max_gradient_norm": 0.0, "rollout_steps": 8, "query": "low", "states": "on_policy", "routing": "hard", "held_out": 0,
     }  # fmt: skip
     return LoopParams(**{**numbers, **changes})
 
@@ -140,9 +144,12 @@ def write_params(path: Path, **changes: Any) -> Path:
     """A params.yaml with the sections that the distill stage reads."""
     section: dict[str, Any] = {
         "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3,
-        "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low",
-        "states": "on_policy", "routes_taken": "hard",
+        "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low", "schedule": "linear",
+        "states": "on_policy", "routes_taken": "hard", "resume_from": "", "accept_changed": [], "keep_every": 0, "validate_every": 0, "patience": 0,
+        "cosine_every": 0, "held_out": 0, "max_gradient_norm": 0.0,
     }  # fmt: skip
     backbone = {"name": "micro", "micro": {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "latent_channels": CHANNELS}, "pretrained": None}
-    path.write_text(yaml.safe_dump({"backbone": backbone, "routing": {"routes": ROUTES}, "distill": {**section, **changes}}), encoding="utf-8")
+    execution = {key: changes.pop(key, value) for key, value in EXECUTION.items()}
+    sections = {"backbone": backbone, "routing": {"routes": ROUTES}, "execution": execution, "distill": {**section, **changes}}
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
     return path
