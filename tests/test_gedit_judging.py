@@ -329,7 +329,7 @@ def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up
                 tmp_path,
                 tasks,
                 None,
-                make_ask=lambda: endpoint_judge(settings(), endpoint, halt, sleep=lambda seconds: halt.wait(5.0)),
+                make_ask=lambda: endpoint_judge(settings(), endpoint, halt),
                 halt=halt,
                 concurrency=24,
             )
