@@ -35,7 +35,7 @@ from benchmarks.judge import (
 )
 from benchmarks.store import SETTINGS_FILE, Shard, claim, open_shard, read_results, read_settings, result_key, shard_name
 from data.errors import UserError, UserErrors
-from data.files import read_json, sha256_bytes, sha256_file, write_json
+from data.files import digest, read_json, sha256_bytes, sha256_file, write_json
 from data.images import ImageFault
 from data.progress import Advance, progress
 
@@ -341,11 +341,19 @@ def judge_folder(
     write_json(out / MANIFEST_FILE, {**about, "entries": [entry_to_json(entry) for entry in entries]})
     if ask is None:
         return estimate
-    with open_shard(out, shard_name(shard)) as writer, progress("judge: questions", len(open_keys)) as advance:
+    _ask_all({key: wanted[key] for key in open_keys}, ask, out, settings, wording, concurrency, shard, halt)
+    return estimate
+
+
+def _ask_all(
+    jobs: Mapping[str, Job], ask: Ask, out: Path, settings: JudgeSettings, wording: Wording, concurrency: int, shard: tuple[int, int], halt: threading.Event
+) -> None:
+    """Asks every question, `concurrency` at a time, each answer kept under its key."""
+    with open_shard(out, shard_name(shard)) as writer, progress("judge: questions", len(jobs)) as advance:
         watch = _Watch(advance)
         pool = ThreadPoolExecutor(concurrency)
         try:
-            futures = [pool.submit(_work, wanted[key], key, ask, settings, wording, out, writer, watch, halt) for key in open_keys]
+            futures = [pool.submit(_work, job, key, ask, settings, wording, out, writer, watch, halt) for key, job in jobs.items()]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
@@ -354,4 +362,47 @@ def judge_folder(
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)  # what is under way is paid for: its answers are kept
-    return estimate
+
+
+# --- images that a stage has made itself ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MadeEdit:
+    """An edited image in any layout: its row, its file, and what its row of scores is to say of it."""
+
+    task: EditTask
+    file: Path
+    image: str  # the file as the row of scores names it
+    k: int
+    seed: int
+
+
+def ask_about(
+    made: Sequence[MadeEdit],
+    store: str | Path,
+    *,
+    settings: JudgeSettings,
+    wording: Wording,
+    make_ask: Callable[[], Ask],
+    concurrency: int,
+    halt: threading.Event | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Path, list[Entry]]:
+    """Judges images that lie anywhere; answers are kept below `store` by judge, so that a stage that is run again asks about new images alone.
+
+    Returns the folder of answers and an entry an image, in order. Raises UserError(s) as `judge_folder` does.
+    """
+    if settings.faults():
+        raise UserErrors("the judge's settings:", settings.faults())
+    identity = identity_of_judge(settings, wording)
+    folder = Path(store) / digest(identity)[:16]
+    entries = [_entry(one.task, one.file, folder, SAMPLE, one.seed) for one in made]
+    known = read_results(folder)
+    wanted = {key: job for job in jobs_of(entries, settings.repeats) if (key := job_key(job, identity, wording)) not in known}
+    failed = sum(entry.status != "ok" for entry in entries)
+    say(preview(list(wanted.values()), len(jobs_of(entries, settings.repeats)) - len(wanted), failed, settings, wording, "tiles", None).text())
+    claim(folder, {"judge": identity})
+    if wanted:
+        _ask_all(wanted, make_ask(), folder, settings, wording, concurrency, (0, 1), halt or threading.Event())
+    return folder, entries

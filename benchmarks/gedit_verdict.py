@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.gedit import GEDIT_CATEGORIES, LANGUAGES, PAPER_CATEGORIES, SUBSETS, Aggregate, Sample, aggregate, overall, sample_scores
-from benchmarks.gedit_judging import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, job_key, read_manifest
-from benchmarks.judge import KINDS, QUALITY, SEMANTIC, Outcome, Wording, outcome, reply_from_json
+from benchmarks.gedit_judging import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, MadeEdit, ask_about, job_key, read_manifest
+from benchmarks.judge import KINDS, QUALITY, SEMANTIC, Ask, JudgeSettings, Outcome, Wording, identity_of_judge, outcome, reply_from_json
 from benchmarks.scorecard import ExampleScore, Scorecard, identity_of, summarise
 from benchmarks.statistics import compare_paired
 from benchmarks.store import read_results, read_settings
@@ -40,6 +40,54 @@ class Judgements:
     usage: dict[str, int]
 
 
+class _Replies:
+    """Stored replies, read image by image, with a tally of what is missing, who answered and what it took."""
+
+    def __init__(self, results: Mapping[str, Any], identity: Mapping[str, Any], wording: Wording, repeats: int) -> None:
+        self._results, self._identity, self._wording, self._repeats = results, identity, wording, repeats
+        self._seen: set[str] = set()
+        self.open_questions = 0
+        self.models: Counter[str] = Counter()
+        self.usage: Counter[str] = Counter()
+
+    @property
+    def answered_by(self) -> str:
+        return next(iter(self.models), "")
+
+    def _outcome(self, key: str) -> Outcome | None:
+        value = self._results.get(key)
+        if value is None:
+            self.open_questions += 1
+            return None
+        replies = [reply_from_json(reply) for reply in value["replies"]]
+        if key not in self._seen:  # equal images share a question
+            self._seen.add(key)
+            self.models.update({reply.model for reply in replies if reply.status == "ok" and reply.model})
+            for reply in replies:
+                self.usage.update({"requests": reply.attempts, **(reply.usage or {})})
+        return outcome(replies)
+
+    def of(self, entry: Entry) -> Judged:
+        judged: Judged = []
+        for repeat in range(self._repeats) if entry.status == "ok" else ():
+            pair = {kind: self._outcome(job_key(Job(entry, kind, repeat), self._identity, self._wording)) for kind in KINDS}
+            semantic, quality = pair[SEMANTIC], pair[QUALITY]
+            if semantic is not None and quality is not None:
+                judged.append((semantic, quality))
+        return judged
+
+    def check(self, out: str | Path) -> None:
+        faults = []
+        if self.open_questions:
+            faults.append(f"{self.open_questions} questions have no answer yet; run `python -m benchmarks gedit judge` again, it goes on")
+        if len(self.models) > 1:
+            faults.append(
+                f"{len(self.models)} models answered: {dict(sorted(self.models.items()))}; name one with its date, and judge anew into another folder"
+            )
+        if faults:
+            raise UserErrors(f"{out}: these judgements make no score:", faults)
+
+
 def read_judgements(out: str | Path, wording: Wording) -> Judgements:
     """Reads a folder of judgements; `wording` must be the one it was made with.
 
@@ -49,36 +97,14 @@ def read_judgements(out: str | Path, wording: Wording) -> Judgements:
     identity = read_settings(out)["judge"]
     if identity["wording"] != wording.identity():
         raise UserError(f"{out}: was judged with the {identity['wording']['name']!r} wording, not with this {wording.name!r} one; give the same --wording")
-    results = read_results(out)
-    repeats, open_questions = int(manifest["repeats"]), 0
-    models: Counter[str] = Counter()
-    usage: Counter[str] = Counter()
+    replies = _Replies(read_results(out), identity, wording, int(manifest["repeats"]))
     found: dict[str, list[tuple[Entry, Judged]]] = {SAMPLE: [], ANCHOR: []}
     for entry in entries:
-        judged: Judged = []
-        for repeat in range(repeats) if entry.status == "ok" else ():
-            pair: dict[str, Outcome] = {}
-            for kind in KINDS:
-                value = results.get(job_key(Job(entry, kind, repeat), identity, wording))
-                if value is None:
-                    open_questions += 1
-                    continue
-                replies = [reply_from_json(reply) for reply in value["replies"]]
-                models.update({reply.model for reply in replies if reply.status == "ok" and reply.model})
-                for reply in replies:
-                    usage.update({"requests": reply.attempts, **(reply.usage or {})})
-                pair[kind] = outcome(replies)
-            if len(pair) == len(KINDS):
-                judged.append((pair[SEMANTIC], pair[QUALITY]))
-        found[entry.purpose].append((entry, judged))
-    faults = [f"{open_questions} questions have no answer yet; run `python -m benchmarks gedit judge` again, it goes on"] if open_questions else []
-    if len(models) > 1:
-        faults.append(f"{len(models)} models answered: {dict(sorted(models.items()))}; name one with its date, and judge anew into another folder")
-    if faults:
-        raise UserErrors(f"{out}: these judgements make no score:", faults)
+        found[entry.purpose].append((entry, replies.of(entry)))
+    replies.check(out)
     return Judgements(
-        manifest["model"], repeats, manifest["set"], manifest["made_with"], identity, next(iter(models), ""), found[SAMPLE], found[ANCHOR],
-        manifest.get("anchors", {}), dict(usage),
+        manifest["model"], int(manifest["repeats"]), manifest["set"], manifest["made_with"], identity, replies.answered_by, found[SAMPLE], found[ANCHOR],
+        manifest.get("anchors", {}), dict(replies.usage),
     )  # fmt: skip
 
 
@@ -117,17 +143,44 @@ def _reasons(entry: Entry, judged: Judged) -> tuple[str, ...]:
 
 def rows_of(judgements: Judgements) -> list[ExampleScore]:
     """One row an image: values {"O", "sc", "pq", "sc1", "sc2", "pq1", "pq2"}, means over the repeats; reasons are the judge's own words."""
-    rows = []
-    for entry, judged in judgements.samples:
-        sample = sample_of(entry, judged)
-        values: dict[str, float] = {}
-        if sample.status == "ok":
-            sc, pq, o = sample_scores(sample)
-            pairs = np.array([[*semantic, *quality] for semantic, quality in ((sample.semantic, sample.quality), *sample.repeats)]).mean(0)
-            values = {"O": o, "sc": sc, "pq": pq, **dict(zip(("sc1", "sc2", "pq1", "pq2"), map(float, pairs), strict=True))}
-        image = entry.edited if entry.status == "ok" else ""
-        rows.append(ExampleScore(judgements.model, "gedit", entry.category, entry.id, 0, entry.seed, values, _reasons(entry, judged), image, sample.status))
-    return rows
+    return [
+        _row(judgements.model, entry, judged, k=0, seed=entry.seed, image=entry.edited if entry.status == "ok" else "") for entry, judged in judgements.samples
+    ]
+
+
+def _row(model: str, entry: Entry, judged: Judged, *, k: int, seed: int, image: str) -> ExampleScore:
+    sample = sample_of(entry, judged)
+    values: dict[str, float] = {}
+    if sample.status == "ok":
+        sc, pq, o = sample_scores(sample)
+        pairs = np.array([[*semantic, *quality] for semantic, quality in ((sample.semantic, sample.quality), *sample.repeats)]).mean(0)
+        values = {"O": o, "sc": sc, "pq": pq, **dict(zip(("sc1", "sc2", "pq1", "pq2"), map(float, pairs), strict=True))}
+    return ExampleScore(model, "gedit", entry.category, entry.id, k, seed, values, _reasons(entry, judged), image, sample.status)
+
+
+def score_made(
+    made: Sequence[MadeEdit],
+    store: str | Path,
+    *,
+    model: str,
+    settings: JudgeSettings,
+    wording: Wording,
+    make_ask: Callable[[], Ask],
+    concurrency: int,
+    say: Callable[[str], None] = print,
+) -> tuple[list[ExampleScore], dict[str, Any]]:
+    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the row's key.
+
+    Raises UserError(s) as `ask_about` does, and for a run that several models answered.
+    """
+    folder, entries = ask_about(made, store, settings=settings, wording=wording, make_ask=make_ask, concurrency=concurrency, say=say)
+    identity = identity_of_judge(settings, wording)
+    replies = _Replies(read_results(folder), identity, wording, settings.repeats)
+    judged = [replies.of(entry) for entry in entries]
+    replies.check(folder)
+    rows = [_row(model, entry, found, k=one.k, seed=one.seed, image=one.image) for one, entry, found in zip(made, entries, judged, strict=True)]
+    rows = [replace(row, example_id=one.task.key) for row, one in zip(rows, made, strict=True)]
+    return rows, {**identity, "answered_by": replies.answered_by}
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------------

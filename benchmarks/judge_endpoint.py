@@ -92,7 +92,7 @@ class _Pace:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def wait(self, sleep: Callable[[float], object]) -> None:
+    def wait(self, sleep: Callable[[float], None]) -> None:
         with self._lock:
             now = time.monotonic()
             begin = max(now, self._next)
@@ -164,7 +164,7 @@ def _read(response: Any) -> tuple[str, str, str, dict[str, int], str]:
     return content or "", str(getattr(message, "refusal", None) or ""), str(choices[0].finish_reason or ""), counts, str(getattr(response, "model", "") or "")
 
 
-def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.Event | None = None, sleep: Callable[[float], object] | None = None) -> Ask:
+def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.Event | None = None, sleep: Callable[[float], None] | None = None) -> Ask:
     """A judge that asks a server. Threads may share it. Once `halt` is set no request is tried again; `sleep` is what it waits with (default: for `halt`).
 
     Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and an account without credit, because no
@@ -176,7 +176,7 @@ def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.
         raise UserError(f"judge {settings.model}: the environment variable {endpoint.key_variable} is not set; {hint}")
     client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout_s)
     pace, plain, halt = _Pace(endpoint.per_minute), threading.Event(), halt or threading.Event()
-    sleep = sleep or halt.wait
+    sleep = sleep or tenacity.sleep_using_event(halt)
 
     def clean(text: str) -> str:
         return text.replace(key, "[key]") if endpoint.key_variable else text

@@ -33,6 +33,7 @@ from data.records import CAPABILITIES
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#4d4d4d", "#f0e442", "#661100")  # tell apart without red and green
 STRIPS_A_LINE = 2
 THUMBNAIL, CLOSE_UP = 112, 320  # px, longest side: among all images, and among the worst and best
+CHAMPION = "<!-- champion -->"  # where `add_champion` puts its section
 AS_IT_IS = 4096  # bytes up to which a small file is embedded unchanged
 STYLE = """
 :root{color-scheme:light}
@@ -394,7 +395,7 @@ def write_report(
     counts = _confusion("How many things", "asked", count_confusion(ordered, records or {}), True)
     colors = _confusion("Which colour", "asked", color_confusion(ordered, records or {}), False)
     parts: list[tuple[str, str, str]] = [
-        ("headline", "Headline", _table(cards, headline, places) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)),
+        ("headline", "Headline", _table(cards, headline, places) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes) + CHAMPION),
         ("categories", "By category", '<div class="bars">' + "".join(_bars(cards, path, places) for path in paths) + "</div>"),
         ("differences", "Paired differences", _differences(comparisons) if comparisons else ""),
         ("confusion", "Asked and found", f'<div class="tables">{counts}{colors}</div>' if counts or colors else ""),
@@ -417,6 +418,33 @@ def write_report(
     )
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style>'
     write_text(path_html, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
+
+
+def add_champion(page: str, candidate: Scorecard, champion: Scorecard, version: str, comparison: Mapping[str, Mapping[str, float]] | None, folder: str) -> str:
+    """The page with a section that sets the candidate against the reigning champion, below its headline: the champion is known only after the page is made.
+
+    `comparison` maps a metric path to the paired difference {"difference", "low", "high", "p", "n"}; None where the two were not scored on the same images.
+    `folder` is where the page's files lie as seen from the new page's place ("score/"). Raises UserError for a page without a place for the section.
+    """
+    if CHAMPION not in page:
+        raise UserError("the report page has no place for the champion; run the score stage again")
+    paths = [path for path in candidate.metrics if path in champion.metrics]
+    head = "<tr><th>metric</th><th>candidate</th>" + f"<th>champion, version {escape(version)}</th><th>difference</th><th>p</th></tr>"
+    lines = []
+    for path in paths:
+        digits, row = _digits(path), (comparison or {}).get(path)
+        cells = _cell(path, candidate.metrics[path], None) + _cell(path, champion.metrics[path], None)
+        if row is None:
+            cells += "<td>-</td><td>-</td>"
+        else:
+            mark = "good" if row["low"] > 0 else "bad" if row["high"] < 0 else ""
+            interval = f"<small>[{row['low']:+.{digits}f}, {row['high']:+.{digits}f}] n={row['n']}</small>"
+            cells += f'<td class="{mark}">{row["difference"]:+.{digits}f}<br>{interval}</td><td>{row["p"]:.3g}</td>'
+        lines.append(f'<tr class="{"first" if path in MACRO.values() else ""}"><td>{escape(path)}</td>{cells}</tr>')
+    note = "" if comparison else '<p class="note">The two were not scored on the same images with the same seeds, so no paired difference is given.</p>'
+    section = f'<h3>Against the champion</h3><div class="wide sticky"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>{note}'
+    moved = re.sub(r'href="(?!#|[a-z]+:)', f'href="{folder}', page)
+    return moved.replace(CHAMPION, section, 1)
 
 
 # --- PNG sheets -------------------------------------------------------------------------------------------------------------

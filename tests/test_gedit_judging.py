@@ -19,9 +19,9 @@ from PIL import Image
 from benchmarks.gedit import GEDIT_CATEGORIES, Sample, aggregate, overall
 from benchmarks.gedit_cli import cli
 from benchmarks.gedit_data import edited_path, load_tasks
-from benchmarks.gedit_judging import jobs_of, judge_folder, patch_tokens, plan, preview, tile_tokens
+from benchmarks.gedit_judging import MadeEdit, jobs_of, judge_folder, patch_tokens, plan, preview, tile_tokens
 from benchmarks.gedit_report import notes_of
-from benchmarks.gedit_verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, summary
+from benchmarks.gedit_verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, score_made, summary
 from benchmarks.judge import Reply, fake_judge, load_wording
 from benchmarks.judge_endpoint import Endpoint, endpoint_judge
 from benchmarks.scorecard import read_scorecard, read_scores
@@ -162,6 +162,24 @@ def test_a_changed_image_is_a_new_question_and_equal_images_share_one(tmp_path: 
     judge(tmp_path, tasks, ask)
     assert len(asked) == 9
     assert {score.status for score in rows_of(read_judgements(tmp_path / "out", WORDING))} == {"ok"}
+
+
+def test_images_that_a_stage_has_made_are_scored_wherever_they_lie(tmp_path: Path) -> None:
+    tasks = load_tasks(write_manifest(tmp_path / "set", rows(3)), tmp_path / "sources")
+    made = []
+    for index, task in enumerate(tasks):
+        for k in range(2):
+            file = tmp_path / f"{task.key}-{k}.png"
+            if index < 2 or k:
+                file.write_bytes(png(f"{task.key} {k}"))
+            made.append(MadeEdit(task, file, f"images/{task.key}-{k}.png", k, 10 * index + k))
+    ask, asked = constant({"semantic": 4.0, "quality": 9.0})
+    how = {"model": "m", "settings": settings(), "wording": WORDING, "make_ask": lambda: ask, "concurrency": 2, "say": lambda text: None}
+    found, identity = score_made(made, tmp_path / "store", **how)
+    assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [(one.task.key, one.k, one.seed, one.image) for one in made]
+    assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"] and {row.values.get("O") for row in found} == {6.0, None}
+    assert len(asked) == 10 and identity["answered_by"] == "m1"
+    assert score_made(made, tmp_path / "store", **how)[0] == found and len(asked) == 10
 
 
 def test_judges_are_not_mixed(tmp_path: Path) -> None:
@@ -319,7 +337,7 @@ def test_every_sample_of_a_faulty_server_ends_in_its_status(tmp_path: Path, monk
 
 
 def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up(tmp_path: Path) -> None:
-    scripts = {f"n{index}": ["limit"] for index in range(12)} | {"n7": ["no_key"]}
+    scripts = {f"n{index}": ["broken_inside"] for index in range(12)} | {"n7": ["no_key"]}
     tasks = tasks_of(tmp_path, rows(12))
     halt = threading.Event()
     with judge_server(scripts) as server:
@@ -329,7 +347,7 @@ def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up
                 tmp_path,
                 tasks,
                 None,
-                make_ask=lambda: endpoint_judge(settings(), endpoint, halt, sleep=lambda seconds: halt.wait(5.0)),
+                make_ask=lambda: endpoint_judge(settings(), endpoint, halt),
                 halt=halt,
                 concurrency=24,
             )

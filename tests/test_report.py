@@ -2,6 +2,8 @@
 
 import base64
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html import unescape
 from io import BytesIO
@@ -12,7 +14,8 @@ from PIL import Image
 
 from benchmarks.confusion import color_confusion, count_confusion
 from benchmarks.geneval import Detection, verdict
-from benchmarks.report import edit_strips, extremes, sample_grid, scorecard_plot, write_report
+from benchmarks.geneval_prompts import official_records
+from benchmarks.report import add_champion, edit_strips, extremes, sample_grid, scorecard_plot, write_report
 from benchmarks.scorecard import ExampleScore, Scorecard, scorecard
 from data.errors import UserError
 
@@ -132,6 +135,21 @@ def test_differences_and_notes_stand_on_the_page(results):
 # --- what was asked and what was found --------------------------------------------------------------------------------------
 
 
+def test_the_champion_is_set_beside_the_candidate_later(results):
+    text, cards = page(results), results[1]
+    row = {"difference": -0.5, "low": -0.9, "high": -0.1, "p": 0.01, "n": 12}
+    found = add_champion(text, cards["student"], cards["base"], "3", {"gedit/average": row}, "score/")
+    assert "champion, version 3" in found and '<td class="bad">-0.50<br><small>[-0.90, -0.10] n=12</small></td><td>0.01</td>' in found
+    section = found[found.index("Against the champion") : found.index("By category</h2>")]
+    for path in ("geneval/overall", "gedit/subject-add"):
+        digits = 2 if path.startswith("gedit") else 3
+        assert all(f"<td>{cards[name].metrics[path].mean:.{digits}f}<br>" in section for name in ("student", "base"))
+    assert 'href="images/' in text and 'href="images/' not in found and 'href="score/images/' in found and 'href="#figures"' in found
+    assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")
+    with pytest.raises(UserError, match="no place for the champion"):
+        add_champion(found, cards["student"], cards["base"], "3", None, "")
+
+
 def verdicts(cases):
     """Rows and records from (record, detections), through the real verdict, so that its words and their reading stay together."""
     scores, records = [], {}
@@ -249,6 +267,43 @@ def test_the_plot_draws_every_model(results):
         assert (sheet == color).all(1).sum() > 500
     with pytest.raises(UserError, match="no metric"):
         scorecard_plot({"empty": Scorecard("m", {}, {}, {})}, folder / "plot.png")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="the time to open a page is measured in Chromium, which is not installed")
+def test_the_full_set_s_page_opens_in_under_two_seconds(tmp_path):
+    """553 prompts, four images each."""
+    rng, rows_, expected = np.random.default_rng(0), [], {}
+    (tmp_path / "images").mkdir()
+    for index, record in enumerate(official_records()):
+        for k in range(4):
+            name = f"images/{index}-{k}.jpg"
+            small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            small.resize((256, 256), Image.Resampling.BICUBIC).save(tmp_path / name, quality=85)
+            correct = float((index + k) % 3 > 0)
+            rows_.append(ExampleScore("m", "geneval", record["tag"], str(index), k, 4 * index + k, {"correct": correct}, () if correct else ("why",), name))
+            expected.setdefault(record["tag"], set()).add((str(index), k))
+    prompts = {str(index): record["prompt"] for index, record in enumerate(official_records())}
+    card = scorecard("m", rows_, {}, expected, {}, **HOW)
+    write_report(tmp_path / "report.html", cards={"m": card}, scores=rows_, prompts=prompts, folder=tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count('<div class="one"') == 2212 and len(text) < 25e6
+    clock = '<script>addEventListener("load",()=>{document.title="opened "+Math.round(performance.now())})</script>'
+    (tmp_path / "timed.html").write_text(text + clock, encoding="utf-8")
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path / 'timed.html'}",
+    ]
+    times = []
+    for _ in range(3):
+        dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        times.append(int(re.search(r"<title>opened (\d+)</title>", dumped).group(1)))
+    assert min(times) < 2000, times
 
 
 def test_files_appear_whole(results):
