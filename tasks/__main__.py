@@ -149,6 +149,11 @@ def _preset(arguments: list[str]) -> int:
     for key in changed:
         print(f"{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}")
     print(f"{parsed.params} is now {source}: {len(changed)} value{'s' if len(changed) != 1 else ''} changed. The old file is in git: git diff {parsed.params}")
+    from tasks.preflight import TEACHERS, folder_faults, teacher_faults
+
+    document = read_yaml(parsed.params)
+    for fault in [*teacher_faults(document, TEACHERS), *folder_faults(document, Path.cwd())]:
+        print(f"to do before it runs: {fault}")
     return 0
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, UserErrors
+from data.files import read_json
 from tasks.params import PARAMS_FILE, read_yaml
+from tasks.sources import address_faults, missing_faults
 from tasks.stages import check_all
 
 TEACHERS = Path("data/teachers")
@@ -19,18 +21,36 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
         check_all(path)
     except UserErrors as errors:
         faults += errors.faults
-    faults += teacher_faults(read_yaml(path), teachers)
+    document = read_yaml(path)
+    faults += teacher_faults(document, teachers) + folder_faults(document, teachers.absolute().parents[1])
     if faults:
         raise UserErrors(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults)
+
+
+def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
+    """The folder of examples that section `collect` names, where it is not there."""
+    collect = document.get("collect")
+    if not isinstance(collect, dict) or collect.get("source") != "folder" or not collect.get("folder") or (project / str(collect["folder"])).is_dir():
+        return []
+    return [f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"]
 
 
 def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
     """Teachers that `routing.routes` names and that section `teachers` does not make, or that have no files in the folder `teachers`, where it is there yet."""
     try:
         routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
-        made = list(document["teachers"]["teachers"])
-    except (KeyError, TypeError):
+        sources = dict(document["teachers"].get("sources") or {})
+        made = [*document["teachers"]["teachers"], *sources]
+        uris = {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in sources.items()}
+    except (KeyError, TypeError, AttributeError):
         return []  # the sections' own checks name what is wrong with them
+    if sources:  # the folder is made from them when the run fetches its teachers
+        faults = [] if address_faults(uris) else missing_faults(uris, teachers.absolute().parents[1])
+        return faults + [
+            f"routing.routes[{index}].teacher = {name!r}: no such teacher in teachers.sources; choose of {', '.join(map(str, made))}"
+            for index, name in routed
+            if name not in made
+        ]
     faults = []
     for index, name in routed:
         if name not in made:
@@ -44,6 +64,19 @@ def require_teachers(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) 
     """Raises UserError(s) unless `teachers` is there and holds every teacher that a route names."""
     if not teachers.is_dir():
         raise UserError(f"{teachers}: no such folder; fetch the trained teachers with: dvc pull {teachers}")
-    faults = teacher_faults(read_yaml(path), teachers)
+    document = read_yaml(path)
+    faults = teacher_faults(document, teachers) + other_teachers(document, teachers)
     if faults:
         raise UserErrors(f"{teachers}: not every routed teacher is there", faults)
+
+
+def other_teachers(document: dict[str, Any], teachers: Path) -> list[str]:
+    """Teachers of `teachers.sources` whose folder was made from another address, or not at all."""
+    faults = []
+    for name, source in (document["teachers"].get("sources") or {}).items():
+        record = teachers / name / "teacher.json"
+        made_from = read_json(record).get("source") if record.is_file() else None
+        if made_from != source["uri"]:
+            remedy = f"make it again: python -m tasks teachers --out {teachers}, then dvc commit --force teachers"
+            faults.append(f"{record.parent}: made from {made_from or 'nothing that is named'}, teachers.sources.{name}.uri is {source['uri']}; {remedy}")
+    return faults

@@ -19,6 +19,7 @@ from typing import Any
 from data.errors import UserError
 from data.files import read_json
 from tasks.environment import for_children
+from tasks.params import PARAMS_FILE, read_yaml
 
 GRACE = 10.0  # s between asking a group to end and ending it
 UNCHANGED = "didn't change, skipping"
@@ -144,7 +145,16 @@ def error_of(lines: Sequence[str]) -> str:
 
 
 def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
-    """`dvc pull PATH`: what dvc.lock names is fetched unless it is there already. Raises UserError naming what to do."""
+    """`dvc pull PATH`: what dvc.lock names is fetched unless it is there already. Raises UserError naming what to do.
+
+    Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their stage, which is frozen, and committed.
+    """
+    if path == "data/teachers" and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
+        for command in (["tasks", "teachers", "--out", path], ["dvc", "commit", "--force", "teachers"]):
+            ended = stream([sys.executable, "-m", *command], project, line)
+            if ended.status:
+                raise failure(path, ended)
+        return
     ended = stream([sys.executable, "-m", "dvc", "pull", path], project, line)
     if not ended.status and (project / path).exists():
         return

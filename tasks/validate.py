@@ -17,7 +17,7 @@ from data.records import CAPABILITIES, read_examples
 from model.backbones import Backbone
 from model.field import VelocityField, condition_of
 from model.randomness import noise_for
-from model.teachers import BASE, compatibility_faults, load_teachers, read_records
+from model.teachers import BASE, compatibility_faults, file_faults, load_teachers, read_records
 from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
 from tasks.progress import progress
 from tasks.real_scores import check_judgeable
@@ -80,7 +80,9 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     world = params.world.world()
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    faults = compatibility_faults(teachers, names)
+    faults = compatibility_faults(teachers, names) + file_faults(teachers, names)
+    if not faults and read_records(teachers)[BASE].backbone != params.backbone.name:
+        faults.append(f"backbone.name = {params.backbone.name!r}, but {teachers} holds teachers of {read_records(teachers)[BASE].backbone!r}; fetch the others")
     if faults:
         write_json(report, {"passed": False, "faults": faults, "teachers": {}})
         raise UserErrors("validate: these teachers cannot be distilled together:", faults)

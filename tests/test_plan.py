@@ -1,0 +1,121 @@
+"""Property: the plan's numbers are the ones that a run would count, it says from what they follow, and it names every weight that is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.errors import UserError, UserErrors
+from data.files import write_json
+from data.randomness import numpy_generator
+from model.rollout import QUERY_BIAS, query_index
+from tasks import plan as planning
+from tasks.environment import PROJECT
+from tasks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
+from tasks.preflight import other_teachers, preflight, teacher_faults
+from tasks.repro import Ended
+from tasks.stages import STAGES
+
+PRESETS = sorted(path.stem for path in (PROJECT / "presets").glob("*.yaml"))
+OWN = [name for name in PRESETS if not name.startswith("micro") and not name.endswith("public")]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(8, 5.21), (16, 10.93), (20, 13.79), (28, 19.50)])
+def test_the_expected_rollout_is_the_published_one(steps: int, expected: float) -> None:
+    assert expected_index(steps, "low") == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("bias", sorted(QUERY_BIAS))
+def test_the_distribution_is_that_of_the_draws(bias: str) -> None:
+    drawn = np.array([[query_index(8, bias, numpy_generator(0, step, slot, "query")) for slot in range(4)] for step in range(1500)])
+    assert query_distribution(8, bias).sum() == pytest.approx(1.0)
+    assert drawn.mean() == pytest.approx(expected_index(8, bias), abs=0.08)
+    assert drawn.max(axis=1).mean() == pytest.approx(expected_index(8, bias, 4), abs=0.1)
+
+
+def test_evaluations_of_a_sample_by_method() -> None:
+    params = SimpleNamespace(rollout_steps=16, query="low")
+    kinds = {"danceopd": 12.93, "offpolicy": 2.0, "diffusionopd": 47.0, "flowopd": 32.0, "joint": 1.0, "merge": 0.0}
+    for method, expected in kinds.items():
+        states = "off_policy" if method == "offpolicy" else "on_policy"
+        assert step_evaluations(params, 1.0, method, states, 1) == pytest.approx(expected, abs=0.005)
+    assert step_evaluations(params, 2.0, "danceopd", "on_policy", 1) == pytest.approx(13.93, abs=0.005)  # a guided teacher
+
+
+def test_operations_of_z_image_are_near_the_counted_ones() -> None:
+    size = Size(6_155_000_000, 1, 4096 + 128, 3840, 34)
+    for edit in (False, True):
+        formula = forward_operations(size, "zimage", 1000, edit)  # no figure for this resolution: by formula
+        assert formula == pytest.approx(forward_operations(size, "zimage", 1024, edit), rel=0.2)
+
+
+def test_the_measured_rate_is_of_the_same_network_or_none(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "student"
+    assert measured_rate(tmp_path, "micro") is None
+    write_json(folder / "student.json", {"backbone": "micro"})
+    with open(folder / "steps.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["step", "evaluations", "seconds"], [1, 300, 2.0], [2, 500, 2.0]])
+    assert measured_rate(tmp_path, "micro") == 200.0 and measured_rate(tmp_path, "zimage") is None
+
+
+def status(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
+    monkeypatch.setattr("tasks.repro.stream", lambda *_: Ended(0, ("WARNING: something", json.dumps(answer))))
+
+
+def test_states_follow_dvc_and_pass_downstream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    same = dict.fromkeys(STAGES, True)
+    status(monkeypatch, {})
+    states = stage_states(tmp_path, same)
+    assert states["collect"] == states["score"] == "cached" and states["teachers"] == "frozen: not fetched"
+    status(monkeypatch, {"encode": [{"changed deps": {"tasks/encode.py": "modified"}}]})
+    states = stage_states(tmp_path, same)
+    assert states["curate"] == "cached" and states["encode"] == "runs: code" and states["score"] == "runs: after encode"
+    status(monkeypatch, {})
+    assert stage_states(tmp_path, {**same, "distill": False})["distill"] == "runs: params"
+    monkeypatch.setattr("tasks.repro.stream", lambda *_: Ended(255, ("ERROR: not a repository",)))
+    assert set(stage_states(tmp_path, same).values()) == {"unknown: dvc status failed here"}
+
+
+def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status(monkeypatch, {})
+    made = plan(PROJECT / "params.yaml", tmp_path)
+    rows = {row["stage"]: row for row in made["stages"]}
+    assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
+    assert rows["distill"]["evaluations"] == 420 * 64 * 5.5  # E[j] = 3.5 of 8, teacher, student
+    assert rows["validate"]["evaluations"] == (3 * 656 + 2 * 320) * 16
+    published = plan(PROJECT / "presets" / "zimage_local_global.yaml", tmp_path)
+    assert published["parameters"] == pytest.approx(6.155e9, rel=0.001)
+    assert published["memory"]["base"] == pytest.approx(12.3, abs=0.1) and sum(published["memory"].values()) < 25
+    assert [one["state"] for one in published["weights"]] == ["to fetch", "missing", "missing"]
+    print_plan(published)
+    shown = capsys.readouterr().out
+    assert "from operations at 40% of 790 TF/s: one H100" in shown and "set teachers.sources.global.uri to where they are" in shown
+    with pytest.raises(UserError, match="unknown preset 'nobody'"):
+        planning.cli(["--preset", "nobody"])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp_path: Path) -> None:
+    """Every own weight is named, with the key that says where it is."""
+    path = PROJECT / "presets" / f"{name}.yaml"
+    with pytest.raises(UserErrors) as caught:
+        preflight(path, tmp_path / "data" / "teachers")
+    missing = [fault for fault in caught.value.faults if fault.startswith("teachers.sources.") and "no such file or folder" in fault]
+    assert len(missing) == (2 if "local" in path.read_text().split("routing:")[1][:300] else 1)
+
+
+def test_teachers_made_from_another_address_are_not_taken_for_these(tmp_path: Path) -> None:
+    sources = {"base": {"uri": "hf://a/b"}, "local": {"uri": "weights/local"}}
+    document = {"routing": {"routes": [{"teacher": "local"}]}, "teachers": {"teachers": {}, "sources": sources}}
+    write_json(tmp_path / "base" / "teacher.json", {"source": "hf://a/b"})
+    write_json(tmp_path / "local" / "teacher.json", {"name": "local"})  # one that was trained here
+    (fault,) = other_teachers(document, tmp_path)
+    assert "teachers.sources.local.uri is weights/local" in fault
+    document["routing"]["routes"] = [{"teacher": "nobody"}]
+    assert any("no such teacher in teachers.sources" in fault for fault in teacher_faults(document, tmp_path / "data" / "teachers"))
