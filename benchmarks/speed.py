@@ -131,7 +131,7 @@ def _micro(_: int) -> Case:
 
 def _sd3_14m(_: int) -> Case:
     # 32 x 32 latents in patches of 2 are 256 image tokens; CLIP's 77 of text.
-    return sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 24 * MB)
+    return sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 29 * MB)
 
 
 def _sd35_m(resolution: int) -> Case:

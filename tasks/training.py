@@ -159,11 +159,8 @@ def _state_to_start_from(
         if others and not this_process().rank:
             latest = max(others, key=lambda path: path.stat().st_mtime)
             known = read_json(latest / RECORD).get("facts")
-            changed = list(differing(known, facts)) if known else []
-            print(
-                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'facts that it does not tell'}",
-                flush=True,
-            )
+            names = ", ".join(differing(known, facts)) if known else "facts that it does not tell"
+            print(f"{stage}: starts anew; the latest state of another run, {latest}, differs in {names}", flush=True)
         return None
     folder = Path(watch.resume_from)
     newest = folder if folder.name.startswith("step-") else newest_state(folder)

@@ -24,7 +24,6 @@ from model.execution import (
     fit,
     merged_adapter,
     moved,
-    prepare_networks,
     recompute_blocks,
 )
 from model.field import Guided, VelocityField
@@ -331,11 +330,3 @@ def test_no_step_waits_for_the_device() -> None:
         next(loop)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.slow
-def test_compiled_blocks_answer_as_the_others() -> None:
-    plain, compiled = setting("sd3"), setting("sd3")
-    params = ExecutionParams(**{**EXECUTION, "compile": "blocks"})
-    prepare_networks(params, CPU, compiled.student.network, compiled.student.parameters.values(), [])
-    same(one_step(compiled, replace(WHOLE_BATCH, micro_batch=2, merged=True)), one_step(plain), 1e-5)
