@@ -161,7 +161,7 @@ def widen_for_edits(network: Any) -> Any:
         raise UserError(f"widen for edits: in_channels = {config.in_channels} already differs from out_channels = {config.out_channels}")
     wide = SD3Transformer2DModel.from_config({**config, "in_channels": 2 * config.in_channels, "out_channels": config.in_channels})
     state, old = parts.plain_state(network), network.pos_embed.proj.weight
-    wide.to(old.dtype)
+    wide = nn.Module.to(wide, device=old.device, dtype=old.dtype)
     wide.load_state_dict({**state, "pos_embed.proj.weight": torch.cat([old, torch.zeros_like(old)], dim=1)})
     wide.requires_grad_(False)
-    return wide.eval().to(old.device)
+    return wide.eval()
