@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse("interrupted; what was finished is kept, the same command goes on from there", 130)
     except _Terminated:
         return _refuse("terminated; what was finished is kept, the same command goes on from there", 143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -42,12 +42,22 @@ def _records(path: Path | None) -> list[dict[str, Any]]:
     return official_records() if path is None else read_prompts(path)
 
 
+def _manifest_row(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {"id": example_id(index), "split": "eval", "capability": "t2i", "category": record["tag"], "prompt": record["prompt"]}
+    return {**shared, "record": dict(record)}
+
+
 def _prompts(arguments: Sequence[str]) -> int:
     parser = _parser("prompts", "Print the prompt set as JSON Lines: the 553 official records, or a checked file of one's own.")
-    parser.add_argument("--text", action="store_true", help="the prompts alone, one a line")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--text", action="store_true", help="the prompts alone, one a line")
+    form.add_argument("--manifest", action="store_true", help="as a manifest of the eval split, for a folder that the collect stage reads")
     _add_prompts(parser)
     parsed = parser.parse_args(arguments)
     records = _records(parsed.prompts)
+    if parsed.manifest:
+        sys.stdout.write(as_jsonl([_manifest_row(index, record) for index, record in enumerate(records)]))
+        return 0
     sys.stdout.write("".join(f"{record['prompt']}\n" for record in records) if parsed.text else as_jsonl(records))
     return 0
 

@@ -37,6 +37,17 @@ def test_the_records_have_the_published_digests(capsys: pytest.CaptureFixture[st
     assert hashlib.sha256(capsys.readouterr().out.encode()).hexdigest() == PROMPTS_SHA256
 
 
+def test_the_set_is_a_manifest_that_the_collect_stage_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import main
+    from data.manifests import read_manifests
+
+    assert main(["geneval", "prompts", "--manifest"]) == 0
+    (tmp_path / "geneval.jsonl").write_text(capsys.readouterr().out)
+    rows = read_manifests(tmp_path).rows
+    assert [row.record for row in rows] == RECORDS and rows[552].id == "00552"
+    assert {(row.split, row.capability) for row in rows} == {("eval", "t2i")} and [row.category for row in rows] == [record["tag"] for record in RECORDS]
+
+
 def test_sizes_relations_and_counts_are_the_published_ones() -> None:
     assert len(RECORDS) == len({record["prompt"] for record in RECORDS}) == 553
     assert Counter(record["tag"] for record in RECORDS) == SIZES
