@@ -168,13 +168,14 @@ def _report(arguments: Sequence[str]) -> int:
     parser = _parser("report", "Tables of one or several verdicts, paired comparisons with the first, and its page.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="as given to detect, or a folder that verdict wrote to")
     parser.add_argument("--against", type=Path, action="append", default=[], metavar="DIR", help="another model's; may be repeated")
+    parser.add_argument("--training", type=Path, action="append", default=[], metavar="DIR", help="another training seed of the same recipe; two or more")
     parser.add_argument("--images", type=Path, metavar="DIR", help="the first one's images: with them the page report.html is written")
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args(arguments)
     numbers = {"seed": parsed.seed, "resamples": parsed.resamples, "confidence": parsed.confidence}
-    print(report(parsed.out, parsed.against, images=parsed.images, **numbers))
+    print(report(parsed.out, parsed.against, parsed.training, images=parsed.images, **numbers))
     return 0
 
 

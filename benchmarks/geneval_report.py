@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.geneval_run import SCORECARD_FILE, VERDICT
-from benchmarks.scorecard import MACRO, SCORES_FILE, ExampleScore, Scorecard, check_same_evaluator, compare, read_scorecard, read_scores
+from benchmarks.scorecard import MACRO, SCORES_FILE, ExampleScore, Scorecard, check_same_evaluator, compare, over_trainings, read_scorecard, read_scores
 from benchmarks.statistics import Comparison, holm
 from data.errors import UserError
 from data.files import write_text
@@ -51,15 +51,17 @@ def _table(cards: Mapping[str, Scorecard]) -> list[str]:
     return lines
 
 
-def report(folder: Path, against: Sequence[Path], *, images: Path | None, seed: int, resamples: int, confidence: float) -> str:
-    """The text of the table and comparisons; also written beside the first scorecard, with the page where its images are given.
+def report(folder: Path, against: Sequence[Path], trainings: Sequence[Path], *, images: Path | None, seed: int, resamples: int, confidence: float) -> str:
+    """The text of the table and comparisons; also written beside the first scorecard, with the page where its images are given. `trainings` are other training
+    seeds of the first model's recipe: with two or more of them the recipe gets intervals of its own.
 
     Raises UserErrors for mixed detectors or prompt sets, for unlike image sets, or for images of different seeds.
     """
     first = verdict_folder(folder)
     models = _named([first, *(verdict_folder(other) for other in against)])
+    again = _named([first, *(verdict_folder(other) for other in trainings)])
     cards = {name: card for name, (card, _) in models.items()}
-    check_same_evaluator(cards)
+    check_same_evaluator({**cards, **{f"training {name}": card for name, (card, _) in again.items()}})
     (name, (card, scores)), *others = models.items()
     lines = _table(cards)
     expected: dict[str, set[tuple[str, int]]] = {}
@@ -73,6 +75,10 @@ def report(folder: Path, against: Sequence[Path], *, images: Path | None, seed: 
             lines.append(
                 f"{path:24}{one.difference:+9.4f}   {one.low:+.4f} to {one.high:+.4f}   p {p_values[path]:.4f}   {one.discordant} of {one.n} prompts differ"
             )
+    if trainings:
+        lines += ["", f"over {len(again)} trainings, two-level bootstrap:"]
+        metrics = over_trainings([rows for _, rows in again.values()], expected=expected, seed=seed, resamples=resamples, confidence=confidence)
+        lines += [f"{path:24}{metric.mean:9.4f}   {metric.low:.4f} to {metric.high:.4f}" for path, metric in metrics.items()]
     identity: Mapping[str, Any] = card.identities.get("geneval", {})
     lines += ["", f"set: {identity.get('set')}, images a prompt: {identity.get('images_per_prompt')}, prompts sha256 {str(identity.get('prompts'))[:12]}"]
     text = "\n".join(lines)

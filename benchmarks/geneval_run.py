@@ -7,7 +7,6 @@ thresholds can be swept without the networks, and a run that was killed ends wit
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.geneval import OFFICIAL, Detection, Thresholds, parse_record, surviving, verdict
+from benchmarks.geneval import OFFICIAL, Detection, Thresholds, Verdict, parse_record, surviving, verdict
 from benchmarks.geneval_images import SUITE, Item, example_id, image_seed, read_images, read_pixels
 from benchmarks.geneval_prompts import is_official, set_digest
 from benchmarks.parallel import batches, device_of, each
 from benchmarks.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard, write_scores
 from benchmarks.store import SETTINGS_FILE, claim, open_shard, read_results, read_settings, result_key, shard_name
 from data.errors import UserError, UserErrors
-from data.files import read_json, sha256_file, write_json, write_text
+from data.files import digest, read_json, sha256_file, write_json, write_text
 from data.progress import progress
 
 DETECTIONS, VERDICT = "detections", "verdict"  # folders of results
@@ -145,8 +144,8 @@ def evaluate(batch: _Batch) -> list[dict[str, Any]]:
     return _network_rows(batch)
 
 
-def _keys(root: Path, items: Sequence[Item], identity: Mapping[str, Any]) -> list[str]:
-    return [result_key("geneval/detections", image=sha256_file(root / item.path), record=item.record, evaluator=identity) for item in items]
+def _keys(root: Path, pictures: Sequence[tuple[str, Mapping[str, Any]]], identity: Mapping[str, Any]) -> list[str]:
+    return [result_key("geneval/detections", image=sha256_file(root / path), record=record, evaluator=identity) for path, record in pictures]
 
 
 def detect_images(
@@ -167,16 +166,33 @@ def detect_images(
     """
     items = read_images(root, records, samples)
     identity = evaluator_identity(evaluator, records)
-    folder = out / DETECTIONS
-    claim(folder, {"suite": SUITE, "prompts": set_digest(records), "evaluator": identity})
-    keys = _keys(root, items, identity)
+    claim(out / DETECTIONS, {"suite": SUITE, "prompts": set_digest(records), "evaluator": identity})
+    pictures = [(item.path, item.record) for item in items]
+    counts = _look(root, out / DETECTIONS, pictures, evaluator, identity, batch=batch, shard=shard, workers=workers, scheduler=scheduler)
+    return {"images": len(items), **counts}
+
+
+def _look(
+    root: Path,
+    folder: Path,
+    pictures: Sequence[tuple[str, Mapping[str, Any]]],
+    evaluator: Evaluator,
+    identity: dict[str, Any],
+    *,
+    batch: int,
+    shard: tuple[int, int],
+    workers: int,
+    scheduler: str,
+) -> dict[str, int]:
+    """Stores what the evaluator sees in pictures (path relative to `root`, record) below `folder`. Returns {"kept", "detected"}."""
+    keys = _keys(root, pictures, identity)
     known = read_results(folder)
-    dealt = batches(list(zip(keys, items, strict=True)), batch)[shard[0] :: shard[1]]
+    dealt = batches(list(zip(keys, pictures, strict=True)), batch)[shard[0] :: shard[1]]
     # A batch is evaluated as a whole even where a killed run left a part of it: what a network makes of an image may depend on the batch in the last bits.
     todo = [members for members in dealt if any(key not in known for key, _ in members)]
 
-    def prepared(members: tuple[tuple[str, Item], ...]) -> _Batch:
-        return _Batch(tuple(read_pixels(root / item.path) for _, item in members), tuple(item.record for _, item in members), evaluator, identity)
+    def prepared(members: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...]) -> _Batch:
+        return _Batch(tuple(read_pixels(root / path) for _, (path, _) in members), tuple(record for _, (_, record) in members), evaluator, identity)
 
     total = sum(map(len, todo))
     with open_shard(folder, shard_name(shard)) as results, progress("detect: images", total) as advance:
@@ -188,7 +204,7 @@ def detect_images(
             advance(len(rows))
 
         each(evaluate, todo, prepared, done, workers=workers, scheduler=scheduler)
-    return {"images": len(items), "kept": sum(map(len, dealt)) - total, "detected": total}
+    return {"kept": sum(map(len, dealt)) - total, "detected": total}
 
 
 # --- verdict ----------------------------------------------------------------------------------------------------------------
@@ -210,7 +226,7 @@ def stored_detections(root: Path, out: Path, records: Sequence[Mapping[str, Any]
     if settings.get("prompts") != set_digest(records):
         raise UserError(f"{folder}: its detections were made for another prompt set; give the same --prompts as then, or detect into another folder")
     known = read_results(folder)
-    rows = [known.get(key) for key in _keys(root, items, settings["evaluator"])]
+    rows = [known.get(key) for key in _keys(root, [(item.path, item.record) for item in items], settings["evaluator"])]
     missing = [item.path for item, row in zip(items, rows, strict=True) if row is None]
     if missing:
         first = ", ".join(missing[:3])
@@ -247,21 +263,6 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tags": {tag: {"score": float(np.mean(values)), "correct": sum(values), "images": len(values)} for tag, values in by_tag.items()},
         "overall": float(np.mean([np.mean(values) for values in by_tag.values()])),
     }
-
-
-def confusion_of(items: Sequence[Item], seen: Sequence[Mapping[str, Sequence[Detection]]]) -> dict[str, dict[str, dict[str, int]]]:
-    """What was asked -> what was seen -> images: of counts (tag counting), and of colours, clause by clause ("none" where the object is missing)."""
-    counts: dict[str, Counter[str]] = {}
-    colors: dict[str, Counter[str]] = {}
-    for item, found in zip(items, seen, strict=True):
-        for clause in parse_record(item.record).include:
-            things = found.get(clause.class_name, ())
-            if item.record["tag"] == "counting":
-                counts.setdefault(str(clause.count), Counter())[str(len(things))] += 1
-            if clause.color is not None:
-                colors.setdefault(clause.color, Counter())[str(things[0].color) if things else "none"] += 1
-    tables = {"counts": counts, "colors": colors}
-    return {name: {wanted: dict(sorted(cells.items())) for wanted, cells in sorted(table.items())} for name, table in tables.items()}
 
 
 def _check_colors(items: Sequence[Item], seen: Sequence[Mapping[str, Sequence[Detection]]]) -> None:
@@ -318,7 +319,7 @@ def judge_images(
         "images": settings,
     }
     card = scorecard(model, scores, {}, expected_of(records, images_per_prompt), {SUITE: identity}, seed=seed, resamples=resamples, confidence=confidence)
-    summary = {**summary_of(official), "confusion": confusion_of(items, seen), "identity": identity}
+    summary = {**summary_of(official), "identity": identity}
     write_text(to / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in official))
     write_scores(to, scores)
     write_json(to / SUMMARY_FILE, summary)
@@ -342,6 +343,23 @@ def _settings_of(root: Path) -> dict[str, Any] | None:
 def _seed_of(item: Item, settings: Mapping[str, Any] | None) -> int:
     base = (settings or {}).get("seed")
     return UNKNOWN_SEED if base is None else image_seed(item.index, item.k, int(base))
+
+
+def judge_pictures(
+    root: Path, store: Path, pictures: Sequence[tuple[str, Mapping[str, Any]]], evaluator: Evaluator, *, batch: int, workers: int, scheduler: str
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """Verdicts of pictures in any layout, in order, and the evaluator's identity: for a stage that has drawn them itself. `pictures`: (path relative to `root`,
+    record). What was seen is kept below `store`, so that a stage that was killed does not look at equal images twice.
+
+    Raises UserError as `detect_images` does.
+    """
+    records = [record for _, record in pictures]
+    identity = evaluator_identity(evaluator, records)
+    folder = store / digest(identity)[:16]
+    claim(folder, {"suite": SUITE, "evaluator": identity})
+    _look(root, folder, pictures, evaluator, identity, batch=batch, shard=(0, 1), workers=workers, scheduler=scheduler)
+    known = read_results(folder)
+    return [verdict(record, _detections(known[key])) for key, record in zip(_keys(root, pictures, identity), records, strict=True)], identity
 
 
 # --- two detectors ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.gedit import GEDIT_CATEGORIES, MINIMUM_COVERAGE, STATUSES
-from benchmarks.statistics import Comparison, Groups, category_metric, compare_paired, macro_metric, retention
+from benchmarks.statistics import Comparison, Groups, category_metric, compare_paired, macro_metric, over_training_seeds, retention
 from benchmarks.statistics import Metric as Metric
 from data.errors import UserError, UserErrors
 from data.files import atomic_file, digest, read_json, write_json
@@ -328,3 +328,19 @@ def check_same_evaluator(cards: Mapping[str, Scorecard]) -> None:
                 faults.append(f"{benchmark}: {len(kinds)} different values of {key} ({'; '.join(', '.join(names) for names in kinds.values())})")
     if faults:
         raise UserErrors("these scorecards cannot stand in one table, their numbers mean different things:", [*faults, "score them with the same evaluator"])
+
+
+def over_trainings(trainings: Sequence[Sequence[ExampleScore]], *, expected: Expected, seed: int, resamples: int, confidence: float) -> dict[str, Metric]:
+    """metric path -> Metric over several trainings of one recipe, each scored on the whole set.
+
+    Raises UserErrors for an incomplete set, UserError for fewer than three trainings.
+    """
+    for scores in trainings:
+        check_complete(scores, expected)
+    groups = [_groups(scores, expected) for scores in trainings]
+    return {
+        path: over_training_seeds(
+            [{category: of_training[category] for category in categories} for of_training in groups], seed=seed, resamples=resamples, confidence=confidence
+        )
+        for path, categories in _paths(expected).items()
+    }

@@ -19,3 +19,7 @@ class UserErrors(UserError):
         self.title = title
         self.faults = list(faults)
         super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))
+
+
+class Terminated(UserError):
+    """The run was asked to end (SIGTERM) and did so with its state saved. Exit status 143, as of whatever SIGTERM ends: DVC sees no success."""

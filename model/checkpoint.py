@@ -39,13 +39,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.chmod(0o644)  # safetensors leaves it to the owner alone
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """Writes `folder`/step-NNNNNNNN whole or not at all, then drops all but the last two. `record` must be JSON."""
+def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any], keep_every: int = 0) -> None:
+    """Writes `folder`/step-NNNNNNNN whole or not at all, then drops all but the last two and every `keep_every`-th step (0: none). `record` must be JSON."""
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         write_tensors(temporary / TENSORS, tensors)
         write_json(temporary / RECORD, {**record, "step": step, "sha256": sha256_file(temporary / TENSORS)})
     for old in _steps(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(old)
     for left in folder.glob(".step-*"):  # of a run killed while it was saving
         shutil.rmtree(left, ignore_errors=True)
 
@@ -58,7 +59,20 @@ def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, torch.Tensor],
     found = _steps(folder)
     if not found:
         return None
-    newest = found[-1]
+    tensors, record = read_state(found[-1])
+    if record["fingerprint"] != fingerprint:
+        raise UserError(f"{found[-1]}: belongs to other params, data or teachers; remove {folder} to start anew")
+    return tensors, record
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest step-NNNNNNNN below `folder`, if there is one."""
+    return next(reversed(_steps(folder)), None)
+
+
+def read_state(newest: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """One state's tensors and record. Raises UserError when it is damaged."""
+    folder = newest.parent
     record = read_json(newest / RECORD)
     unknown = [key for key in ("fingerprint", "sha256", "step") if not isinstance(record, dict) or key not in record]
     if unknown:
@@ -68,12 +82,9 @@ def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, torch.Tensor],
             raise UserError(
                 f"{newest / TENSORS}: truncated or changed since it was written (its SHA-256 differs); remove {newest} to go on from the state before it"
             )
-        tensors = load_file(newest / TENSORS)
+        return load_file(newest / TENSORS), record
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{newest}: not a whole checkpoint ({error}); remove the folder to go on from the state before it") from error
-    if record["fingerprint"] != fingerprint:
-        raise UserError(f"{newest}: belongs to other params, data or teachers; remove {folder} to start anew")
-    return tensors, record
+        raise UserError(f"{newest}: not a whole checkpoint ({error}); remove {newest} to go on from the state before it in {folder}") from error
 
 
 class Ema:
@@ -89,7 +100,14 @@ class Ema:
         self.shadow = {name: value.detach().clone() for name, value in parameters.items()}
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def update(self, parameters: Mapping[str, torch.Tensor], ok: torch.Tensor | None = None) -> None:
+        """`ok`, a 0-dim tensor of 1 or 0: with 0 the average stays exactly as it is, without the host knowing."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.shadow.values()), [parameters[name].detach() for name in self.shadow], 1.0 - decay)
+        averages, values = list(self.shadow.values()), [parameters[name].detach() for name in self.shadow]
+        if ok is None:
+            torch._foreach_lerp_(averages, values, 1.0 - decay)
+        else:
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, ok * (1.0 - decay))
+            torch._foreach_add_(averages, steps)

@@ -1,12 +1,15 @@
 """The distillation loop: on-policy generative field distillation (DanceOPD, arXiv 2606.27377, algorithm 1).
 
-It yields; saving, logging and stopping are the caller's.
+It yields; saving, logging and stopping are the caller's. All that is random in a step is known before it runs (`Plan`), so samples are computed in whatever
+order, batches and processes suit the machine, at the floor of sum(j) + 1 evaluations of the student and one of the teacher's field. model/plain.py is the same
+step without any of this, for comparison.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +18,17 @@ from torch import nn
 from data.errors import UserError
 from data.randomness import numpy_generator
 from model.checkpoint import Ema
-from model.field import Condition, Mean, VelocityField, evaluations, velocity_mse
-from model.optimizer import OPTIMIZERS, Optimizers, warmup_then_linear
+from model.examples import Bucket as Bucket
+from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, merged_adapter, moved, networks_of, precision
+from model.field import Mean, VelocityField, evaluations, velocity_gaps
+from model.optimizer import OPTIMIZERS, SCHEDULES, Optimizers
+from model.parallel import ALONE, World, deal, reduce_gradients
 from model.randomness import noise_for
-from model.rollout import QUERY_BIAS, Query, query_index, roll_out_to_query
-from model.route import Router
+from model.rollout import QUERY_BIAS, query_index, roll_out_to_query
+from model.route import Route, Router
 from model.student import Student
 
+Accumulate = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]  # `accumulate`, or model.plain's
 STATES = ("on_policy", "off_policy")
 ROUTING = ("hard", "soft")
 
@@ -32,24 +39,30 @@ class LoopParams:
 
     `states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data.
     `routing`: "hard" takes one teacher a step, "soft" the mean of all.
+    `max_gradient_norm`: a larger norm (before clipping) stops the run as one that is not finite does; 0 sets no bound.
+    `held_out`: the last so many rows of every bucket are not trained on.
     """
 
     steps: int
     batch: int
     learning_rate: float
     optimizer: str
+    schedule: str
     warmup: int
     decay_from: float
     ema: float
     clip: float
+    max_gradient_norm: float
     rollout_steps: int
     query: str
     states: str
     routing: str
+    held_out: int
 
     def faults(self) -> list[str]:
         found = [f"{name} = {getattr(self, name)}: expected 1 or more" for name in ("steps", "batch", "rollout_steps") if getattr(self, name) < 1]
-        for name, known in (("optimizer", sorted(OPTIMIZERS)), ("query", sorted(QUERY_BIAS)), ("states", STATES), ("routing", ROUTING)):
+        choices = (("optimizer", sorted(OPTIMIZERS)), ("schedule", sorted(SCHEDULES)), ("query", sorted(QUERY_BIAS)), ("states", STATES), ("routing", ROUTING))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 found.append(f"{name} = {getattr(self, name)!r}: choose one of {list(known)}")
         if not 0 <= self.ema < 1:
@@ -57,59 +70,192 @@ class LoopParams:
         for name in ("learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 found.append(f"{name} = {getattr(self, name)}: expected above 0")
+        found += [f"{name} = {getattr(self, name)}: expected 0 or more" for name in ("max_gradient_norm", "held_out") if getattr(self, name) < 0]
         return found
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """A capability's encoded training examples.
+class Plan:
+    """All that is random in one step but the noise: its route, and each slot's row of the bucket and query index."""
 
-    Row i has the prompt prompts[i] of the tables embeds (P, L, D) and pooled (P, D'); source and target are (n, C, H, W).
+    index: int
+    route: Route
+    rows: tuple[int, ...]
+    query: tuple[int, ...]
+
+
+class NotFinite(UserError):
+    """A step whose loss or gradient is not finite, or too large. It was not applied: weights, moments and averages are those before step `plan.index`.
+
+    `batch`: the step's samples by name, each (n, ...), as far as this process computed them.
     """
 
-    prompts: torch.Tensor
-    embeds: torch.Tensor
-    pooled: torch.Tensor
-    empty_embeds: torch.Tensor
-    empty_pooled: torch.Tensor
-    source: torch.Tensor | None
-    target: torch.Tensor | None
+    def __init__(self, message: str, plan: Plan, batch: dict[str, torch.Tensor]) -> None:
+        super().__init__(message)
+        self.plan, self.batch = plan, batch
 
-    def __len__(self) -> int:
-        return len(self.prompts)
 
-    def at(self, rows: list[int]) -> Condition:
-        picked = self.prompts[rows]
-        return Condition(self.embeds[picked], self.pooled[picked], self.empty_embeds, self.empty_pooled, None if self.source is None else self.source[rows])
+class Measured:
+    """A few numbers on their way from the device; `read()` waits for them, and for nothing that was queued after them."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.host, self.arrived = values, None
+        if values.device.type == "cuda":
+            self.host = torch.empty(values.shape, pin_memory=True)
+            self.host.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [float(value) for value in self.host.tolist()]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: mean loss and mean queried t over the batch.
+    """One optimizer step; its numbers are read when asked for, and raise NotFinite where the step was withheld.
 
-    `evaluations` counts single samples: rollout, one by the teacher's field, one by the student; the backward is not among them.
+    `t`: the mean queried t; `levels`: each slot's. `floor`: the network evaluations that the step's indices make necessary, counting single samples: rollout,
+    teacher's field and student, the backward not among them. `seconds`: since the step before.
     """
 
-    index: int
-    route: str
+    plan: Plan
     teacher: str
-    loss: float
     t: float
-    gradient_norm: float
-    evaluations: int
+    levels: tuple[float, ...]
+    floor: int
+    learning_rate: float
     seconds: float
+    measured: Measured
+    batch: dict[str, torch.Tensor]
+    limits: LoopParams
+
+    @property
+    def index(self) -> int:
+        return self.plan.index
+
+    @property
+    def route(self) -> str:
+        return self.plan.route.capability
+
+    def _read(self) -> list[float]:
+        ok, loss, norm, *others = self.measured.read()
+        if not ok:
+            raise NotFinite(
+                f"step {self.index} (route {self.route}): loss {loss} or gradient norm {norm} is not finite"
+                + (f" or above max_gradient_norm = {self.limits.max_gradient_norm}" if self.limits.max_gradient_norm else "")
+                + f"; lower learning_rate = {self.limits.learning_rate} and run again",
+                self.plan,
+                self.batch,
+            )
+        return [loss, norm, *others]
+
+    @property
+    def loss(self) -> float:
+        return self._read()[0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping."""
+        return self._read()[1]
+
+    @property
+    def evaluations(self) -> int:
+        """Counted at the networks, over all processes."""
+        return round(self._read()[2])
+
+    @property
+    def stopped(self) -> bool:
+        """A process was asked to stop; all of them know it after the same step."""
+        return self._read()[3] > 0
+
+    @property
+    def losses(self) -> list[float]:
+        """Each slot's own."""
+        return self._read()[4:]
 
 
-def _query(
-    student: VelocityField, bucket: Bucket, condition: Condition, rows: list[int], noise: torch.Tensor, grid: torch.Tensor, index: torch.Tensor, states: str
-) -> Query:
-    if states == "on_policy":
-        return roll_out_to_query(student, noise, condition, grid, index)
-    if bucket.target is None:
-        raise UserError("states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy")
-    t = grid[index]
-    weight = t.reshape(-1, 1, 1, 1)
-    return Query((1.0 - weight) * bucket.target[rows] + weight * noise, t, index)
+def plan_step(params: LoopParams, router: Router, buckets: Mapping[str, Bucket], seed: int, index: int, route: Route | None = None) -> Plan:
+    """The plan of a step, from (seed, step, slot, purpose) alone; `route` given takes the place of the drawn one."""
+    route = route or router.pick(numpy_generator(seed, index, 0, "route"))
+    rows = len(buckets[route.capability]) - params.held_out
+    if rows < 1:
+        raise UserError(f"held_out = {params.held_out}: nothing of {route.capability} ({len(buckets[route.capability])} rows) is left to train on")
+    slots = range(params.batch)
+    return Plan(
+        index,
+        route,
+        tuple(int(numpy_generator(seed, index, slot, "row").integers(rows)) for slot in slots),
+        tuple(query_index(params.rollout_steps, params.query, numpy_generator(seed, index, slot, "query")) for slot in slots),
+    )
+
+
+def parts(slots: Sequence[int], shapes: Mapping[int, tuple[int, ...]], size: int, order: Callable[[int], int] | None = None) -> Iterator[list[int]]:
+    """The slots in batches of at most `size`, each of one latent shape; within a shape sorted by `order` where there is more than one batch."""
+    for shape in dict.fromkeys(shapes[slot] for slot in slots):
+        group = [slot for slot in slots if shapes[slot] == shape]
+        if order is not None and len(group) > size:
+            group.sort(key=order)
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+def accumulate(
+    student: Student,
+    teacher: VelocityField,
+    bucket: Bucket,
+    plan: Plan,
+    slots: Sequence[int],
+    params: LoopParams,
+    grid: torch.Tensor,
+    seed: int,
+    execution: Execution,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Adds the gradient of the step's mean loss, as far as `slots` go, to the student's. Returns every slot's loss (B,), 0 for the others, and the samples.
+
+    Rollouts come first and leave nothing but their last states; then micro-batches with teacher and student in turn, on the very same rows, so that equal
+    weights answer equal bits.
+    """
+    device, count = execution.device, len(plan.rows)
+    shapes = {slot: bucket.shape_of(plan.rows[slot]) or student.backbone.latent_shape for slot in slots}
+    states: dict[int, torch.Tensor] = {}
+    merged = merged_adapter(student.network, student.adapter) if execution.merged else nullcontext()
+    with torch.no_grad(), merged, precision(device, execution.dtype, execution.attention):
+        for part in parts(slots, shapes, execution.rollout_batch, lambda slot: -plan.query[slot]):
+            noise, index = moved(noise_for(seed, plan.index, part, shapes[part[0]]), device), torch.tensor([plan.query[slot] for slot in part])
+            rows = [plan.rows[slot] for slot in part]
+            if params.states == "on_policy":
+                x_t = roll_out_to_query(student.field, noise, moved(bucket.at(rows), device), grid, index).x_t
+            else:
+                weight = moved(grid[index], device).reshape(-1, 1, 1, 1)
+                x_t = (1.0 - weight) * moved(bucket.targets(rows), device) + weight * noise
+            states.update(zip(part, x_t.unbind(), strict=True))
+    order: list[int] = []
+    gaps: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    for part in parts(slots, shapes, execution.micro_batch):
+        x_t, t = torch.stack([states[slot] for slot in part]), moved(grid[[plan.query[slot] for slot in part]], device)
+        condition = moved(bucket.at([plan.rows[slot] for slot in part]), device)
+        with torch.no_grad(), precision(device, execution.dtype, execution.attention):
+            target = teacher(x_t, t, condition)
+        with precision(device, execution.dtype, execution.attention):
+            gap = velocity_gaps(student.field(x_t, t, condition), target)
+        (gap.sum() / count).backward()
+        order += part
+        gaps.append(gap.detach())
+        targets.append(target)
+    losses = torch.zeros(count, device=device)
+    if order:
+        losses.index_copy_(0, moved(torch.tensor(order), device), torch.cat(gaps))
+    return losses, _samples(order, states, targets, plan)
+
+
+def _samples(order: list[int], states: dict[int, torch.Tensor], targets: list[torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+    """The step's samples by slot, for whoever must look at them later: views, no copies."""
+    answers = [row for target in targets for row in target.unbind()]
+    named = {f"x_t.{slot:03d}": states[slot] for slot in order} | {f"target.{slot:03d}": answer for slot, answer in zip(order, answers, strict=True)}
+    return {**named, "rows": torch.tensor(plan.rows), "query": torch.tensor(plan.query)}
 
 
 def distill(
@@ -123,41 +269,69 @@ def distill(
     grid: torch.Tensor,
     seed: int,
     start: int = 0,
+    execution: Execution = WHOLE_BATCH,
+    world: World = ALONE,
+    stop: Callable[[], bool] = bool,
+    compute: Accumulate | None = None,
 ) -> Iterator[Step]:
     """Trains the student in place and yields a record after every step.
 
-    Every draw of step i comes from (seed, i, slot, purpose): starting at `start` with the state saved after step `start` equals never having stopped.
-    `grid` (N + 1,) holds the noise levels of the rollout. Raises UserError when loss or gradient stop being finite;
-    the student then still has its last finite weights.
+    Every draw of step i comes from (seed, i, slot, purpose): starting at `start` with the state saved after step `start` equals never having stopped, and
+    neither batch sizes nor the number of processes change more than the order of sums. `grid` (N + 1,), on the host, holds the noise levels of the rollout.
+    `stop` is asked in every step; `compute` takes the place of `accumulate`. Raises NotFinite when loss or gradient stop being finite, or grow beyond bounds;
+    the student then still has the weights before that step. With `execution.deferred` that is noticed one step later, and the device withholds every step
+    from the first bad one on.
     """
-    shape = student.backbone.latent_shape
     soft = Mean(tuple(teachers[route.teacher] for route in router.routes), tuple(route.weight for route in router.routes)) if params.routing == "soft" else None
-    slots = range(params.batch)
-    for i in range(start, params.steps):
-        begun = time.perf_counter()
-        # One route for the whole step, and its examples.
-        route = router.pick(numpy_generator(seed, i, 0, "route"))
-        bucket = buckets[route.capability]
-        rows = [int(numpy_generator(seed, i, slot, "row").integers(len(bucket))) for slot in slots]
-        condition = bucket.at(rows)
-        # Where the student goes: one state of its own rollout, no gradient.
-        index = torch.tensor([query_index(params.rollout_steps, params.query, numpy_generator(seed, i, slot, "query")) for slot in slots])
-        query = _query(student.field, bucket, condition, rows, noise_for(seed, i, slots, shape), grid, index, params.states)
-        # What the teacher would do there.
-        teacher = soft or teachers[route.teacher]
-        with torch.no_grad():
-            target = teacher(query.x_t, query.t, condition)
-        loss = velocity_mse(student.field(query.x_t, query.t, condition), target)
-        # One step towards it.
-        optimizers.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(list(student.parameters.values()), params.clip)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            raise UserError(
-                f"step {i} (route {route.capability}): loss {float(loss.detach())} or gradient norm {float(norm)} is not finite; "
-                f"lower learning_rate = {params.learning_rate} and run again"
-            )
-        optimizers.step(warmup_then_linear(i, params.steps, params.warmup, params.decay_from))
-        ema.update(student.parameters)
-        spent = (int(index.sum()) if params.states == "on_policy" else 0) + params.batch * (1 + evaluations(teacher))
-        yield Step(i, route.capability, route.teacher, float(loss.detach()), float(query.t.mean()), float(norm), spent, time.perf_counter() - begun)
+    trained, schedule = list(student.parameters.values()), SCHEDULES[params.schedule]
+    networks = [student.network, *(network for field in teachers.values() for network in networks_of(field))]
+    counter = EvaluationCounter(networks)
+    levels = [float(level) for level in grid]
+    ok: torch.Tensor | None = None  # of all steps since `start`: once bad, nothing is applied any more
+    before: Step | None = None
+    begun = time.perf_counter()
+    try:
+        for i in range(start, params.steps):
+            # One route for the whole step, its examples, and how far each is rolled out.
+            plan = plan_step(params, router, buckets, seed, i)
+            teacher = soft or teachers[plan.route.teacher]
+            each = evaluations(teacher)
+            slots = deal([index + each + 2 for index in plan.query], world.size)[world.rank]
+            # Where the student goes, what the teacher would do there, and the gradient of the gap.
+            optimizers.zero_grad()
+            losses, batch = (compute or accumulate)(student, teacher, buckets[plan.route.capability], plan, slots, params, grid, seed, execution)
+            counted = counter.take() + (0 if networks_of(teacher) else each * len(slots))  # a field that is a formula counts as asked
+            others = torch.cat([torch.full((1,), float(counted), device=losses.device), torch.full((1,), float(stop()), device=losses.device), losses])
+            if world.size > 1:
+                others = reduce_gradients(trained, others)
+            loss, norm = others[2:].sum() / params.batch, nn.utils.clip_grad_norm_(trained, params.clip)
+            fine = torch.isfinite(loss) & torch.isfinite(norm)
+            if params.max_gradient_norm:
+                fine = fine & (norm <= params.max_gradient_norm)
+            fine = fine.float() if ok is None else fine * ok
+            factor = schedule(i, params.steps, params.warmup, params.decay_from)
+            queried = tuple(levels[index] for index in plan.query)
+            floor = (sum(plan.query) if params.states == "on_policy" else 0) + params.batch * (1 + each)
+            measured = Measured(torch.cat([torch.stack([fine, loss.detach(), norm.detach()]), others]))
+            now = time.perf_counter()
+            mean_t = sum(queried) / len(queried)
+            step = Step(plan, plan.route.teacher, mean_t, queried, floor, factor * params.learning_rate, now - begun, measured, batch, params)
+            # One step towards it.
+            if execution.deferred:
+                optimizers.step(factor, fine)
+                ema.update(student.parameters, fine)
+                ok = fine
+                if before is not None:
+                    before._read()
+                before = step
+            else:
+                step._read()
+                optimizers.step(factor)
+                ema.update(student.parameters)
+            yield step
+            begun = time.perf_counter()
+            counter.take()  # what the caller asked in between is not the step's
+        if before is not None:
+            before._read()
+    finally:
+        counter.close()

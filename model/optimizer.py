@@ -7,6 +7,7 @@ Ours keeps fp32 and iterates all matrices of one shape as a batch: three to five
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,26 +39,33 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None, ok: torch.Tensor | None = None) -> None:  # type: ignore[override]
+        """`ok`, a 0-dim tensor of 1 or 0: with 0 the step leaves parameters and momenta exactly as they are, without the host knowing."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = []
                 for parameter in parameters:
-                    assert parameter.grad is not None
-                    state = self.state[parameter]
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(parameter)
-                    state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-                    updates.append(parameter.grad.add(state["momentum"], alpha=group["momentum"]))  # Nesterov
-                scale = 0.2 * max(shape) ** 0.5
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
-                    if group["weight_decay"]:
-                        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+                    if "momentum" not in self.state[parameter]:
+                        self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                if ok is None:
+                    torch._foreach_mul_(momenta, group["momentum"])
+                else:
+                    gradients = [torch.where(ok > 0, gradient, 0.0) for gradient in gradients]
+                    torch._foreach_mul_(momenta, torch.where(ok > 0, group["momentum"], 1.0))
+                torch._foreach_add_(momenta, gradients)
+                updates = list(orthogonalize(torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))).unbind())  # Nesterov
+                if ok is not None:
+                    torch._foreach_mul_(updates, ok)
+                if group["weight_decay"]:
+                    if ok is not None:
+                        raise NotImplementedError("Muon cannot withhold a step with weight decay")
+                    torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 class Optimizers:
@@ -71,11 +79,16 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def step(self, rate: float = 1.0) -> None:
-        """One step at `rate` times the configured learning rates."""
+    def step(self, rate: float = 1.0, ok: torch.Tensor | None = None) -> None:
+        """One step at `rate` times the configured learning rates. With `ok` (0-dim, 1 or 0) equal to 0 nothing changes, and the host need not know."""
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * rate
+            if isinstance(optimizer, Muon):
+                optimizer.step(ok=ok)
+                continue
+            if ok is not None:
+                optimizer.found_inf = 1.0 - ok  # type: ignore[attr-defined]  # torch's own way to withhold a fused step, as GradScaler uses it
             optimizer.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -98,7 +111,7 @@ class Optimizers:
 
 
 def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
 def _build_adamw(named: list[tuple[str, nn.Parameter]], learning_rate: float) -> Optimizers:
@@ -133,3 +146,17 @@ def warmup_then_linear(step: int, steps: int, warmup: int, decay_from: float) ->
         return (step + 1) / warmup
     start = decay_from * steps
     return 1.0 if step < start else max(0.0, (steps - step) / max(steps - start, 1.0))
+
+
+def warmup_then_cosine(step: int, steps: int, warmup: int, decay_from: float) -> float:
+    """As `warmup_then_linear`, falling to 0 along half a cosine."""
+    factor = warmup_then_linear(step, steps, warmup, decay_from)
+    return factor if step < max(warmup, decay_from * steps) else 0.5 - 0.5 * math.cos(math.pi * factor)
+
+
+def warmup_then_constant(step: int, steps: int, warmup: int, decay_from: float) -> float:
+    """As `warmup_then_linear` without the fall: what is learned by a step does not depend on how many are to follow."""
+    return warmup_then_linear(step, steps, warmup, 1.0) if step < warmup else 1.0
+
+
+SCHEDULES = {"linear": warmup_then_linear, "cosine": warmup_then_cosine, "constant": warmup_then_constant}

@@ -6,6 +6,8 @@ and picking afterwards (DanceOPD, section "low-noise query"), with E[j] evaluati
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from data.errors import UserError
+from model.execution import moved
 from model.field import Condition, VelocityField
 
 QUERY_BIAS: dict[str, tuple[float, float]] = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}  # Beta(a, b) over the step index
@@ -49,17 +52,17 @@ def query_index(uniform_steps: int, bias: str, rng: np.random.Generator) -> int:
 def roll_out_to_query(field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor, index: torch.Tensor) -> Query:
     """Euler steps from `noise` (B, C, H, W) until row b has taken index[b] steps; rows that have arrived leave the batch.
 
-    Costs sum(index) row evaluations. No gradient flows into the result.
+    Costs sum(index) row evaluations. No gradient flows into the result. `grid` and `index` lie on the host, where every shape of the rollout is known before
+    its first step; latents and arithmetic are fp32 whatever the field computes in.
     """
+    device, taken = noise.device, sorted(index.tolist(), reverse=True)  # the longest-running rows come first
     order = torch.argsort(index, descending=True, stable=True)
-    rows, remaining = condition[order], index[order]
-    x = noise[order].clone()
-    for step in range(int(index.max())):
-        active = int((remaining > step).sum())  # the longest-running rows come first
-        t = grid[step].expand(active)
-        x[:active] += (grid[step + 1] - grid[step]) * field(x[:active], t, rows[slice(0, active)])
-    back = torch.argsort(order)
-    return Query(x[back], grid[index], index)
+    levels = moved(grid, device)
+    rows, x = condition[moved(order, device)], noise[moved(order, device)]
+    for step in range(taken[0]):
+        active = bisect_left(taken, -step, key=operator.neg)  # rows that take more than `step` steps
+        x[:active] += float(grid[step + 1] - grid[step]) * field(x[:active], levels[step].expand(active), rows[slice(0, active)]).float()
+    return Query(x[moved(torch.argsort(order), device)], moved(grid[index], device), index)
 
 
 @torch.no_grad()
@@ -67,5 +70,5 @@ def sample(field: VelocityField, noise: torch.Tensor, condition: Condition, grid
     """The full Euler rollout: latents (B, C, H, W) at t = 0."""
     x = noise.clone()
     for now, after in pairwise(grid):
-        x += (after - now) * field(x, now.expand(len(x)), condition)
+        x += (after - now) * field(x, now.expand(len(x)), condition).float()
     return x

@@ -13,11 +13,13 @@ from torch import nn
 
 from data.errors import UserError
 from data.files import read_json, sha256_file, write_json
-from model.backbones import Backbone
+from model.adapters import Adapter, concatenated
+from model.backbones import TRANSFORMER, Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
-from model.teachers import ADAPTER_WEIGHTS, BACKBONES, BASE, WEIGHTS, NetworkField, adapter_parameters, add_adapter, load_adapter
+from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, adapter_of, adapter_parameters, add_adapter, load_adapter, own_layers
 
 STUDENT = "student"  # the adapter's name
+FROZEN = "frozen"  # of its frozen copy
 MERGED = "merged"
 RECORD = "student.json"
 TRAINABLE = ("all", "adapter")
@@ -42,18 +44,27 @@ class Student:
             parameter.copy_(values[name])
 
     def frozen_copy(self) -> NetworkField:
-        """The student as it is now, as a field that no longer changes."""
+        """The student as it is now, as a field that no longer changes: for an adapter a second one on the same network, else a network of its own."""
+        if self.adapter is not None:
+            config = self.network.peft_config[self.adapter]
+            copied = add_adapter(self.backbone, self.network, FROZEN, config.r, config.lora_alpha, seed=0)
+            with torch.no_grad():
+                for name, parameter in copied.items():
+                    parameter.copy_(self.parameters[name.replace(f".{FROZEN}.", f".{self.adapter}.")])
+                    parameter.requires_grad_(False)
+            return NetworkField(self.backbone, self.network, FROZEN)
         network = copy.deepcopy(self.network)
         network.requires_grad_(False)
         return NetworkField(self.backbone, network, self.adapter)
 
 
 def plain_weights(field: NetworkField) -> dict[str, torch.Tensor]:
-    """A field's weights without adapters: those of its network, its adapter's delta added where it has one."""
+    """A field's weights without adapters, in fp32: those of its network, its adapter's delta added where it has one."""
     weights = {}
     for name, value in field.network.state_dict().items():
         if "lora_" not in name:
-            weights[name.replace(".base_layer", "")] = value.detach().clone()
+            copied = value.detach().clone()
+            weights[name.replace(".base_layer", "")] = copied.float() if copied.is_floating_point() else copied
     if field.adapter is not None:
         for name, module in field.network.named_modules():
             if hasattr(module, "get_delta_weight") and field.adapter in getattr(module, "lora_A", {}):
@@ -67,23 +78,31 @@ def merged_weights(base: NetworkField, teachers: Mapping[str, NetworkField]) -> 
     return {name: value + sum(other[name] - value for other in others) / len(others) for name, value in start.items()}
 
 
-def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor]) -> Any:
+def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Any:
     network = type(backbone.network).from_config(dict(backbone.network.config))
     network.load_state_dict(weights)
     network.eval()
-    return network
+    return network.to(_base_weight(backbone).device, dtype)
+
+
+def _base_weight(backbone: Backbone) -> torch.Tensor:
+    return next(iter(parts.plain_state(backbone.network).values()))
 
 
 def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], start: str, trainable: str, rank: int, alpha: int, seed: int) -> Student:
     """A student before its first step.
 
     `start`: "base", a teacher's name, or "merged" (the base plus the mean difference of all teachers but the base). `trainable`: "all" or "adapter". An adapter
-    that starts from the base shares the base's weights in memory; every other start is a network of its own. Raises UserError for an unknown name.
+    that starts from the base or from adapters on it shares the base's weights in memory: what it starts from lies in its first ranks, so it stays a plain
+    adapter. Every other start is a network of its own. Raises UserError for an unknown name, or a rank too small for the start.
     """
     others = {name: field for name, field in teachers.items() if name != BASE}
     base = NetworkField(backbone, backbone.network)
     if trainable not in TRAINABLE:
         raise UserError(f"trainable = {trainable!r}: choose one of {list(TRAINABLE)}")
+    sources = list(others.values()) if start == MERGED else [others[start]] if start in others else []
+    if trainable == "adapter" and sources and all(field.adapter and field.network is backbone.network for field in sources):
+        return _start_in_adapter(backbone, [(adapter_of(field.network, str(field.adapter)), 1.0 / len(sources)) for field in sources], start, rank, alpha, seed)
     if start == MERGED and others:
         weights: dict[str, torch.Tensor] | None = merged_weights(base, others)
     elif start in others:
@@ -92,12 +111,32 @@ def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], star
         weights = plain_weights(base) if trainable == "all" else None
     else:
         raise UserError(f"start = {start!r}: choose {BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}")
-    network = backbone.network if weights is None else _network_with(backbone, weights)
+    # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.
+    dtype = torch.float32 if trainable == "all" else _base_weight(backbone).dtype
+    network = backbone.network if weights is None else _network_with(backbone, weights, dtype)
     if trainable == "all":
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
     network.requires_grad_(False)
     return Student(backbone, network, STUDENT, add_adapter(backbone, network, STUDENT, rank, alpha, seed))
+
+
+def _start_in_adapter(backbone: Backbone, sources: list[tuple[Adapter, float]], start: str, rank: int, alpha: int, seed: int) -> Student:
+    """An adapter whose first ranks are the given adapters, so that the student starts at their weighted sum exactly; the other ranks are fresh."""
+    joined = concatenated(sources)
+    if joined.rank > rank:
+        raise UserError(f"start = {start!r} takes rank {joined.rank} of the student's adapter, which has rank = {rank}: raise rank, or train all parameters")
+    network = backbone.network
+    network.requires_grad_(False)
+    own = own_layers(backbone)
+    targets = () if own >= set(joined.modules) else sorted(own | set(joined.modules))
+    parameters = add_adapter(backbone, network, STUDENT, rank, alpha, seed, targets)
+    with torch.no_grad():
+        for module in joined.modules:
+            down, up = joined.tensors[f"{module}.lora_A.weight"], joined.tensors[f"{module}.lora_B.weight"]
+            parameters[f"{module}.lora_A.{STUDENT}.weight"][: joined.rank].copy_(down)
+            parameters[f"{module}.lora_B.{STUDENT}.weight"][:, : joined.rank].copy_(up * (rank / alpha))
+    return Student(backbone, network, STUDENT, parameters)
 
 
 def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None:
@@ -120,7 +159,10 @@ def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None
             write_tensors(whole, frozen.state_dict())
         write_tensors(weights, {name.replace(f".{STUDENT}.", "."): value for name, value in student.parameters.items()})
     hashes = {"sha256": sha256_file(weights), "start_sha256": None if shared or weights == whole else sha256_file(whole)}
-    write_json(folder / RECORD, {**record, "backbone": backbone.name, "adapter": student.adapter is not None, "own_start": not shared, **hashes})
+    layers = {name.rsplit(".lora_", 1)[0] for name in student.parameters} if student.adapter else set()
+    targets = sorted(layers) if layers and layers != own_layers(backbone) else []
+    own = {"backbone": backbone.name, "adapter": student.adapter is not None, "own_start": not shared, "targets": targets}
+    write_json(folder / RECORD, {**record, **own, **hashes})
 
 
 def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
@@ -135,11 +177,28 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str) -> Student:
             raise UserError(f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again")
     if record["base_sha256"] != base_sha256:
         raise UserError(f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base")
-    own = BACKBONES[record["backbone"]](folder) if record["own_start"] else None
+    weight = _base_weight(backbone)
+    dtype = weight.dtype if record["adapter"] else torch.float32
+    own = load_backbone(folder, need=TRANSFORMER, dtype=dtype, device=weight.device) if record["own_start"] else None
     network = backbone.network if own is None else own.network
     if not record["adapter"]:
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
-    parameters = add_adapter(backbone, network, STUDENT, record["rank"], record["alpha"], seed=0)
+    parameters = add_adapter(backbone, network, STUDENT, record["rank"], record["alpha"], seed=0, targets=record.get("targets", ()))
     load_adapter(parameters, weights, STUDENT)
     return Student(backbone, network, STUDENT, adapter_parameters(network, STUDENT))
+
+
+def student_adapter(student: Student) -> Adapter:
+    """The student's whole difference from the base as one adapter. Raises UserError where there is none that is exact."""
+    if student.adapter is None:
+        raise UserError(
+            "this student trained all its parameters: its difference from the base is no low-rank adapter; "
+            "export it as merged (the network) or diffusers (the pipeline)"
+        )
+    if student.network is not student.backbone.network:
+        raise UserError(
+            "this student's adapter lies on a start of its own (a full checkpoint or a merge of some), so the adapter alone is not the student; "
+            "export it as merged (the network) or diffusers (the pipeline)"
+        )
+    return adapter_of(student.network, student.adapter)

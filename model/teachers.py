@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from peft import LoraConfig
 from torch import nn
 
 from data.errors import UserError, UserErrors
-from data.files import read_json, sha256_file, write_json
-from model.backbones import Backbone
-from model.backbones.micro import MicroBackbone, load_weights, read_tensors
+from data.files import digest, read_json, sha256_file, write_json
+from data.weights import precision_of, read_header
+from model.adapters import Adapter, linear_modules
+from model.backbones import BACKBONES, Backbone, load_backbone, parts
+from model.backbones.micro import read_tensors
 from model.checkpoint import write_tensors
 from model.field import Condition
 
@@ -28,13 +31,16 @@ RECORD = "teacher.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KINDS = ("base", "full", "adapter")
-RESERVED = ("student", "merged")  # the student's adapter, and a student's start
-BACKBONES = {"micro": MicroBackbone.load}
+RESERVED = ("student", "frozen", "merged")  # the student's adapter, its frozen copy, and a student's start
 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """What `teacher.json` holds. `kind`: "base", "adapter" or "full"; rank and alpha are 0 unless it is an adapter; hashes are SHA-256 of the weight files."""
+    """What `teacher.json` holds. `kind`: "base", "adapter" or "full"; rank and alpha are 0 unless it is an adapter; hashes are SHA-256 of the weight files.
+
+    The last five have defaults because records written before them are still read: `base_id`, where the base came from; `source` and `revision`, where these
+    weights came from; `targets`, the layers of an adapter that covers others than its family's own; `files`, the SHA-256 of what comes along with a base.
+    """
 
     name: str
     capability: str
@@ -47,19 +53,45 @@ class TeacherRecord:
     precision: str
     rank: int
     alpha: int
+    base_id: str = ""
+    source: str = ""
+    revision: str = ""
+    targets: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class NetworkField:
-    """A network, with one of its adapters switched on or all switched off, as a velocity field."""
+    """A network, with one of its adapters switched on or all switched off, as a velocity field.
+
+    `offload` names the device that the network visits for each of its evaluations, living on the CPU between them; None: it stays where it is.
+    """
 
     backbone: Backbone
     network: Any
     adapter: str | None = None
+    offload: torch.device | None = None
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         switch_adapter(self.network, self.adapter)
-        return self.backbone.velocity(self.network, x_t, t, condition)
+        with visiting(self.network, self.offload):
+            return self.backbone.velocity(self.network, x_t, t, condition)
+
+
+@contextmanager
+def visiting(network: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The frozen network's tensors on `device` for the length of the block. The copies are dropped, not brought back: nothing in them has changed."""
+    if device is None:
+        yield
+        return
+    home = {value: value.data for value in [*network.parameters(), *network.buffers()]}
+    try:
+        for value in home:
+            value.data = value.data.to(device, copy=True, non_blocking=True)
+        yield
+    finally:
+        for value, data in home.items():
+            value.data = data
 
 
 def switch_adapter(network: Any, adapter: str | None) -> None:
@@ -73,21 +105,57 @@ def switch_adapter(network: Any, adapter: str | None) -> None:
         network.set_adapter(adapter)
 
 
-def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int) -> dict[str, nn.Parameter]:
-    """A fresh LoRA adapter on the backbone's target modules (its output is zero until trained); returns its named fp32 parameters."""
+def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int, targets: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """A fresh LoRA adapter on `targets`, or else the backbone's own (its output is zero until trained); returns its named fp32 parameters."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are the design
         torch.manual_seed(seed)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(backbone.adapter_targets), init_lora_weights=True), adapter_name=name)
-    return adapter_parameters(network, name)
+        layers = list(targets or backbone.adapter_targets)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True), adapter_name=name)
+    parameters = adapter_parameters(network, name)
+    for parameter in parameters.values():  # PEFT gives them the base's precision, in which moments would not decay
+        parameter.data = parameter.data.float()
+    return parameters
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {key: parameter for key, parameter in network.named_parameters() if re.search(rf"\.lora_\w+\.{re.escape(name)}\.", key)}
 
 
+def own_layers(backbone: Backbone) -> set[str]:
+    """The linear layers of the base that an adapter of the family covers when nothing else is said."""
+    return {name for name in linear_modules(backbone.network) if any(name == end or name.endswith(f".{end}") for end in backbone.adapter_targets)}
+
+
+def adapter_of(network: Any, name: str) -> Adapter:
+    """An adapter that is on a network by now, as a value: fp32 copies."""
+    tensors = {key.replace(f".{name}.", "."): value.detach().float().cpu().clone() for key, value in adapter_parameters(network, name).items()}
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    config = network.peft_config[name]
+    return Adapter(tensors, tuple(modules), int(config.r), int(config.lora_alpha), "config")
+
+
 def weights_file(folder: Path, kind: str) -> Path:
     return folder / ADAPTER_WEIGHTS if kind == "adapter" else folder / "transformer" / WEIGHTS
+
+
+def weight_files(folder: Path, kind: str) -> list[Path]:
+    """The files that hold the weights: one, or the shards that an index names (diffusers writes large networks so). A missing one is listed all the same."""
+    whole = weights_file(folder, kind)
+    index = whole.with_name(f"{whole.name}.index.json")
+    if whole.exists() or not index.exists():
+        return [whole]
+    mapping = read_json(index)
+    names = sorted(set(mapping.get("weight_map", {}).values())) if isinstance(mapping, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{index}: names no shards, or files outside its folder; fetch the checkpoint again")
+    return [whole.with_name(name) for name in names]
+
+
+def weights_sha256(folder: Path, kind: str) -> str:
+    """SHA-256 of the weights: of the one file, or of the list of shards with theirs."""
+    files = weight_files(folder, kind)
+    return sha256_file(files[0]) if len(files) == 1 else digest({file.name: sha256_file(file) for file in files})
 
 
 def save_teacher(
@@ -162,61 +230,100 @@ def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
                     else f"{folder / BASE}: the base is missing; every teacher is defined on it"
                 )
             continue
-        weights = weights_file(folder / name, record.kind)
-        if not weights.exists():
-            faults.append(f"{weights}: no such file; `dvc pull data/teachers` brings the bundled teachers")
-        elif sha256_file(weights) != record.sha256:
-            faults.append(f"{weights}: its SHA-256 is not the one of {name}/{RECORD}; the file was changed or cut short, pull it again")
+        faults += _weight_faults(folder / name, record)
         if record.backbone not in BACKBONES:
             faults.append(f"{name}: backbone = {record.backbone!r}: unknown; choose one of {sorted(BACKBONES)}")
-        for field in ("backbone", "base_sha256", "latent_shape", "scheduler") if base else ():
-            if getattr(record, field) != getattr(base, field):
+        for key in ("backbone", "base_sha256", "latent_shape", "scheduler") if base else ():
+            if getattr(record, key) != getattr(base, key):
                 faults.append(
-                    f"{name}: {field} = {getattr(record, field)!r}, the base has {getattr(base, field)!r}; teachers must share base, latent space and scheduler"
+                    f"{name}: {key} = {getattr(record, key)!r}, the base has {getattr(base, key)!r}; teachers must share base, latent space and scheduler"
                 )
     return faults
 
 
-def load_base(folder: Path) -> Backbone:
-    """The frozen base below the teachers' folder. Raises UserErrors when it is missing or damaged."""
+def _weight_faults(folder: Path, record: TeacherRecord) -> list[str]:
+    """What is wrong with one teacher's weights: missing, changed, or other than the record says in precision or rank. The tensors are not loaded."""
+    try:
+        files = weight_files(folder, record.kind)
+    except UserError as error:
+        return [str(error)]
+    missing = [f"{file}: no such file; `dvc pull data/teachers` brings the bundled teachers" for file in files if not file.exists()]
+    if missing:
+        return missing
+    if weights_sha256(folder, record.kind) != record.sha256:
+        return [f"{files[0]}: its SHA-256 is not the one of {folder.name}/{RECORD}; the file was changed or cut short, pull it again"]
+    try:
+        headers = [read_header(file) for file in files]
+    except UserError as error:
+        return [str(error)]
+    faults = []
+    if record.precision != precision_of(headers):
+        faults.append(f"{folder.name}: precision = {record.precision!r}, the weights are {precision_of(headers)}; the record belongs to other weights")
+    ranks = {entry["shape"][0] for header in headers for key, entry in header.items() if key.endswith(".lora_A.weight")}
+    if record.kind == "adapter" and ranks != {record.rank}:
+        faults.append(f"{folder.name}: rank = {record.rank}, the weights have {sorted(ranks)}; the record belongs to other weights")
+    if record.kind == "adapter" and record.alpha < 1:
+        faults.append(f"{folder.name}: alpha = {record.alpha}; expected 1 or more")
+    return faults
+
+
+def file_faults(folder: Path, names: Iterable[str]) -> list[str]:
+    """What came along with the named teachers (text encoders, VAE, tokenizers, scheduler) and is not what their records say. Hashes every file."""
+    records, faults = _scan(folder)[0], []
+    for name in dict.fromkeys([BASE, *names]):
+        for file, sha256 in (records[name].files if name in records else {}).items():
+            path = folder / name / file
+            if not path.is_file():
+                faults.append(f"{path}: no such file, but {name}/{RECORD} names it; make the teachers again")
+            elif sha256_file(path) != sha256:
+                faults.append(f"{path}: its SHA-256 is not the one of {name}/{RECORD}; make the teachers again")
+    return faults
+
+
+def load_base(folder: Path, **options: Any) -> Backbone:
+    """The frozen base below the teachers' folder; `options` are those of `load_backbone`. Raises UserErrors when it is missing or damaged."""
     faults = compatibility_faults(folder, [])
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
-    return _load_base(folder)
+    return load_backbone(folder / BASE, **options)
 
 
-def _load_base(folder: Path) -> Backbone:
-    return BACKBONES[read_json(folder / BASE / RECORD)["backbone"]](folder / BASE)
+def load_network(backbone: Backbone, folder: Path, record: TeacherRecord, device: torch.device | str | None = None) -> Any:
+    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now.
 
-
-def load_network(backbone: Backbone, folder: Path, record: TeacherRecord) -> Any:
-    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now."""
-    network = type(backbone.network).from_config(dict(backbone.network.config))
-    load_weights(network, weights_file(folder, record.kind))
+    In the base's own precision, so that student and teacher compute alike, and on its device unless another is named.
+    """
+    weight = next(iter(parts.plain_state(backbone.network).values()))
+    with torch.device("meta"):
+        network = type(backbone.network).from_config(dict(backbone.network.config))
+    parts.load_weights(network, weight_files(folder, record.kind), weight.dtype, device or weight.device)
     network.requires_grad_(False)
     network.eval()
     return network
 
 
-def load_teachers(folder: Path, names: Iterable[str]) -> tuple[Backbone, dict[str, NetworkField]]:
+def load_teachers(folder: Path, names: Iterable[str], offload: bool = False, **options: Any) -> tuple[Backbone, dict[str, NetworkField]]:
     """The shared base and the named teachers as fields: "base" is the base with every adapter off, adapters are switched on it, full checkpoints stand alone.
 
-    Raises UserErrors with every fault when they do not belong together.
+    `offload` keeps full checkpoints on the CPU but for their own evaluations. `options` are those of `load_backbone`. Raises UserErrors with every fault when
+    they do not belong together.
     """
     names = list(dict.fromkeys(names))
     faults = compatibility_faults(folder, names)
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
-    records, backbone = read_records(folder), _load_base(folder)
+    records, backbone = read_records(folder), load_backbone(folder / BASE, **options)
     fields = {}
     for name in names:
         record = records[name]
         if record.kind == "base":
             fields[name] = NetworkField(backbone, backbone.network)
         elif record.kind == "full":
-            fields[name] = NetworkField(backbone, load_network(backbone, folder / name, record))
+            device = next(backbone.network.parameters()).device
+            network = load_network(backbone, folder / name, record, "cpu" if offload else None)
+            fields[name] = NetworkField(backbone, network, None, device if offload else None)
         else:
-            parameters = add_adapter(backbone, backbone.network, name, record.rank, record.alpha, seed=0)
+            parameters = add_adapter(backbone, backbone.network, name, record.rank, record.alpha, seed=0, targets=record.targets)
             load_adapter(parameters, weights_file(folder / name, record.kind), name)
             fields[name] = NetworkField(backbone, backbone.network, name)
     backbone.network.requires_grad_(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import importlib
 import inspect
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from data.errors import UserError
+from data.errors import Terminated, UserError
 from data.files import explain, write_json, write_text
 from tasks.environment import prepare
 from tasks.params import PARAMS_FILE, load_params, read_yaml
@@ -27,7 +28,12 @@ from tasks.stages import STAGES, load_stage
 SUMMARIES = Path("runs/summaries")
 PRESETS = Path("presets")
 OTHERS = {"check": "check params.yaml, the routes and the teachers they name", "preset": "put presets/NAME.yaml in force as params.yaml"}
-SAMPLE_SET = {"sample-set": "sample a list of prompts with one model into a folder"}
+TOOLS = {  # modules of tasks/ with a `cli(argv)` of their own
+    "plan": "what params.yaml would run: stages, cache, evaluations, memory, time",
+    "export": "write a student as diffusers pipeline, PEFT adapter, ComfyUI file or merged network",
+    "sample": "draw images from a student",
+    "sample-set": "sample a list of prompts with one model into a folder",
+}
 REGISTRY = {
     "registry": "list the registered versions, their aliases and the ledger",
     "promote": "make a reviewed version the champion",
@@ -44,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare()
     try:
         return _dispatch(arguments)
+    except Terminated as error:
+        return _refuse(str(error), 143)
     except UserError as error:
         return _refuse(str(error), 2)
     except KeyboardInterrupt as error:
@@ -70,11 +78,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _check(arguments[1:])
     if command == "preset":
         return _preset(arguments[1:])
-    if command in SAMPLE_SET:
-        from tasks import sample_set
-
-        signal.signal(signal.SIGTERM, _terminate)
-        return sample_set.cli(arguments[1:])
+    if command in TOOLS:
+        return int(importlib.import_module(f"tasks.{command.replace('-', '_')}").cli(arguments[1:]) or 0)
     if command in REGISTRY:
         from tasks import registry
 
@@ -141,13 +146,13 @@ def _presets() -> list[str]:
 def _overview(command: str) -> int:
     lines = ["usage: python -m tasks COMMAND [--help]", "", "stages, in order:"]
     lines += [f"  {name:10}{_first_line(name)}" for name in STAGES]
-    lines += ["", "other commands:", *(f"  {name:12}{text}" for name, text in {**OTHERS, **SAMPLE_SET, **REGISTRY}.items())]
+    lines += ["", "other commands:", *(f"  {name:12}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY}.items())]
     if command in ("-h", "--help", "help"):
         print("\n".join(lines))
         return 0
     from difflib import get_close_matches
 
-    near = get_close_matches(command, [*STAGES, *OTHERS, *SAMPLE_SET, *REGISTRY], n=1)
+    near = get_close_matches(command, [*STAGES, *OTHERS, *TOOLS, *REGISTRY], n=1)
     raise UserError(f"unknown command {command!r}{f'; did you mean {near[0]!r}?' if near else ''}\n" + "\n".join(lines))
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.files import read_json
 from data.records import CAPABILITIES
+from model.backbones import TRANSFORMER
 from model.distill import LoopParams
 from model.field import Guided, VelocityField
 from model.route import Route, route_faults, router
+from model.settings import ExecutionParams
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
 from tasks.encode import encoded_fingerprint, load_buckets
-from tasks.training import facts_of, run_training
+from tasks.params import BackboneParams
+from tasks.processes import in_processes, this_process
+from tasks.training import Watch, facts_of, loop_params, run_training, watch_params
 
 
 @dataclass(frozen=True)
@@ -30,35 +34,36 @@ class Guidance:
 class Params:
     """Section `absorb`. `fields`: what is absorbed, by capability; the rest is as in `distill`."""
 
+    backbone: BackboneParams
+    execution: ExecutionParams
     fields: tuple[Guidance, ...]
     seed: int
+    resume_from: str
+    accept_changed: tuple[str, ...]
     save_every: int
+    keep_every: int
+    validate_every: int
+    patience: int
+    cosine_every: int
+    held_out: int
     steps: int
     batch: int
     learning_rate: float
     optimizer: str
+    schedule: str
     warmup: int
     decay_from: float
     ema: float
     clip: float
+    max_gradient_norm: float
     rollout_steps: int
     query: str
 
     def loop(self) -> LoopParams:
-        return LoopParams(
-            self.steps,
-            self.batch,
-            self.learning_rate,
-            self.optimizer,
-            self.warmup,
-            self.decay_from,
-            self.ema,
-            self.clip,
-            self.rollout_steps,
-            self.query,
-            "on_policy",
-            "hard",
-        )
+        return loop_params(self, states="on_policy", routing="hard")
+
+    def watch(self) -> Watch:
+        return watch_params(self)
 
     def routes(self) -> list[Route]:
         return [Route(field.capability, f"guided {field.capability}", field.weight) for field in self.fields]
@@ -66,20 +71,25 @@ class Params:
     def faults(self) -> list[str]:
         found = self.loop().faults() + [fault.replace("routes", "fields") for fault in route_faults(self.routes())]
         found += [f"fields[{index}].scale = {field.scale}: expected 1 or more" for index, field in enumerate(self.fields) if field.scale < 1]
-        return found + ([f"save_every = {self.save_every}: expected 1 or more"] if self.save_every < 1 else [])
+        return found + self.watch().faults(self.held_out)
 
 
 def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out: Path) -> dict[str, Any]:
     """Trains the distilled student on towards its own guided field, and writes it to `out`."""
+    if params.execution.processes > this_process().size:
+        return in_processes("absorb", params, {"encoded": encoded, "teachers": teachers, "student": student, "out": out}, params.execution)
     base = read_records(teachers)[BASE]
-    learner = load_student(student, load_base(teachers), base.sha256)
+    learner = load_student(student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading(params.execution.device)), base.sha256)
     frozen = learner.frozen_copy()
     guided: dict[str, VelocityField] = {f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields}
     buckets = load_buckets(encoded, [field.capability for field in params.fields if field.capability in CAPABILITIES], base.sha256)
     before = read_json(student / RECORD)
     return run_training(
-        "absorb", learner, guided, buckets, router(params.routes()), params.loop(), seed=params.seed, save_every=params.save_every,
-        facts=facts_of(params, encoded=encoded_fingerprint(encoded), student=[before["sha256"], before["start_sha256"]]),
+        "absorb", learner, guided, buckets, router(params.routes()), params.loop(), seed=params.seed, watch=params.watch(), execution=params.execution,
+        facts=facts_of(
+            params.loop(), params.watch(), params.execution, seed=params.seed, fields=[asdict(field) for field in params.fields],
+            encoded=encoded_fingerprint(encoded), student=[before["sha256"], before["start_sha256"]],
+        ),
         record={**{key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")}, "student": before["sha256"]},
         out=out,
     )  # fmt: skip

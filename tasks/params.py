@@ -22,6 +22,7 @@ import yaml
 from data.errors import UserError, UserErrors
 from data.files import explain
 from model.route import Route, route_faults
+from model.settings import ExecutionParams
 
 if TYPE_CHECKING:
     from data.microworld import World
@@ -56,20 +57,67 @@ class WorldParams:
 
 
 @dataclass(frozen=True)
-class BackboneParams:
-    """Section `backbone`: the network all teachers and the student share. `width` is the hidden size, split evenly over `heads`."""
+class MicroParams:
+    """Key `backbone.micro`: the size of the network that stage `teachers` trains. `width` is the hidden size, split evenly over `heads`."""
 
-    name: str
     width: int
     layers: int
     heads: int
     latent_channels: int
 
+
+@dataclass(frozen=True)
+class PretrainedParams:
+    """Key `backbone.pretrained`: how a published checkpoint is loaded and fed.
+
+    `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is), `device` "auto", "cpu" or "cuda",
+    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut; stage `encode` counts them.
+    `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
+    """
+
+    precision: str
+    device: str
+    resolution: int
+    max_tokens: int
+    offload: bool
+
+
+@dataclass(frozen=True)
+class BackboneParams:
+    """Section `backbone`: the network all teachers and the student share. `name` "micro" takes the key `micro`, every other family `pretrained`."""
+
+    name: Literal["micro", "sd3", "zimage"]
+    micro: MicroParams | None
+    pretrained: PretrainedParams | None
+
     def faults(self) -> list[str]:
-        faults = _positive(self, "width", "layers", "heads", "latent_channels")
-        if not faults and self.width % self.heads:
-            faults.append(f"width = {self.width}: expected a multiple of heads = {self.heads}")
+        wanted, other = ("micro", "pretrained") if self.name == "micro" else ("pretrained", "micro")
+        if getattr(self, wanted) is None:
+            return [f"{wanted} = null: name = {self.name!r} needs it"]
+        if getattr(self, other) is not None:
+            return [f"{other}: name = {self.name!r} does not read it; write {other}: null"]
+        if self.micro is not None:
+            faults = [f"micro.{fault}" for fault in _positive(self.micro, "width", "layers", "heads", "latent_channels")]
+            if not faults and self.micro.width % self.micro.heads:
+                faults.append(f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}")
+            return faults
+        assert self.pretrained is not None
+        faults = [f"pretrained.{fault}" for fault in _positive(self.pretrained, "resolution", "max_tokens")]
+        for name, known in (("precision", ("float32", "bfloat16")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self.pretrained, name) not in known:
+                faults.append(f"pretrained.{name} = {getattr(self.pretrained, name)!r}: choose one of {list(known)}")
         return faults
+
+    @property
+    def offload(self) -> bool:
+        return self.pretrained is not None and self.pretrained.offload
+
+    def loading(self, device: str | None = None) -> dict[str, Any]:
+        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro backbone, which is what its folder says."""
+        if self.pretrained is None:
+            return {}
+        p = self.pretrained
+        return {"dtype": p.precision, "device": device or p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
 
 
 @dataclass(frozen=True)
@@ -102,7 +150,36 @@ class RoutingParams:
         return route_faults(self.routes)
 
 
-SHARED: dict[str, type] = {"world": WorldParams, "backbone": BackboneParams, "sampling": SamplingParams, "routing": RoutingParams}
+@dataclass(frozen=True)
+class BenchmarkParams:
+    """Section `benchmark`: who looks at the images that validate and score draw.
+
+    `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on the hub), and `classifier` the CLIP
+    that tells colours. `batch` images pass them together on `device`, in `workers` processes of this machine, or in the workers of the dask `scheduler` named.
+    """
+
+    detector: str
+    classifier: str
+    device: str
+    batch: int
+    workers: int
+    scheduler: str
+
+    def faults(self) -> list[str]:
+        faults = _positive(self, "batch", "workers")
+        if not self.detector:
+            faults.append('detector is empty: write micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance')
+        return faults
+
+
+SHARED: dict[str, type] = {
+    "world": WorldParams,
+    "backbone": BackboneParams,
+    "sampling": SamplingParams,
+    "routing": RoutingParams,
+    "execution": ExecutionParams,
+    "benchmark": BenchmarkParams,
+}
 
 
 def _positive(params: object, *names: str) -> list[str]:

@@ -39,6 +39,7 @@ LONGEST_DESCRIPTION = 5000  # PostgreSQL's column; SQLite would take more
 WEIGHTS = ".safetensors"
 CHECKPOINT_SUFFIXES = (WEIGHTS, ".json", ".csv", ".txt", ".md", ".png")
 STEPS_FILES = {"distill": "checkpoints/student/steps.csv", "absorb": "checkpoints/absorbed/steps.csv"}
+NOT_WEIGHTS = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt")  # MLflow's own description of a logged model
 Promote = Literal["auto", "review"]
 
 
@@ -502,20 +503,27 @@ def _need(actor: str, reason: str) -> None:
 
 def _verified_weights(store: tracking.Store, found: ModelVersion) -> str:
     """Downloads the version's files and compares each with the hash it was registered under; returns the digest of the hashes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        _fetched_weights(store, found, Path(temporary))
+    return digest(_tagged_weights(found.tags))
+
+
+def _fetched_weights(store: tracking.Store, found: ModelVersion, temporary: Path) -> Path:
+    """The folder with the version's files, each compared with the hash it was registered under."""
     from mlflow.artifacts import download_artifacts
 
     expected = _tagged_weights(found.tags)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(download_artifacts(artifact_uri=found.source, dst_path=temporary, tracking_uri=store.uri))
-        actual = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
-    actual.pop("MLmodel", None)  # MLflow's own description of a logged model
+    folder = Path(download_artifacts(artifact_uri=found.source, dst_path=str(temporary), tracking_uri=store.uri))
+    actual = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    for name in NOT_WEIGHTS:
+        actual.pop(name, None)
     faults = [f"{name}: missing" for name in expected if name not in actual]
     faults += [f"{name}: not among the files registered" for name in actual if name not in expected]
     faults += [f"{name}: SHA-256 is {actual[name]}, registered as {value}" for name, value in expected.items() if name in actual and actual[name] != value]
     if faults or not expected:
         title = f"version {found.version}: its files are not the ones that were judged; submit the candidate again"
         raise UserErrors(title, faults or ["no weights.*.sha256 tag: not registered by this pipeline"])
-    return digest(actual)
+    return folder
 
 
 def _verified_verdict(store: tracking.Store, found: ModelVersion) -> tuple[dict[str, Any], str]:
@@ -634,6 +642,37 @@ def reject(project: Path, version: str, reviewer: str, reason: str) -> dict[str,
         kept = None if version == previous else previous
         decision = {"version": version, "from_version": current, "to_version": current, "previous": kept, "verdict": None, "weights": None}
         return _decide(store, entries, "reject", reviewer, reason, **decision)
+
+
+# Reading a version's files
+
+
+def registered(project: Path, uri: str) -> tuple[str, dict[str, str]]:
+    """(version, relative path -> SHA-256 it was judged under) of `models:/danceopd@ALIAS` or `models:/danceopd/VERSION`. Raises UserError for any other."""
+    match = re.fullmatch(r"models:/([^@/]+)(?:@(.+)|/(\d+))", uri)
+    if match is None or match[1] != MODEL:
+        raise UserError(f"{uri}: expected models:/{MODEL}@ALIAS or models:/{MODEL}/VERSION")
+    with _opened(project) as store:
+        aliases = _aliases(store)
+        if match[2] and match[2] not in aliases:
+            have = ", ".join(f"{alias} (version {version})" for alias, version in sorted(aliases.items())) or "none yet"
+            raise UserError(f"{uri}: no such alias; have {have}")
+        found = _get_version(store, match[3] or aliases[match[2]])
+        hashes = _tagged_weights(found.tags)
+    if not hashes:
+        raise UserError(f"{uri}: version {found.version} has no weights.*.sha256 tag: not registered by this pipeline")
+    return str(found.version), hashes
+
+
+def download(project: Path, version: str, folder: Path) -> None:
+    """Writes the files of a registered version into the new `folder`, each one compared with the hash it was judged under. Raises UserErrors otherwise."""
+    with _opened(project) as store:
+        found = _get_version(store, version)
+        with tempfile.TemporaryDirectory() as temporary:
+            fetched = _fetched_weights(store, found, Path(temporary))
+            for name in _tagged_weights(found.tags):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(fetched / name, folder / name)
 
 
 # The command line

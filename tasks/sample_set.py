@@ -19,21 +19,20 @@ from PIL import Image
 
 from benchmarks.parallel import batches, each
 from benchmarks.store import claim
+from data.aspect import bucket_of
 from data.errors import UserError, UserErrors
 from data.files import atomic_file, read_json
 from data.images import encode_png
-from data.progress import progress
 from model.backbones import Backbone
-from model.field import Condition, Guided, VelocityField
+from model.field import Guided, VelocityField, condition_of
 from model.rollout import euler_grid, sample
-from model.student import RECORD as STUDENT_RECORD
-from model.student import load_student
-from model.teachers import BASE, load_base, load_teachers, read_records
 from model.teachers import RECORD as TEACHER_RECORD
-from tasks.params import PARAMS_FILE, SamplingParams, load_params
-from tasks.pictures import as_images, as_pictures, read_picture
-
-TEACHERS = Path("data/teachers")
+from model.teachers import load_teachers, read_records
+from tasks.inference import open_model
+from tasks.params import PARAMS_FILE, BackboneParams, SamplingParams, load_params
+from tasks.pictures import as_pictures, picture_size, read_picture
+from tasks.progress import progress
+from tasks.sampling import encode_sources, network_device
 
 
 @dataclass(frozen=True)
@@ -52,30 +51,35 @@ class _Batch:
     """What a worker needs to know."""
 
     model: str
-    teachers: str
+    base: str
+    backbone: BackboneParams
     jobs: tuple[Job, ...]
+    size: tuple[int, int]  # width and height in px
     sources: tuple[bytes, ...]  # PNG, one a job, or none at all
     steps: int
     guidance: float
 
 
-@lru_cache(maxsize=1)
-def open_model(model: str, teachers: str) -> tuple[Backbone, VelocityField, dict[str, Any]]:
-    """The backbone, the field and what identifies it. `model`: a student's folder or a teacher's (below the teachers' folder, with its base beside it).
+@dataclass(frozen=True)
+class _Sections:
+    """What is read of params.yaml: shared sections alone."""
 
-    Raises UserError for a folder that is neither, or whose files do not belong together.
+    backbone: BackboneParams
+    sampling: SamplingParams
+
+
+@lru_cache(maxsize=1)
+def open_field(model: str, base: str, backbone: BackboneParams) -> tuple[Backbone, VelocityField, dict[str, Any]]:
+    """The backbone, the field and what identifies it. `model`: a student's address (see tasks/sources.py) or a teacher's folder, with its base beside it.
+
+    Raises UserError for an address with neither behind it, or files that do not belong together.
     """
-    folder = Path(model)
-    if (folder / STUDENT_RECORD).exists():
-        base = load_base(Path(teachers))
-        student = load_student(folder, base, read_records(Path(teachers))[BASE].sha256)
-        return base, student.field, {"kind": "student", "sha256": read_json(folder / STUDENT_RECORD)["sha256"]}
+    folder, loading = Path(model), backbone.loading()
     if (folder / TEACHER_RECORD).exists():
-        backbone, fields = load_teachers(folder.parent, [folder.name])
-        return backbone, fields[folder.name], {"kind": f"teacher {folder.name}", "sha256": read_records(folder.parent)[folder.name].sha256}
-    raise UserError(
-        f"--model {model}: neither a student ({STUDENT_RECORD}) nor a teacher ({TEACHER_RECORD}) lies there; e.g. checkpoints/absorbed, data/teachers/base"
-    )
+        shared, fields = load_teachers(folder.parent, [folder.name], **loading)
+        return shared, fields[folder.name], {"kind": f"teacher {folder.name}", "sha256": read_records(folder.parent)[folder.name].sha256}
+    opened = open_model(model, Path.cwd(), base=base, **loading)
+    return opened.backbone, opened.student.field, {"kind": "student", "sha256": opened.record["sha256"]}
 
 
 def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
@@ -102,22 +106,35 @@ def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
 
 
 @torch.no_grad()
-def _draw(field: VelocityField, backbone: Backbone, jobs: Sequence[Job], sources: Sequence[np.ndarray], steps: int, guidance: float) -> list[np.ndarray]:
+def _draw(field: VelocityField, backbone: Backbone, batch: _Batch, sources: Sequence[np.ndarray]) -> list[np.ndarray]:
     """One picture (H, W, 3) uint8 a job; `sources` is empty or has one picture a job."""
-    grid = euler_grid(steps, float(backbone.scheduler["shift"]))
-    embeds, pooled = backbone.encode_prompt([job.prompt for job in jobs])
-    empty_embeds, empty_pooled = backbone.encode_prompt([""])
-    source = backbone.encode_image(as_images(np.stack(list(sources)))) if sources else None
-    noise = torch.stack([torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
-    latents = sample(Guided(field, guidance), noise, Condition(embeds, pooled, empty_embeds[0], empty_pooled[0], source), grid)
-    return as_pictures(backbone.decode(latents))
+    grid = euler_grid(batch.steps, float(backbone.scheduler["shift"]))
+    edits, (width, height), device = bool(sources), batch.size, network_device(backbone)
+    shape = (backbone.latent_shape[0], height // backbone.pixels_per_latent, width // backbone.pixels_per_latent)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in batch.jobs])
+    source = encode_sources(backbone, sources, batch.size) if edits else None
+    condition = condition_of(backbone.encode_prompts([job.prompt for job in batch.jobs], edits), backbone.encode_prompts([""], edits), source)
+    return as_pictures(backbone.decode(sample(Guided(field, batch.guidance), noise.to(device), condition.to(device), grid)))
 
 
 def draw_batch(batch: _Batch) -> list[bytes]:
     """The batch's images as PNG files. Runs in a worker."""
-    backbone, field, _ = open_model(batch.model, batch.teachers)
+    backbone, field, _ = open_field(batch.model, batch.base, batch.backbone)
     sources = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in batch.sources]
-    return [encode_png(picture) for picture in _draw(field, backbone, batch.jobs, sources, batch.steps, batch.guidance)]
+    return [encode_png(picture) for picture in _draw(field, backbone, batch, sources)]
+
+
+def _dealt(backbone: Backbone, jobs: Sequence[Job], batch: int) -> list[tuple[tuple[int, int], tuple[Job, ...]]]:
+    """Batches of one size each, T2I in the usual square first, edits in their sources' bucket. They follow from the full list alone: what a network makes of an
+    image may depend on the batch in the last bits. Raises UserError for an edit that the base cannot read."""
+    groups: dict[tuple[bool, tuple[int, int]], list[Job]] = {}
+    edge = backbone.latent_shape[1] * backbone.pixels_per_latent
+    for job in jobs:
+        if job.source and not backbone.supports_edits:
+            raise UserError(f"job {job.id}: it edits {job.source}, but this base reads no source image; take a model that does")
+        size = bucket_of(*picture_size(Path(job.source)), edge, backbone.size_multiple) if job.source else (edge, edge)
+        groups.setdefault((bool(job.source), size), []).append(job)
+    return [(size, members) for (_, size), group in sorted(groups.items(), key=lambda item: item[0]) for members in batches(group, batch)]
 
 
 def sample_set(
@@ -126,7 +143,8 @@ def sample_set(
     settings: dict[str, Any],
     *,
     out: Path,
-    teachers: Path,
+    base: str,
+    backbone: BackboneParams,
     steps: int,
     guidance: float,
     batch: int,
@@ -137,24 +155,23 @@ def sample_set(
 
     Raises UserErrors for a folder whose images were made by another model or sampler.
     """
-    backbone, _, identity = open_model(model, str(teachers))
-    sampler = {"steps": steps, "guidance": guidance, "scheduler": backbone.scheduler}
+    loaded, _, identity = open_field(model, base, backbone)
+    sampler = {"steps": steps, "guidance": guidance, "scheduler": loaded.scheduler, "loading": backbone.loading()}
     claim(out, {**settings, "model": identity, "sampler": sampler})
-    # Batches follow from the full list: what a network makes of an image may depend on the batch in the last bits.
-    dealt = [members for edits in (False, True) for members in batches([job for job in jobs if bool(job.source) == edits], batch)]
-    todo = [members for members in dealt if any(not (out / job.path).exists() for job in members)]
-    total = sum(map(len, todo))
+    todo = [(size, members) for size, members in _dealt(loaded, jobs, batch) if any(not (out / job.path).exists() for job in members)]
+    total = sum(len(members) for _, members in todo)
     made = 0
 
-    def prepared(members: tuple[Job, ...]) -> _Batch:
+    def prepared(dealt: tuple[tuple[int, int], tuple[Job, ...]]) -> _Batch:
+        size, members = dealt
         sources = tuple(encode_png(read_picture(Path(job.source))) for job in members if job.source)
-        return _Batch(model, str(teachers), members, sources, steps, guidance)
+        return _Batch(model, base, backbone, members, size, sources, steps, guidance)
 
     with progress("sample: images", total) as advance:
 
         def done(index: int, contents: list[bytes]) -> None:
             nonlocal made
-            for job, content in zip(todo[index], contents, strict=True):
+            for job, content in zip(todo[index][1], contents, strict=True):
                 if not (out / job.path).exists():
                     with atomic_file(out / job.path) as temporary:
                         temporary.write_bytes(content)
@@ -168,10 +185,12 @@ def sample_set(
 def cli(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tasks sample-set", description="Sample a list of prompts with one model; images that are there stay.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a student's folder (checkpoints/absorbed) or a teacher's (data/teachers/base)")
+    parser.add_argument(
+        "--model", required=True, metavar="URI", help="a student: folder, s3://..., models:/name@alias; or a teacher's folder (data/teachers/base)"
+    )
+    parser.add_argument("--base", default="", metavar="URI", help="the base of an adapter student, where it is neither carried nor among data/teachers")
     parser.add_argument("--jobs", type=Path, required=True, metavar="FILE", help='{"settings": {}, "jobs": [{"id", "prompt", "seed", "path", "source"}]}')
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--teachers", type=Path, default=TEACHERS, metavar="DIR", help="where a student's base lies (default: %(default)s)")
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="its section `sampling` has the defaults (default: %(default)s)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is unguided, as a student with absorbed guidance is sampled (default: %(default)s)")
@@ -179,15 +198,24 @@ def cli(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--scheduler", default="", metavar="ADDRESS")
     parsed = parser.parse_args(arguments)
-    params = load_params(SamplingParams, "sampling", parsed.params)
-    chosen = SamplingParams(**{**asdict(params), **{name: value for name in ("steps", "batch") if (value := getattr(parsed, name)) is not None}})
+    params = load_params(_Sections, "sample-set", parsed.params)
+    chosen = SamplingParams(**{**asdict(params.sampling), **{name: value for name in ("steps", "batch") if (value := getattr(parsed, name)) is not None}})
     faults = chosen.faults() + ([f"guidance = {parsed.guidance}: expected 1 (unguided) or more"] if parsed.guidance < 1 else [])
     if faults:
         raise UserErrors("sample-set:", faults)
     settings, jobs = _read_jobs(parsed.jobs)
     counts = sample_set(
-        parsed.model, jobs, settings, out=parsed.out, teachers=parsed.teachers, steps=chosen.steps, guidance=parsed.guidance, batch=chosen.batch,
-        workers=parsed.workers, scheduler=parsed.scheduler,
-    )  # fmt: skip
+        parsed.model,
+        jobs,
+        settings,
+        out=parsed.out,
+        base=parsed.base,
+        backbone=params.backbone,
+        steps=chosen.steps,
+        guidance=parsed.guidance,
+        batch=chosen.batch,
+        workers=parsed.workers,
+        scheduler=parsed.scheduler,
+    )
     print(f"sample-set: {counts['made']} of {counts['images']} images made, the others were there")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +11,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.geneval_run import MICRO
 from benchmarks.micro import score_images
 from benchmarks.scorecard import ExampleScore
+from data.aspect import bucket_of, fit
 from data.errors import UserError
 from data.microworld import World
 from data.records import CAPABILITIES, Example
 from model.backbones import Backbone
-from model.field import Condition, Guided, VelocityField
+from model.field import Guided, VelocityField, condition_of
 from model.rollout import euler_grid, sample
-from tasks.params import SamplingParams
+from tasks.params import BenchmarkParams, SamplingParams
 from tasks.pictures import as_images, as_pictures, read_picture
 from tasks.progress import Advance
+from tasks.real_scores import score_drawn
 
 
 @dataclass(frozen=True)
@@ -67,30 +70,84 @@ def score_field(
     scale: float,
     folder: Path,
     advance: Advance,
+    benchmark: BenchmarkParams,
 ) -> list[ExampleScore]:
-    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores them.
+    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores them: pictures of the micro world by its
+    parser and judge, others as `tasks.real_scores` says.
 
     The batch size changes nothing but speed.
     """
-    grid = euler_grid(params.steps, float(backbone.scheduler["shift"]))
-    empty_embeds, empty_pooled = backbone.encode_prompt([""])
-    (folder / "images" / model).mkdir(parents=True, exist_ok=True)
+    if benchmark.detector != MICRO:
+        batches = draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder)
+        return score_drawn(batches, benchmark, model=model, folder=folder, advance=advance)
     scores: list[ExampleScore] = []
-    for edits in (False, True):
-        jobs = [(example, k) for example in evaluation.examples if CAPABILITIES[example.capability].is_edit == edits for k in range(params.images_per_prompt)]
+    for drawn in draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder):
+        scores += score_images(world, drawn.examples, drawn.pictures, model=model, paths=drawn.paths, seeds=drawn.seeds, k=drawn.k, sources=evaluation.sources)
+        advance(len(drawn.examples))
+    return scores
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One batch of images: pictures (H, W, 3) uint8, their files relative to the folder, and what each was drawn from."""
+
+    examples: list[Example]
+    pictures: list[np.ndarray]
+    paths: list[str]
+    seeds: list[int]
+    k: list[int]
+
+
+@torch.no_grad()
+def draw_field(
+    field: VelocityField, backbone: Backbone, evaluation: EvaluationSet, params: SamplingParams, *, model: str, scale: float, folder: Path
+) -> Iterator[Drawn]:
+    """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the usual square, edits in their sources'
+    bucket. A batch holds one kind and one size; its size changes nothing but speed.
+    """
+    grid = euler_grid(params.steps, float(backbone.scheduler["shift"]))
+    (folder / "images" / model).mkdir(parents=True, exist_ok=True)
+    for (edits, size), jobs in _jobs(backbone, evaluation, params.images_per_prompt).items():
+        empty = backbone.encode_prompts([""], edits)
+        shape = (backbone.latent_shape[0], size[1] // backbone.pixels_per_latent, size[0] // backbone.pixels_per_latent)
         for first in range(0, len(jobs), params.batch):
             batch = jobs[first : first + params.batch]
-            embeds, pooled = backbone.encode_prompt([example.prompt for example, _ in batch])
-            source = backbone.encode_image(as_images(np.stack([evaluation.sources[example.id] for example, _ in batch]))) if edits else None
+            examples = [example for example, _ in batch]
             seeds = [image_seed(example, k, params.seed) for example, k in batch]
-            noise = torch.stack([torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-            latents = sample(Guided(field, scale), noise, Condition(embeds, pooled, empty_embeds[0], empty_pooled[0], source), grid)
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+            source = encode_sources(backbone, [evaluation.sources[example.id] for example in examples], size) if edits else None
+            condition = condition_of(backbone.encode_prompts([example.prompt for example in examples], edits), empty, source)
+            device = network_device(backbone)
+            latents = sample(Guided(field, scale), noise.to(device), condition.to(device), grid)
             pictures = as_pictures(backbone.decode(latents))
             paths = [f"images/{model}/{example.id}-{k}.png" for example, k in batch]
             for picture, path in zip(pictures, paths, strict=True):
                 Image.fromarray(picture).save(folder / path)
-            scores += score_images(
-                world, [example for example, _ in batch], pictures, model=model, paths=paths, seeds=seeds, k=[k for _, k in batch], sources=evaluation.sources
-            )
-            advance(len(batch))
-    return scores
+            yield Drawn(examples, pictures, paths, seeds, [k for _, k in batch])
+
+
+def _jobs(backbone: Backbone, evaluation: EvaluationSet, images_per_prompt: int) -> dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]]:
+    """(edit?, (width, height)) -> (example, k), T2I first."""
+    jobs: dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]] = {}
+    for edits in (False, True):
+        for example in evaluation.examples:
+            if CAPABILITIES[example.capability].is_edit == edits:
+                key = edits, picture_bucket(backbone, evaluation.sources[example.id] if edits else None)
+                jobs.setdefault(key, []).extend((example, k) for k in range(images_per_prompt))
+    return jobs
+
+
+def picture_bucket(backbone: Backbone, source: np.ndarray | None) -> tuple[int, int]:
+    """Width and height in px that this backbone draws: the bucket of a source's aspect, the usual square without one."""
+    edge = backbone.latent_shape[1] * backbone.pixels_per_latent
+    return (edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple)
+
+
+def encode_sources(backbone: Backbone, sources: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
+    """Latents (B, C, h, w) of pictures fitted to one size (width, height)."""
+    return backbone.encode_image(as_images(np.stack([fit(source, size) for source in sources])))
+
+
+def network_device(backbone: Backbone) -> torch.device:
+    device: torch.device = next(backbone.network.parameters()).device
+    return device

@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.geneval_run import MICRO
 from benchmarks.report import edit_strips, sample_grid, scorecard_plot, write_report
 from benchmarks.scorecard import ExampleScore, Scorecard, compare, expected_scores, read_scores, summarise, write_scorecard, write_scores
 from benchmarks.scorecard import scorecard as make_scorecard
 from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
 from data.records import CAPABILITIES, Example, read_examples
+from model.backbones import TRANSFORMER
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
-from tasks.params import RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
 from tasks.pictures import read_picture
 from tasks.progress import progress
+from tasks.real_scores import check_judgeable, identity_of_scores
 from tasks.sampling import EvaluationSet, evaluation_set, score_field
 
 CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
@@ -28,8 +31,10 @@ class Params:
     """Section `score`. `resamples` and `confidence` of the bootstrap intervals; `shown`: examples a category in grids and report."""
 
     world: WorldParams
+    backbone: BackboneParams
     sampling: SamplingParams
     routing: RoutingParams
+    benchmark: BenchmarkParams
     seed: int
     resamples: int
     confidence: float
@@ -70,10 +75,13 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     """Writes `scorecard` (the absorbed student's) and `out`: every image with its score, report.html, grids, all models' scorecards and their comparisons."""
     world, routes = params.world.world(), params.routing.routes
     records = read_records(teachers)
-    backbone = load_base(teachers)
-    distilled = load_student(student, load_base(teachers), records[BASE].sha256)
-    candidate = load_student(absorbed, load_base(teachers), records[BASE].sha256)
+    loading = params.backbone.loading()
+    backbone = load_base(teachers, **loading)
+    distilled = load_student(student, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
+    candidate = load_student(absorbed, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
     evaluation = evaluation_set(read_examples(curated), curated)
+    if params.benchmark.detector != MICRO:
+        check_judgeable(evaluation.examples, params.benchmark)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     numbers = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     reference: dict[str, list[ExampleScore]] = {}
@@ -91,7 +99,9 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
                 (DISTILLED_GUIDED, distilled.field, params.sampling.guidance),
                 (CANDIDATE, candidate.field, 1.0),
             ):
-                scores[name] = score_field(field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance)
+                scores[name] = score_field(
+                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance, benchmark=params.benchmark
+                )
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
         comparisons = _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers)
         write_json(folder / "comparisons.json", comparisons)
@@ -138,6 +148,8 @@ def _cards(
         "student": record["sha256"], "routes": {route.capability: route.teacher for route in params.routing.routes},
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"}, "guidance": 1.0,
     }  # fmt: skip
+    if params.benchmark.detector != MICRO:
+        identities["geneval"] = identity_of_scores(evaluation.examples, params.benchmark)
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
     card = make_scorecard(CANDIDATE, scores[CANDIDATE], own, expected, identities, **numbers)
     cards = {CANDIDATE: card, DISTILLED: make_scorecard(DISTILLED, scores[DISTILLED], own, expected, {}, **numbers)}

@@ -1,4 +1,7 @@
-"""Stage `teachers`: trains the base and the specialists on the micro world. Frozen in dvc.yaml: the trained weights travel with the repository."""
+"""Stage `teachers`: trains the base and the specialists on the micro world, or puts together those that `sources` names.
+
+Frozen in dvc.yaml: the micro world's trained weights travel with the repository, and others are fetched knowingly, by running the stage.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from model.field import Condition
 from model.flow_matching import FlowMatchingParams, train
 from model.optimizer import OPTIMIZERS, build_optimizer
 from model.teachers import BASE, add_adapter, save_teacher, weights_file
+from tasks.assembly import SourceParams, assemble, source_faults
 from tasks.params import BackboneParams, WorldParams
 from tasks.pictures import as_images
 from tasks.progress import progress
@@ -47,7 +51,10 @@ class TeacherParams:
 
 @dataclass(frozen=True)
 class Params:
-    """Section `teachers`. `shift` is the scheduler's, `codec_examples` the pictures that the linear codec is fitted to."""
+    """Section `teachers`: either `teachers`, trained here, or `sources`, brought along; the other is empty.
+
+    `shift` is the trained scheduler's, `codec_examples` the pictures that the linear codec is fitted to; neither matters to `sources`, whose files say.
+    """
 
     world: WorldParams
     backbone: BackboneParams
@@ -56,8 +63,12 @@ class Params:
     codec_examples: int
     save_every: int
     teachers: dict[str, TeacherParams]
+    sources: dict[str, SourceParams]
 
     def faults(self) -> list[str]:
+        if self.sources:
+            both = "teachers: must be empty ({}) where sources names teachers, and sources where they are trained here"
+            return ([both] if self.teachers else []) + source_faults(self.sources)
         found = [] if BASE in self.teachers else [f"teachers: {BASE!r} is missing; every specialist starts from it"]
         for name, teacher in self.teachers.items():
             if teacher.capability not in CAPABILITIES:
@@ -103,7 +114,9 @@ def _weighted(mix: dict[str, float], seed: int, index: int) -> str:
 
 
 def _new_backbone(world: World, params: Params) -> MicroBackbone:
-    p = params.backbone
+    p = params.backbone.micro
+    if p is None:
+        raise UserError(f"backbone.name = {params.backbone.name!r}: this stage trains the micro network only; published checkpoints are brought, not trained")
     backbone = MicroBackbone.new(world.vocabulary, world.grid, p.width, p.layers, p.heads, p.latent_channels, params.shift, params.seed)
     lost = _fit_codec(backbone, world, params)
     print(f"codec: {p.latent_channels} components lose {100 * lost:.2f} % of the pixel variance", flush=True)
@@ -183,7 +196,12 @@ def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
 
 
 def teachers(params: Params, *, out: Path) -> dict[str, Any]:
-    """Trains every teacher of params.yaml and writes them to `out`. Tens of minutes on two cores; killed, the same command goes on where it stopped."""
+    """Trains every teacher of params.yaml, or fetches and checks those of `sources`, and writes them to `out`.
+
+    Training takes tens of minutes on two cores; killed, the same command goes on where it stopped. So does a fetch.
+    """
+    if params.sources:
+        return assemble(params.sources, out, Path.cwd())
     world = params.world.world()
     home = RUNS / f"teachers-{digest([asdict(params.world), asdict(params.backbone), params.seed, params.shift, params.codec_examples])[:12]}"
     summary: dict[str, Any] = {}

@@ -1,30 +1,86 @@
-"""What the distill and absorb stages share: the loop run to its end, with progress, checkpoints to resume from, a step table and a saved student."""
+"""What the distill and absorb stages share: the loop run to its end, with progress, states to resume from, instruments, and a saved student."""
 
 from __future__ import annotations
 
 import csv
+import json
+import resource
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from data.errors import UserError
-from data.files import atomic_file, atomic_folder, digest
-from model.checkpoint import Ema, load_state, save_state
-from model.distill import Bucket, LoopParams, Step, distill
+from data.errors import Terminated, UserError
+from data.files import atomic_file, atomic_folder, digest, read_json, write_json, write_text
+from model.checkpoint import RECORD, Ema, load_state, newest_state, read_state, save_state, write_tensors
+from model.distill import Bucket, LoopParams, NotFinite, Step, distill
+from model.execution import PRECISION, Execution, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
 from model.field import VelocityField
-from model.optimizer import build_optimizer
+from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
+from model.optimizer import Optimizers, build_optimizer
+from model.parallel import World, shared
 from model.rollout import euler_grid
 from model.route import Router
+from model.settings import ExecutionParams
 from model.student import Student, save_student
+from tasks.pictures import as_pictures
+from tasks.processes import this_process
 from tasks.progress import progress
 
 RUNS = Path("runs")
-COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "evaluations", "seconds")
+COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor", "seconds")
+METRICS = "metrics.jsonl"
+VALIDATION = "validation"  # folder of the pictures
+PICTURES = 4  # examples a capability
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When states are saved and the student is looked at.
+
+    `save_every`: a state every so many steps, the last two kept; `keep_every`: these are kept for good (0: none). `validate_every`: gap to the teachers and
+    pictures on held-out rows (0: never); `patience`: stop after so many validations without a smaller gap (0: never). `cosine_every`: cosine between the
+    teachers' gradients, at the cost of a step for every route (0: never). `resume_from`: a state's folder of another run to start from, which must agree in all
+    its facts but those in `accept_changed`.
+    """
+
+    save_every: int
+    keep_every: int
+    validate_every: int
+    patience: int
+    cosine_every: int
+    resume_from: str
+    accept_changed: tuple[str, ...]
+
+    def faults(self, held_out: int) -> list[str]:
+        found = [f"save_every = {self.save_every}: expected 1 or more"] if self.save_every < 1 else []
+        names = ("keep_every", "validate_every", "patience", "cosine_every")
+        found += [f"{name} = {getattr(self, name)}: expected 0 (never) or more" for name in names if getattr(self, name) < 0]
+        if self.keep_every > 0 and self.save_every > 0 and self.keep_every % self.save_every:
+            found.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
+        if self.validate_every > 0 and held_out < 1:
+            found.append(f"held_out = {held_out}: validate_every = {self.validate_every} needs rows that are not trained on; choose 1 or more")
+        if self.patience > 0 and self.validate_every < 1:
+            found.append(f"validate_every = {self.validate_every}: patience = {self.patience} needs validations; choose 1 or more")
+        if self.accept_changed and not self.resume_from:
+            found.append(f"accept_changed = {list(self.accept_changed)}: means nothing without resume_from; empty it")
+        return found
+
+
+def loop_params(params: Any, **given: Any) -> LoopParams:
+    """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not have."""
+    return LoopParams(**{field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)})
+
+
+def watch_params(params: Any) -> Watch:
+    return Watch(**{field.name: getattr(params, field.name) for field in fields(Watch)})
 
 
 @contextmanager
@@ -39,8 +95,15 @@ def _stop_on_sigterm() -> Iterator[dict[str, bool]]:
 
 
 def _row(step: Step) -> dict[str, Any]:
-    row = {"step": step.index + 1, "route": step.route, "loss": step.loss, "t": step.t, "gradient_norm": step.gradient_norm, "evaluations": step.evaluations}
-    return {**row, "seconds": round(step.seconds, 4)}
+    row = {
+        "step": step.index + 1,
+        "route": step.route,
+        "loss": step.loss,
+        "t": step.t,
+        "gradient_norm": step.gradient_norm,
+        "learning_rate": step.learning_rate,
+    }
+    return {**row, "evaluations": step.evaluations, "floor": step.floor, "seconds": round(step.seconds, 4)}
 
 
 def write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -48,6 +111,141 @@ def write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+
+
+# --- facts: what a state belongs to -------------------------------------------------------------------------------------------
+
+
+def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **others: Any) -> dict[str, Any]:
+    """What decides the result, as JSON: the loop's numbers, precision, data, teachers and torch's version.
+
+    How it is computed (processes, batches that fit, kernels) and when it is saved is not among it: a run may go on with other choices.
+    """
+    stopping = {"validate_every": watch.validate_every, "patience": watch.patience} if watch.patience else {}
+    origin = {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)} if watch.resume_from else {}
+    return {"params": {**asdict(loop), **stopping, "precision": execution.precision}, "torch": torch.__version__, **origin, **others}
+
+
+def flat_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested facts under dotted names, those of `params` without the prefix."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat.update({inner if name == "params" else f"{name}.{inner}": item for inner, item in flat_facts(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted name -> "before -> now", of all facts that are not equal but the origin itself."""
+    # As JSON, which is what became of those that were saved.
+    old, new = flat_facts(json.loads(json.dumps(before))), flat_facts(json.loads(json.dumps(now)))
+    names = [name for name in sorted({*old, *new}) if name not in ("resume_from", "accept_changed")]
+    return {name: f"{old.get(name, '(none)')} -> {new.get(name, '(none)')}" for name in names if old.get(name) != new.get(name)}
+
+
+def _state_to_start_from(
+    stage: str, state: Path, fingerprint: str, facts: Mapping[str, Any], watch: Watch
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """This run's own newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs' states are left aside."""
+    own = load_state(state, fingerprint)
+    if own is not None:
+        return own
+    if not watch.resume_from:
+        others = [newest for folder in RUNS.glob(f"{stage}-*") if folder != state and (newest := newest_state(folder)) is not None]
+        if others and not this_process().rank:
+            latest = max(others, key=lambda path: path.stat().st_mtime)
+            changed = differing(read_json(latest / RECORD).get("facts", {}), facts)
+            print(
+                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'nothing known'}",
+                flush=True,
+            )
+        return None
+    folder = Path(watch.resume_from)
+    newest = folder if folder.name.startswith("step-") else newest_state(folder)
+    if newest is None or not newest.is_dir():
+        raise UserError(f"resume_from = {watch.resume_from!r}: no state there; name a folder runs/{stage}-... or one of its step-... folders")
+    tensors, record = read_state(newest)
+    changed = differing(record.get("facts", {}), facts)
+    refused = [f"{name}: {values}" for name, values in changed.items() if name not in watch.accept_changed]
+    if refused:
+        raise UserError(
+            f"resume_from = {watch.resume_from!r}: its run had other facts: {'; '.join(refused)}. "
+            "Set them back, or list their names in accept_changed if the run is to go on all the same"
+        )
+    return tensors, {**record, "origin": {"state": str(newest), "sha256": record["sha256"], "changed": sorted(changed)}}
+
+
+# --- the metrics file ---------------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Named values by step, appended to a JSON Lines file as they come; a resumed run drops what lies after its state."""
+
+    def __init__(self, path: Path, start: int, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if self.writes and values:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps({'name': name, 'step': step, 'value': value})}\n" for name, value in values.items()))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that was cut short; empty when there is none."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # of a run killed while it wrote
+    return found
+
+
+def _step_metrics(step: Step, batch: int, device: torch.device) -> dict[str, float]:
+    named = {f"loss/{step.route}/{name}": value for name, value in binned(step.losses, step.levels).items()}
+    named |= {f"gradient_norm/{step.route}": step.gradient_norm, "learning_rate": step.learning_rate, "samples_per_second": batch / max(step.seconds, 1e-9)}
+    return named | {"evaluations_per_sample": step.evaluations / batch, "floor_per_sample": step.floor / batch, "memory_bytes": float(peak_memory(device))}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the process's largest resident size, or on CUDA the largest sum of its tensors."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """What is saved of a run, beside the trainables, averages and moments: it grows with the steps."""
+
+    rows: list[dict[str, Any]]
+    queried: dict[str, int]
+    best: float | None
+    since: int
+    ended: str
+    origin: dict[str, Any] | None
+
+
+def _fitted(student: Student, buckets: Mapping[str, Bucket], params: LoopParams, execution: ExecutionParams, device: torch.device, world: World) -> Execution:
+    bucket = max(
+        buckets.values(), key=lambda bucket: np.prod(bucket.shape_of(0) or student.backbone.latent_shape) * (1 if bucket.at([0]).source is None else 2)
+    )
+    shape = bucket.shape_of(0) or student.backbone.latent_shape
+
+    def row() -> torch.Tensor:
+        return student.field(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device))
+
+    return fit(execution, device, student.network, row, max(1, params.batch // world.size))
 
 
 def run_training(
@@ -59,73 +257,189 @@ def run_training(
     params: LoopParams,
     *,
     seed: int,
-    save_every: int,
+    watch: Watch,
+    execution: ExecutionParams,
     facts: Mapping[str, Any],
     record: Mapping[str, Any],
     out: Path,
 ) -> dict[str, Any]:
-    """Runs the loop and writes `out`: the student with its EMA weights, student.json and steps.csv.
+    """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the pictures of its validations.
 
-    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/, and the same command goes on from there.
-    SIGTERM saves and stops.
+    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/, and the same command goes on from there. SIGTERM saves and
+    raises Terminated. A step that is not finite saves the state before it and, beside it, the step's samples. Called in every process of a run; rank 0 writes.
     """
+    world = this_process()
+    device = device_of(execution, world.rank)
     fingerprint = digest(dict(facts))
     state = RUNS / f"{stage}-{fingerprint[:12]}"
+    prepare_networks(execution, device, student.network, student.parameters.values(), [n for field in teachers.values() for n in networks_of(field)])
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
-    ema, start, rows = Ema(dict(student.parameters), params.ema), 0, []
-    found = load_state(state, fingerprint)
+    ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
+    found = _state_to_start_from(stage, state, fingerprint, facts, watch)
+    fitted = _fitted(student, buckets, params, execution, device, world)
     if found:
         tensors, saved = found
-        student.load({name.removeprefix("trainable."): value for name, value in tensors.items() if name.startswith("trainable.")})
-        for name, shadow in ema.shadow.items():
-            shadow.copy_(tensors[f"ema.{name}"])
-        optimizers.load_tensors({name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")})
-        ema.updates, start, rows = saved["updates"], saved["step"], saved["rows"]
-        print(f"{stage}: goes on at step {start} of {params.steps} ({state})", flush=True)
+        _restore(tensors, student, ema, optimizers)
+        ema.updates, start = saved["updates"], saved["step"]
+        run = _Run(saved["rows"], saved["queried"], saved["best"], saved["since"], saved["ended"], saved.get("origin"))
+        fitted = _as_before(fitted, saved["execution"], execution, student)
+        if world.rank == 0:
+            print(f"{stage}: goes on at step {start} of {params.steps} ({state})", flush=True)
 
     def save(done: int) -> None:
+        if world.rank:
+            return
         tensors = {f"trainable.{k}": v for k, v in student.parameters.items()} | {f"ema.{k}": v for k, v in ema.shadow.items()}
+        how = {"device": device.type, "micro_batch": fitted.micro_batch, "rollout_batch": fitted.rollout_batch, "recompute": fitted.recompute}
         save_state(
             state,
             done,
             tensors | {f"optimizer.{k}": v for k, v in optimizers.tensors().items()},
-            {"fingerprint": fingerprint, "updates": ema.updates, "rows": rows},
+            {"fingerprint": fingerprint, "updates": ema.updates, **asdict(run), "facts": dict(facts), "execution": how},
+            watch.keep_every,
         )
 
     grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
-    with _stop_on_sigterm() as asked, progress(stage, params.steps - start) as advance:
+    metrics = Metrics(state / METRICS, start, writes=world.rank == 0)
+    steps = params.steps if not run.ended else start
+    with _stop_on_sigterm() as asked, _progress(stage, steps - start, world) as advance:
         done = saved_at = start
+        first = params.steps if run.ended else start  # a run that had ended early only writes its result again
+        loop = distill(student, teachers, buckets, router, optimizers, ema, params, grid, seed, first, fitted, world, lambda: asked["stop"])
+        waiting: list[Step] = []
         try:
-            for step in distill(student, teachers, buckets, router, optimizers, ema, params, grid, seed, start):
-                rows.append(_row(step))
+            for step in loop:
+                waiting.append(step)
                 done = step.index + 1
-                advance(route=step.route, loss=step.loss)
-                if done % save_every == 0 or done == params.steps or asked["stop"]:
+                due = done % watch.save_every == 0 or done == params.steps
+                looked = [every for every in (watch.validate_every, watch.cosine_every) if every and done % every == 0]
+                # On a device that runs ahead, numbers are read a step late unless something has to know them now.
+                keep = 1 if fitted.deferred and not due and not looked and not asked["stop"] else 0
+                stopped = False
+                while len(waiting) > keep:
+                    one = waiting.pop(0)
+                    stopped = stopped or one.stopped
+                    run.rows.append(_row(one))
+                    for level in one.levels:
+                        run.queried[f"{level:.4f}"] = run.queried.get(f"{level:.4f}", 0) + 1
+                    metrics.log(one.index + 1, _step_metrics(one, params.batch, device))
+                    advance(route=one.route, loss=one.loss)
+                if watch.cosine_every and done % watch.cosine_every == 0 and world.rank == 0:
+                    cosines = gradient_cosines(student, teachers, buckets, router, params, grid, seed, step.index, fitted)
+                    metrics.log(done, {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()})
+                if watch.validate_every and done % watch.validate_every == 0:
+                    _validate(done, run, watch, student, ema, teachers, buckets, router, params, grid, seed, fitted, world, metrics, state)
+                if due or stopped or run.ended:
                     save(done)
                     saved_at = done
-                if asked["stop"] and done < params.steps:
-                    raise UserError(f"{stage}: stopped by SIGTERM after step {done} of {params.steps}; its state is saved, the same command goes on from there")
-        except UserError:
-            if done > saved_at:  # a step that was not finite; what was learned before it is kept
+                if run.ended:
+                    break
+                if stopped and done < params.steps:
+                    _together(world)
+                    raise Terminated(
+                        f"{stage}: stopped by SIGTERM after step {done} of {params.steps}; its state is saved, the same command goes on from there"
+                    )
+        except NotFinite as error:
+            done = ema.updates = error.plan.index  # the step was withheld everywhere: this is the state before it
+            samples = _save_samples(state, error) if world.rank == 0 else None
+            if done > saved_at:
                 save(done)
-            raise
+            _together(world)
+            raise UserError(f"{error}; the state before it is saved, and its samples are in {samples}") from error
         except KeyboardInterrupt as interrupt:
             # The interrupted step may have been half applied, so the last saved state is what counts.
             raise KeyboardInterrupt(f"{stage}: interrupted in step {done + 1} of {params.steps}; the same command goes on from step {saved_at}") from interrupt
-    student.load(ema.shadow)
-    with atomic_folder(out) as folder:
-        save_student(folder, student, {**record, "stage": stage, "steps": params.steps, "fingerprint": fingerprint})
-        write_steps(folder / "steps.csv", rows)
+    if world.rank == 0:
+        student.load(ema.shadow)
+        total = sum(run.queried.values())
+        metrics.log(done, {f"query/t_{level}": count / total for level, count in sorted(run.queried.items())})
+        with atomic_folder(out) as folder:
+            extra = {"stage": stage, "steps": done, "fingerprint": fingerprint, **({"origin": run.origin} if run.origin else {})}
+            save_student(folder, student, {**record, **extra})
+            write_steps(folder / "steps.csv", run.rows)
+            shutil.copyfile(metrics.path, folder / METRICS)
+            if (state / VALIDATION).is_dir():
+                shutil.copytree(state / VALIDATION, folder / VALIDATION)
+    return _summary(student, params, run, fitted, device)
+
+
+def _summary(student: Student, params: LoopParams, run: _Run, fitted: Execution, device: torch.device) -> dict[str, Any]:
+    rows = run.rows
     last = rows[-len(rows) // 10 :] if rows else []
-    seconds = sum(row["seconds"] for row in rows)
+    seconds, samples = sum(row["seconds"] for row in rows), max(params.batch * len(rows), 1)
     return {
-        "steps": params.steps,
+        "steps": len(rows),
+        **({"ended": run.ended} if run.ended else {}),
         "loss, last tenth": round(sum(row["loss"] for row in last) / max(len(last), 1), 5),
-        "samples per second": round(params.batch * len(rows) / max(seconds, 1e-9), 1),
+        "samples per second": round(samples / max(seconds, 1e-9), 1),
+        "evaluations per sample": round(sum(row["evaluations"] for row in rows) / samples, 4),
+        "floor per sample": round(sum(row["floor"] for row in rows) / samples, 4),
+        "micro-batch": fitted.micro_batch,
+        "peak memory, GB": round(peak_memory(device) / 1e9, 2),
         "trainable parameters": sum(parameter.numel() for parameter in student.parameters.values()),
     }
 
 
-def facts_of(params: Any, **others: Any) -> dict[str, Any]:
-    """Params and the hashes of what a run reads, as JSON."""
-    return {"params": asdict(params), "torch": torch.__version__, **others}
+@contextmanager
+def _progress(stage: str, total: int, world: World) -> Iterator[Any]:
+    if world.rank:
+        yield lambda n=1, **fields: None
+    else:
+        with progress(stage, total) as advance:
+            yield advance
+
+
+def _together(world: World) -> None:
+    """Waits for rank 0 to have written before any process ends."""
+    shared(0.0, world)
+
+
+def _restore(tensors: Mapping[str, torch.Tensor], student: Student, ema: Ema, optimizers: Optimizers) -> None:
+    student.load({name.removeprefix("trainable."): value for name, value in tensors.items() if name.startswith("trainable.")})
+    for name, shadow in ema.shadow.items():
+        shadow.copy_(tensors[f"ema.{name}"])
+    optimizers.load_tensors({name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")})
+
+
+def _as_before(fitted: Execution, saved: Mapping[str, Any], execution: ExecutionParams, student: Student) -> Execution:
+    """The batch sizes that the run began with, where they are not set by hand: the free memory is another now, and sums in another order are other bits."""
+    if execution.micro_batch or saved["device"] != fitted.device.type or execution.checkpointing != "auto":
+        return fitted
+    recompute_blocks(student.network, saved["recompute"])
+    return Execution(
+        fitted.device, saved["micro_batch"], execution.rollout_batch or saved["rollout_batch"], PRECISION[execution.precision], fitted.attention, fitted.merged,
+        saved["recompute"], fitted.deferred,
+    )  # fmt: skip
+
+
+def _validate(
+    done: int, run: _Run, watch: Watch, student: Student, ema: Ema, teachers: Mapping[str, VelocityField], buckets: Mapping[str, Bucket], router: Router,
+    params: LoopParams, grid: torch.Tensor, seed: int, fitted: Execution, world: World, metrics: Metrics, state: Path,
+) -> None:  # fmt: skip
+    """Gap and pictures of the averaged weights, which are what will be saved; notes the end of the run when the gap has not become smaller for long."""
+    mean = 0.0
+    if world.rank == 0:
+        with weights_of(student, ema.shadow):
+            gaps = held_out_gaps(student, teachers, buckets, router, params, grid, seed, fitted)
+            pictures = held_out_pictures(student, buckets, params, grid, seed, fitted, PICTURES)
+        mean = sum(gaps.values()) / len(gaps)
+        metrics.log(done, {**{f"held_out_gap/{name}": gap for name, gap in gaps.items()}, "held_out_gap": mean})
+        for capability, images in pictures.items():
+            rows = [np.concatenate(as_pictures(row), axis=1) for row in images]
+            path = state / VALIDATION / f"{capability}-{done:08d}.png"
+            with atomic_file(path) as temporary:
+                Image.fromarray(np.concatenate(rows, axis=0)).save(temporary)
+    mean = shared(mean, world)
+    run.best, run.since = (mean, 0) if run.best is None or mean < run.best else (run.best, run.since + 1)
+    if watch.patience and run.since >= watch.patience:
+        run.ended = f"after step {done}: the held-out gap {mean:.5g} has not fallen below {run.best:.5g} for {run.since} validations"
+
+
+def _save_samples(state: Path, error: NotFinite) -> Path:
+    """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers, rows of the bucket, query indices."""
+    folder = state / f"not-finite-{error.plan.index:08d}"
+    with atomic_folder(folder) as temporary:
+        write_tensors(temporary / "samples.safetensors", {name: value.clone() for name, value in error.batch.items()})
+        plan = {"step": error.plan.index, **asdict(error.plan.route), "rows": list(error.plan.rows), "query": list(error.plan.query)}
+        write_json(temporary / "samples.json", {**plan, "reason": str(error)})
+    return folder

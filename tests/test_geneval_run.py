@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.geneval import OFFICIAL, Detection, Thresholds, overlap, surviving, verdict
-from benchmarks.geneval_images import Item, image_path, image_seed, read_images, write_metadata
+from benchmarks.geneval_images import image_path, image_seed, read_images, write_metadata
 from benchmarks.geneval_prompts import COLORS, as_jsonl, official_records
 from benchmarks.geneval_report import adjusted
 from benchmarks.geneval_run import (
@@ -28,10 +29,10 @@ from benchmarks.geneval_run import (
     VERDICT,
     Evaluator,
     agreement,
-    confusion_of,
     detect_images,
     expected_of,
     judge_images,
+    judge_pictures,
     summary_of,
 )
 from benchmarks.scorecard import ExampleScore, Scorecard, check_same_evaluator, compare, read_scorecard, read_scores, summarise
@@ -159,15 +160,6 @@ def test_the_overall_score_weighs_tasks_and_a_prompt_needs_one_right_image() -> 
     assert found["tags"]["counting"] == {"score": pytest.approx(1 / 12), "correct": 1, "images": 12}
 
 
-def test_confusions_count_what_was_seen() -> None:
-    counting = {"tag": "counting", "prompt": "", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}]}
-    colors = {"tag": "colors", "prompt": "", "include": [{"class": "cat", "count": 1, "color": "red"}]}
-    cat = Detection("cat", "blue", 0.95, (0, 0, 1, 1))
-    items = [Item(0, 0, "", counting), Item(0, 1, "", counting), Item(1, 0, "", colors), Item(1, 1, "", colors)]
-    found = confusion_of(items, [{"cat": [cat] * 3}, {"cat": [cat] * 3}, {"cat": [cat]}, {}])
-    assert found == {"counts": {"2": {"3": 2}}, "colors": {"red": {"blue": 1, "none": 1}}}
-
-
 def test_overlaps_are_dropped_only_where_asked() -> None:
     """Sides count one pixel more: boxes 0-9 and 5-14 share 5 x 10 of 150 pixels."""
     assert overlap((0, 0, 9, 9), (5, 0, 14, 9)) == pytest.approx(50 / 150)
@@ -254,6 +246,20 @@ def test_shards_make_one_set_and_thresholds_need_no_detector(micro: tuple[Path, 
     monkeypatch.setattr("benchmarks.geneval_run.evaluate", None)
     strict = judge_images(folder / "images", tmp_path / "whole", records, to=tmp_path / "strict", thresholds=Thresholds(score=0.999, counting=0.999), **HOW)
     assert strict.identities["geneval"]["thresholds"]["score"] == 0.999
+
+
+def test_a_stage_s_own_pictures_get_the_same_verdicts(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, records = micro
+    detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)
+    judge_images(folder / "images", tmp_path, records, **HOW)
+    scores = read_scores(tmp_path / VERDICT)
+    pictures = [(score.image, records[int(score.example_id)]) for score in scores]
+    how: dict[str, Any] = {"batch": 5, "workers": 1, "scheduler": ""}
+    found, identity = judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)
+    assert [(float(one.correct), one.reasons) for one in found] == [(score.values["correct"], score.reasons) for score in scores]
+    assert identity["detector"]["architecture"] == MICRO
+    monkeypatch.setattr("benchmarks.geneval_run.evaluate", None)  # the second time nothing is looked at
+    assert judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)[0] == found
 
 
 def test_refusals_name_what_is_wrong(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -344,13 +350,16 @@ def test_report_compares_models_of_the_same_seeds(micro: tuple[Path, list[dict[s
         assert main(["geneval", "detect", "--images", str(images), "--out", str(tmp_path / name), "--detector", "micro", *prompts]) == 0
         assert main(["geneval", "verdict", "--images", str(images), "--out", str(tmp_path / name), "--model", name, "--resamples", "300", *prompts]) == 0
     assert "prompts with a correct image" in capsys.readouterr().out
-    arguments = ["geneval", "report", "--out", str(tmp_path / "one"), "--against", str(tmp_path / "other"), "--resamples", "300"]
+    for seed in "ab":
+        shutil.copytree(tmp_path / "one", tmp_path / seed)
+    trainings = ["--training", str(tmp_path / "a"), "--training", str(tmp_path / "b")]
+    arguments = ["geneval", "report", "--out", str(tmp_path / "one"), "--against", str(tmp_path / "other"), *trainings, "--resamples", "300"]
     assert main([*arguments, "--images", str(folder / "images")]) == 0
     text = capsys.readouterr().out
     expected = expected_of(records, 2)
     scores = [read_scores(tmp_path / name / VERDICT) for name in ("one", "other")]
     difference = compare(*scores, expected=expected, seed=0, resamples=300, confidence=0.95)["geneval/overall"].difference
-    assert f"{difference:+9.4f}" in text and difference < 0
+    assert f"{difference:+9.4f}" in text and difference < 0 and "over 3 trainings" in text
     page = (tmp_path / "one" / VERDICT / "report.html").read_text()
     assert "geneval/overall" in page and str(tmp_path / "one") in page
     assert (tmp_path / "one" / VERDICT / "report.txt").read_text() == text

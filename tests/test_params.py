@@ -13,8 +13,9 @@ from tasks.params import SHARED, SamplingParams, WorldParams, check_sections, lo
 
 VALID = """
 world: {shapes: [circle, square], colors: [red, green], backgrounds: [white, gray], styles: [plain, night], grid: 3, cell: 8}
-backbone: {name: micro, width: 8, layers: 1, heads: 2, latent_channels: 4}
+backbone: {name: micro, micro: {width: 8, layers: 1, heads: 2, latent_channels: 4}, pretrained: null}
 sampling: {steps: 4, guidance: 1, images_per_prompt: 1, seed: 0, batch: 8}
+benchmark: {detector: micro, classifier: "", device: cpu, batch: 8, workers: 1, scheduler: ""}
 routing: {routes: [{capability: t2i, teacher: base, weight: 1}]}
 train:
   steps: 2
@@ -158,7 +159,7 @@ def test_the_whole_file_is_checked(write: Any) -> None:
         check_sections({"train": Train, "draw": OnlyShared}, write(broken))
     assert caught.value.faults == [
         "trian: unknown section; did you mean 'train'?",
-        "backbone.width = 8: expected a multiple of heads = 3",
+        "backbone.micro.width = 8: expected a multiple of micro.heads = 3",
         "sampling.guidance = 0.5: expected 1 (unguided) or more",
         "train.routes[1].weight = 'x': expected a finite number",
     ]

@@ -112,6 +112,14 @@ def test_every_figure_leads_to_the_images_that_earned_it(results):
     assert first.index("images/a0.png") < first.index("images/a11.png")
 
 
+def test_a_page_that_would_be_too_large_leaves_other_models_images_out_and_says_so(results, monkeypatch):
+    others = {"base": (results[0], [replace(score, model="base") for score in results[2]])}
+    assert page(results, others=others).count('<div class="one"') == 48
+    monkeypatch.setattr("benchmarks.report.MOST_IMAGES", 47)
+    text = page(results, others=others)
+    assert text.count('<div class="one"') == 24 and "The images of base are left out: the page would hold more than 47 images." in text
+
+
 def test_large_images_become_small_ones(results):
     folder = results[0]
     rng = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.errors import UserError
-from model.student import STUDENT, Student, load_student, merged_weights, plain_weights, save_student, start_student
-from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, load_base, load_teachers, read_records
+from model.student import STUDENT, Student, load_student, merged_weights, plain_weights, save_student, start_student, student_adapter
+from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, add_adapter, load_base, load_teachers, read_records
 from tests.tiny import LOCAL_ALPHA, LOCAL_RANK, Tiny, build, disturb, probe
 
 NAMES = [BASE, "local", "global"]
@@ -151,3 +151,30 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged_is_refused(tiny: Tiny, 
     assert "'sha256' is missing" in refusal(folders["all"])
     (folders["all"] / "student.json").write_text("{")
     assert "not valid JSON" in refusal(folders["all"])
+
+
+def test_a_start_from_adapters_lies_in_the_students_own_adapter_on_the_shared_base(tiny: Tiny, tmp_path: Path) -> None:
+    """So one base serves teachers and student, and the saved adapter alone is the student."""
+    backbone, fields = load_teachers(tiny.teachers, [BASE, "local"])
+    disturb({name: value for name, value in add_adapter(backbone, backbone.network, "other", 2, 6, seed=4).items() if "lora_B" in name}, 0.5, seed=4)
+    fields["other"] = NetworkField(backbone, backbone.network, "other")
+    mean = {name: value.clone() for name, value in merged_weights(fields[BASE], {name: fields[name] for name in ("local", "other")}).items()}
+    with pytest.raises(UserError, match="start = 'merged' takes rank 6 .* rank = 5"):
+        start_student(backbone, fields, "merged", "adapter", 5, 5, seed=0)
+    student = start_student(backbone, fields, "merged", "adapter", 7, 3, seed=0)
+    assert student.network is backbone.network
+    for name, value in plain_weights(student.field).items():
+        torch.testing.assert_close(value, mean[name], rtol=1e-5, atol=1e-6)
+    assert student_adapter(student).rank == 7 and student_adapter(student).alpha == 3
+    save_student(tmp_path, student, {**record_of(tiny), "rank": 7, "alpha": 3})
+    again = load_base(tiny.teachers)
+    loaded = load_student(tmp_path, again, read_records(tiny.teachers)[BASE].sha256)
+    assert loaded.network is again.network
+    assert torch.equal(probe(loaded.field, again), probe(student.field, backbone))
+
+
+def test_a_student_that_is_no_adapter_says_what_to_do_instead(tiny: Tiny) -> None:
+    for start, trainable in ((BASE, "all"), ("global", "adapter")):
+        student, _ = started(tiny, start, trainable)
+        with pytest.raises(UserError, match="export it as merged"):
+            student_adapter(student)

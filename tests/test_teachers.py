@@ -21,10 +21,12 @@ from model.teachers import (
     WEIGHTS,
     NetworkField,
     compatibility_faults,
+    file_faults,
     load_base,
     load_teachers,
     read_records,
     switch_adapter,
+    weights_sha256,
 )
 from tests.tiny import Tiny, build, probe
 
@@ -171,7 +173,7 @@ def test_every_key_of_a_full_checkpoint_must_match_and_be_finite(folder: Path) -
     stored = load_file(folder / "global" / file)
     first = "proj_out.weight"
     for tensors, part in (
-        ({name: value for name, value in stored.items() if name != first}, "missing keys"),
+        ({name: value for name, value in stored.items() if name != first}, "missing key"),
         ({**stored, first: stored[first].fill_(float("nan"))}, "not finite"),
     ):
         rewrite(folder, "global", file, tensors)
@@ -185,3 +187,40 @@ def test_a_damaged_base_is_refused_before_anything_is_built_on_it(folder: Path) 
     weights.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
     with pytest.raises(UserError, match="SHA-256"):
         load_base(folder)
+
+
+def test_a_record_of_other_weights_is_refused(folder: Path) -> None:
+    """Hash and name alone would let a record say another precision or rank than the weights have."""
+    edit(folder, "global", precision="float32")
+    edit(folder, "local", rank=8)
+    faults = "\n".join(compatibility_faults(folder, NAMES))
+    assert "global: precision = 'float32', the weights are float16" in faults
+    assert "local: rank = 8, the weights have [4]" in faults
+
+
+def test_weights_in_shards_are_hashed_as_one(folder: Path) -> None:
+    whole = folder / "global" / "transformer" / WEIGHTS
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    shards = {"part-1.safetensors": names[::2], "part-2.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: tensors[name] for name in held}, whole.with_name(shard))
+    whole.unlink()
+    index = whole.with_name(f"{WEIGHTS}.index.json")
+    index.write_text(json.dumps({"weight_map": {name: shard for shard, held in shards.items() for name in held}}))
+    edit(folder, "global", sha256=weights_sha256(folder / "global", "full"))
+    assert compatibility_faults(folder, NAMES) == []
+    save_file({name: tensors[name] + 1 for name in shards["part-2.safetensors"]}, whole.with_name("part-2.safetensors"))
+    assert "SHA-256" in "\n".join(compatibility_faults(folder, NAMES))
+    whole.with_name("part-2.safetensors").unlink()
+    assert "part-2.safetensors: no such file" in "\n".join(compatibility_faults(folder, NAMES))
+    index.write_text(json.dumps({"weight_map": {"x": "../part-1.safetensors"}}))
+    assert "outside its folder" in "\n".join(compatibility_faults(folder, NAMES))
+
+
+def test_what_comes_along_with_a_base_is_verified(folder: Path) -> None:
+    config = folder / BASE / "scheduler" / "scheduler_config.json"
+    edit(folder, BASE, files={"scheduler/scheduler_config.json": sha256_file(config), "vae/gone.json": "0" * 64})
+    assert [fault.split(": ")[1] for fault in file_faults(folder, [])] == ["no such file, but base/teacher.json names it; make the teachers again"]
+    config.write_text("{}")
+    assert len(file_faults(folder, [])) == 2

@@ -23,12 +23,17 @@ from model.field import Condition
 from model.randomness import noise_for, torch_generator
 from model.teachers import BASE, add_adapter, read_records, save_teacher
 from tasks import encode as encoding
+from tasks.params import BackboneParams, MicroParams
 from tasks.sampling import as_images
 
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
 WIDTH, LAYERS, HEADS, CHANNELS, SHIFT = 32, 2, 2, 8, 1.0
 LOCAL_RANK, LOCAL_ALPHA = 4, 8  # alpha / rank = 2, so that a forgotten alpha shows
 EACH = 8  # examples a bucket
+EXECUTION: dict[str, Any] = {
+    "device": "cpu", "processes": 1, "micro_batch": 0, "rollout_batch": 0, "precision": "fp32", "compile": "none", "attention": "auto", "checkpointing": "auto",
+    "merge_rollout": "auto", "shard_base": False,
+}  # fmt: skip
 ROUTES = [
     {"capability": "t2i", "teacher": BASE, "weight": 1.0},
     {"capability": "local_edit", "teacher": "local", "weight": 1.0},
@@ -98,7 +103,12 @@ def build(root: Path) -> Tiny:
     tiny = Tiny(root / "curated", root / "teachers", root / "encoded")
     save_teachers(tiny.teachers)
     save_curated(tiny.curated)
-    encoding.encode(encoding.Params(batch=8), curated=tiny.curated, teachers=tiny.teachers, out=tiny.encoded)
+    encoding.encode(
+        encoding.Params(BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None), batch=8, cache=False),
+        curated=tiny.curated,
+        teachers=tiny.teachers,
+        out=tiny.encoded,
+    )
     return tiny
 
 
@@ -124,8 +134,8 @@ def probe(field: Any, backbone: Backbone, edits: bool = True) -> torch.Tensor:
 
 def loop_params(**changes: Any) -> LoopParams:
     numbers: dict[str, Any] = {
-        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0, "rollout_steps": 8,
-        "query": "low", "states": "on_policy", "routing": "hard",
+        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "schedule": "linear", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0,
+        "max_gradient_norm": 0.0, "rollout_steps": 8, "query": "low", "states": "on_policy", "routing": "hard", "held_out": 0,
     }  # fmt: skip
     return LoopParams(**{**numbers, **changes})
 
@@ -134,8 +144,12 @@ def write_params(path: Path, **changes: Any) -> Path:
     """A params.yaml with the sections that the distill stage reads."""
     section: dict[str, Any] = {
         "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3,
-        "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low",
-        "states": "on_policy", "routes_taken": "hard",
+        "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low", "schedule": "linear",
+        "states": "on_policy", "routes_taken": "hard", "resume_from": "", "accept_changed": [], "keep_every": 0, "validate_every": 0, "patience": 0,
+        "cosine_every": 0, "held_out": 0, "max_gradient_norm": 0.0,
     }  # fmt: skip
-    path.write_text(yaml.safe_dump({"routing": {"routes": ROUTES}, "distill": {**section, **changes}}), encoding="utf-8")
+    backbone = {"name": "micro", "micro": {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "latent_channels": CHANNELS}, "pretrained": None}
+    execution = {key: changes.pop(key, value) for key, value in EXECUTION.items()}
+    sections = {"backbone": backbone, "routing": {"routes": ROUTES}, "execution": execution, "distill": {**section, **changes}}
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
     return path

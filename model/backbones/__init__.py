@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from model.field import Condition
+from data.errors import UserError
+from data.files import read_json
+from model.field import Condition, Prompts
+
+PARTS = ("transformer", "text", "vae")
+TRANSFORMER = ("transformer",)  # all that training reads
+MAX_TOKENS = 256
 
 
 class Backbone(Protocol):
@@ -17,12 +23,20 @@ class Backbone(Protocol):
 
     name: str
     network: Any  # the base, an nn.Module with diffusers' adapter methods
-    latent_shape: tuple[int, int, int]  # (C, H, W)
+    latent_shape: tuple[int, int, int]  # (C, H, W) of the network's usual picture; examples bring their own H and W
     scheduler: dict[str, Any]  # type and shift, as the checkpoint says
     adapter_targets: tuple[str, ...]  # module names that a LoRA adapter covers
+    supports_edits: bool  # whether the network reads a source image
+    pixels_per_latent: int
+    size_multiple: int  # px: height and width of a picture are multiples of it
+    edit_prompts: bool  # whether edits read their prompts in another form than T2I
 
-    def encode_prompt(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """embeds (B, L, D) and pooled (B, P)."""
+    def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
+        """The prompts as T2I reads them, or as edits do."""
+        ...
+
+    def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
+        """Text encoder -> how many of the prompts are cut."""
         ...
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
@@ -37,6 +51,63 @@ class Backbone(Protocol):
         """The network's answer in our convention: (B, C, h, w) float32."""
         ...
 
-    def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """Writes the base with all that belongs to it (or `network` in its place) as a folder that `load` reads."""
+    def release(self, *names: str) -> None:
+        """Frees parts that are no longer needed ("text", "vae")."""
         ...
+
+    def save(self, folder: Path, network: nn.Module | None = None) -> None:
+        """Writes the base with all that belongs to it (or `network` in its place) as a folder that `load_backbone` reads."""
+        ...
+
+
+def _micro(folder: Path, **options: Any) -> Backbone:
+    from model.backbones.micro import MicroBackbone
+
+    return MicroBackbone.load(folder)  # tiny, in fp32 on the CPU: what is not needed costs nothing
+
+
+def _sd3(folder: Path, **options: Any) -> Backbone:
+    from model.backbones.sd3 import SD3Backbone
+
+    return SD3Backbone.load(folder, **options)
+
+
+def _zimage(folder: Path, **options: Any) -> Backbone:
+    from model.backbones.zimage import ZImageBackbone
+
+    return ZImageBackbone.load(folder, **options)
+
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {"micro": _micro, "sd3": _sd3, "zimage": _zimage}
+PIPELINES = {"MicroPipeline": "micro", "StableDiffusion3Pipeline": "sd3", "ZImagePipeline": "zimage", "ZImageOmniPipeline": "zimage"}
+
+
+def family_of(folder: Path) -> str:
+    """The family of a pipeline folder, from its model_index.json. Raises UserError for a pipeline of no family here."""
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(f"{folder / 'model_index.json'}: _class_name = {kind!r}: choose a checkpoint of one of {sorted(PIPELINES)}")
+    return PIPELINES[kind]
+
+
+def load_backbone(
+    folder: Path,
+    *,
+    need: Collection[str] = PARTS,
+    dtype: torch.dtype | str = torch.float32,
+    max_tokens: int = MAX_TOKENS,
+    device: torch.device | str = "cpu",
+    resolution: int | None = None,
+) -> Backbone:
+    """The frozen base of a pipeline folder. `need`: the parts of `PARTS` that are read; training needs the transformer alone.
+
+    `dtype` is the network's and the text encoders' (the micro backbone and every VAE stay in fp32); prompts of more than `max_tokens` tokens are cut; `device`
+    "auto" is the GPU where there is one; `resolution` (px) sets the usual picture's edge where the checkpoint's own is not wanted. The micro backbone takes
+    none of these: it is what its folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"need": frozenset(need), "dtype": dtype, "max_tokens": max_tokens, "device": device, "resolution": resolution}
+    return BACKBONES[family_of(folder)](folder, **options)

@@ -20,7 +20,7 @@ from torch import nn
 from data.errors import UserError
 from data.files import read_json, write_json
 from model.checkpoint import write_tensors
-from model.field import Condition
+from model.field import Condition, Prompts
 
 MAX_WORDS = 16
 PAD, UNKNOWN = 0, 1  # rows of the embedding table
@@ -122,11 +122,14 @@ class MicroBackbone:
     """See `Backbone`. `grid` is the picture's edge in cells."""
 
     name = "micro"
+    supports_edits = True
+    edit_prompts = False
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
 
     def __init__(self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]) -> None:
         self.network, self.text, self.codec, self.scheduler = network, text, codec, scheduler
         self.latent_shape = (network.config.out_channels, network.config.sample_size, network.config.sample_size)
+        self.pixels_per_latent = self.size_multiple = codec.patch
 
     @classmethod
     def new(cls, vocabulary: Sequence[str], grid: int, width: int, layers: int, heads: int, channels: int, shift: float, seed: int) -> MicroBackbone:
@@ -155,6 +158,15 @@ class MicroBackbone:
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.text(self.text.tokens(prompts))
+
+    def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
+        return Prompts(*self.encode_prompt(prompts))
+
+    def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
+        return {}  # a prompt too long is refused
+
+    def release(self, *names: str) -> None:
+        """Nothing: all parts together are smaller than one layer of the others."""
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         return self.codec.encode(images)

@@ -1,0 +1,450 @@
+"""How fast a distillation step is, beside the step without its savings: `python -m benchmarks.speed --case micro`.
+
+Both paths run in one process, in turn (plain, fast, plain, fast, ...), on the same weights, examples and draws, whole optimizer steps each; their losses are
+compared as they go. Peak memory is taken before that, of each path in a process of its own. Nothing passes or fails on time.
+
+The plain path (model/plain.py) is what the method's reference implementation does: batches of one, all rollout steps, recomputation always, a network for every
+teacher. An evaluation is one network forward on one sample, the backward not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, ZImageTransformer2DModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.errors import UserError
+from data.files import write_json
+from model.checkpoint import Ema
+from model.distill import Accumulate, Bucket, LoopParams, Step, accumulate, distill
+from model.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks
+from model.field import Condition, VelocityField
+from model.optimizer import build_optimizer
+from model.plain import accumulate_plain, own_networks
+from model.randomness import torch_generator
+from model.rollout import euler_grid
+from model.route import Route, Router
+from model.settings import ExecutionParams
+from model.student import STUDENT, Student
+from model.teachers import NetworkField, adapter_parameters, add_adapter
+
+ALTERNATIONS = 5
+MICRO, SD3_14M, SD35_M, ZIMAGE = "micro", "sd3-14m", "sd35-m", "zimage"
+PATHS = ("plain", "fast")
+ROWS = 8  # distinct random examples
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The part of a backbone that a step needs, around a network with random weights. `velocity_of` is the family's call."""
+
+    name: str
+    network: Any
+    latent_shape: tuple[int, int, int]
+    adapter_targets: tuple[str, ...]
+    velocity_of: Callable[[nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+
+    def velocity(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return self.velocity_of(network, x_t, t, condition)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `rank` 0 trains all parameters, with teachers that are networks of their own; else teachers and student are adapters on one base.
+
+    `budget`: bytes that the fast path may spend on a micro-batch's activations; None takes its share of the free memory.
+    """
+
+    name: str
+    network: Callable[[], Any]
+    latent_shape: tuple[int, int, int]
+    tokens: int
+    widths: tuple[int, int]  # of the prompts' embeddings and pooled vectors
+    velocity: Callable[[nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+    targets: tuple[str, ...]
+    rank: int
+    teachers: int
+    batch: int
+    rollout_steps: int
+    query: str
+    optimizer: str
+    execution: ExecutionParams
+    budget: int | None
+
+
+def _sd3_velocity(network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    dtype = next(value.dtype for name, value in network.named_parameters() if "lora_" not in name)
+    answer: torch.Tensor = network(
+        hidden_states=x_t.to(dtype), timestep=1000.0 * t, encoder_hidden_states=condition.embeds.to(dtype), pooled_projections=condition.pooled.to(dtype),
+        return_dict=False,
+    )[0]  # fmt: skip
+    return answer.float()
+
+
+def _zimage_velocity(network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    dtype = next(value.dtype for name, value in network.named_parameters() if "lora_" not in name)
+    answer = network(list(x_t.to(dtype).unsqueeze(2)), 1.0 - t, list(condition.embeds.to(dtype)), return_dict=False)[0]
+    return -torch.stack([part.float() for part in answer]).squeeze(2)
+
+
+ATTENTION_OF_SD3 = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FP32 = ExecutionParams("auto", 1, 0, 8, "fp32", "none", "auto", "auto", "auto", False)
+BF16 = ExecutionParams("cuda", 1, 0, 8, "bf16", "none", "auto", "auto", "auto", False)
+MB = 1 << 20
+
+
+def sd3_case(name: str, width: int, layers: int, edge: int, tokens: int, rank: int, batch: int, budget: int | None, steps: int = 16) -> Case:
+    """An SD3 of 16 latent channels, patches of 2 and heads of at most 64, on latents of edge x edge, with two adapter teachers."""
+    heads = max(1, width // 64)
+    config: dict[str, Any] = {
+        "sample_size": edge, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": layers, "attention_head_dim": width // heads,
+        "num_attention_heads": heads, "joint_attention_dim": width, "caption_projection_dim": width, "pooled_projection_dim": width, "pos_embed_max_size": edge,
+        "qk_norm": "rms_norm",
+    }  # fmt: skip
+    return Case(
+        name, lambda: SD3Transformer2DModel(**config), (16, edge, edge), tokens, (width, width), _sd3_velocity, ATTENTION_OF_SD3, rank, 2, batch, steps, "low",
+        "adamw", FP32, budget,
+    )  # fmt: skip
+
+
+def _micro(_: int) -> Case:
+    config: dict[str, Any] = {
+        "sample_size": 3, "patch_size": 1, "in_channels": 32, "out_channels": 32, "num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 3,
+        "joint_attention_dim": 96, "caption_projection_dim": 96, "pooled_projection_dim": 96, "pos_embed_max_size": 3, "qk_norm": "rms_norm",
+    }  # fmt: skip
+    execution = replace(FP32, rollout_batch=0)
+    return Case(MICRO, lambda: SD3Transformer2DModel(**config), (32, 3, 3), 8, (96, 96), _sd3_velocity, (), 0, 2, 64, 8, "uniform", "muon", execution, None)
+
+
+def _sd3_14m(_: int) -> Case:
+    # 32 x 32 latents in patches of 2 are 256 image tokens; CLIP's 77 of text.
+    return sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 26 * MB)
+
+
+def _sd35_m(resolution: int) -> Case:
+    config: dict[str, Any] = {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    }  # fmt: skip
+    edge = resolution // 8
+    return Case(
+        SD35_M, lambda: SD3Transformer2DModel(**config), (16, edge, edge), 333, (4096, 2048), _sd3_velocity, ATTENTION_OF_SD3, 128, 2, 8, 16, "low", "adamw",
+        BF16, None,
+    )  # fmt: skip
+
+
+def _zimage(resolution: int) -> Case:
+    edge = resolution // 8
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+    return Case(ZIMAGE, ZImageTransformer2DModel, (16, edge, edge), 128, (2560, 1), _zimage_velocity, targets, 128, 4, 8, 16, "low", "adamw", BF16, None)
+
+
+CASES: dict[str, Callable[[int], Case]] = {MICRO: _micro, SD3_14M: _sd3_14m, SD35_M: _sd35_m, ZIMAGE: _zimage}
+ON_CUDA = (SD35_M, ZIMAGE)
+
+
+# --- one path of a case ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Running:
+    """A path that is ready to run: `steps` yields whole optimizer steps."""
+
+    student: Student
+    teachers: dict[str, VelocityField]
+    execution: Execution
+    steps: Any
+
+
+def _random_network(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """Made on the meta device and filled where it lives, so that memory holds it once. Matrices of half the usual deviation, so that depth does not explode."""
+    with torch.device("meta"):
+        network = case.network()
+    network = nn.Module.to(network, dtype).to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if value.ndim < 2:
+                value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                value.normal_(std=0.5 / value[0].numel() ** 0.5, generator=generator)
+    network.requires_grad_(False)
+    network.eval()
+    return network
+
+
+@torch.no_grad()
+def _spread(values: Sequence[torch.Tensor], size: float, seed: int) -> None:
+    for slot, value in enumerate(values):
+        value += moved(size * torch.randn(value.shape, generator=torch_generator(seed, 0, slot, "spread")), value.device).to(value.dtype)
+
+
+def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[str, VelocityField], Bucket]:
+    """Student, teachers that differ from it, and random examples; equal for equal seeds."""
+    dtype = torch.bfloat16 if case.execution.precision == "bf16" else torch.float32
+    network = _random_network(case, device, dtype, seed)
+    shell: Any = Shell(case.name, network, case.latent_shape, case.targets, case.velocity)
+    names = [f"teacher{number}" for number in range(case.teachers)]
+    teachers: dict[str, VelocityField] = {}
+    for number, name in enumerate(names):
+        if case.rank:
+            adapter = add_adapter(shell, network, name, case.rank, case.rank, seed)
+            for parameter in adapter.values():
+                parameter.data = parameter.data.float()
+            _spread([value for key, value in adapter.items() if "lora_B" in key], 0.05, seed + number)
+            teachers[name] = NetworkField(shell, network, name)
+        else:
+            own = _random_network(case, device, dtype, seed)
+            _spread(list(own.parameters()), 0.02, seed + number)
+            teachers[name] = NetworkField(shell, own)
+    if case.rank:
+        add_adapter(shell, network, STUDENT, case.rank, case.rank, seed)
+        network.requires_grad_(False)
+        trained = adapter_parameters(network, STUDENT)
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        student = Student(shell, network, STUDENT, trained)
+    else:
+        network.requires_grad_(True)
+        student = Student(shell, network, None, dict(network.named_parameters()))
+
+    def normal(*shape: int, purpose: str) -> torch.Tensor:
+        return torch.randn(shape, generator=torch_generator(seed, 0, 0, purpose))
+
+    embeds, pooled = normal(ROWS, case.tokens, case.widths[0], purpose="embeds"), normal(ROWS, case.widths[1], purpose="pooled")
+    target = torch.zeros(1, *case.latent_shape).expand(ROWS, -1, -1, -1)  # its shape is all that is asked of it
+    bucket = Bucket(torch.arange(ROWS), embeds, pooled, torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0]), None, target)
+    return student, teachers, bucket
+
+
+def start(case: Case, path: str, device: torch.device, seed: int, steps: int) -> Running:
+    """The path before its first step. The plain one has a network for every teacher and recomputes every block."""
+    student, teachers, bucket = build(case, device, seed)
+    prepare_networks(case.execution, device, student.network, student.parameters.values(), [])
+    if path == "plain":
+        teachers = own_networks(teachers)
+        recompute_blocks(student.network, len(blocks_of(student.network)))
+        execution = replace(_fitted(case, student, bucket, device), merged=False, recompute=len(blocks_of(student.network)))
+        recompute_blocks(student.network, len(blocks_of(student.network)))
+    else:
+        execution = _fitted(case, student, bucket, device)
+    params = LoopParams(
+        steps=steps, batch=case.batch, learning_rate=2e-4, optimizer=case.optimizer, schedule="constant", warmup=0, decay_from=1.0, ema=0.0, clip=1.0,
+        max_gradient_norm=0.0, rollout_steps=case.rollout_steps, query=case.query, states="on_policy", routing="hard", held_out=0,
+    )  # fmt: skip
+    routes = Router(tuple(Route(capability, name, 1.0) for capability, name in zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)))
+    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
+    compute: Accumulate = accumulate_plain if path == "plain" else accumulate
+    buckets = {route.capability: bucket for route in routes.routes}
+    loop = distill(
+        student, teachers, buckets, routes, optimizers, Ema(dict(student.parameters), 0.0), params, euler_grid(case.rollout_steps), seed, 0, execution,
+        compute=compute,
+    )  # fmt: skip
+    return Running(student, teachers, execution, loop)
+
+
+def _fitted(case: Case, student: Student, bucket: Bucket, device: torch.device) -> Execution:
+    def row() -> torch.Tensor:
+        return student.field(torch.zeros(1, *case.latent_shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device))
+
+    return fit(case.execution, device, student.network, row, case.batch, case.budget)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _take(path: Running, device: torch.device) -> tuple[Step, float]:
+    """One step and its seconds, the device's work included."""
+    _wait(device)
+    begun = time.perf_counter()
+    step = next(path.steps)
+    _wait(device)
+    return step, time.perf_counter() - begun
+
+
+# --- figures --------------------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, device: torch.device, seed: int, alternations: int) -> dict[str, Any]:
+    """Both paths in turn: ratios, rates, counted evaluations; the largest relative gap between their losses."""
+    paths = {path: start(case, path, device, seed, alternations + 1) for path in PATHS}
+    for path in paths.values():  # the first step pays for what is done once
+        _take(path, device)
+    seconds: dict[str, list[float]] = {path: [] for path in PATHS}
+    counted, floor, gap = 0, 0, 0.0
+    for _ in range(alternations):
+        losses = {}
+        for path in PATHS:
+            step, spent = _take(paths[path], device)
+            seconds[path].append(spent)
+            losses[path] = step.loss
+        counted, floor = counted + step.evaluations, floor + step.floor
+        gap = max(gap, abs(losses["fast"] - losses["plain"]) / max(abs(losses["plain"]), 1e-12))
+    ratios = [plain / fast for plain, fast in zip(seconds["plain"], seconds["fast"], strict=True)]
+    samples = case.batch * alternations
+    execution = paths["fast"].execution
+    return {
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "samples_per_second": {path: case.batch / statistics.median(seconds[path]) for path in PATHS},
+        "evaluations_per_sample": counted / samples,
+        "floor": floor / samples,
+        "alternations": alternations,
+        "largest_loss_gap": gap,
+        "execution": {"micro_batch": execution.micro_batch, "rollout_batch": execution.rollout_batch, "recomputed_blocks": execution.recompute},
+        "parameters": sum(value.numel() for name, value in paths["fast"].student.network.named_parameters() if "lora_" not in name),
+        **(_utilization(case, paths["fast"], device, samples / sum(seconds["fast"]), (floor / samples)) if device.type == "cuda" else {}),
+    }
+
+
+def _utilization(case: Case, path: Running, device: torch.device, rate: float, floor: float) -> dict[str, float]:
+    """Model FLOPs over the measured rate of a large bf16 matrix product. A step needs the floor's forwards and a backward, which costs one more."""
+    zeros = torch.zeros(1, *case.latent_shape, device=device)
+    prompts = torch.zeros(1, case.tokens, case.widths[0], device=device)
+    condition = Condition(prompts, torch.zeros(1, case.widths[1], device=device), prompts[0], torch.zeros(case.widths[1], device=device))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        path.student.field(zeros, torch.ones(1, device=device), condition)
+    size, repeats = 8192, 20
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    _wait(device)
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    _wait(device)
+    matrix_rate = 2 * size**3 * repeats / (time.perf_counter() - begun)
+    forward = float(counter.get_total_flops())
+    return {"flops_per_forward": forward, "matrix_flops_per_second": matrix_rate, "flops_utilization": rate * (floor + 1) * forward / matrix_rate}
+
+
+def peak_bytes(case: Case, path: str, device: torch.device, seed: int) -> int:
+    """The largest memory of two steps of one path, beyond what the process held before: on CUDA torch's own count, else resident memory (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        small = replace(sd3_case("warm", 32, 1, 4, 4, 2, 1, None, 2), rank=2)  # loads what the libraries load at their first call
+        next(start(small, path, device, seed, 1).steps)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the mark of the largest resident size starts anew
+        before = _resident("VmRSS")
+    running = start(case, path, device, seed, 2)
+    for _ in range(2):
+        _take(running, device)
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_in_child(case: str, path: str, resolution: int, seed: int, threads: int) -> int:
+    """`peak_bytes` in a process of its own, whose allocator gives large blocks back at once."""
+    command = [sys.executable, "-m", "benchmarks.speed", "--case", case, "--resolution", str(resolution), "--seed", str(seed), "--threads", str(threads)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    ended = subprocess.run([*command, "--memory-of", path], env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise UserError(f"speed: the {path} path's memory could not be measured: {(ended.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return int(ended.stdout.strip().splitlines()[-1])
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"CPU ({models[0] if models else 'unknown'}), {torch.get_num_threads()} threads"
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table, writes JSON on request; 0 done, 2 refused."""
+    parser = argparse.ArgumentParser("python -m benchmarks.speed", description="A distillation step beside the step without its savings.")
+    parser.add_argument("--case", nargs="+", required=True, choices=sorted(CASES), metavar="CASE", help=f"one or more of {', '.join(CASES)}")
+    parser.add_argument("--resolution", type=int, choices=(512, 1024), default=512, help=f"pixels of {' and '.join(ON_CUDA)} (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too, by case")
+    parser.add_argument("--alternations", type=int, default=ALTERNATIONS, help="timed pairs of steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--no-memory", action="store_true", help="skip the two processes that measure memory")
+    parser.add_argument("--memory-of", choices=PATHS, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    missing = [name for name in options.case if name in ON_CUDA and device.type != "cuda"]
+    try:
+        if missing:
+            raise UserError(f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; choose {MICRO} or {SD3_14M}")
+        if options.alternations < 1:
+            raise UserError(f"speed: --alternations {options.alternations}: expected 1 or more")
+        if options.memory_of:
+            print(peak_bytes(CASES[options.case[0]](options.resolution), options.memory_of, device, options.seed))
+            return 0
+        results = {name: _figures(name, device, options) for name in options.case}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        write_json(options.json, results)
+    return 0
+
+
+def _figures(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    peaks: dict[str, int | None] = dict.fromkeys(PATHS)
+    if not options.no_memory:
+        peaks = {path: peak_in_child(name, path, options.resolution, options.seed, options.threads) for path in PATHS}
+    case = CASES[name](options.resolution)
+    found = {
+        **measure(case, device, options.seed, options.alternations),
+        "peak_memory_bytes": peaks,
+        "device": device_name(device),
+        "seed": options.seed,
+        "torch": torch.__version__,
+        **({"resolution": options.resolution} if name in ON_CUDA else {}),
+    }
+    _print(name, found)
+    return found
+
+
+def _print(name: str, found: dict[str, Any]) -> None:
+    rates, peaks = found["samples_per_second"], found["peak_memory_bytes"]
+    rows = [
+        ("device", found["device"]),
+        ("fast / plain", f"{found['ratio_median']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f}, {found['alternations']} alternations)"),
+        ("samples a second", f"plain {rates['plain']:.3g}, fast {rates['fast']:.3g}"),
+        ("evaluations a sample", f"{found['evaluations_per_sample']:.3f}, floor {found['floor']:.3f}"),
+        ("largest loss gap", f"{found['largest_loss_gap']:.1e}"),
+    ]
+    if peaks["plain"]:
+        rows.append(("peak memory", f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})"))
+    if "flops_utilization" in found and math.isfinite(found["flops_utilization"]):
+        rows.append(("FLOPs utilization", f"{found['flops_utilization']:.1%} of the measured matrix rate"))
+    print("\n".join(f"{name}: {key} = {text}" for key, text in rows), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""How a step is computed: batches that fit, precision, kernels, recomputation, the adapter merged for the rollout, and the count of network evaluations.
+
+Nothing here changes what is learned: all but `precision` alters a result by rounding at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from data.errors import UserError
+from model.field import Guided, Mean, VelocityField
+from model.settings import ExecutionParams
+
+T = TypeVar("T")
+PRECISION = {"fp32": None, "bf16": torch.bfloat16}
+KERNELS: dict[str, SDPBackend | None] = {
+    "auto": None,  # torch chooses
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+MEMORY_SHARE = 0.6  # of the free memory that the activations of one micro-batch may take
+ROLLOUT_FACTOR = 8  # rows of a rollout for each row of a micro-batch: without a graph a row costs little memory
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a run uses, decided before its first step. `recompute`: how many of the network's blocks recompute their activations in the backward.
+
+    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step.
+    """
+
+    device: torch.device
+    micro_batch: int
+    rollout_batch: int
+    dtype: torch.dtype | None
+    attention: str
+    merged: bool
+    recompute: int
+    deferred: bool
+
+
+WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False)  # fp32, nothing cut, nothing merged
+
+
+def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
+    """Raises UserError when CUDA is asked for and there is none."""
+    if params.device == "cpu" or (params.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("execution.device = cuda: torch finds no CUDA device on this machine; choose auto or cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def networks_of(field: VelocityField) -> list[nn.Module]:
+    """The networks that a field asks; none for a field that is a formula."""
+    if isinstance(field, Guided):
+        return networks_of(field.field)
+    if isinstance(field, Mean):
+        return [network for member in field.fields for network in networks_of(member)]
+    network = getattr(field, "network", None)
+    return [network] if isinstance(network, nn.Module) else []
+
+
+def moved(value: T, device: torch.device) -> T:
+    """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that the copy waits for nothing that is still running there."""
+    if isinstance(value, torch.Tensor):
+        if value.device == device:
+            return value
+        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+    if hasattr(value, "to"):  # it knows what of it belongs on the host
+        return value.to(device)  # type: ignore[no-any-return]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})  # type: ignore[no-any-return]
+    return value
+
+
+# --- what fits ----------------------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(forward: Callable[[], torch.Tensor], networks: Iterable[nn.Module]) -> int:
+    """Bytes that the graph of `forward()` keeps for the backward, parameters aside: counted where autograd saves them, so equal on every machine."""
+    own = {parameter.untyped_storage().data_ptr() for network in networks for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        answer = forward()
+    del answer  # held until here, so that no storage was counted twice under another's address
+    return sum(kept.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a further allocation may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer, in order: the children of its lists of modules."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callable[[], torch.Tensor], batch: int, budget: int | None = None) -> Execution:
+    """Decides batch sizes and recomputation for `row()`, the student's forward on one row. `budget` in bytes: the free memory's share unless given.
+
+    Recomputes only when memory asks for it: as few blocks as let one row fit (all of them where `checkpointing` is "always").
+    """
+    blocks = blocks_of(network)
+    allowed = int(MEMORY_SHARE * free_memory(device) / (params.processes if device.type == "cpu" else 1)) if budget is None else budget
+    recompute = len(blocks) if params.checkpointing == "always" else 0
+    measured = params.micro_batch == 0 or params.checkpointing == "auto"
+    rows = max(params.micro_batch, 1)
+    if measured:
+        with ExitStack() as stack:
+            stack.enter_context(precision(device, PRECISION[params.precision]))
+            recompute_blocks(network, recompute)
+            need = activation_bytes(row, [network])
+            if params.checkpointing == "auto" and need * rows > allowed:
+                whole = need
+                recompute_blocks(network, len(blocks))
+                least = activation_bytes(row, [network])
+                # A block under recomputation rebuilds all its activations once in the backward, so one block's share comes on top of what is kept.
+                share = (whole - least) / max(len(blocks), 1)
+                recompute = next((k for k in range(len(blocks) + 1) if (whole - k * share + (share if k else 0)) * rows <= allowed), len(blocks))
+                need = int(whole - recompute * share + (share if recompute else 0))
+            if params.micro_batch == 0:
+                rows = max(1, min(batch, allowed // max(need, 1)))
+    rows = min(rows, batch)
+    recompute_blocks(network, recompute)
+    merged = params.merge_rollout == "always" or (params.merge_rollout == "auto" and params.precision == "fp32")
+    return Execution(
+        device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISION[params.precision], params.attention, merged, recompute,
+        device.type == "cuda",
+    )  # fmt: skip
+
+
+def recompute_blocks(network: Any, count: int) -> None:
+    """The first `count` blocks recompute their activations in the backward. A no-op for a network that cannot and need not."""
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        return
+    if not count:
+        network.disable_gradient_checkpointing()
+        return
+    chosen = {id(block) for block in blocks_of(network)[:count]}
+
+    def run(block: Any, *inputs: Any) -> Any:
+        return checkpoint(block.__call__, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)
+
+    network.enable_gradient_checkpointing(run)
+
+
+# --- arithmetic and kernels ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def precision(device: torch.device, dtype: torch.dtype | None, attention: str = "auto") -> Iterator[None]:
+    """Student and teachers run inside the same one, so that equal weights give equal answers."""
+    backend = KERNELS[attention]
+    with ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(sdpa_kernel(backend))
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+        yield
+
+
+def prepare_networks(params: ExecutionParams, device: torch.device, student: nn.Module, trained: Iterable[nn.Parameter], others: Iterable[nn.Module]) -> None:
+    """Moves the networks to the device; in bf16 everything frozen is stored so, unless all of the student trains (then both keep fp32 and round alike)."""
+    kept = {id(parameter) for parameter in trained}
+    networks = list({id(network): network for network in (student, *others)}.values())
+    shared = all("lora_" in name for name, parameter in student.named_parameters() if id(parameter) in kept)
+    for network in networks:
+        network.to(device)
+        if params.precision == "bf16" and shared:
+            for name, parameter in network.named_parameters():
+                if "lora_" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        for block in blocks_of(network) if params.compile == "blocks" else []:
+            block.compile(dynamic=True)  # blocks of one kind share what was compiled for the first
+
+
+@contextmanager
+def merged_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within it every LoRA layer multiplies by W + s B A, made anew in each call, and answers no gradient.
+
+    On rows of many tokens that costs a fraction of the two extra products, takes no memory of its own, and leaves the base's weights untouched. A no-op
+    without an adapter.
+    """
+    layers: list[Any] = [module for module in network.modules() if adapter is not None and hasattr(module, "get_delta_weight") and adapter in module.lora_A]
+    for layer in layers:
+        layer.forward = _merged_forward(layer, str(adapter))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own shows again
+
+
+def _merged_forward(layer: Any, adapter: str) -> Callable[..., torch.Tensor]:
+    down, up, scale, base = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter], layer.base_layer
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight = torch.addmm(base.weight.to(down.dtype), up, down, alpha=scale)
+        return nn.functional.linear(x, weight.to(base.weight.dtype), base.bias)
+
+    return forward
+
+
+# --- counting -----------------------------------------------------------------------------------------------------------------
+
+
+class EvaluationCounter:
+    """Counts the rows that networks are asked, at the networks themselves: `rows` since the last `take()`. Recomputed blocks are no evaluations."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self.rows = 0
+        self.handles = [network.register_forward_pre_hook(self._count, with_kwargs=True) for network in {id(n): n for n in networks}.values()]
+
+    def _count(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = inputs[0] if inputs else next(named[key] for key in ("hidden_states", "x") if key in named)
+        self.rows += len(first)
+
+    def take(self) -> int:
+        counted, self.rows = self.rows, 0
+        return counted
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()

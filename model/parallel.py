@@ -1,0 +1,93 @@
+"""Several data-parallel processes on one machine: who computes which samples, and the one reduction a step needs.
+
+Processes meet through a file and talk over the loopback interface: no port is opened to the outside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+PATIENCE = timedelta(minutes=10)  # for a process that lives but no longer answers; a dead one is noticed at once
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; rank 0 alone reports and writes."""
+
+    rank: int
+    size: int
+
+
+ALONE = World(0, 1)
+
+
+@contextmanager
+def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterator[World]:
+    """The process group of `size` processes that all name the same new file `meeting`; gloo on the CPU, NCCL on CUDA."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = distributed.FileStore(str(meeting), size)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        yield World(rank, size)
+    finally:
+        distributed.destroy_process_group()
+
+
+def deal(costs: Sequence[float], size: int) -> list[list[int]]:
+    """Slots by rank, so that the sums of their costs are near equal: longest first, each to the rank with the least (Graham's LPT rule). Slots stay sorted."""
+    dealt: list[list[int]] = [[] for _ in range(size)]
+    sums = [0.0] * size
+    for slot in sorted(range(len(costs)), key=lambda slot: (-costs[slot], slot)):
+        rank = sums.index(min(sums))
+        dealt[rank].append(slot)
+        sums[rank] += costs[slot]
+    return [sorted(slots) for slots in dealt]
+
+
+@torch.no_grad()
+def reduce_gradients(parameters: Iterable[nn.Parameter], others: torch.Tensor) -> torch.Tensor:
+    """Sums gradients over all processes in place, and returns the sum of `others` (n,): one collective. A parameter without a gradient counts as zero."""
+    trained = list(parameters)
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), others])
+    distributed.all_reduce(flat)
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(flat.split([g.numel() for g in gradients] + [len(others)]), gradients)])
+    return flat[-len(others) :]
+
+
+def shared(value: float, world: World) -> float:
+    """Rank 0's value, in every process."""
+    if world.size == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.float64)
+    distributed.broadcast(box, src=0)
+    return float(box[0])
+
+
+def shard_frozen(network: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Parameter]) -> None:
+    """Spreads the blocks' frozen weights over the processes (FSDP2); each block is gathered while it computes. What trains stays whole everywhere.
+
+    From here on every process must run the same sequence of forwards and backwards.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    kept = set(trained)
+    for block in blocks:
+        ignored = {p for name, p in block.named_parameters() if p in kept or "lora_" in name}
+        fully_shard(block, ignored_params=ignored)

@@ -1,0 +1,293 @@
+"""Property: an exported student, loaded by the library concerned, answers as the student does; a form that would not be the student is refused; and it can be
+drawn from wherever it lies. Teachers that are brought along are checked against the base they are put on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from data.errors import UserError, UserErrors
+from data.files import read_json
+from model.adapters import Adapter, linear_modules, write_comfyui, write_peft
+from model.backbones import load_backbone, parts
+from model.field import Condition, condition_of
+from model.randomness import noise_for, torch_generator
+from model.student import RECORD as STUDENT_RECORD
+from model.student import save_student, start_student
+from model.teachers import ADAPTER_WEIGHTS, BASE, RECORD, NetworkField, load_base, load_teachers, own_layers, read_records
+from tasks import sample
+from tasks.assembly import SourceParams, assemble
+from tasks.export import COMFYUI_FILE, WRITERS, cli, export
+from tasks.inference import Model, draw, open_model
+from tests.tiny import disturb, save_teachers
+from tests.tiny_families import CHANNELS, save_family
+
+RANK, ALPHA = 3, 6
+SIZE = (CHANNELS, 6, 4)  # of latents: no square
+FAMILIES = ("sd3", "zimage")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project folder: weights/ as a user would bring them, data/teachers, and the students adapter/ (from an adapter) and whole/ (all parameters)."""
+
+    root: Path
+    family: str
+
+    def model(self, name: str, **options: Any) -> Model:
+        return open_model(name, self.root, **options)
+
+
+def some_adapter(network: Any, layers: set[str], seed: int) -> Adapter:
+    shapes, tensors = linear_modules(network), {}
+    for slot, name in enumerate(sorted(layers)):
+        out, into = shapes[name]
+        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, into, generator=torch_generator(seed, 0, slot, "A")) / into**0.5
+        tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, RANK, generator=torch_generator(seed, 0, slot, "B"))
+    return Adapter(tensors, tuple(sorted(layers)), RANK, ALPHA, "config")
+
+
+def sources(**changes: Any) -> dict[str, SourceParams]:
+    named = {
+        BASE: SourceParams("t2i", "base", "weights/base", ""),
+        "local": SourceParams("local_edit", "adapter", "weights/local", ""),
+        "global": SourceParams("global_edit", "adapter", "weights/global/lora.safetensors", ""),
+        "whole": SourceParams("edit", "full", "weights/whole", ""),
+    }
+    return {**named, **changes}
+
+
+def bring(root: Path, family: str) -> None:
+    """weights/: a pipeline, a PEFT folder, a ComfyUI file, a full checkpoint."""
+    save_family(root / "weights" / "base", family)
+    backbone = load_backbone(root / "weights" / "base", need=("transformer",))
+    write_peft(root / "weights" / "local", some_adapter(backbone.network, own_layers(backbone), seed=1))
+    (root / "weights" / "global").mkdir()
+    write_comfyui(root / "weights" / "global" / "lora.safetensors", some_adapter(backbone.network, own_layers(backbone), seed=2), family)
+    tensors = parts.plain_state(backbone.network)
+    disturb(tensors, 0.02, seed=3)
+    parts.save_pipeline(root / "weights" / "whole", root / "weights" / "base", backbone.network, tensors)
+
+
+def make_students(root: Path) -> None:
+    teachers = root / "data" / "teachers"
+    for name, start, trainable in (("adapter", "local", "adapter"), ("whole", BASE, "all")):
+        backbone, fields = load_teachers(teachers, [BASE, "local"])
+        student = start_student(backbone, fields, start, trainable, RANK + 1, ALPHA, seed=4)
+        disturb({key: value.detach() for key, value in student.parameters.items()}, 0.02, seed=5)
+        save_student(root / name, student, {"base_sha256": read_records(teachers)[BASE].sha256, "rank": RANK + 1, "alpha": ALPHA, "teachers": {}})
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    root = tmp_path_factory.mktemp(request.param)
+    bring(root, request.param)
+    assemble(sources(), root / "data" / "teachers", root)
+    make_students(root)
+    return Project(root, request.param)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    root = tmp_path_factory.mktemp("micro")
+    save_teachers(root / "data" / "teachers")
+    make_students(root)
+    return Project(root, "micro")
+
+
+def conditions(model: Model) -> list[Condition]:
+    """T2I and an edit, of two prompts of different length."""
+    prompts = ["a red circle", "make it night and a blue cross on the background"]
+    made = []
+    for edits in (False, True):
+        shape = SIZE if model.backbone.name != "micro" else model.backbone.latent_shape
+        source = noise_for(7, 0, [0, 1], shape, "source") if edits else None
+        made.append(condition_of(model.backbone.encode_prompts(prompts, edits), model.backbone.encode_prompts([""], edits), source))
+    return made
+
+
+@torch.no_grad()
+def answers(model: Model, field: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    shape = SIZE if model.backbone.name != "micro" else model.backbone.latent_shape
+    return [field(noise_for(8, 0, [0, 1], shape), torch.tensor([0.9, 0.2]), condition) for condition in conditions(model)]
+
+
+def assert_same(model: Model, network: Any) -> None:
+    """The library's network answers as the student does, and not as the base does."""
+    expected = answers(model, model.student.field)
+    for found, wanted in zip(answers(model, lambda *state: model.backbone.velocity(network.eval(), *state)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    base = NetworkField(model.backbone, load_backbone(model.origin).network)
+    assert max(float((one - other).abs().max()) for one, other in zip(answers(model, base), expected, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("student", ["adapter", "whole"])
+def test_diffusers_loads_the_pipeline(project: Project, student: str, tmp_path: Path) -> None:
+    model = project.model(student)
+    made = export(model, "diffusers", tmp_path / "out")
+    assert_same(model, DiffusionPipeline.from_pretrained(str(tmp_path / "out")).transformer)
+    files = read_json(tmp_path / "out" / "export.json")["files"]
+    assert len(files) == made["files"] and "model_index.json" in files and files.keys() == {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "export.json"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("student", ["adapter", "whole"])
+def test_diffusers_loads_the_merged_network(project: Project, student: str, tmp_path: Path) -> None:
+    model = project.model(student)
+    export(model, "merged", tmp_path / "out")
+    assert_same(model, type(model.student.network).from_pretrained(str(tmp_path / "out")))
+
+
+def test_peft_loads_the_adapter(project: Project, tmp_path: Path) -> None:
+    model = project.model("adapter")
+    export(model, "peft", tmp_path / "out")
+    assert_same(model, PeftModel.from_pretrained(load_backbone(model.origin, need=("transformer",)).network, str(tmp_path / "out")))
+
+
+def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: Path) -> None:
+    model = project.model("adapter")
+    export(model, "comfyui", tmp_path / "out")
+    pipeline = DiffusionPipeline.from_pretrained(str(model.origin))
+    pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=COMFYUI_FILE)
+    assert_same(model, pipeline.transformer)
+
+
+@pytest.mark.parametrize("kind", ["peft", "comfyui"])
+def test_a_student_that_is_no_adapter_is_not_exported_as_one(project: Project, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trained all its parameters.*merged"):
+        export(project.model("whole", parts=()), kind, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_micro_student_is_exported_too(micro: Project, tmp_path: Path) -> None:
+    for student in ("adapter", "whole"):
+        model = micro.model(student)
+        for kind in WRITERS if student == "adapter" else ("diffusers", "merged"):
+            export(model, kind, tmp_path / kind)
+        assert_same(model, SD3Transformer2DModel.from_pretrained(str(tmp_path / "merged")))
+        assert_same(model, load_backbone(tmp_path / "diffusers").network)
+    model = micro.model("adapter")
+    assert_same(model, PeftModel.from_pretrained(load_base(micro.root / "data" / "teachers").network, str(tmp_path / "peft")))
+
+
+def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = project.model("adapter")
+    picture = np.random.default_rng(0).integers(0, 255, (30, 44, 3), dtype=np.uint8)
+    numbers: dict[str, Any] = {"steps": 2, "guidance": 1.0, "seed": 3, "resolution": 16}
+    prompts, given = ["a red circle", "make it night", "a blue cross"], [None, picture, None]
+    together = draw(model, prompts, given, batch=4, **numbers)
+    assert [one.shape for one in together][::2] == [(16, 16, 3)] * 2 and together[1].shape[0] < together[1].shape[1]
+    alone = draw(model, prompts, given, batch=1, **numbers)
+    assert all(int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1 for one, other in zip(together, alone, strict=True))
+    assert not np.array_equal(together[0], draw(model, prompts[:1], given[:1], batch=1, **{**numbers, "seed": 4})[0])
+    monkeypatch.chdir(project.root)
+    Image.fromarray(picture).save(tmp_path / "source.png")
+    line = ["--model", "adapter", "--prompt", "make it night", "--source", str(tmp_path / "source.png"), "--count", "2", "--steps", "2", "--resolution", "16"]
+    assert sample.cli([*line, "--out", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.png", "001.png", "grid.png", "samples.json"]
+    with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "000.png") as first:
+        assert grid.size == (3 * first.width + 8, first.height)  # source and two answers
+
+
+def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(micro.root)
+    assert cli(["--model", "adapter", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
+    assert sample.cli(["--model", "whole", "--prompt", "a red circle", "--prompt", "a blue square", "--out", str(tmp_path / "out"), "--steps", "2"]) == 0
+    assert len(read_json(tmp_path / "out" / "samples.json")["images"]) == 2
+    with pytest.raises(UserError, match=r"--count = 0.*--source is given 3 times"):
+        sample.cli(["--model", "whole", "--prompt", "a", "--out", "x", "--count", "0", *["--source", "s.png"] * 3])
+    with pytest.raises(UserError, match="expected a student"):
+        cli(["--model", "data/teachers/base", "--format", "merged", "--out", str(tmp_path / "no")])
+    shutil.copytree(micro.root / "adapter", tmp_path / "elsewhere" / "adapter")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="this student lies on the base .* which is not here"):
+        cli(["--model", "adapter", "--format", "peft", "--out", str(tmp_path / "no")])
+    assert cli(["--model", "adapter", "--format", "peft", "--out", str(tmp_path / "peft"), "--base", str(micro.root / "data/teachers/base")]) == 0
+
+
+# --- teachers that are brought along ----------------------------------------------------------------------------------------
+
+
+def test_teachers_brought_along_are_loaded_on_one_base(project: Project) -> None:
+    folder = project.root / "data" / "teachers"
+    backbone, fields = load_teachers(folder, ["local", "global", "whole"])
+    assert fields["local"].network is fields["global"].network is backbone.network is not fields["whole"].network
+    records = read_records(folder)
+    assert {name: (record.kind, record.rank, record.alpha) for name, record in records.items()} == {
+        BASE: ("base", 0, 0), "local": ("adapter", RANK, ALPHA), "global": ("adapter", RANK, RANK), "whole": ("full", 0, 0),
+    }  # fmt: skip
+    assert all(record.base_id == "weights/base" and record.scheduler["shift"] == 3.0 and record.precision == "float32" for record in records.values())
+    assert "vae/config.json" in records[BASE].files and not any(name.startswith("transformer/diffusion") for name in records[BASE].files)
+
+
+def refusal(project: Project, tmp_path: Path, **changes: Any) -> str:
+    with pytest.raises(UserErrors) as caught:
+        assemble(sources(**changes), tmp_path / "teachers", project.root)
+    assert not (tmp_path / "teachers").exists()
+    return "\n".join(caught.value.faults)
+
+
+def test_weights_of_another_model_are_refused_with_every_fault(project: Project, tmp_path: Path) -> None:
+    """Another family's adapter, another scheduler, another base by record and by name, a lost key, a pickle, a bad hash: each one message, all at once."""
+    other = FAMILIES[1 - FAMILIES.index(project.family)]
+    save_family(tmp_path / "other", other)
+    foreign = load_backbone(tmp_path / "other", need=("transformer",))
+    write_peft(tmp_path / "foreign", some_adapter(foreign.network, own_layers(foreign), seed=1))
+    shutil.copytree(project.root / "weights" / "whole", tmp_path / "shifted")
+    config = tmp_path / "shifted" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**read_json(config), "shift": 5.0}))
+    shutil.copytree(project.root / "weights" / "whole", tmp_path / "short")
+    weights = tmp_path / "short" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, weights)
+    shutil.copytree(project.root / "data" / "teachers" / "local", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / RECORD).write_text(json.dumps({**read_json(tmp_path / "elsewhere" / RECORD), "base_sha256": "0" * 64}))
+    kinds = {"foreign": "adapter", "short": "full", "elsewhere": "adapter", "shifted": "full"}
+    wrong = {name: SourceParams("edit", kind, str(tmp_path / name), "") for name, kind in kinds.items()}
+    told = refusal(project, tmp_path, **{name: wrong[name] for name in ("foreign", "short", "elsewhere")})
+    assert "foreign: " in told and "keys of layers that the base does not have" in told
+    assert "short: " in told and "missing key" in told
+    assert "elsewhere: " in told and "it was trained on another base" in told
+    shifted = refusal(project, tmp_path, shifted=wrong["shifted"])
+    assert "shifted: scheduler" in shifted and "5.0" in shifted
+    (tmp_path / "short" / "transformer" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    told = refusal(project, tmp_path, short=wrong["short"], local=SourceParams("local_edit", "adapter", "weights/local", "0" * 64))
+    assert "a pickle file" in told and "the params say 0000" in told
+
+
+def test_what_is_missing_is_listed_before_anything_loads(project: Project, tmp_path: Path) -> None:
+    gone = {name: SourceParams("edit", "adapter", f"weights/{name}", "") for name in ("one", "two")}
+    told = refusal(project, tmp_path, **gone)
+    assert told.count("no such file or folder; put the weights there") == 2 and "teachers.sources.one.uri" in told
+
+
+def test_a_student_can_teach_the_next_one(project: Project, tmp_path: Path) -> None:
+    """An adapter student is an adapter with its rank and alpha from student.json; one that trained all its parameters is a full checkpoint."""
+    again = {BASE: sources()[BASE], "first": SourceParams("edit", "adapter", "adapter", ""), "second": SourceParams("edit", "full", "whole", "")}
+    assemble(again, tmp_path / "teachers", project.root)
+    record = read_records(tmp_path / "teachers")["first"]
+    assert (record.rank, record.alpha) == (RANK + 1, ALPHA)
+    _, fields = load_teachers(tmp_path / "teachers", ["first", "second"])
+    for name, student in (("first", "adapter"), ("second", "whole")):
+        model = project.model(student)
+        for found, wanted in zip(answers(model, fields[name]), answers(model, model.student.field), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    damaged = load_file(project.root / "adapter" / ADAPTER_WEIGHTS)
+    shutil.copytree(project.root / "adapter", tmp_path / "damaged")
+    save_file({name: value + 1 for name, value in damaged.items()}, tmp_path / "damaged" / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match=f"not the file that {STUDENT_RECORD} names"):
+        open_model(str(tmp_path / "damaged"), project.root)

@@ -1,0 +1,324 @@
+"""Property: a tiny real checkpoint of either family goes through encode, validate, distill, absorb and sampling, T2I and edits, on one base in memory, and the
+student learns what its teacher does on the student's own states."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.errors import UserError, UserErrors
+from data.files import read_json
+from data.records import Example, write_examples
+from model.backbones import TRANSFORMER, load_backbone
+from model.field import Guided
+from model.randomness import noise_for
+from model.rollout import euler_grid, roll_out_to_query
+from model.route import Route
+from model.student import load_student
+from model.teachers import BASE, NetworkField, add_adapter, load_base, load_teachers, read_records, save_teacher, visiting
+from tasks import absorb as absorbing
+from tasks import distill as distilling
+from tasks import encode as encoding
+from tasks import validate as validating
+from tasks.encode import load_buckets
+from tasks.params import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams, WorldParams
+from tasks.sampling import draw_field, evaluation_set
+from tests.tiny import disturb
+from tests.tiny_families import CHANNELS, MAX_TOKENS, PIXELS, edit_config, save_family
+
+FAMILIES = ("sd3", "zimage")
+EDGE = 16  # px: 8 x 8 latents
+RANK, ALPHA = 4, 8
+WORLD = WorldParams(("circle", "square"), ("red", "green"), ("white", "gray"), ("plain", "night"), 3, 8)
+MICRO_DETECTOR = BenchmarkParams("micro", "", "cpu", batch=4, workers=1, scheduler="")
+CATEGORIES = {"t2i": "single_object", "local_edit": "subject-add"}
+LONG = "a red circle and a blue square and a green triangle and a yellow cross on a white background and two black circles over it at night"
+
+
+@dataclass(frozen=True)
+class Home:
+    family: str
+    curated: Path
+    teachers: Path
+    encoded: Path
+
+    @property
+    def backbone(self) -> BackboneParams:
+        return BackboneParams(self.family, None, PretrainedParams("float32", "cpu", EDGE, MAX_TOKENS, offload=False))  # type: ignore[arg-type]
+
+
+SIZES = [(32, 32), (48, 24), (24, 48)]
+
+
+def picture(name: str, width: int, height: int) -> Image.Image:
+    """Noise on coarse squares: what a resize blurs, a cut moves."""
+    coarse = np.random.default_rng(list(name.encode())).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST)
+
+
+def save_curated(folder: Path) -> None:
+    """Three sizes: a square, a landscape twice as wide, and one that EXIF turns upright."""
+    (folder / "images").mkdir(parents=True)
+    examples = []
+    for capability, category in CATEGORIES.items():
+        for row in range(6):
+            split, name = ("train" if row < 4 else "eval"), f"{capability}-{row}"
+            size = SIZES[row % 3]
+            paths = {}
+            for part in ("source", "target") if capability != "t2i" else ("target",):
+                image, exif = picture(f"{name}-{part}", *size), Image.Exif()
+                if row % 3 == 2:
+                    image, exif[0x0112] = image.rotate(90, expand=True), 6  # stored on its side
+                paths[part] = f"images/{name}-{part}.png"
+                image.save(folder / paths[part], exif=exif)
+            prompt = LONG if row == 0 else f"a {['red', 'green', 'blue'][row % 3]} circle" + " on a white background" * (row % 2)
+            examples.append(Example(name, split, capability, category, prompt, **paths, record={}, origin="tiny", row=row + 1))
+    write_examples(folder, examples)
+
+
+def save_teachers(folder: Path, family: str, pipeline: Path) -> None:
+    backbone = load_backbone(pipeline, max_tokens=MAX_TOKENS)
+    save_teacher(folder / BASE, backbone, backbone.network, name=BASE, capability="t2i", kind="base", base_sha256=None)
+    base = read_records(folder)[BASE].sha256
+    network = backbone.network
+    for name, capability, seed in (("realism", "t2i", 3), ("local", "local_edit", 4)):
+        adapter = add_adapter(backbone, network, name, RANK, ALPHA, seed=seed)
+        disturb({key: value for key, value in adapter.items() if "lora_B" in key}, 0.3, seed=seed)
+        save_teacher(folder / name, backbone, network, name=name, capability=capability, kind="adapter", base_sha256=base, rank=RANK, alpha=ALPHA)
+    whole = load_backbone(pipeline).network
+    disturb(dict(whole.named_parameters()), 0.05, seed=5)
+    save_teacher(folder / "whole", backbone, whole, name="whole", capability="t2i", kind="full", base_sha256=base)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    root = tmp_path_factory.mktemp(request.param)
+    made = Home(request.param, root / "curated", root / "teachers", root / "encoded")
+    save_teachers(made.teachers, made.family, save_family(root / "pipeline", made.family))
+    save_curated(made.curated)
+    return made
+
+
+@pytest.fixture(scope="module")
+def encoded(home: Home) -> dict[str, Any]:
+    return encoding.encode(encoding.Params(home.backbone, batch=3, cache=False), curated=home.curated, teachers=home.teachers, out=home.encoded)
+
+
+ROUTES = RoutingParams((Route("t2i", "realism", 1.0), Route("local_edit", "local", 1.0)))
+LOOP: dict[str, Any] = {
+    "seed": 0, "save_every": 1000, "batch": 4, "optimizer": "adamw", "warmup": 0, "decay_from": 0.5, "ema": 0.0, "clip": 1.0, "query": "low",
+}  # fmt: skip
+
+
+def distil_params(home: Home, **changes: Any) -> distilling.Params:
+    numbers = {
+        **LOOP, "start": BASE, "trainable": "adapter", "rank": RANK, "alpha": ALPHA, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 4,
+        "states": "on_policy", "routes_taken": "hard", "routing": ROUTES,
+    }  # fmt: skip
+    return distilling.Params(backbone=home.backbone, **{**numbers, **changes})
+
+
+# --- encoded once -----------------------------------------------------------------------------------------------------------
+
+
+def test_examples_keep_their_aspect_and_stand_upright(home: Home, encoded: dict[str, Any]) -> None:
+    buckets = load_buckets(home.encoded, ["t2i", "local_edit"], read_records(home.teachers)[BASE].sha256)
+    for bucket in buckets.values():
+        shapes = [bucket.shape_of(row) for row in range(len(bucket))]
+        assert [height / width for _, height, width in shapes] == [1.0, 0.5, 2.0, 1.0] and all(channels == CHANNELS for channels, _, _ in shapes)
+        assert all(height * width <= (EDGE // PIXELS) ** 2 for _, height, width in shapes)
+    bucket, backbone = buckets["local_edit"], load_base(home.teachers, need=("vae",), resolution=EDGE)
+    for row in (0, 2):
+        upright = picture(f"local_edit-{row}-source", *SIZES[row % 3]).resize(
+            (bucket.shape_of(row)[2] * PIXELS, bucket.shape_of(row)[1] * PIXELS), Image.Resampling.LANCZOS
+        )
+        images = torch.from_numpy(np.array(upright)).permute(2, 0, 1)[None].float() / 255.0
+        latents = backbone.encode_image(images)
+        condition = bucket.at([row])
+        assert condition.source is not None
+        torch.testing.assert_close(condition.source, latents, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="one batch"):
+        bucket.at([0, 1])
+
+
+def test_prompts_are_what_the_backbone_reads_and_the_cut_ones_are_counted(home: Home, encoded: dict[str, Any]) -> None:
+    backbone = load_base(home.teachers, need=("text",), max_tokens=MAX_TOKENS)
+    buckets = load_buckets(home.encoded, ["t2i", "local_edit"], read_records(home.teachers)[BASE].sha256)
+    for capability, edits in (("t2i", False), ("local_edit", True)):
+        condition = buckets[capability].at([0, 3] if not edits else [0])
+        fresh = backbone.encode_prompts([LONG, "a red circle on a white background"][: len(condition)], edits)
+        torch.testing.assert_close(condition.embeds[:, : fresh.embeds.shape[1]], fresh.embeds, rtol=1e-5, atol=1e-5)
+        assert (fresh.lengths is None) == (condition.lengths is None) == (home.family == "sd3")
+        if fresh.lengths is not None and fresh.segments is not None:
+            assert condition.lengths is not None and condition.lengths.tolist() == fresh.lengths.tolist()
+            assert fresh.segments.shape[1] == (3 if edits else 1) and int(fresh.segments.sum()) == int(fresh.lengths.sum())
+    table = encoded["truncated prompts"]
+    assert table["text_encoder_3" if home.family == "sd3" else "text_encoder"] >= 1
+    assert encoded["aspect buckets"] == 3
+
+
+def test_changed_data_encodes_only_what_is_new(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "CACHE", tmp_path / "cache")
+    params, curated = encoding.Params(home.backbone, batch=3, cache=True), tmp_path / "curated"
+    save_curated(curated)
+    first = encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "one")
+    again = encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "two")
+    assert first["encoded anew"]["images"] == 12 and again["encoded anew"] == {"prompts": 0, "images": 0}
+    for file in (tmp_path / "one").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    picture("another", 32, 32).save(curated / "images" / "t2i-0-target.png")
+    assert encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "three")["encoded anew"] == {"prompts": 0, "images": 1}
+
+
+# --- one base in memory -----------------------------------------------------------------------------------------------------
+
+
+def storages(network: torch.nn.Module) -> set[int]:
+    return {value.untyped_storage().data_ptr() for value in network.state_dict().values()}
+
+
+def test_adapter_teachers_student_and_frozen_student_share_one_base(home: Home, encoded: dict[str, Any]) -> None:
+    alone = load_base(home.teachers, need=TRANSFORMER).network
+    size = sum(parameter.numel() for parameter in alone.parameters())
+    backbone, fields = load_teachers(home.teachers, [BASE, "realism", "local", "whole"], need=TRANSFORMER)
+    from model.student import start_student
+
+    student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
+    frozen = student.frozen_copy()
+    shared = [fields[BASE], fields["realism"], fields["local"], student.field, frozen]
+    assert len({id(field.network) for field in shared}) == 1
+    per_adapter = sum(parameter.numel() for parameter in student.parameters.values())
+    assert sum(parameter.numel() for parameter in backbone.network.parameters()) == size + 4 * per_adapter  # two teachers, the student, its frozen copy
+    assert sum(parameter.numel() for parameter in fields["whole"].network.parameters()) == size and not storages(fields["whole"].network) & storages(
+        backbone.network
+    )
+    assert all(parameter.dtype == torch.float32 for parameter in student.parameters.values())
+    # Switching leaves nothing of one in the other.
+    bucket = load_buckets(home.encoded, ["t2i"], read_records(home.teachers)[BASE].sha256)["t2i"]
+    x, t, condition = noise_for(1, 0, [0], bucket.shape_of(0)), torch.tensor([0.5]), bucket.at([0])
+    with torch.no_grad():
+        plain = NetworkField(load_base(home.teachers, need=TRANSFORMER), alone)(x, t, condition)
+        for _ in range(2):
+            assert not torch.allclose(fields["realism"](x, t, condition), plain, atol=1e-4)
+            assert torch.equal(fields[BASE](x, t, condition), student.field(x, t, condition)) and torch.equal(frozen(x, t, condition), plain)
+
+
+def test_training_never_loads_text_encoders_or_vae(home: Home) -> None:
+    before = {id(value) for value in gc.get_objects() if isinstance(value, torch.nn.Module)}
+    backbone, _ = load_teachers(home.teachers, [BASE, "local"], need=TRANSFORMER)
+    made = {type(value).__module__.split(".")[0] for value in gc.get_objects() if isinstance(value, torch.nn.Module) and id(value) not in before}
+    assert "transformers" not in made and backbone.vae is None
+    with pytest.raises(RuntimeError, match="not loaded"):
+        backbone.encode_prompts(["a red circle"])
+    texts = load_base(home.teachers, need=("text", "vae"))
+    assert all(parameter.is_meta for parameter in texts.network.parameters())  # encoding never loads the transformer
+
+
+def test_an_offloaded_teacher_is_elsewhere_only_while_it_answers(home: Home, encoded: dict[str, Any]) -> None:
+    """On a CPU the visit is a copy: it exists during the evaluation alone, and the weights at home are never written."""
+    _, plain = load_teachers(home.teachers, ["whole"], need=TRANSFORMER)
+    _, fields = load_teachers(home.teachers, ["whole"], offload=True, need=TRANSFORMER)
+    field = fields["whole"]
+    assert field.offload == torch.device("cpu") and plain["whole"].offload is None
+    at_home, seen = storages(field.network), list[set[int]]()
+    field.network.register_forward_hook(lambda module, *_: seen.append(storages(module)))
+    bucket = load_buckets(home.encoded, ["t2i"], read_records(home.teachers)[BASE].sha256)["t2i"]
+    x, t, condition = noise_for(1, 0, [0], bucket.shape_of(0)), torch.tensor([0.5]), bucket.at([0])
+    with torch.no_grad():
+        assert torch.equal(field(x, t, condition), plain["whole"](x, t, condition))
+    assert len(seen) == 1 and not seen[0] & at_home and storages(field.network) == at_home
+    with pytest.raises(ZeroDivisionError), visiting(field.network, torch.device("cpu")):
+        raise ZeroDivisionError
+    assert storages(field.network) == at_home
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------------
+
+
+def test_encode_validate_distill_absorb_sample(home: Home, encoded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+    validation = validating.Params(WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, seed=0, resamples=10, confidence=0.9, floors={})
+    validating.validate(validation, curated=home.curated, teachers=home.teachers, out=tmp_path / "validated", report=tmp_path / "validate.json")
+    report = read_json(tmp_path / "validate.json")
+    assert report["passed"] and set(report["teachers"]) == {BASE, "realism", "local"}
+    assert len(list((tmp_path / "validated" / "images" / "local").glob("*.png"))) == 2  # the eval split's edits
+    folders = {"encoded": home.encoded, "teachers": home.teachers}
+    summary = distilling.distill(distil_params(home), **folders, out=tmp_path / "student")
+    assert summary["steps"] == 2
+    fields = (absorbing.Guidance("t2i", 2.0, 1.0), absorbing.Guidance("local_edit", 1.5, 1.0))
+    absorption = absorbing.Params(backbone=home.backbone, fields=fields, steps=2, learning_rate=1e-3, rollout_steps=4, **LOOP)
+    absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")
+    backbone = load_base(home.teachers, **home.backbone.loading())
+    student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
+    from data.records import read_examples
+
+    evaluation = evaluation_set(read_examples(home.curated), home.curated)
+    drawn = list(draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path))
+    sizes = {example.id: Image.open(tmp_path / path).size for batch in drawn for example, path in zip(batch.examples, batch.paths, strict=True)}
+    assert sizes["t2i-4"] == sizes["t2i-5"] == (EDGE, EDGE)
+    assert sizes["local_edit-4"][0] == 2 * sizes["local_edit-4"][1] and 2 * sizes["local_edit-5"][0] == sizes["local_edit-5"][1]
+
+
+@pytest.mark.parametrize("capability", ["t2i", "local_edit"])
+def test_a_student_overfits_its_teacher_on_its_own_states(
+    home: Home, encoded: dict[str, Any], capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The velocity gap on states of the student's own rollouts falls by nine tenths and more."""
+    monkeypatch.chdir(tmp_path)
+    teacher = {"t2i": "realism", "local_edit": "local"}[capability]
+    params = distil_params(
+        home,
+        steps=160,
+        batch=4,
+        learning_rate=1e-2,
+        rank=8,
+        alpha=16,
+        rollout_steps=4,
+        query="uniform",
+        routing=RoutingParams((Route(capability, teacher, 1.0),)),
+    )
+    distilling.distill(params, encoded=home.encoded, teachers=home.teachers, out=tmp_path / "student")
+    sha256 = read_records(home.teachers)[BASE].sha256
+    backbone, fields = load_teachers(home.teachers, [BASE, teacher], need=TRANSFORMER)
+    student = load_student(tmp_path / "student", backbone, sha256)
+    bucket, grid = load_buckets(home.encoded, [capability], sha256)[capability], euler_grid(4, backbone.scheduler["shift"])
+
+    def gap(field: NetworkField) -> float:
+        total = 0.0
+        for row in range(len(bucket)):
+            condition, index = bucket.at([row] * 4), torch.arange(4)
+            query = roll_out_to_query(field, noise_for(77, row, range(4), bucket.shape_of(row)), condition, grid, index)
+            with torch.no_grad():
+                total += float((field(query.x_t, query.t, condition) - fields[teacher](query.x_t, query.t, condition)).square().mean())
+        return total
+
+    before, after = gap(fields[BASE]), gap(student.field)
+    assert after <= 0.1 * before, f"{before:.5f} -> {after:.5f}"
+    assert Guided(student.field, 1.0).scale == 1.0
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_reads_no_source_refuses_edits(tmp_path: Path) -> None:
+    narrow = Home("sd3", tmp_path / "curated", tmp_path / "teachers", tmp_path / "encoded")
+    save_teachers(narrow.teachers, "sd3", save_family(tmp_path / "pipeline", "sd3", wide=False))
+    save_curated(narrow.curated)
+    with pytest.raises(UserError, match="reads no source image"):
+        encoding.encode(encoding.Params(narrow.backbone, batch=3, cache=False), curated=narrow.curated, teachers=narrow.teachers, out=narrow.encoded)
+    sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+    validation = validating.Params(WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, seed=0, resamples=10, confidence=0.9, floors={"local": 1.0})
+    with pytest.raises(UserErrors) as caught:
+        validating.validate(validation, curated=narrow.curated, teachers=narrow.teachers, out=tmp_path / "out", report=tmp_path / "report.json")
+    assert sum("'local_edit' edits" in fault for fault in caught.value.faults) == 1 and sum("floors.local" in fault for fault in caught.value.faults) == 1
+    edit_config(tmp_path / "teachers" / "local" / "teacher.json", latent_shape=[CHANNELS + 1, 12, 12])
+    with pytest.raises(UserErrors, match="latent_shape"):
+        load_teachers(narrow.teachers, ["local"])
