@@ -16,8 +16,11 @@ from benchmarks.confusion import color_confusion, count_confusion
 from benchmarks.geneval import Detection, verdict
 from benchmarks.geneval_prompts import official_records
 from benchmarks.report import add_champion, edit_strips, extremes, sample_grid, scorecard_plot, write_report
-from benchmarks.scorecard import ExampleScore, Scorecard, scorecard
+from benchmarks.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard
 from data.errors import UserError
+from data.files import write_text
+from tasks.review import write_review
+from tests.candidates import PARAMS
 
 HOW = {"seed": 0, "resamples": 200, "confidence": 0.95}
 NAMES = ("student", "base", "local teacher", "ground_truth", "shuffled")
@@ -156,6 +159,17 @@ def test_the_champion_is_set_beside_the_candidate_later(results):
     assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")
     with pytest.raises(UserError, match="no place for the champion"):
         add_champion(found, cards["student"], cards["base"], "3", None, "")
+
+
+def test_a_review_page_exists_exactly_while_there_is_a_champion(results, tmp_path):
+    cards = results[1]
+    champion = {"version": "2", "scorecard": cards["base"].to_json(), "scores": None}
+    assert write_review(tmp_path, PARAMS, champion) is None  # no page was made
+    write_scorecard(tmp_path / "reports/scorecard.json", cards["student"])
+    write_text(tmp_path / "reports/score/report.html", page(results))
+    found = write_review(tmp_path, PARAMS, champion)
+    assert found == tmp_path / "reports/review.html" and "champion, version 2" in found.read_text(encoding="utf-8")
+    assert write_review(tmp_path, PARAMS, None) is None and not found.exists()
 
 
 def verdicts(cases):
