@@ -34,6 +34,7 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c
 STRIPS_A_LINE = 2
 THUMBNAIL, CLOSE_UP = 112, 320  # px, longest side: among all images, and among the worst and best
 CHAMPION = "<!-- champion -->"  # where `add_champion` puts its section
+MOST_IMAGES = 6000  # on a page: beyond them other models' images are left out, and the page says so
 AS_IT_IS = 4096  # bytes up to which a small file is embedded unchanged
 STYLE = """
 :root{color-scheme:light}
@@ -354,7 +355,9 @@ def write_report(
     page, folder, beside = Path(path_html), Path(folder), images or {}
     name, candidate = next(iter(cards.items()))
     rows = {name: (folder, _in_order(scores))}
-    rows |= {other: (Path(place), _in_order(theirs)) for other, (place, theirs) in (others or {}).items() if other in cards and other != name}
+    further = {other: (Path(place), _in_order(theirs)) for other, (place, theirs) in (others or {}).items() if other in cards and other != name}
+    too_many = len(scores) + sum(len(theirs) for _, theirs in further.values()) > MOST_IMAGES
+    rows |= {} if too_many else further
     places = _Places({model: ordered for model, (_, ordered) in rows.items()}, pages or {})
     paths = _all_paths(cards)
     headline = [path for path in paths if path in MACRO.values()] + [path for path in paths if path.startswith("retention/")]
@@ -392,6 +395,8 @@ def write_report(
             )
             anchor = places.anchor(model, category)
             everything.append(f'<h4 id="{anchor}">{escape(model)}, {escape(category)}</h4><div class="all{"" if own else " few"}">{inner}</div>')
+    if too_many:
+        everything.append(f'<p class="note">The images of {escape(", ".join(further))} are left out: the page would hold more than {MOST_IMAGES} images.</p>')
     counts = _confusion("How many things", "asked", count_confusion(ordered, records or {}), True)
     colors = _confusion("Which colour", "asked", color_confusion(ordered, records or {}), False)
     parts: list[tuple[str, str, str]] = [

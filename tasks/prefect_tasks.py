@@ -139,9 +139,12 @@ def gate() -> dict[str, Any]:
     from tasks import gate as rules
     from tasks import registry
     from tasks.params import load_params
+    from tasks.review import write_review
 
     champion = registry.champion(PROJECT)  # before this candidate may take its place
-    verdict = rules.judge_files(PROJECT, load_params(rules.Params, "gate", PROJECT / "params.yaml"))
+    params = load_params(rules.Params, "gate", PROJECT / "params.yaml")
+    verdict = rules.judge_files(PROJECT, params)
+    write_review(PROJECT, params, champion)
     rows = metric_rows(read_json(PROJECT / SCORECARD), "retention")
     if rows:
         create_table_artifact(table=rows, key="scorecard-retention", description="student / teacher on that teacher's own categories")

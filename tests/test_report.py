@@ -16,8 +16,11 @@ from benchmarks.confusion import color_confusion, count_confusion
 from benchmarks.geneval import Detection, verdict
 from benchmarks.geneval_prompts import official_records
 from benchmarks.report import add_champion, edit_strips, extremes, sample_grid, scorecard_plot, write_report
-from benchmarks.scorecard import ExampleScore, Scorecard, scorecard
+from benchmarks.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard
 from data.errors import UserError
+from data.files import write_text
+from tasks.review import write_review
+from tests.candidates import PARAMS
 
 HOW = {"seed": 0, "resamples": 200, "confidence": 0.95}
 NAMES = ("student", "base", "local teacher", "ground_truth", "shuffled")
@@ -112,6 +115,14 @@ def test_every_figure_leads_to_the_images_that_earned_it(results):
     assert first.index("images/a0.png") < first.index("images/a11.png")
 
 
+def test_a_page_that_would_be_too_large_leaves_other_models_images_out_and_says_so(results, monkeypatch):
+    others = {"base": (results[0], [replace(score, model="base") for score in results[2]])}
+    assert page(results, others=others).count('<div class="one"') == 48
+    monkeypatch.setattr("benchmarks.report.MOST_IMAGES", 47)
+    text = page(results, others=others)
+    assert text.count('<div class="one"') == 24 and "The images of base are left out: the page would hold more than 47 images." in text
+
+
 def test_large_images_become_small_ones(results):
     folder = results[0]
     rng = np.random.default_rng(0)
@@ -148,6 +159,17 @@ def test_the_champion_is_set_beside_the_candidate_later(results):
     assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")
     with pytest.raises(UserError, match="no place for the champion"):
         add_champion(found, cards["student"], cards["base"], "3", None, "")
+
+
+def test_a_review_page_exists_exactly_while_there_is_a_champion(results, tmp_path):
+    cards = results[1]
+    champion = {"version": "2", "scorecard": cards["base"].to_json(), "scores": None}
+    assert write_review(tmp_path, PARAMS, champion) is None  # no page was made
+    write_scorecard(tmp_path / "reports/scorecard.json", cards["student"])
+    write_text(tmp_path / "reports/score/report.html", page(results))
+    found = write_review(tmp_path, PARAMS, champion)
+    assert found == tmp_path / "reports/review.html" and "champion, version 2" in found.read_text(encoding="utf-8")
+    assert write_review(tmp_path, PARAMS, None) is None and not found.exists()
 
 
 def verdicts(cases):
