@@ -161,7 +161,7 @@ def weights_sha256(folder: Path, kind: str) -> str:
 def save_teacher(
     folder: Path, backbone: Backbone, network: nn.Module, *, name: str, capability: str, kind: str, base_sha256: str | None, rank: int = 0, alpha: int = 0
 ) -> TeacherRecord:
-    """Writes weights in half precision and the record. The base brings its text encoder, codec and scheduler along; `base_sha256` is None for it."""
+    """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts along, in the precision it has."""
     if kind == "adapter":
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(
@@ -172,9 +172,9 @@ def save_teacher(
         write_tensors(folder / "transformer" / WEIGHTS, {key: value.to(torch.float16) for key, value in network.state_dict().items()})
     else:
         backbone.save(folder, network)
-    sha256 = sha256_file(weights_file(folder, kind))
+    sha256, precision = sha256_file(weights_file(folder, kind)), precision_of([read_header(weights_file(folder, kind))])
     record = TeacherRecord(
-        name, capability, kind, backbone.name, base_sha256 or sha256, sha256, list(backbone.latent_shape), backbone.scheduler, "float16", rank, alpha
+        name, capability, kind, backbone.name, base_sha256 or sha256, sha256, list(backbone.latent_shape), backbone.scheduler, precision, rank, alpha
     )
     write_json(folder / RECORD, asdict(record))
     return record

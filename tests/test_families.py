@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,16 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, ZImageOmniPipeline, ZImagePipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from data.errors import UserError
 from model.backbones import family_of, load_backbone
+from model.backbones.sd3 import widen_for_edits
+from model.backbones.sizes import latent_shape, random_backbone
 from model.field import Condition, Guided, VelocityField, condition_of
 from model.rollout import euler_grid
 from model.teachers import NetworkField
-from tests.tiny_families import CHANNELS, MAX_TOKENS, SHIFT, save_family
+from tests.tiny_families import CHANNELS, MAX_TOKENS, SHIFT, edit_config, save_family
 
 PROMPTS = ["a red circle", "a photo of two blue squares on a white background and a green cross over it", "make it night"]
 STEPS = 6
@@ -135,3 +143,138 @@ def test_a_batch_of_unequal_prompts_is_its_rows(folders: dict[str, Path], family
         for row in range(len(PROMPTS)):
             one = torch.tensor([row])
             torch.testing.assert_close(field(x[one], t[one], condition[one]), together[one], rtol=1e-5, atol=1e-5)
+
+
+# --- refused --------------------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    return path, load_file(path)
+
+
+def lose_a_key(folder: Path) -> None:
+    path, tensors = tensors_of(folder)
+    save_file({name: value for name, value in tensors.items() if "proj_out" not in name and "x_pad_token" not in name}, path)
+
+
+def add_a_key(folder: Path) -> None:
+    path, tensors = tensors_of(folder)
+    save_file({**tensors, "stowaway": torch.zeros(2)}, path)
+
+
+def put_nan(folder: Path) -> None:
+    path, tensors = tensors_of(folder)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path)
+
+
+def reshape(folder: Path) -> None:
+    path, tensors = tensors_of(folder)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.cat([tensors[name], tensors[name]])}, path)
+
+
+def cut_short(folder: Path) -> None:
+    path, _ = tensors_of(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_it(folder: Path) -> None:
+    path, _ = tensors_of(folder)
+    path.unlink()
+    path.with_suffix(".bin").write_bytes(b"\x80\x04.")
+
+
+def hide_a_shard(folder: Path) -> None:
+    path, _ = tensors_of(folder)
+    path.rename(path.with_name("part-1.safetensors"))
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+
+
+def lead_outside(folder: Path) -> None:
+    path, _ = tensors_of(folder)
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}))
+
+
+def change(part: str, file: str, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder / part / file, **values)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing key": (lose_a_key, "do not fit.*missing key"),
+    "extra key": (add_a_key, "do not fit.*extra key 'stowaway'"),
+    "shape": (reshape, "do not fit.*expected"),
+    "NaN": (put_nan, "not finite"),
+    "truncated": (cut_short, "not a whole safetensors file"),
+    "pickle": (pickle_it, "a pickle file"),
+    "shard": (hide_a_shard, "part-2.safetensors: no such file"),
+    "index": (lead_outside, "beside the index"),
+    "scheduler": (change("scheduler", "scheduler_config.json", _class_name="DDIMScheduler"), "_class_name = 'DDIMScheduler'"),
+    "dynamic shift": (change("scheduler", "scheduler_config.json", use_dynamic_shifting=True), "use_dynamic_shifting = True is not followed"),
+    "shift": (change("scheduler", "scheduler_config.json", shift=0), "shift = 0"),
+    "latent channels": (change("vae", "config.json", latent_channels=CHANNELS + 1), "latent channels"),
+    "another network": (change("transformer", "config.json", _class_name="FluxTransformer2DModel"), "another family's network"),
+    "another pipeline": (change("", "model_index.json", _class_name="FluxPipeline"), "choose a checkpoint of one of"),
+}
+
+
+@pytest.mark.parametrize("family", ["sd3-edit", "zimage"])
+def test_a_checkpoint_that_cannot_be_meant_is_refused_in_one_message(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    """Nothing is built on it: the error comes from loading."""
+    for name, (damage, message) in FAULTS.items():
+        folder = tmp_path / name
+        for part in ("transformer", "vae", "scheduler"):
+            shutil.copytree(folders[family] / part, folder / part)
+        shutil.copy(folders[family] / "model_index.json", folder)
+        load_backbone(folder, need=("transformer",))
+        damage(folder)
+        with pytest.raises(UserError, match=f"(?s){message}") as caught:
+            load_backbone(folder, need=("transformer",))
+        assert len(str(caught.value).splitlines()) == 1, name
+
+
+def test_a_widened_network_answers_as_before_and_reads_a_source(folders: dict[str, Path]) -> None:
+    narrow, wide = load_backbone(folders["sd3"], need=("transformer",)), load_backbone(folders["sd3-edit"], need=("transformer",))
+    network, source = widen_for_edits(narrow.network), noise(seed=1)
+    condition = ours(folders["sd3"])[2]
+    x, t = noise(), torch.tensor([1.0, 0.6, 0.1])
+    with torch.no_grad():
+        before = narrow.velocity(narrow.network, x, t, condition)
+        for given in (condition, replace(condition, source=source)):
+            torch.testing.assert_close(wide.velocity(network, x, t, given), before, rtol=0, atol=1e-6)
+        network.pos_embed.proj.weight[:, CHANNELS:] += 0.1
+        assert not torch.allclose(wide.velocity(network, x, t, replace(condition, source=source)), before, atol=1e-3)
+    with pytest.raises(UserError, match="reads no source image"):
+        narrow.velocity(narrow.network, x, t, replace(condition, source=source))
+    with pytest.raises(UserError, match="already differs"):
+        widen_for_edits(network)
+
+
+@pytest.mark.parametrize("family", ["sd3-edit", "zimage"])
+def test_half_precision_networks_take_and_give_fp32(folders: dict[str, Path], family: str) -> None:
+    backbone = load_backbone(folders[family], dtype="bfloat16", max_tokens=MAX_TOKENS)
+    assert {value.dtype for value in backbone.network.parameters()} == {torch.bfloat16}
+    condition = condition_of(backbone.encode_prompts(PROMPTS), backbone.encode_prompts([""]))
+    _, exact, _ = ours(folders[family])
+    x, t = noise(), torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        v = backbone.velocity(backbone.network, x, t, condition)
+        gap = (v - exact(x, t, ours(folders[family])[2])).square().mean() / v.square().mean()
+    assert v.dtype == torch.float32 and float(gap) < 0.05
+    images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    latents = backbone.encode_image(images)
+    assert latents.dtype == torch.float32 and latents.shape == (2, CHANNELS, 8, 12) and backbone.decode(latents).shape == images.shape
+    vae = backbone.vae
+    raw = vae.encode(2 * images - 1).latent_dist.mode()
+    torch.testing.assert_close(latents, (raw - vae.config.shift_factor) * vae.config.scaling_factor)
+    torch.testing.assert_close(backbone.decode(latents), (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_sizes_are_the_published_sizes() -> None:
+    """On the meta device: shapes alone. Parameters as method and model cards give them, in billions."""
+    for name, billions in (("sd35-m", 2.243), ("sd35-l", 8.057), ("zimage", 6.155)):
+        backbone = random_backbone(name, device="meta", edits=True)
+        assert sum(parameter.numel() for parameter in backbone.network.parameters()) / 1e9 == pytest.approx(billions, abs=1e-2)
+        assert backbone.supports_edits and backbone.latent_shape == latent_shape(1024)

@@ -1,10 +1,12 @@
-"""Property: a tiny real checkpoint of either family goes through encode, validate, distill, absorb and sampling, T2I and edits, on one base in memory, and the
-student learns what its teacher does on the student's own states."""
+"""Property: a tiny real checkpoint of either family goes through encode, validate, distill, absorb and sampling, T2I and edits, on one base in memory.
+
+And the student learns what its teacher does on the student's own states.
+"""
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ from PIL import Image
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
-from data.records import Example, write_examples
+from data.records import Example, read_examples, write_examples
 from model.backbones import TRANSFORMER, load_backbone
-from model.field import Guided
+from model.checkpoint import Ema
+from model.distill import distill
+from model.field import velocity_mse
+from model.optimizer import build_optimizer
 from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
-from model.route import Route
-from model.student import load_student
+from model.route import Route, Router
+from model.settings import ExecutionParams
+from model.student import load_student, start_student
 from model.teachers import BASE, NetworkField, add_adapter, load_base, load_teachers, read_records, save_teacher, visiting
 from tasks import absorb as absorbing
 from tasks import distill as distilling
@@ -30,7 +36,7 @@ from tasks import validate as validating
 from tasks.encode import load_buckets
 from tasks.params import BackboneParams, PretrainedParams, RoutingParams, SamplingParams, WorldParams
 from tasks.sampling import draw_field, evaluation_set
-from tests.tiny import disturb
+from tests.tiny import EXECUTION, disturb, loop_params
 from tests.tiny_families import CHANNELS, MAX_TOKENS, PIXELS, edit_config, save_family
 
 FAMILIES = ("sd3", "zimage")
@@ -92,7 +98,7 @@ def save_teachers(folder: Path, family: str, pipeline: Path) -> None:
         disturb({key: value for key, value in adapter.items() if "lora_B" in key}, 0.3, seed=seed)
         save_teacher(folder / name, backbone, network, name=name, capability=capability, kind="adapter", base_sha256=base, rank=RANK, alpha=ALPHA)
     whole = load_backbone(pipeline).network
-    disturb(dict(whole.named_parameters()), 0.05, seed=5)
+    disturb(dict(whole.named_parameters()), 0.02, seed=5)
     save_teacher(folder / "whole", backbone, whole, name="whole", capability="t2i", kind="full", base_sha256=base)
 
 
@@ -112,7 +118,9 @@ def encoded(home: Home) -> dict[str, Any]:
 
 ROUTES = RoutingParams((Route("t2i", "realism", 1.0), Route("local_edit", "local", 1.0)))
 LOOP: dict[str, Any] = {
-    "seed": 0, "save_every": 1000, "batch": 4, "optimizer": "adamw", "warmup": 0, "decay_from": 0.5, "ema": 0.0, "clip": 1.0, "query": "low",
+    "execution": ExecutionParams(**EXECUTION), "seed": 0, "save_every": 1000, "batch": 4, "optimizer": "adamw", "schedule": "linear", "warmup": 0,
+    "decay_from": 0.5, "ema": 0.0, "clip": 1.0, "query": "low", "resume_from": "", "accept_changed": (), "keep_every": 0, "validate_every": 0, "patience": 0,
+    "cosine_every": 0, "held_out": 0, "max_gradient_norm": 0.0,
 }  # fmt: skip
 
 
@@ -187,8 +195,6 @@ def test_adapter_teachers_student_and_frozen_student_share_one_base(home: Home, 
     alone = load_base(home.teachers, need=TRANSFORMER).network
     size = sum(parameter.numel() for parameter in alone.parameters())
     backbone, fields = load_teachers(home.teachers, [BASE, "realism", "local", "whole"], need=TRANSFORMER)
-    from model.student import start_student
-
     student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
     frozen = student.frozen_copy()
     shared = [fields[BASE], fields["realism"], fields["local"], student.field, frozen]
@@ -257,8 +263,6 @@ def test_encode_validate_distill_absorb_sample(home: Home, encoded: dict[str, An
     absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")
     backbone = load_base(home.teachers, **home.backbone.loading())
     student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
-    from data.records import read_examples
-
     evaluation = evaluation_set(read_examples(home.curated), home.curated)
     drawn = list(draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path))
     sizes = {example.id: Image.open(tmp_path / path).size for batch in drawn for example, path in zip(batch.examples, batch.paths, strict=True)}
@@ -266,42 +270,32 @@ def test_encode_validate_distill_absorb_sample(home: Home, encoded: dict[str, An
     assert sizes["local_edit-4"][0] == 2 * sizes["local_edit-4"][1] and 2 * sizes["local_edit-5"][0] == sizes["local_edit-5"][1]
 
 
+LEARNING = {"sd3": (40, 1e-3), "zimage": (100, 4e-4)}  # steps, learning rate: the tiny Z-Image bends more
+
+
 @pytest.mark.parametrize("capability", ["t2i", "local_edit"])
-def test_a_student_overfits_its_teacher_on_its_own_states(
-    home: Home, encoded: dict[str, Any], capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The velocity gap on states of the student's own rollouts falls by nine tenths and more."""
-    monkeypatch.chdir(tmp_path)
-    teacher = {"t2i": "realism", "local_edit": "local"}[capability]
-    params = distil_params(
-        home,
-        steps=160,
-        batch=4,
-        learning_rate=1e-2,
-        rank=8,
-        alpha=16,
-        rollout_steps=4,
-        query="uniform",
-        routing=RoutingParams((Route(capability, teacher, 1.0),)),
-    )
-    distilling.distill(params, encoded=home.encoded, teachers=home.teachers, out=tmp_path / "student")
-    sha256 = read_records(home.teachers)[BASE].sha256
-    backbone, fields = load_teachers(home.teachers, [BASE, teacher], need=TRANSFORMER)
-    student = load_student(tmp_path / "student", backbone, sha256)
-    bucket, grid = load_buckets(home.encoded, [capability], sha256)[capability], euler_grid(4, backbone.scheduler["shift"])
+def test_a_student_overfits_its_teacher_on_its_own_states(home: Home, encoded: dict[str, Any], capability: str) -> None:
+    """The velocity gap to a perturbed copy of the base, on states of the student's own rollouts from noise it never saw, falls by nine tenths and more."""
+    backbone, fields = load_teachers(home.teachers, [BASE, "whole"], need=TRANSFORMER)
+    whole = load_buckets(home.encoded, [capability], read_records(home.teachers)[BASE].sha256)[capability]
+    bucket = replace(whole, prompts=whole.prompts[:1], source=whole.source and [whole.source[0]], target=whole.target and [whole.target[0]])
+    student, grid = start_student(backbone, fields, BASE, "all", RANK, ALPHA, seed=0), euler_grid(4, backbone.scheduler["shift"])
 
     def gap(field: NetworkField) -> float:
         total = 0.0
-        for row in range(len(bucket)):
-            condition, index = bucket.at([row] * 4), torch.arange(4)
-            query = roll_out_to_query(field, noise_for(77, row, range(4), bucket.shape_of(row)), condition, grid, index)
+        for step in range(3):
+            query = roll_out_to_query(field, noise_for(77, step, range(4), bucket.shape_of(0)), bucket.at([0] * 4), grid, torch.arange(4))
             with torch.no_grad():
-                total += float((field(query.x_t, query.t, condition) - fields[teacher](query.x_t, query.t, condition)).square().mean())
+                total += float(velocity_mse(field(query.x_t, query.t, bucket.at([0] * 4)), fields["whole"](query.x_t, query.t, bucket.at([0] * 4))))
         return total
 
-    before, after = gap(fields[BASE]), gap(student.field)
-    assert after <= 0.1 * before, f"{before:.5f} -> {after:.5f}"
-    assert Guided(student.field, 1.0).scale == 1.0
+    before, (steps, rate) = gap(student.field), LEARNING[home.family]
+    params = loop_params(steps=steps, batch=8, learning_rate=rate, decay_from=0.5, rollout_steps=4, query="uniform")
+    optimizers, ema = build_optimizer("adamw", student.parameters.items(), rate), Ema(dict(student.parameters), 0.0)
+    router = Router((Route(capability, "whole", 1.0),))
+    losses = [step.loss for step in distill(student, {"whole": fields["whole"]}, {capability: bucket}, router, optimizers, ema, params, grid, seed=0)]
+    after = gap(student.field)
+    assert before > 1e-4 and after <= 0.1 * before, f"gap {before:.5f} -> {after:.5f}, loss {losses[0]:.5f} -> {losses[-1]:.5f}"
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------------
