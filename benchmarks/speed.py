@@ -1,7 +1,7 @@
 """How fast a distillation step is, beside the step without its savings: `python -m benchmarks.speed --case micro`.
 
 Both paths run in one process, in turn (plain, fast, plain, fast, ...), on the same weights, examples and draws, whole optimizer steps each; their losses are
-compared as they go. Peak memory is taken before that, of each path in a process of its own. Nothing passes or fails on time.
+compared as they go. Peak memory, counted in tensors, is taken before that, of each path alone. Nothing passes or fails on time.
 
 The plain path (model/plain.py) is what the method's reference implementation does: batches of one, all rollout steps, recomputation always, a network for every
 teacher. An evaluation is one network forward on one sample, the backward not counted.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +131,7 @@ def _micro(_: int) -> Case:
 
 def _sd3_14m(_: int) -> Case:
     # 32 x 32 latents in patches of 2 are 256 image tokens; CLIP's 77 of text.
-    return sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 26 * MB)
+    return sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 29 * MB)
 
 
 def _sd35_m(resolution: int) -> Case:
@@ -286,8 +285,8 @@ def _take(path: Running, device: torch.device) -> tuple[Step, float]:
 def measure(case: Case, device: torch.device, seed: int, alternations: int) -> dict[str, Any]:
     """Both paths in turn: ratios, rates, counted evaluations; the largest relative gap between their losses."""
     paths = {path: start(case, path, device, seed, alternations + 1) for path in PATHS}
-    for path in paths.values():  # the first step pays for what is done once
-        _take(path, device)
+    for running in paths.values():  # the first step pays for what is done once
+        _take(running, device)
     seconds: dict[str, list[float]] = {path: [] for path in PATHS}
     counted, floor, gap = 0, 0, 0.0
     for _ in range(alternations):
@@ -337,37 +336,28 @@ def _utilization(case: Case, path: Running, device: torch.device, rate: float, f
 
 
 def peak_bytes(case: Case, path: str, device: torch.device, seed: int) -> int:
-    """The largest memory of two steps of one path, beyond what the process held before: on CUDA torch's own count, else resident memory (Linux)."""
+    """The largest sum of all tensors alive in two steps of one path, networks included: on CUDA torch's own count, else all allocations on the CPU.
+
+    The plain path takes 4 samples a step: it holds one at a time.
+    """
+    case = replace(case, batch=min(case.batch, 4)) if path == "plain" else case
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    else:
-        small = replace(sd3_case("warm", 32, 1, 4, 4, 2, 1, None, 2), rank=2)  # loads what the libraries load at their first call
-        next(start(small, path, device, seed, 1).steps)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the mark of the largest resident size starts anew
-        before = _resident("VmRSS")
-    running = start(case, path, device, seed, 2)
-    for _ in range(2):
-        _take(running, device)
-    if device.type == "cuda":
+        _two_steps(case, path, device, seed)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    return _resident("VmHWM") - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _two_steps(case, path, device, seed)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(nbytes for _, nbytes in sorted(events, key=lambda event: event[0])), default=0)
 
 
-def _resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-def peak_in_child(case: str, path: str, resolution: int, seed: int, threads: int) -> int:
-    """`peak_bytes` in a process of its own, whose allocator gives large blocks back at once."""
-    command = [sys.executable, "-m", "benchmarks.speed", "--case", case, "--resolution", str(resolution), "--seed", str(seed), "--threads", str(threads)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    ended = subprocess.run([*command, "--memory-of", path], env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise UserError(f"speed: the {path} path's memory could not be measured: {(ended.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return int(ended.stdout.strip().splitlines()[-1])
+def _two_steps(case: Case, path: str, device: torch.device, seed: int) -> None:
+    running = start(case, path, device, seed, 2)
+    for _ in range(2):  # the second has the optimizer's moments beside the gradients
+        _take(running, device)
 
 
 def device_name(device: torch.device) -> str:
@@ -389,8 +379,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--alternations", type=int, default=ALTERNATIONS, help="timed pairs of steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
-    parser.add_argument("--no-memory", action="store_true", help="skip the two processes that measure memory")
-    parser.add_argument("--memory-of", choices=PATHS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -401,9 +389,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; choose {MICRO} or {SD3_14M}")
         if options.alternations < 1:
             raise UserError(f"speed: --alternations {options.alternations}: expected 1 or more")
-        if options.memory_of:
-            print(peak_bytes(CASES[options.case[0]](options.resolution), options.memory_of, device, options.seed))
-            return 0
         results = {name: _figures(name, device, options) for name in options.case}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -414,10 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _figures(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    peaks: dict[str, int | None] = dict.fromkeys(PATHS)
-    if not options.no_memory:
-        peaks = {path: peak_in_child(name, path, options.resolution, options.seed, options.threads) for path in PATHS}
     case = CASES[name](options.resolution)
+    peaks = {}
+    for path in PATHS:
+        peaks[path] = peak_bytes(case, path, device, options.seed)
+        gc.collect()
     found = {
         **measure(case, device, options.seed, options.alternations),
         "peak_memory_bytes": peaks,
@@ -438,9 +424,8 @@ def _print(name: str, found: dict[str, Any]) -> None:
         ("samples a second", f"plain {rates['plain']:.3g}, fast {rates['fast']:.3g}"),
         ("evaluations a sample", f"{found['evaluations_per_sample']:.3f}, floor {found['floor']:.3f}"),
         ("largest loss gap", f"{found['largest_loss_gap']:.1e}"),
+        ("peak memory", f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})"),
     ]
-    if peaks["plain"]:
-        rows.append(("peak memory", f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})"))
     if "flops_utilization" in found and math.isfinite(found["flops_utilization"]):
         rows.append(("FLOPs utilization", f"{found['flops_utilization']:.1%} of the measured matrix rate"))
     print("\n".join(f"{name}: {key} = {text}" for key, text in rows), flush=True)

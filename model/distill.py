@@ -20,9 +20,9 @@ from data.randomness import numpy_generator
 from model.checkpoint import Ema
 from model.examples import Bucket as Bucket
 from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, merged_adapter, moved, networks_of, precision
-from model.field import Mean, VelocityField, evaluations, velocity_gaps
+from model.field import Condition, Mean, VelocityField, evaluations, velocity_gaps
 from model.optimizer import OPTIMIZERS, SCHEDULES, Optimizers
-from model.parallel import ALONE, World, deal, reduce_gradients
+from model.parallel import ALONE, World, deal, most, reduce_gradients
 from model.randomness import noise_for
 from model.rollout import QUERY_BIAS, query_index, roll_out_to_query
 from model.route import Route, Router
@@ -214,15 +214,23 @@ def accumulate(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Adds the gradient of the step's mean loss, as far as `slots` go, to the student's. Returns every slot's loss (B,), 0 for the others, and the samples.
 
-    Rollouts come first and leave nothing but their last states; then micro-batches with teacher and student in turn, on the very same rows, so that equal
+    Rollouts come first and leave nothing but their last states; then the teacher and after it the student answer on the very same micro-batches, so that equal
     weights answer equal bits.
     """
     device, count = execution.device, len(plan.rows)
     shapes = {slot: bucket.shape_of(plan.rows[slot]) or student.backbone.latent_shape for slot in slots}
     states: dict[int, torch.Tensor] = {}
+    rolled = list(parts(slots, shapes, execution.rollout_batch, lambda slot: -plan.query[slot]))
+    asked = list(parts(slots, shapes, execution.micro_batch))
+    extra, idle = [0, 0], list[tuple[torch.Tensor, torch.Tensor, Condition]]()
+    if execution.lockstep:
+        own = [sum(max(plan.query[slot] for slot in part) for part in rolled) if params.states == "on_policy" else 0, len(asked)]
+        extra = [longest - count for longest, count in zip(most(own), own, strict=True)]
+        shape = bucket.shape_of(plan.rows[0]) or student.backbone.latent_shape
+        idle = [(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([plan.rows[0]]), device))]
     merged = merged_adapter(student.network, student.adapter) if execution.merged else nullcontext()
     with torch.no_grad(), merged, precision(device, execution.dtype, execution.attention):
-        for part in parts(slots, shapes, execution.rollout_batch, lambda slot: -plan.query[slot]):
+        for part in rolled:
             noise, index = moved(noise_for(seed, plan.index, part, shapes[part[0]]), device), torch.tensor([plan.query[slot] for slot in part])
             rows = [plan.rows[slot] for slot in part]
             if params.states == "on_policy":
@@ -231,24 +239,27 @@ def accumulate(
                 weight = moved(grid[index], device).reshape(-1, 1, 1, 1)
                 x_t = (1.0 - weight) * moved(bucket.targets(rows), device) + weight * noise
             states.update(zip(part, x_t.unbind(), strict=True))
-    order: list[int] = []
-    gaps: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
-    for part in parts(slots, shapes, execution.micro_batch):
+        for _ in range(extra[0]):
+            student.field(*idle[0])
+    batches = []
+    for part in asked:  # the teacher first for all of them: switching adapters to and fro costs as much as a small forward
         x_t, t = torch.stack([states[slot] for slot in part]), moved(grid[[plan.query[slot] for slot in part]], device)
         condition = moved(bucket.at([plan.rows[slot] for slot in part]), device)
-        with torch.no_grad(), precision(device, execution.dtype, execution.attention):
-            target = teacher(x_t, t, condition)
+        batches.append((x_t, t, condition))
+    batches += idle * extra[1]
+    with torch.no_grad(), precision(device, execution.dtype, execution.attention):
+        targets = [teacher(*batch) for batch in batches]
+    gaps = []
+    for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         with precision(device, execution.dtype, execution.attention):
-            gap = velocity_gaps(student.field(x_t, t, condition), target)
-        (gap.sum() / count).backward()
-        order += part
+            gap = velocity_gaps(student.field(*batch), target)
+        (gap.sum() * (1.0 / count if number < len(asked) else 0.0)).backward()
         gaps.append(gap.detach())
-        targets.append(target)
+    order = [slot for part in asked for slot in part]
     losses = torch.zeros(count, device=device)
     if order:
-        losses.index_copy_(0, moved(torch.tensor(order), device), torch.cat(gaps))
-    return losses, _samples(order, states, targets, plan)
+        losses.index_copy_(0, moved(torch.tensor(order), device), torch.cat(gaps[: len(asked)]))
+    return losses, _samples(order, states, targets[: len(asked)], plan)
 
 
 def _samples(order: list[int], states: dict[int, torch.Tensor], targets: list[torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:

@@ -38,7 +38,8 @@ ROLLOUT_FACTOR = 8  # rows of a rollout for each row of a micro-batch: without a
 class Execution:
     """What a run uses, decided before its first step. `recompute`: how many of the network's blocks recompute their activations in the backward.
 
-    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step.
+    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step. `lockstep`: every process runs the same
+    sequence of forwards and backwards, which a sharded base needs; a process that has none left runs it on a row that counts nothing.
     """
 
     device: torch.device
@@ -49,9 +50,10 @@ class Execution:
     merged: bool
     recompute: int
     deferred: bool
+    lockstep: bool
 
 
-WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False)  # fp32, nothing cut, nothing merged
+WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False)  # fp32, nothing cut, nothing merged
 
 
 def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
@@ -75,16 +77,15 @@ def networks_of(field: VelocityField) -> list[nn.Module]:
 
 def moved(value: T, device: torch.device) -> T:
     """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that the copy waits for nothing that is still running there."""
+    whole: Any = value
     if isinstance(value, torch.Tensor):
         if value.device == device:
             return value
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+        return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
     if hasattr(value, "to"):  # it knows what of it belongs on the host
-        return value.to(device)  # type: ignore[no-any-return]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})  # type: ignore[no-any-return]
-    return value
+        return whole.to(device)
+    parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(whole)}
+    return dataclasses.replace(whole, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})
 
 
 # --- what fits ----------------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def activation_bytes(forward: Callable[[], torch.Tensor], networks: Iterable[nn.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph: a cycle that nothing frees
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         answer = forward()
@@ -151,6 +152,7 @@ def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callab
     return Execution(
         device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISION[params.precision], params.attention, merged, recompute,
         device.type == "cuda",
+        params.shard_base,
     )  # fmt: skip
 
 
@@ -206,7 +208,8 @@ def merged_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
     On rows of many tokens that costs a fraction of the two extra products, takes no memory of its own, and leaves the base's weights untouched. A no-op
     without an adapter.
     """
-    layers: list[Any] = [module for module in network.modules() if adapter is not None and hasattr(module, "get_delta_weight") and adapter in module.lora_A]
+    named: list[Any] = [module for module in network.modules() if hasattr(module, "get_delta_weight")]
+    layers = [layer for layer in named if adapter is not None and adapter in layer.lora_A]
     for layer in layers:
         layer.forward = _merged_forward(layer, str(adapter))
     try:

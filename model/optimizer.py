@@ -61,11 +61,12 @@ class Muon(torch.optim.Optimizer):
                 updates = list(orthogonalize(torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))).unbind())  # Nesterov
                 if ok is not None:
                     torch._foreach_mul_(updates, ok)
+                weights: list[torch.Tensor] = list(parameters)
                 if group["weight_decay"]:
                     if ok is not None:
                         raise NotImplementedError("Muon cannot withhold a step with weight decay")
-                    torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 class Optimizers:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -38,8 +37,7 @@ def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterato
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = distributed.FileStore(str(meeting), size)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    distributed.init_process_group(backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size)
     finally:
@@ -71,23 +69,33 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], others: torch.Tensor) -
     return flat[-len(others) :]
 
 
+def most(counts: Sequence[int]) -> list[int]:
+    """The largest of each count over all processes."""
+    if not distributed.is_initialized():
+        return list(counts)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    box = torch.tensor(list(counts), device=device)
+    distributed.all_reduce(box, op=distributed.ReduceOp.MAX)
+    return [int(count) for count in box.tolist()]
+
+
 def shared(value: float, world: World) -> float:
     """Rank 0's value, in every process."""
     if world.size == 1:
         return value
-    box = torch.tensor([value], dtype=torch.float64)
+    box = torch.tensor([value], dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.broadcast(box, src=0)
     return float(box[0])
 
 
-def shard_frozen(network: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Parameter]) -> None:
-    """Spreads the blocks' frozen weights over the processes (FSDP2); each block is gathered while it computes. What trains stays whole everywhere.
+def shard_frozen(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Spreads the blocks' weights over the processes (FSDP2); each block is gathered while it computes. Adapters stay whole everywhere.
 
-    From here on every process must run the same sequence of forwards and backwards.
+    From here on every process must run the same sequence of forwards and backwards (`Execution.lockstep`).
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    kept = set(trained)
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in blocks:
-        ignored = {p for name, p in block.named_parameters() if p in kept or "lora_" in name}
-        fully_shard(block, ignored_params=ignored)
+        fully_shard(block, mesh=mesh, ignored_params={parameter for name, parameter in block.named_parameters() if "lora_" in name})

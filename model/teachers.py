@@ -96,13 +96,22 @@ def visiting(network: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 def switch_adapter(network: Any, adapter: str | None) -> None:
     """Makes `adapter` the active one, or None of them. A no-op on a network that has no adapters."""
-    if not getattr(network, "peft_config", None):
+    if not getattr(network, "peft_config", None) or _is_switched(network, adapter):
         return
     if adapter is None:
         network.disable_adapters()
     else:
         network.enable_adapters()
         network.set_adapter(adapter)
+
+
+def _is_switched(network: Any, adapter: str | None) -> bool:
+    """Whether nothing is left to switch. Layers are switched together, so the first tells; going through all of them costs as much as a small forward."""
+    layer = next(module for module in network.modules() if hasattr(module, "lora_A"))
+    if adapter is None or layer.disable_adapters:
+        return adapter is None and bool(layer.disable_adapters)
+    ready = adapter in layer.lora_A and (layer.lora_A[adapter].weight.requires_grad or not torch.is_grad_enabled())
+    return ready and list(layer.active_adapters) == [adapter]
 
 
 def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int, targets: Sequence[str] = ()) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -77,28 +78,27 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: Exe
 @contextmanager
 def _as_module() -> Iterator[None]:
     """A spawned child imports its parent's main module again; ours is not worth that, and pytest's cannot be."""
-    import __main__
-
-    spec, file = getattr(__main__, "__spec__", None), getattr(__main__, "__file__", None)
-    __main__.__spec__ = None
+    main: Any = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
     if file is not None:
-        del __main__.__file__
+        del main.__file__
     try:
         yield
     finally:
-        __main__.__spec__ = spec
+        main.__spec__ = spec
         if file is not None:
-            __main__.__file__ = file
+            main.__file__ = file
 
 
 def _watch(children: Sequence[SpawnProcess]) -> None:
     """Until all have ended. The first that fails takes the others along."""
     try:
-        left = {child.sentinel: child for child in children}
+        left = list(children)
         while left:
-            for sentinel in wait(list(left)):
-                child = left.pop(sentinel)  # type: ignore[index]
-                child.join()
+            wait([child.sentinel for child in left])
+            for child in [child for child in left if child.exitcode is not None]:
+                left.remove(child)
                 if child.exitcode:
                     return
     finally:
@@ -134,7 +134,7 @@ def _handed_on(children: Sequence[SpawnProcess]) -> Iterator[list[int]]:
 
 def _last_word(pipe: Connection) -> tuple[str, Any] | None:
     try:
-        return pipe.recv() if pipe.poll() else None  # type: ignore[no-any-return]
+        return pipe.recv() if pipe.poll() else None
     except EOFError:
         return None
 

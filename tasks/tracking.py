@@ -386,10 +386,30 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
     return found
 
 
+def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
+    """A stage's metrics.jsonl as (name, value, step): STAGE/loss/local_edit/t3, STAGE/gradient_cosine/t2i/local_edit, STAGE/held_out_gap, ...
+
+    Empty where there is no such file. Raises UserError naming the line of one that is damaged.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            found.append((f"{stage}/{values['name']}", float(values["value"]), int(values["step"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a metric ({error}); run the {stage} stage again") from error
+    return found
+
+
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
-    """Publishes a stage's steps.csv as metrics by step, a thousand a request."""
-    for chunk in _chunks(step_metrics(stage, path), BATCH["metrics"]):
+    """Publishes a stage's steps.csv, and the metrics and validation pictures beside it, a thousand metrics a request."""
+    for chunk in _chunks([*step_metrics(stage, path), *named_metrics(stage, path.with_name("metrics.jsonl"))], BATCH["metrics"]):
         _send(tracked, {"metrics": [list(one) for one in chunk]})
+    pictures = path.with_name("validation")
+    if pictures.is_dir():
+        log_files(tracked, {f"{stage}/validation": pictures})
 
 
 def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | None = None) -> None:

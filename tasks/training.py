@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, read_json, write_json, write_text
 from model.checkpoint import RECORD, Ema, load_state, newest_state, read_state, save_state, write_tensors
 from model.distill import Accumulate, Bucket, LoopParams, NotFinite, Step, distill
-from model.execution import PRECISION, Execution, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
+from model.execution import Execution, blocks_of, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
 from model.field import VelocityField
 from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
 from model.optimizer import Optimizers, build_optimizer
-from model.parallel import World, shared
+from model.parallel import World, shard_frozen, shared
 from model.rollout import euler_grid
 from model.route import Router
 from model.settings import ExecutionParams
@@ -37,6 +37,7 @@ from tasks.progress import progress
 RUNS = Path("runs")
 COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor", "seconds")
 METRICS = "metrics.jsonl"
+SHARES = "query/"  # of the queried noise levels over the whole run: written at its end
 VALIDATION = "validation"  # folder of the pictures
 PICTURES = 4  # examples a capability
 
@@ -76,7 +77,8 @@ class Watch:
 
 def loop_params(params: Any, **given: Any) -> LoopParams:
     """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not have."""
-    return LoopParams(**{field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)})
+    numbers: dict[str, Any] = {field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)}
+    return LoopParams(**numbers)
 
 
 def watch_params(params: Any) -> Watch:
@@ -156,9 +158,10 @@ def _state_to_start_from(
         others = [newest for folder in RUNS.glob(f"{stage}-*") if folder != state and (newest := newest_state(folder)) is not None]
         if others and not this_process().rank:
             latest = max(others, key=lambda path: path.stat().st_mtime)
-            changed = differing(read_json(latest / RECORD).get("facts", {}), facts)
+            known = read_json(latest / RECORD).get("facts")
+            changed = list(differing(known, facts)) if known else []
             print(
-                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'nothing known'}",
+                f"{stage}: starts anew; the latest state of another run, {latest}, differs in {', '.join(changed) or 'facts that it does not tell'}",
                 flush=True,
             )
         return None
@@ -187,7 +190,9 @@ class Metrics:
         self.path, self.writes = path, writes
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start))
+            for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
+                left.unlink()
+            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.writes and values:
@@ -245,7 +250,11 @@ def _fitted(student: Student, buckets: Mapping[str, Bucket], params: LoopParams,
     def row() -> torch.Tensor:
         return student.field(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device))
 
-    return fit(execution, device, student.network, row, max(1, params.batch // world.size))
+    fitted = fit(execution, device, student.network, row, max(1, params.batch // world.size))
+    # Rank 0 decides: processes that saw other amounts of free memory would compute in other batches.
+    micro_batch, rollout_batch, recompute = (int(shared(float(n), world)) for n in (fitted.micro_batch, fitted.rollout_batch, fitted.recompute))
+    recompute_blocks(student.network, recompute)
+    return replace(fitted, micro_batch=micro_batch, rollout_batch=rollout_batch, recompute=recompute)
 
 
 def run_training(
@@ -278,6 +287,10 @@ def run_training(
     ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
     found = _state_to_start_from(stage, state, fingerprint, facts, watch)
     fitted = _fitted(student, buckets, params, execution, device, world)
+    if execution.shard_base:
+        if student.adapter is None or student.network is not student.backbone.network:
+            raise UserError("execution.shard_base = true: spreads a frozen base that teachers and student share; set trainable: adapter and start: base")
+        shard_frozen(blocks_of(student.network), device)
     if found:
         tensors, saved = found
         _restore(tensors, student, ema, optimizers)
@@ -325,7 +338,7 @@ def run_training(
                         run.queried[f"{level:.4f}"] = run.queried.get(f"{level:.4f}", 0) + 1
                     metrics.log(one.index + 1, _step_metrics(one, params.batch, device))
                     advance(route=one.route, loss=one.loss)
-                if watch.cosine_every and done % watch.cosine_every == 0 and world.rank == 0:
+                if watch.cosine_every and done % watch.cosine_every == 0 and (world.rank == 0 or fitted.lockstep):
                     cosines = gradient_cosines(student, teachers, buckets, router, params, grid, seed, step.index, fitted)
                     metrics.log(done, {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()})
                 if watch.validate_every and done % watch.validate_every == 0:
@@ -353,7 +366,7 @@ def run_training(
     if world.rank == 0:
         student.load(ema.shadow)
         total = sum(run.queried.values())
-        metrics.log(done, {f"query/t_{level}": count / total for level, count in sorted(run.queried.items())})
+        metrics.log(done, {f"{SHARES}t_{level}": count / total for level, count in sorted(run.queried.items())})
         with atomic_folder(out) as folder:
             extra = {"stage": stage, "steps": done, "fingerprint": fingerprint, **({"origin": run.origin} if run.origin else {})}
             save_student(folder, student, {**record, **extra})
@@ -407,10 +420,7 @@ def _as_before(fitted: Execution, saved: Mapping[str, Any], execution: Execution
     if execution.micro_batch or saved["device"] != fitted.device.type or execution.checkpointing != "auto":
         return fitted
     recompute_blocks(student.network, saved["recompute"])
-    return Execution(
-        fitted.device, saved["micro_batch"], execution.rollout_batch or saved["rollout_batch"], PRECISION[execution.precision], fitted.attention, fitted.merged,
-        saved["recompute"], fitted.deferred,
-    )  # fmt: skip
+    return replace(fitted, micro_batch=saved["micro_batch"], rollout_batch=execution.rollout_batch or saved["rollout_batch"], recompute=saved["recompute"])
 
 
 def _validate(
@@ -419,13 +429,13 @@ def _validate(
 ) -> None:  # fmt: skip
     """Gap and pictures of the averaged weights, which are what will be saved; notes the end of the run when the gap has not become smaller for long."""
     mean = 0.0
-    if world.rank == 0:
+    if world.rank == 0 or fitted.lockstep:  # a sharded base answers only when all processes ask
         with weights_of(student, ema.shadow):
             gaps = held_out_gaps(student, teachers, buckets, router, params, grid, seed, fitted)
             pictures = held_out_pictures(student, buckets, params, grid, seed, fitted, PICTURES)
         mean = sum(gaps.values()) / len(gaps)
         metrics.log(done, {**{f"held_out_gap/{name}": gap for name, gap in gaps.items()}, "held_out_gap": mean})
-        for capability, images in pictures.items():
+        for capability, images in pictures.items() if world.rank == 0 else ():
             rows = [np.concatenate(as_pictures(row), axis=1) for row in images]
             path = state / VALIDATION / f"{capability}-{done:08d}.png"
             with atomic_file(path) as temporary:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import model.distill
+from data.files import read_json
 from model.checkpoint import TENSORS
 from model.randomness import noise_for
 from tasks.__main__ import main
+from tasks.training import read_metrics
 from tests.tiny import Tiny, build, write_params
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("student")
+TABLES = ("steps.csv", "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +49,9 @@ def command(tiny: Tiny, params: Path, out: Path = OUT) -> list[str]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Every byte of the student, and the step table without the column that tells time."""
-    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "steps.csv"}
+    """Every byte of the student, and the step table and metrics without what tells time or memory."""
+    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in TABLES}
+    files["metrics.jsonl"] = [line for line in read_metrics(folder / "metrics.jsonl") if line["name"] not in ("samples_per_second", "memory_bytes")]
     with open(folder / "steps.csv", newline="") as file:
         files["steps.csv"] = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     return files
@@ -64,7 +68,7 @@ def straight(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **chan
 
 
 def states(folder: Path = Path(".")) -> list[str]:
-    return sorted(path.name for path in folder.glob("runs/distill-*/*"))
+    return sorted(path.name for path in folder.glob("runs/distill-*/step-*"))
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
@@ -78,28 +82,53 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
     monkeypatch.setattr(model.distill, "noise_for", acting)
 
 
-def test_killed_and_run_again_equals_never_stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = straight(tiny, tmp_path, monkeypatch)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for attempt in range(4):  # the kill must land between the state of step 2 and the end
-        folder = tmp_path / f"killed-{attempt}"
-        folder.mkdir()
-        arguments = [sys.executable, "-m", "tasks", *command(tiny, write_params(folder / "params.yaml"))]
-        with open(folder / "log", "w") as log:
-            process = subprocess.Popen(arguments, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            deadline = time.monotonic() + 240
-            while not list(folder.glob("runs/distill-*/step-00000002")) and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() in (-signal.SIGKILL, 0), (folder / "log").read_text()
-        if "step-00000004" not in states(folder):
-            break
-    assert "step-00000002" in states(folder) and "step-00000004" not in states(folder) and not (folder / OUT).exists()
-    again = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "goes on at step 2 of 4" in again.stdout
+def in_a_child(arguments: list[str], folder: Path) -> int:
+    """Runs the command in a forked process, whose imports are done, and returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        os.chdir(folder)
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        status = main(arguments)
+    finally:
+        os._exit(status)
+
+
+def test_killed_at_random_moments_equals_never_stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL at no less than 20 moments over the whole run: between steps, within them, and while states, tables and the student are written."""
+    changes = {"trainable": "adapter", "optimizer": "adamw", "start": "base", "steps": 24, "save_every": 1, "batch": 2, "rollout_steps": 3, "keep_every": 8}
+    begun = time.monotonic()
+    expected = straight(tiny, tmp_path, monkeypatch, **changes)
+    whole = time.monotonic() - begun
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    arguments = command(tiny, write_params(folder / "params.yaml", **changes))
+    rng, kills, reached, torn = random.Random(0), 0, [], 0
+    while kills < 20:
+        child = in_a_child(arguments, folder)
+        # Some within the time that loading takes, most within a few steps of it.
+        deadline = time.monotonic() + rng.uniform(0.05, 0.35) * whole
+        while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.0005)
+        try:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        except (ProcessLookupError, ChildProcessError):  # it had ended: begin again, so that every kill meets a run at work
+            assert result(folder / OUT) == expected
+            shutil.rmtree(folder / OUT)
+            shutil.rmtree(folder / "runs")
+        torn += len(list(folder.glob("runs/distill-*/.step-*")))
+        reached.append(len(states(folder)) and int(states(folder)[-1].removeprefix("step-")))
+    assert len(set(reached)) > 5  # the kills did hit different steps
+    child = in_a_child(arguments, folder)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, (folder / "log").read_text()
     assert result(folder / OUT) == expected
-    assert states(folder) == ["step-00000002", "step-00000004"]  # and nothing half-written beside them
+    assert states(folder) == ["step-00000008", "step-00000016", "step-00000023", "step-00000024"]  # the last two, every eighth, and nothing half-written
+    assert not list(folder.glob("runs/distill-*/.*"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +161,7 @@ def test_sigterm_saves_the_step_and_says_so(tiny: Tiny, tmp_path: Path, monkeypa
     with monkeypatch.context() as context:
         at_step(context, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         capsys.readouterr()
-        assert main(arguments) != 0
+        assert main(arguments) == 143  # as SIGTERM ends a process: DVC must not take the stage for done
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and "SIGTERM after step 3 of 4" in errors[0] and "same command" in errors[0]
     assert states() == ["step-00000002", "step-00000003"] and not OUT.exists()
@@ -166,6 +195,11 @@ def test_a_step_not_finite_keeps_the_rest(tiny: Tiny, tmp_path: Path, monkeypatc
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and "step 3" in errors[0] and "not finite" in errors[0]
     assert states() == ["step-00000003"] and not OUT.exists()
+    (folder,) = Path().glob("runs/distill-*/not-finite-00000003")
+    assert str(folder) in errors[0]
+    plan, samples = read_json(folder / "samples.json"), load_file(folder / "samples.safetensors")
+    assert plan["step"] == 3 and len(plan["rows"]) == len(plan["query"]) == 8 and plan["rows"] == samples["rows"].tolist()
+    assert sum(name.startswith("x_t.") for name in samples) == 8 and any(bool(value.isnan().any()) for value in samples.values())
 
 
 def test_a_truncated_state_is_one_clear_message(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

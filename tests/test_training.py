@@ -1,0 +1,165 @@
+"""Property: a state is taken up only by the run that it belongs to, or by consent; what is looked at while training has names and changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from data.files import read_json
+from model.checkpoint import save_state
+from model.settings import ExecutionParams
+from tasks.__main__ import main
+from tasks.params import read_yaml
+from tasks.tracking import named_metrics
+from tasks.training import Watch, differing, facts_of, read_metrics
+from tests.tiny import EXECUTION, Tiny, build, loop_params, write_params
+
+SMALL = {"batch": 4, "rollout_steps": 4, "optimizer": "adamw", "trainable": "adapter", "start": "base", "decay_from": 1.0, "warmup": 0}
+WATCH = Watch(2, 0, 0, 0, 0, "", ())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs the stage with changed parameters, in a folder of its own, on one thread."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(out: str, **changes: Any) -> int:
+        params = write_params(tmp_path / "params.yaml", **{**SMALL, **changes})
+        return main(["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--out", out, "--params", str(params)])
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def adapter(out: str) -> bytes:
+    return (Path(out) / "adapter_model.safetensors").read_bytes()
+
+
+def test_facts_hold_what_decides_the_result_and_nothing_else() -> None:
+    execution, loop = ExecutionParams(**EXECUTION), loop_params()
+    facts = facts_of(loop, WATCH, execution, teachers={"base": "a"})
+    same = (
+        facts_of(loop, replace(WATCH, save_every=7, keep_every=14, cosine_every=3), execution, teachers={"base": "a"}),
+        facts_of(loop, WATCH, replace(execution, processes=2, micro_batch=3, attention="math", merge_rollout="never"), teachers={"base": "a"}),
+        facts_of(loop, replace(WATCH, validate_every=5), execution, teachers={"base": "a"}),
+    )
+    assert all(other == facts for other in same)
+    assert differing(facts, facts_of(replace(loop, clip=2.0), WATCH, replace(execution, precision="bf16"), teachers={"base": "b"})) == {
+        "clip": "1.0 -> 2.0", "precision": "fp32 -> bf16", "teachers.base": "a -> b",
+    }  # fmt: skip
+    assert facts_of(loop, replace(WATCH, validate_every=5, patience=1), execution, teachers={"base": "a"}) != facts  # it may end the run
+
+
+def test_a_state_of_other_facts_is_refused_unless_they_are_accepted(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage("first", steps=2) == 0
+    (state,) = Path("runs").glob("distill-*")
+    capsys.readouterr()
+    assert stage("second", steps=4, resume_from=str(state), learning_rate=2e-3) == 2
+    error = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.002" in error and "steps: 2 -> 4" in error and "accept_changed" in error and not Path("second").exists()
+    assert stage("second", steps=4, resume_from=str(state), learning_rate=2e-3, accept_changed=["steps"]) == 2
+    assert "steps" not in capsys.readouterr().err.split("facts:")[1].split(".")[0]
+    assert stage("second", steps=4, resume_from=str(state), accept_changed=["steps"]) == 0
+    assert "goes on at step 2 of 4" in capsys.readouterr().out
+    origin = read_json(Path("second/student.json"))["origin"]
+    assert origin["state"] == str(state / "step-00000002") and origin["changed"] == ["steps"]
+    assert stage("straight", steps=4) == 0  # at a constant rate, two steps and two more are four
+    assert adapter("straight") == adapter("second")
+    printed = capsys.readouterr().out
+    assert "starts anew" in printed and "differs in" in printed  # a run that leaves states aside says so
+    assert stage("third", steps=4, resume_from="runs/nothing") == 2
+    assert "no state there" in capsys.readouterr().err
+
+
+def test_instruments_are_written_under_names_and_change_no_weight(stage: Callable[..., int], tmp_path: Path) -> None:
+    assert stage("plain", steps=4, held_out=2) == 0
+    for folder in Path("runs").glob("*"):
+        folder.rename(tmp_path / f"done-{folder.name}")
+    assert stage("watched", steps=4, held_out=2, validate_every=2, cosine_every=4, save_every=1, keep_every=3) == 0
+    assert adapter("plain") == adapter("watched")
+    lines = read_metrics(Path("watched/metrics.jsonl"))
+    names = {line["name"] for line in lines}
+    with open("watched/steps.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert row["evaluations"] == row["floor"] and {f"gradient_norm/{row['route']}", "learning_rate", "samples_per_second", "memory_bytes"} <= names
+        binned = [line["value"] for line in lines if line["step"] == int(row["step"]) and line["name"].startswith(f"loss/{row['route']}/t")]
+        assert binned and min(binned) <= float(row["loss"]) <= max(binned)
+    assert {"held_out_gap", "held_out_gap/t2i", "gradient_cosine/t2i/local_edit", "gradient_cosine/local_edit/global_edit"} <= names
+    assert {line["step"] for line in lines if line["name"] == "held_out_gap"} == {2, 4}
+    assert sum(line["value"] for line in lines if line["name"].startswith("query/t_")) == pytest.approx(1.0)
+    assert sorted(path.name for path in Path("watched/validation").iterdir()) == sorted(
+        f"{capability}-{step:08d}.png" for capability in ("t2i", "local_edit", "global_edit") for step in (2, 4)
+    )
+    with Image.open("watched/validation/local_edit-00000004.png") as edits, Image.open("watched/validation/t2i-00000004.png") as t2i:
+        assert edits.height == 2 * t2i.height and edits.width == t2i.width  # the sources above
+    assert ("distill/held_out_gap", 4) in {(name, step) for name, _, step in named_metrics("distill", Path("watched/metrics.jsonl"))}
+    assert sorted(path.name for path in Path("runs").glob("distill-*/step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_a_gap_that_does_not_fall_ends_the_run_early(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage("out", steps=30, held_out=2, validate_every=1, patience=2, learning_rate=1e-12) == 0
+    rows = (Path("out") / "steps.csv").read_text().splitlines()
+    assert 3 <= len(rows) - 1 < 30 and "ended" in capsys.readouterr().out
+    assert read_json(Path("out/student.json"))["steps"] == len(rows) - 1
+    before = adapter("out")
+    assert stage("out", steps=30, held_out=2, validate_every=1, patience=2, learning_rate=1e-12) == 0  # and stays ended
+    assert (Path("out") / "steps.csv").read_text().splitlines() == rows and adapter("out") == before
+
+
+def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage("student", steps=2) == 0
+    document = read_yaml(Path("params.yaml"))
+    own = {key: value for key, value in document["distill"].items() if key not in ("start", "trainable", "rank", "alpha", "states", "routes_taken")}
+    fields = [{"capability": "t2i", "scale": 2.0, "weight": 1.0}, {"capability": "local_edit", "scale": 1.0, "weight": 1.0}]
+    document["absorb"] = {**own, "fields": fields, "steps": 3, "save_every": 1}
+    Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    command = ["absorb", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--student", "student", "--params", "params.yaml", "--out"]
+    assert main([*command, "straight"]) == 0
+    (state,) = Path("runs").glob("absorb-*")
+    shutil.rmtree(state / "step-00000003")
+    capsys.readouterr()
+    assert main([*command, "resumed"]) == 0
+    assert "goes on at step 2 of 3" in capsys.readouterr().out
+    assert adapter("straight") == adapter("resumed") != adapter("student")
+    with open("straight/steps.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["evaluations"] == row["floor"] and int(row["evaluations"]) >= 4 * (3 if row["route"] == "t2i" else 2)
+
+
+def test_a_metrics_file_cut_short_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"name": "loss/t2i/t0", "step": 1, "value": 0.5})
+    path.write_text(f"{line}\n{line[:9]}")
+    assert read_metrics(path) == [json.loads(line)] and read_metrics(tmp_path / "none") == []
+
+
+def test_every_so_many_states_are_kept_for_good(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save_state(tmp_path, step, {"a": torch.zeros(1)}, {"fingerprint": "f"}, keep_every=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_faults_of_what_is_watched_are_named() -> None:
+    assert WATCH.faults(0) == []
+    assert any("held_out" in fault for fault in replace(WATCH, validate_every=5).faults(0)) and replace(WATCH, validate_every=5).faults(2) == []
+    assert any("validate_every" in fault for fault in replace(WATCH, patience=1).faults(2))
+    assert any("keep_every" in fault for fault in replace(WATCH, keep_every=3).faults(0))
+    assert any("resume_from" in fault for fault in replace(WATCH, accept_changed=("steps",)).faults(0))
