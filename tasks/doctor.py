@@ -1,6 +1,7 @@
 """`python -m tasks doctor`: whether this machine and the servers that its settings name can do the job. One line for each check; the first thing to run.
 
-Nothing is changed but for probes that are removed again: an object of no meaning beside the ledger and the published versions, a tag on MLflow's experiment.
+Nothing is changed but for probes: an object of no meaning beside the ledger and the published versions, which is removed again, and a tag on MLflow's
+experiment, which is made where there is none.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def examine(project: Path) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check(Path(project).resolve())
-        except UserError as error:
+        except (UserError, OSError, ValueError) as error:
             yield Finding(FAILED, check.__name__.strip("_"), " ".join(str(error).split()))
 
 

@@ -46,7 +46,7 @@ class Line:
 
 
 def stores(project: Path) -> dict[str, str]:
-    """"cache" and the name of every remote in .dvc/config and .dvc/config.local -> folder or s3:// address; other kinds are left out."""
+    """The cache (as `cache`) and every remote in .dvc/config and .dvc/config.local by name -> folder or s3:// address; other kinds are left out."""
     found = {"cache": str(project / ".dvc" / "cache")}
     for name in ("config", "config.local"):
         parser = configparser.ConfigParser(interpolation=None)

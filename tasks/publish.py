@@ -107,7 +107,8 @@ def _move(uri: str, pointer: dict[str, Any]) -> bool:
 def _pointer(uri: str, content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
-        fits = re.fullmatch(r"versions/[A-Za-z0-9-]+", value["prefix"]) and re.fullmatch(r"[0-9a-f]{64}", value["manifest"]) and int(value["ledger"]) > 0
+        named = re.fullmatch(r"versions/[A-Za-z0-9-]+", value["prefix"]) and re.fullmatch(r"[0-9a-f]{64}", value["manifest"])
+        fits = named and isinstance(value["ledger"], int)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{uri}: not a pointer to a published version ({error!r}); publish the champion again") from error
     if not fits:

@@ -724,6 +724,18 @@ def submit_files(project: Path, gate_params: gate.Params, promote: Promote, acto
 # Deciding
 
 
+class Refusal(UserError):
+    """A decision that may not be taken, however often it is tried."""
+
+
+class Stale(Refusal):
+    """The champion is another than the one that the candidate was compared with."""
+
+
+class OtherFiles(UserErrors, Refusal):
+    """The files of a version are not the ones that were judged."""
+
+
 def _need(actor: str, reason: str) -> None:
     missing = [name for name, text in (("a name", actor), ("a reason", reason)) if not text.strip()]
     if missing:
@@ -736,7 +748,7 @@ def _require_right(store: tracking.Store, reviewer: str) -> None:
     allowed = environment.setting(environment.REVIEWERS)
     names = [name.strip() for name in allowed.split(",")] if allowed else []
     if names and reviewer.strip() not in names:
-        raise UserError(f"{reviewer!r} may not decide here; {environment.REVIEWERS} names {', '.join(names)}")
+        raise Refusal(f"{reviewer!r} may not decide here; {environment.REVIEWERS} names {', '.join(names)}")
     if not store.is_local:
         store.client.set_registered_model_tag(MODEL, "decision.account", tracking.account())
 
@@ -758,7 +770,7 @@ def fetch_weights(store: tracking.Store, found: ModelVersion, folder: Path) -> t
     faults += [f"{name}: SHA-256 is {actual[name]}, registered as {value}" for name, value in expected.items() if name in actual and actual[name] != value]
     if faults or not expected:
         title = f"version {found.version}: its files are not the ones that were judged; submit the candidate again"
-        raise UserErrors(title, faults or ["no weights.*.sha256 tag: not registered by this pipeline"])
+        raise OtherFiles(title, faults or ["no weights.*.sha256 tag: not registered by this pipeline"])
     return fetched, actual
 
 
@@ -768,14 +780,14 @@ def _verified_weights(store: tracking.Store, found: ModelVersion, verdict: Mappi
         fetched, actual = fetch_weights(store, found, Path(temporary))
         shutil.rmtree(fetched / pyfunc_model.CARRIED, ignore_errors=True)  # verified by its hashes; the verdict is about the student's own files
         if _rule_value(verdict, gate.WEIGHTS_RULE) != md5_of(fetched):
-            raise UserError(f"version {found.version}: its files are not the ones that were judged (the verdict names others); submit the candidate again")
+            raise Refusal(f"version {found.version}: its files are not the ones that were judged (the verdict names others); submit the candidate again")
     return digest(actual)
 
 
 def _verified_verdict(store: tracking.Store, found: ModelVersion) -> tuple[dict[str, Any], str]:
     """(verdict, SHA-256 of its file), which must be the one noted at registration, must have passed, and must be about the scorecard kept beside it."""
     if found.tags.get("gate.status") != "passed" or not found.run_id:
-        raise UserError(f"version {found.version} did not pass the gate (gate.status = {found.tags.get('gate.status', 'unset')}); it cannot become champion")
+        raise Refusal(f"version {found.version} did not pass the gate (gate.status = {found.tags.get('gate.status', 'unset')}); it cannot become champion")
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(store.client.download_artifacts(found.run_id, "verdict.json", temporary))
         verdict, noted = read_json(path), sha256_file(path)
@@ -783,9 +795,9 @@ def _verified_verdict(store: tracking.Store, found: ModelVersion) -> tuple[dict[
         scored, judged = sha256_file(card), md5_of(card)
     where = f"of run {found.run_id}"
     if noted != found.tags.get("gate.verdict.sha256") or not _passed(verdict):
-        raise UserError(f"version {found.version}: verdict.json {where} is not the passing verdict it was registered with; submit the candidate again")
+        raise Refusal(f"version {found.version}: verdict.json {where} is not the passing verdict it was registered with; submit the candidate again")
     if scored != found.tags.get("scorecard.json.sha256") or judged != _rule_value(verdict, gate.SCORECARD_RULE):
-        raise UserError(f"version {found.version}: scorecard.json {where} is not the one that was judged; submit the candidate again")
+        raise Refusal(f"version {found.version}: scorecard.json {where} is not the one that was judged; submit the candidate again")
     return verdict, noted
 
 
@@ -795,10 +807,6 @@ def _require_fresh(verdict: Mapping[str, Any], version: str, current: str | None
         now = f"version {current}" if current else "nobody"
         stale = f"version {version} was judged against champion {judged}, but champion is {now}"
         raise Stale(f"{stale}: the verdict is stale; run the gate again and submit")
-
-
-class Stale(UserError):
-    """The champion is another than the one that the candidate was compared with."""
 
 
 def _decide(store: tracking.Store, entries: list[ledger.Entry], action: str, actor: str, reason: str, **decision: Any) -> dict[str, Any]:
@@ -848,7 +856,7 @@ def promote(project: Path, version: str, reviewer: str, reason: str) -> dict[str
 def _require_undecided(entries: Sequence[ledger.Entry], version: str) -> None:
     rejected = next((entry for entry in _last_decisions(entries) if entry.version == version and entry.action == "reject"), None)
     if rejected is not None:
-        raise UserError(f"version {version} was rejected by {rejected.actor} ({rejected.reason}); submit the candidate again to have it reviewed anew")
+        raise Refusal(f"version {version} was rejected by {rejected.actor} ({rejected.reason}); submit the candidate again to have it reviewed anew")
 
 
 # Reviews: an intent, on the version's page or by command, that `decide_reviews` turns into a decision
@@ -877,8 +885,8 @@ def decide_reviews(project: Path) -> list[dict[str, Any]]:
     """Acts on every review that is not in the ledger yet, lowest version first. Returns one {"version", "status", "message"} for each.
 
     status: "promoted"; "rejected"; "incomplete" (a name or a reason is missing: nothing is done until they are there); "stale" (the champion has changed since
-    the candidate was judged: the approval is void); "refused" (with the reason: other weights than were judged, no right, ...). All but the first two are
-    answered on the version's page, in the tag review.answer.
+    the candidate was judged: the approval is void); "refused" (other weights than were judged, or no right to decide: void too); "failed" (a store did not
+    answer: it is tried again). The middle three are answered on the version's page, in the tag review.answer.
     """
     with _opened(project) as store:
         _follow(store)
@@ -895,14 +903,12 @@ def decide_reviews(project: Path) -> list[dict[str, Any]]:
             try:
                 done = promote(project, version, actor, reason) if status == "approved" else reject(project, version, actor, reason)
                 outcome, message = ("promoted" if status == "approved" else "rejected"), f"ledger entry {done['entry']['number']:06d}"
-            except tracking.Outage:
-                raise  # not the reviewer's business: it is tried again
             except Stale as error:
                 outcome, message = "stale", str(error)
-            except ledger.Taken as error:
-                outcome, message = "stale", str(error)
-            except UserError as error:
+            except Refusal as error:
                 outcome, message = "refused", str(error)
+            except UserError as error:  # a store that is down, a full disk, somebody who decided at the same moment: the review stands, and is tried again
+                outcome, message = "failed", str(error)
         if outcome in ("incomplete", "stale", "refused"):
             _answer(project, found, outcome, message)
         answers.append({"version": version, "status": outcome, "message": message})
@@ -968,7 +974,7 @@ def reject(project: Path, version: str, reviewer: str, reason: str) -> dict[str,
         current, previous = _state(entries)
         version = str(_get_version(store, version).version)
         if version == current:
-            raise UserError(f"version {version} is the champion: roll back (python -m tasks rollback) before rejecting it")
+            raise Refusal(f"version {version} is the champion: roll back (python -m tasks rollback) before rejecting it")
         if version in _rejected(entries):
             raise UserError(f"version {version} was rejected already")
         _require_right(store, reviewer)

@@ -54,6 +54,7 @@ SWITCHES = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the address with its password
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -101,7 +102,7 @@ def _probe(uri: str) -> None:
     except urllib.error.HTTPError:
         return
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}") from error
+        raise Outage(f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}") from error
 
 
 class Outage(UserError):

@@ -72,11 +72,15 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
         ("PUT", f"mlflow-artifacts/artifacts/{experiment}/{run}/artifacts/verdict.json", {"passed": True}),
         ("POST", "mlflow/users/update-admin", {"username": reader, "is_admin": True}),
     ]
-    for who in (None, (mlflow_server.admin, "wrong"), ("nobody", "nothing-at-all")):
-        for method, path, body in attempts:
-            for prefix in ("/api/2.0/", "/ajax-api/2.0/"):
-                status, _ = mlflow_server.request(method, prefix + path, body, who)
-                assert status in (401, 403, 404), (who, method, path, status)
+    for method, path, body in attempts:
+        for prefix in ("/api/2.0/", "/ajax-api/2.0/"):
+            status, _ = mlflow_server.request(method, prefix + path, body)
+            assert status in (401, 403, 404), (method, path, status)
+    for path in ("..%2F..%2Fescaped", "a/..%2F..%2F..%2Fescaped", "%2Fescaped"):  # with every right
+        status, _ = mlflow_server.request("PUT", f"/api/2.0/mlflow-artifacts/artifacts/{path}", {}, (mlflow_server.admin, mlflow_server.password))
+        assert status >= 400 and not list(mlflow_server.folder.glob("escaped"))
+    for who in ((mlflow_server.admin, "wrong"), ("nobody", "nothing-at-all")):
+        assert mlflow_server.request("POST", "/api/2.0/" + attempts[0][1], attempts[0][2], who)[0] == 401
     for method, path, body in attempts:
         status, _ = mlflow_server.request(method, "/api/2.0/" + path, body, (reader, password))
         assert status >= 400, (method, path, status)
@@ -97,7 +101,7 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
     assert state(project) == before and len(ledger.read(f"{s3}/ledger")) == 1  # refused before the ledger's entry
 
 
-@pytest.mark.parametrize("last", [3, 9, 14, 20, 26, 32, 38])
+@pytest.mark.parametrize("last", [2, 9, 18, 25])
 def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     """It stops answering after so many writes; with the server back the same command finishes the same run, and every figure is there once."""
     candidates.judged(project)
@@ -116,7 +120,8 @@ def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: Mlf
             assert "run the same command again" in str(error)
         proxy.fault = lambda method, path: None
         done = registry.submit_files(project, candidates.PARAMS, "review", "ann", "x")
-    assert (done["status"], done["version"]) == ("candidate", "1")
+    assert (done["status"], done["version"]) == ("candidate", "1") and any(fault == "cut" for *_, fault in proxy.seen)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     opened = tracking.open_store(project)
     experiment = opened.client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
     (run,) = opened.client.search_runs([experiment])
@@ -154,13 +159,16 @@ def test_what_was_logged_while_the_server_was_away_is_sent_later(
         proxy.fault = lambda method, path: None
         tracking.open_store(project)
     assert not list((project / "mlflow" / "spool").glob("*/*"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     client = tracking.open_store(project).client
     assert client.get_run(tracked.run_id).info.status == "FINISHED"
     assert len(client.get_metric_history(tracked.run_id, "distill/loss/t2i")) == 20
     assert Path(client.download_artifacts(tracked.run_id, "report/page.html", str(tmp_path))).read_text() == "as it was"
 
 
-def test_no_secret_is_kept_or_shown(project: Path, s3: str, mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_is_kept_or_shown(
+    project: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Not in the registry, in runs, in artifacts, in the ledger, in what is published, in the project, nor in what the commands print."""
     with_password = mlflow_server.url.replace("//", f"//{mlflow_server.admin}:{mlflow_server.password}@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
@@ -168,7 +176,7 @@ def test_no_secret_is_kept_or_shown(project: Path, s3: str, mlflow_server: Mlflo
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     done = candidates.submitted(project, promote="auto")
     assert done["tracking_uri"] == mlflow_server.url
-    said = str(done)
+    said = str(done) + "".join(capfd.readouterr())
     program = f"import sys; from tasks import registry, tracking; registry.MODEL = tracking.EXPERIMENT = {registry.MODEL!r}; from tasks.__main__ import main"
     program += (
         "\nfor name in ('registry', 'doctor', 'publish', 'reconcile', 'review'): main([name])\nmain(['lineage', '1']); main(['promote', '--version', '1',"

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 
 import candidates
@@ -18,46 +13,18 @@ import pytest
 
 from data.errors import UserError
 from tasks import gate, ledger, registry, tracking
+from tests.servers import MlflowServer
 
 pytestmark = pytest.mark.slow
-START_SECONDS = 300  # 26 s on an idle machine
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """(address, process) of `mlflow server` on a free loopback port; its whole process group ends with the module."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")]
-    environment = {**os.environ, **tracking.SWITCHES}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    with open(folder / "log", "wb") as log:
-        command = [sys.executable, "-m", "mlflow", "server", *options, *stores]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        until = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except (OSError, urllib.error.URLError):
-                if process.poll() is not None or time.monotonic() > until:
-                    pytest.fail(f"mlflow server did not start: {(folder / 'log').read_text()[-2000:]}")
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
-def test_candidate_champion_refusal_and_a_server_that_dies(
-    server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri, process = server
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+def test_candidate_champion_refusal_and_a_server_that_dies(mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, process = mlflow_server.url, mlflow_server.process
+    name = f"danceopd-{uuid.uuid4().hex[:8]}"
+    monkeypatch.setattr(registry, "MODEL", name)
+    monkeypatch.setattr(tracking, "EXPERIMENT", name)
+    for key, value in mlflow_server.environment.items():
+        monkeypatch.setenv(key, value)
     project = candidates.new_project(tmp_path / "project")
     first = candidates.submitted(project, promote="auto")
     assert (first["status"], first["version"], first["tracking_uri"]) == ("champion", "1", uri)

@@ -122,7 +122,7 @@ def test_what_was_changed_after_publishing_is_refused(project: Path, s3: str, tm
     change(f"{where}/manifest.json", lambda content: content.replace(b'"1"', b'"7"'))
     with pytest.raises(UserError, match="changed after it was published"):
         publish.fetch(f"{s3}/models", tmp_path / "b")
-    for path, words in (("../../escape.json", "not a name"), ("student.pkl", "files are loaded"), ("/etc/x.json", "")):
+    for path, words in (("../../escape.json", "not a name"), ("student.pkl", "files are loaded"), ("/etc/x.json", "not a name")):
         manifest(path)
         with pytest.raises(UserError, match=words):
             publish.fetch(f"{s3}/models", tmp_path / "b" / "c")
@@ -149,6 +149,19 @@ def test_a_champion_whose_files_were_exchanged_is_not_published(project: Path, s
     with pytest.raises(UserError, match="not those of ledger entry 000001"):
         publish.publish(project)
     assert store.list_objects(f"{s3}/models") == []
+
+
+def test_a_review_waits_while_the_store_is_down(project: Path, s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An approval is not void because the ledger could not be written."""
+    submitted(project)
+    registry.approve(project, "1", "eve", "grids look right")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with FaultyProxy(s3_server.url, lambda method, path: "503" if method == "PUT" else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        assert [one["status"] for one in registry.decide_reviews(project)] == ["failed"]
+        proxy.fault = lambda method, path: None
+        assert [one["status"] for one in registry.decide_reviews(project)] == ["promoted"]
+    assert [(one.actor, one.to_version) for one in ledger.read(f"{s3}/ledger")] == [("eve", "1")]
 
 
 def test_two_machines_share_one_ledger(project: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
