@@ -20,6 +20,21 @@ THRESHOLD = 0.3  # a detection counts when its score is strictly above
 COUNTING_THRESHOLD = 0.9  # the same for the tag "counting"
 MAX_PER_CLASS = 16
 POSITION_THRESHOLD = 0.1  # share of both boxes' extents that an offset must exceed before it counts
+MAX_OVERLAP = 1.0  # IoU from which the less confident of two detections of a class is dropped; 1 drops none
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as seen. The defaults are the benchmark's; a result made with others is another benchmark's."""
+
+    score: float = THRESHOLD
+    counting: float = COUNTING_THRESHOLD
+    most: int = MAX_PER_CLASS
+    overlap: float = MAX_OVERLAP
+    position: float = POSITION_THRESHOLD
+
+
+OFFICIAL = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -99,14 +114,33 @@ def relations(a: Sequence[float], b: Sequence[float], threshold: float = POSITIO
     return frozenset(name for name, held in holds.items() if held)
 
 
-def surviving(record: Record, detections: Mapping[str, Sequence[Detection]]) -> dict[str, list[Detection]]:
-    """Per class, most confident first: the detections above the tag's threshold, at most MAX_PER_CLASS."""
-    threshold = COUNTING_THRESHOLD if record.tag == "counting" else THRESHOLD
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes in [0, 1], sides counted one pixel longer as the reference counts them."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]) + 1)
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]) + 1)
+    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def _without_overlaps(found: Sequence[Detection], highest: float) -> list[Detection]:
+    kept: list[Detection] = []
+    for detection in found:
+        if all(overlap(detection.box, other.box) < highest for other in kept):
+            kept.append(detection)
+    return kept
+
+
+def surviving(record: Record, detections: Mapping[str, Sequence[Detection]], thresholds: Thresholds = OFFICIAL) -> dict[str, list[Detection]]:
+    """Per class, most confident first: the detections above the tag's threshold, at most `thresholds.most`, without overlaps where those are asked for."""
+    threshold = thresholds.counting if record.tag == "counting" else thresholds.score
     ranked = {name: sorted(found, key=lambda detection: -detection.score) for name, found in detections.items()}
-    return {name: [detection for detection in found if detection.score > threshold][:MAX_PER_CLASS] for name, found in ranked.items()}
+    alive = {name: [detection for detection in found if detection.score > threshold][: thresholds.most] for name, found in ranked.items()}
+    return alive if thresholds.overlap >= 1.0 else {name: _without_overlaps(found, thresholds.overlap) for name, found in alive.items()}
 
 
-def _failures(clause: Clause, found: Sequence[Detection], groups: Sequence[Sequence[Detection] | None], names: Sequence[str]) -> list[str]:
+def _failures(
+    clause: Clause, found: Sequence[Detection], groups: Sequence[Sequence[Detection] | None], names: Sequence[str], position_threshold: float
+) -> list[str]:
     """Why the top detections `found` do not fulfil an include clause; empty when they do."""
     if len(found) < clause.count:
         return [f"expected {clause.class_name} >= {clause.count}, found {len(found)}"]
@@ -123,26 +157,26 @@ def _failures(clause: Clause, found: Sequence[Detection], groups: Sequence[Seque
             return [f"expected {clause.class_name} {relation} {names[index]}, but no {names[index]} fulfils its own clause"]
         for detection in found:
             for other in target:
-                held = relations(detection.box, other.box)
+                held = relations(detection.box, other.box, position_threshold)
                 if relation not in held:
                     return [f"expected {clause.class_name} {relation} {names[index]}, found {' and '.join(sorted(held)) or 'no relation'}"]
     return failures
 
 
-def verdict(record: Record | Mapping[str, Any], detections: Mapping[str, Sequence[Detection]]) -> Verdict:
+def verdict(record: Record | Mapping[str, Any], detections: Mapping[str, Sequence[Detection]], thresholds: Thresholds = OFFICIAL) -> Verdict:
     """Whether the detections (class -> objects, any order) fulfil the record, with every reason why not.
 
     Only the `count` most confident objects of a class are asked for colour and position. Extra objects are free, except where `exclude` forbids them
     (it does so for counting alone). Raises UserError for a malformed record.
     """
     record = record if isinstance(record, Record) else parse_record(record)
-    alive = surviving(record, detections)
+    alive = surviving(record, detections, thresholds)
     names = [clause.class_name for clause in record.include]
     groups: list[Sequence[Detection] | None] = []
     reasons: list[str] = []
     for clause in record.include:
         found = alive.get(clause.class_name, [])[: clause.count]
-        failures = _failures(clause, found, groups, names)
+        failures = _failures(clause, found, groups, names, thresholds.position)
         groups.append(None if failures else found)
         reasons.extend(failures)
     for clause in record.exclude:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.gedit import MINIMUM_COVERAGE, STATUSES
-from benchmarks.statistics import Comparison, Groups, category_metric, compare_paired, macro_metric, retention
+from benchmarks.gedit import GEDIT_CATEGORIES, MINIMUM_COVERAGE, STATUSES
+from benchmarks.statistics import Comparison, Groups, category_metric, compare_paired, macro_metric, over_training_seeds, retention
 from benchmarks.statistics import Metric as Metric
 from data.errors import UserError, UserErrors
 from data.files import atomic_file, digest, read_json, write_json
@@ -28,6 +28,7 @@ SCORES_FILE = "scores.parquet"
 PRIMARY = {"geneval": ("correct", 1.0), "gedit": ("O", 10.0)}  # benchmark -> the value that is averaged, and its highest
 MACRO = {"geneval": "geneval/overall", "gedit": "gedit/average"}
 BENCHMARK_OF = {category: capability.benchmark for capability in CAPABILITIES.values() for category in capability.categories}
+BENCHMARK_OF |= dict.fromkeys((category for category in GEDIT_CATEGORIES if category not in BENCHMARK_OF), "gedit")  # those that no capability of ours is for
 
 Expected = Mapping[str, set[tuple[str, int]]]  # category -> every (example id, k) that must be scored
 
@@ -148,8 +149,11 @@ def _row_faults(score: ExampleScore, benchmark: str) -> list[str]:
     return [] if 0.0 <= value <= highest else [f"{where}: {name} = {score.values.get(name)}; a number from 0 to {highest:g} is needed"]
 
 
-def check_complete(scores: Sequence[ExampleScore], expected: Expected) -> None:
-    """Raises UserErrors unless the rows are one model's, one for each expected (category, id, k) and no other, with usable values."""
+def check_complete(scores: Sequence[ExampleScore], expected: Expected, *, allow_partial: bool = False) -> None:
+    """Raises UserErrors unless the rows are one model's, one for each expected (category, id, k) and no other, with usable values.
+
+    Fewer than MINIMUM_COVERAGE of a category with a score are a fault unless `allow_partial`; none at all always is.
+    """
     faults = [f"category {category!r} is unknown; choose of {sorted(BENCHMARK_OF)}" for category in expected if category not in BENCHMARK_OF]
     models = sorted({score.model for score in scores})
     if len(models) > 1:
@@ -172,7 +176,8 @@ def check_complete(scores: Sequence[ExampleScore], expected: Expected) -> None:
         broken = [fault for score in members for fault in _row_faults(score, BENCHMARK_OF.get(category, score.benchmark))]
         faults += broken[:3] + ([f"{category}: {len(broken) - 3} more rows with such faults"] if len(broken) > 3 else [])
         failed = Counter(score.status for score in members if score.status != "ok")
-        if members and failed.total() > (1.0 - MINIMUM_COVERAGE) * len(members):
+        highest = len(members) - 1 if allow_partial else (1.0 - MINIMUM_COVERAGE) * len(members)
+        if members and failed.total() > highest:
             bound = f"at least {MINIMUM_COVERAGE:.0%} must: judge them again"
             faults.append(f"{category}: {failed.total()} of {len(members)} images have no score ({dict(failed)}); {bound}")
     if not expected:
@@ -223,12 +228,14 @@ def _paths(expected: Expected) -> dict[str, tuple[str, ...]]:
     return paths
 
 
-def summarise(scores: Sequence[ExampleScore], *, expected: Expected, seed: int, resamples: int, confidence: float) -> dict[str, Metric]:
+def summarise(
+    scores: Sequence[ExampleScore], *, expected: Expected, seed: int, resamples: int, confidence: float, allow_partial: bool = False
+) -> dict[str, Metric]:
     """metric path -> Metric for the categories of `expected`: geneval in [0, 1], gedit in [0, 10]; n counts prompts.
 
     Raises UserErrors for a set that is incomplete, repeated or mixed.
     """
-    check_complete(scores, expected)
+    check_complete(scores, expected, allow_partial=allow_partial)
     groups = _groups(scores, expected)
     metrics = {}
     for path, categories in _paths(expected).items():
@@ -302,3 +309,38 @@ def compare(
         binary = all(_binary(a_scores, category) for category in categories)
         comparisons[path] = compare_paired(a, b, binary=binary, seed=seed, resamples=resamples, confidence=confidence)
     return comparisons
+
+
+def check_same_evaluator(cards: Mapping[str, Scorecard]) -> None:
+    """Raises UserErrors when scorecards of one table were made with different detectors, judges or prompt sets; cards that name none are left out.
+
+    A scorecard of real images says under identities/BENCHMARK what scored it: "evaluator" (or "judge") and "prompts".
+    """
+    faults = []
+    for benchmark in MACRO:
+        for key in ("evaluator", "judge", "prompts", "thresholds"):
+            named = {name: card.identities.get(benchmark, {}).get(key) for name, card in cards.items() if isinstance(card.identities.get(benchmark), Mapping)}
+            kinds: dict[str, list[str]] = {}
+            for name, value in named.items():
+                if value is not None:
+                    kinds.setdefault(json.dumps(value, sort_keys=True), []).append(name)
+            if len(kinds) > 1:
+                faults.append(f"{benchmark}: {len(kinds)} different values of {key} ({'; '.join(', '.join(names) for names in kinds.values())})")
+    if faults:
+        raise UserErrors("these scorecards cannot stand in one table, their numbers mean different things:", [*faults, "score them with the same evaluator"])
+
+
+def over_trainings(trainings: Sequence[Sequence[ExampleScore]], *, expected: Expected, seed: int, resamples: int, confidence: float) -> dict[str, Metric]:
+    """metric path -> Metric over several trainings of one recipe, each scored on the whole set.
+
+    Raises UserErrors for an incomplete set, UserError for fewer than three trainings.
+    """
+    for scores in trainings:
+        check_complete(scores, expected)
+    groups = [_groups(scores, expected) for scores in trainings]
+    return {
+        path: over_training_seeds(
+            [{category: of_training[category] for category in categories} for of_training in groups], seed=seed, resamples=resamples, confidence=confidence
+        )
+        for path, categories in _paths(expected).items()
+    }

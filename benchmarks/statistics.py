@@ -2,18 +2,19 @@
 
 Groups map a category to one value a prompt, (n,) float. A macro average weighs categories equally, so every resampling is stratified by category. Random
 numbers come from PCG64, addressed by seed and purpose: equal input gives equal output. Methods: E. B. Wilson 1927 (binary proportions), B. Efron (percentile
-bootstrap, with T. Hesterberg's correction for small n), Q. McNemar 1947 (exact form), E. Miller 2024, "Adding Error Bars to Evals" (clusters, paired
-differences).
+bootstrap, with T. Hesterberg's correction for small n), Q. McNemar 1947 (exact form), S. Holm 1979, A. Owen 2007, E. Miller 2024, "Adding Error Bars to
+Evals" (clusters, paired differences).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtrit
 
 from data.errors import UserError
 from data.randomness import numpy_generator
@@ -95,6 +96,11 @@ def _student_t(probability: float, freedom: int) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
+def _student_quantile(probability: float, freedom: float) -> float:
+    """The quantile of Student's t for any degrees of freedom of 1 or more; the series above fails below 4."""
+    return float(stdtrit(max(freedom, 1.0), probability))
+
+
 def _percentiles(draws: np.ndarray, confidence: float, smallest: int) -> tuple[float, float]:
     """The draws' interval, widened for the narrowness of percentile intervals when the smallest category has few prompts."""
     tail = NormalDist().cdf(-math.sqrt(smallest / (smallest - 1)) * _student_t(0.5 + confidence / 2, smallest - 1))
@@ -141,6 +147,21 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2.0 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
 
 
+def sign_test(differences: np.ndarray) -> float:
+    """Two-sided exact p that paired differences (n,) fall either way with equal chance; equal pairs say nothing. For 0 and 1 it is McNemar's test."""
+    return mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p values adjusted for their number (S. Holm 1979), by name: below alpha means significant with the family-wise error at alpha or less."""
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: (p_values[name], name))):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
+
+
 def sign_flip(differences: Groups, *, seed: int, resamples: int) -> float:
     """Two-sided p that the macro mean of the paired differences is 0: prompts' signs are flipped at random, category by category."""
     observed = abs(macro_mean(differences))
@@ -184,3 +205,31 @@ def retention(student: Groups, teacher: Groups, *, seed: int, resamples: int, co
     means = means[means[:, 1] > 0.0]
     low, high = _percentiles(means[:, 0] / means[:, 1], confidence, min(map(len, student.values())))
     return Metric(ratio, error, low, high, sum(map(len, student.values())))
+
+
+def over_training_seeds(groups: Sequence[Groups], *, seed: int, resamples: int, confidence: float) -> Metric:
+    """The macro mean over several trainings of one recipe, all scored on the same prompts: how well the recipe is known, not one of its models.
+
+    A two-level bootstrap (A. Owen 2007, "The pigeonhole bootstrap"): trainings and prompts are drawn with replacement, prompts the same for all trainings. A
+    draw's deviation has a part of the trainings, widened by sqrt(S / (S - 1)) since S of them vary less than their population, and one of the prompts. With few
+    trainings percentiles are too narrow, so the interval is Student's, with the degrees of freedom of the two parts together (Welch and Satterthwaite). It is
+    somewhat conservative: what trainings and prompts do only together is counted in both parts. n counts prompts. Raises UserError for fewer than three
+    trainings, or other prompts in one of them.
+    """
+    if len(groups) < 3:
+        raise UserError(f"training seeds: {len(groups)} training(s); three or more are needed to tell how far trainings differ")
+    for other in groups[1:]:
+        _check_pairs(groups[0], other)
+    count = len(groups)
+    columns = {category: np.stack([of_training[category] for of_training in groups], axis=1) for category in groups[0]}  # (n, S)
+    grand = float(np.mean([values.mean() for values in columns.values()]))
+    draws = np.mean(list(resampled_means(columns, seed=seed, resamples=resamples).values()), axis=0)  # (B, S): every training's macro mean of drawn prompts
+    drawn = numpy_generator(seed, 0, 0, "bootstrap/trainings").integers(count, size=(resamples, count))
+    prompts_part = draws.mean(1) - grand
+    trainings_part = (np.take_along_axis(draws, drawn, axis=1).mean(1) - draws.mean(1)) * math.sqrt(count / (count - 1))
+    variances = float(prompts_part.var()), float(trainings_part.var())
+    total = sum(variances)
+    smallest = min(len(values) for values in columns.values())
+    freedom = total**2 / (variances[0] ** 2 / (smallest - 1) + variances[1] ** 2 / (count - 1)) if total > 0.0 else 1.0
+    half = math.sqrt(total) * _student_quantile(0.5 + confidence / 2, freedom)
+    return Metric(grand, math.sqrt(total), grand - half, grand + half, sum(len(values) for values in columns.values()))

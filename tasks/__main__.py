@@ -32,6 +32,7 @@ TOOLS = {  # modules of tasks/ with a `cli(argv)` of their own
     "plan": "what params.yaml would run: stages, cache, evaluations, memory, time",
     "export": "write a student as diffusers pipeline, PEFT adapter, ComfyUI file or merged network",
     "sample": "draw images from a student",
+    "sample-set": "sample a list of prompts with one model into a folder",
 }
 REGISTRY = {
     "registry": "list the registered versions, their aliases and the ledger",
@@ -87,7 +88,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "preset":
         return _preset(arguments[1:])
     if command in TOOLS:
-        return int(importlib.import_module(f"tasks.{command}").cli(arguments[1:]) or 0)
+        signal.signal(signal.SIGTERM, _terminate)
+        return int(importlib.import_module(f"tasks.{command.replace('-', '_')}").cli(arguments[1:]) or 0)
     if command in REGISTRY:
         from tasks import registry
 
@@ -163,7 +165,7 @@ def _overview(command: str) -> int:
     servers = {name: text for name, (_, text) in SERVERS.items()}
     lines = ["usage: python -m tasks COMMAND [--help]", "", "stages, in order:"]
     lines += [f"  {name:10}{_first_line(name)}" for name in STAGES]
-    lines += ["", "other commands:", *(f"  {name:10}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY, **servers}.items())]
+    lines += ["", "other commands:", *(f"  {name:12}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY, **servers}.items())]
     if command in ("-h", "--help", "help"):
         print("\n".join(lines))
         return 0

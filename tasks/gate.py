@@ -18,7 +18,7 @@ from statistics import NormalDist
 from typing import Any
 
 from data.errors import UserError
-from data.files import digest, read_json, write_json
+from data.files import digest, read_json, write_json, write_text
 from data.records import CAPABILITIES
 
 HEADLINES = {"geneval": "overall", "gedit": "average"}
@@ -30,6 +30,7 @@ SCORECARD_FILE = "reports/scorecard.json"
 SCORES_FILE = "reports/score/scores.parquet"
 VALIDATE_FILE = "reports/validate.json"
 VERDICT_FILE = "reports/verdict.json"
+PAGE_FILE, REVIEW_FILE = "reports/score/report.html", "reports/review.html"  # the candidate's page, and the same with the champion beside it
 CHECKPOINT_FOLDER = "checkpoints/absorbed"
 
 
@@ -348,4 +349,18 @@ def judge_files(project: Path, params: Params) -> dict[str, Any]:
     comparison = _paired(project, params, candidate, champion) if champion else None
     verdict = judge(params, candidate, champion=champion, provenance=provenance(project), comparison=comparison).to_json()
     write_json(project / VERDICT_FILE, verdict)
+    _review(project, candidate, champion, comparison)
     return verdict
+
+
+def _review(project: Path, candidate: dict[str, Any], champion: dict[str, Any] | None, comparison: dict[str, Any] | None) -> None:
+    """Writes the report page with the champion's figures beside the candidate's; the page itself is the score stage's and stays as it is."""
+    if champion is None or not (project / PAGE_FILE).is_file():
+        (project / REVIEW_FILE).unlink(missing_ok=True)
+        return
+    from benchmarks.report import add_champion
+    from benchmarks.scorecard import Scorecard
+
+    page = (project / PAGE_FILE).read_text(encoding="utf-8")
+    cards = Scorecard.from_json(candidate), Scorecard.from_json(champion["scorecard"])
+    write_text(project / REVIEW_FILE, add_champion(page, *cards, str(champion.get("version", "unknown")), comparison, "score/"))

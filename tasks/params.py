@@ -150,7 +150,36 @@ class RoutingParams:
         return route_faults(self.routes)
 
 
-SHARED: dict[str, type] = {"world": WorldParams, "backbone": BackboneParams, "sampling": SamplingParams, "routing": RoutingParams, "execution": ExecutionParams}
+@dataclass(frozen=True)
+class BenchmarkParams:
+    """Section `benchmark`: who looks at the images that validate and score draw.
+
+    `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on the hub), and `classifier` the CLIP
+    that tells colours. `batch` images pass them together on `device`, in `workers` processes of this machine, or in the workers of the dask `scheduler` named.
+    """
+
+    detector: str
+    classifier: str
+    device: str
+    batch: int
+    workers: int
+    scheduler: str
+
+    def faults(self) -> list[str]:
+        faults = _positive(self, "batch", "workers")
+        if not self.detector:
+            faults.append('detector is empty: write micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance')
+        return faults
+
+
+SHARED: dict[str, type] = {
+    "world": WorldParams,
+    "backbone": BackboneParams,
+    "sampling": SamplingParams,
+    "routing": RoutingParams,
+    "execution": ExecutionParams,
+    "benchmark": BenchmarkParams,
+}
 
 
 def _positive(params: object, *names: str) -> list[str]:

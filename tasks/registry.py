@@ -44,7 +44,8 @@ CHECKPOINT_SUFFIXES = (WEIGHTS, ".json", ".csv", ".txt", ".md", ".png")
 STEPS_FILES = {"distill": "checkpoints/student/steps.csv", "absorb": "checkpoints/absorbed/steps.csv"}
 PICTURES = ("t2i.png", "edits.png", "scorecard.png")  # of the report: shown on the version's page
 LONGEST_ANSWER = 2000
-MLFLOWS_OWN = ("MLmodel", "registered_model_meta")  # its description of a logged model, and what loading one writes beside it
+# Its description of a logged model, and what loading one writes beside it.
+MLFLOWS_OWN = ("MLmodel", "registered_model_meta", "conda.yaml", "python_env.yaml", "requirements.txt")
 STATUS_TAG, BY_TAG, REASON_TAG, ANSWER_TAG = "review.status", "review.by", "review.reason", "review.answer"
 LINEAGE_PREFIXES = ("git.", "dvc.", "params.", "env.", "teacher.", "base.", "mlflow.run_id")
 Promote = Literal["auto", "review"]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.geneval_run import MICRO
 from benchmarks.micro import score_images
 from benchmarks.scorecard import ExampleScore
 from data.aspect import bucket_of, fit
@@ -20,9 +21,10 @@ from data.records import CAPABILITIES, Example
 from model.backbones import Backbone
 from model.field import Guided, VelocityField, condition_of
 from model.rollout import euler_grid, sample
-from tasks.params import SamplingParams
+from tasks.params import BenchmarkParams, SamplingParams
 from tasks.pictures import as_images, as_pictures, read_picture
 from tasks.progress import Advance
+from tasks.real_scores import score_drawn
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ def score_field(
     scale: float,
     folder: Path,
     advance: Advance,
+    benchmark: BenchmarkParams,
 ) -> list[ExampleScore]:
-    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores them.
+    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores them: pictures of the micro world by its
+    parser and judge, others as `tasks.real_scores` says.
 
     The batch size changes nothing but speed.
     """
+    if benchmark.detector != MICRO:
+        batches = draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder)
+        return score_drawn(batches, benchmark, model=model, folder=folder, advance=advance)
     scores: list[ExampleScore] = []
     for drawn in draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder):
         scores += score_images(world, drawn.examples, drawn.pictures, model=model, paths=drawn.paths, seeds=drawn.seeds, k=drawn.k, sources=evaluation.sources)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.geneval_run import MICRO
 from benchmarks.report import edit_strips, sample_grid, scorecard_plot, write_report
 from benchmarks.scorecard import ExampleScore, Scorecard, compare, expected_scores, read_scores, summarise, write_scorecard, write_scores
 from benchmarks.scorecard import scorecard as make_scorecard
@@ -16,9 +17,10 @@ from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import TRANSFORMER
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
-from tasks.params import BackboneParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
 from tasks.pictures import read_picture
 from tasks.progress import progress
+from tasks.real_scores import check_judgeable, identity_of_scores
 from tasks.sampling import EvaluationSet, evaluation_set, score_field
 
 CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
@@ -32,6 +34,7 @@ class Params:
     backbone: BackboneParams
     sampling: SamplingParams
     routing: RoutingParams
+    benchmark: BenchmarkParams
     seed: int
     resamples: int
     confidence: float
@@ -77,6 +80,8 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     distilled = load_student(student, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
     candidate = load_student(absorbed, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
     evaluation = evaluation_set(read_examples(curated), curated)
+    if params.benchmark.detector != MICRO:
+        check_judgeable(evaluation.examples, params.benchmark)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     numbers = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     reference: dict[str, list[ExampleScore]] = {}
@@ -94,9 +99,12 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
                 (DISTILLED_GUIDED, distilled.field, params.sampling.guidance),
                 (CANDIDATE, candidate.field, 1.0),
             ):
-                scores[name] = score_field(field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance)
+                scores[name] = score_field(
+                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance, benchmark=params.benchmark
+                )
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
-        write_json(folder / "comparisons.json", _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers))
+        comparisons = _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers)
+        write_json(folder / "comparisons.json", comparisons)
         write_json(folder / "scorecards.json", {name: other.to_json() for name, other in cards.items()})
         write_scores(folder, [row for rows in scores.values() for row in rows])
         teacher_of = {category: route.teacher for route in routes for category in CAPABILITIES[route.capability].categories}
@@ -112,6 +120,8 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
             folder / "report.html", cards=cards, scores=scores[CANDIDATE], folder=folder, images=beside,
             prompts={example.id: example.prompt for example in evaluation.examples},
             per_category=params.shown, files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
+            records={example.id: example.record for example in evaluation.examples}, comparisons=comparisons,
+            others={DISTILLED: (folder, scores[DISTILLED]), **{name: (validated, reference[name]) for name in sorted({BASE, *teacher_of.values()})}},
         )  # fmt: skip
     write_scorecard(scorecard, card)
     return {
@@ -138,6 +148,8 @@ def _cards(
         "student": record["sha256"], "routes": {route.capability: route.teacher for route in params.routing.routes},
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"}, "guidance": 1.0,
     }  # fmt: skip
+    if params.benchmark.detector != MICRO:
+        identities["geneval"] = identity_of_scores(evaluation.examples, params.benchmark)
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
     card = make_scorecard(CANDIDATE, scores[CANDIDATE], own, expected, identities, **numbers)
     cards = {CANDIDATE: card, DISTILLED: make_scorecard(DISTILLED, scores[DISTILLED], own, expected, {}, **numbers)}

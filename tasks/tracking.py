@@ -408,9 +408,8 @@ def log_steps(tracked: Run, stage: str, path: Path) -> None:
     """Publishes a stage's steps.csv, and the metrics and validation pictures beside it, a thousand metrics a request."""
     for chunk in _chunks([*step_metrics(stage, path), *named_metrics(stage, path.with_name("metrics.jsonl"))], BATCH["metrics"]):
         _send(tracked, {"metrics": [list(one) for one in chunk]})
-    pictures = path.with_name("validation")
-    if pictures.is_dir():
-        log_files(tracked, {f"{stage}/validation": pictures})
+    if path.with_name("validation").is_dir():
+        log_files(tracked, {f"{stage}/validation": path.with_name("validation")})
 
 
 def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | None = None) -> None:

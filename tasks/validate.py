@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.geneval_run import MICRO
 from benchmarks.micro import controls
 from benchmarks.scorecard import ExampleScore, expected_scores, summarise, write_scores
 from data.errors import UserError, UserErrors
@@ -17,8 +18,9 @@ from model.backbones import Backbone
 from model.field import VelocityField, condition_of
 from model.randomness import noise_for
 from model.teachers import BASE, compatibility_faults, file_faults, load_teachers, read_records
-from tasks.params import BackboneParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
 from tasks.progress import progress
+from tasks.real_scores import check_judgeable
 from tasks.sampling import EvaluationSet, draw_field, encode_sources, evaluation_set, network_device, picture_bucket, score_field
 
 MACRO = {"geneval": "geneval/overall", "gedit": "gedit/average"}
@@ -35,6 +37,7 @@ class Params:
     backbone: BackboneParams
     sampling: SamplingParams
     routing: RoutingParams
+    benchmark: BenchmarkParams
     seed: int
     resamples: int
     confidence: float
@@ -71,7 +74,8 @@ def _preview(name: str, field: VelocityField, backbone: Backbone, own: Evaluatio
 def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report: Path) -> dict[str, Any]:
     """Writes `report` (scores by teacher, faults) and `out` (every image with its score). Raises UserErrors when a teacher must not be distilled.
 
-    A base that draws pictures of the micro world's size is scored by its detector; of any other size the teachers' velocities are tried and a few images drawn.
+    Where section `benchmark` names GenEval's networks, they score the teachers. With detector "micro" a base that draws pictures of the micro world's size is
+    scored by the micro detector; of any other size the teachers' velocities are tried and a few images drawn.
     """
     world = params.world.world()
     routes = params.routing.routes
@@ -105,11 +109,14 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
             if CAPABILITIES[route.capability].is_edit
         ]
     edge = backbone.latent_shape[1] * backbone.pixels_per_latent
-    scored = edge == world.size
+    micro = params.benchmark.detector == MICRO
+    scored = not micro or edge == world.size
+    if not micro:
+        check_judgeable(evaluation.examples, params.benchmark)
     if not scored:
         faults += [
             f"validate.floors.{name} = {floor}: nothing scores here, as the base draws {edge} px and the micro "
-            f"world's detector reads {world.size} px; write floors: {{}} and let the benchmarks judge"
+            f"world's detector reads {world.size} px; name GenEval's networks in section benchmark, or write floors: {{}}"
             for name, floor in params.floors.items()
         ]
     if faults:
@@ -136,12 +143,15 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
                 advance(PREVIEWS)
                 summary[f"{name} on {capability}"] = "finite, not scored here"
                 continue
-            rows = score_field(fields[name], backbone, world, evaluation, params.sampling, model=name, scale=1.0, folder=folder, advance=advance)
+            rows = score_field(
+                fields[name], backbone, world, evaluation, params.sampling, model=name, scale=1.0, folder=folder, advance=advance, benchmark=params.benchmark
+            )
             judged = rows
             if name == BASE:
                 judged = score_field(
-                    fields[name], backbone, world, t2i, params.sampling, model=GUIDED, scale=params.sampling.guidance, folder=folder, advance=advance
-                )
+                    fields[name], backbone, world, t2i, params.sampling, model=GUIDED, scale=params.sampling.guidance, folder=folder, advance=advance,
+                    benchmark=params.benchmark,
+                )  # fmt: skip
                 scores += judged
             scores += rows
             numbers: dict[str, Any] = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
@@ -161,7 +171,7 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
                 )
             tested[name] |= {"own": asdict(own_metric), "metrics": {path: asdict(metric) for path, metric in metrics.items()}}
             summary[f"{name} on {capability}"] = round(own_metric.mean, 3)
-        if scored:
+        if scored and micro:
             with_target = [example for example in evaluation.examples if example.id in evaluation.targets]
             ends = controls(
                 world, with_target, [evaluation.targets[example.id] for example in with_target], paths=[str(example.target) for example in with_target],

@@ -214,7 +214,7 @@ def test_routes_name_teachers_that_are_made_and_there(tmp_path: Path) -> None:
 
 def test_plain_progress_is_rare_but_always_ends_with_the_total(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("data.progress.time.monotonic", lambda: now[0])
     with progress("distill", 40) as advance:
         for _ in range(40):
             now[0] += 0.5
@@ -230,7 +230,7 @@ def test_plain_progress_is_rare_but_always_ends_with_the_total(capsys: pytest.Ca
 
 def test_the_adaptor_takes_counts_from_the_start(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("data.progress.time.monotonic", lambda: now[0])
     report = callback("curate")
     for done in (1, 2, 3, 4):
         report(done, 4, "images")

@@ -1,239 +1,88 @@
-"""Property: two processes give what one gives; when one dies all stop with a message, and the run goes on with whatever number of processes."""
+"""Defends: work spread over processes gives what one process gives, in the order of the jobs; a job's mistake or a silent scheduler is one message."""
 
 from __future__ import annotations
 
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 
-import tasks.processes
-import tasks.training
-from benchmarks.speed import build, sd3_case
-from data.files import read_json, write_json
-from model.checkpoint import Ema, write_tensors
-from model.distill import distill
-from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, blocks_of, recompute_blocks
-from model.optimizer import build_optimizer
-from model.parallel import ALONE, World, deal, joined, shard_frozen
-from model.rollout import euler_grid
-from model.route import Route, Router
-from tasks.__main__ import main
-from tasks.training import run_training
-from tests.tiny import Tiny, loop_params, write_params
-from tests.tiny import build as build_tiny
-
-ROUTER = Router((Route("t2i", "teacher0", 1.0), Route("local_edit", "teacher1", 1.0)))
-PARAMS = loop_params(batch=5, rollout_steps=6, steps=3, learning_rate=1e-3, ema=0.5)
+from benchmarks.parallel import batches, check_workers, each
+from data.errors import UserError, UserErrors
+from tasks.environment import PROJECT
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    signal.signal(signal.SIGTERM, handler)
+def product(job: tuple[int, torch.Tensor]) -> tuple[int, float, int]:
+    """(index, a sum whose last bits depend on the number of threads, process)."""
+    index, values = job
+    return index, float((values @ values.T).sum()), os.getpid()
 
 
-def forked(act: Callable[[int], None], size: int) -> list[int]:
-    """Exit statuses of `size` forked processes that each ran `act(rank)`."""
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                act(rank)
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def mistaken(job: tuple[int, torch.Tensor]) -> tuple[int, float, int]:
+    if job[0] == 3:
+        raise UserErrors("two faults:", ["one", "another"])
+    return job[0], 0.0, 0
 
 
-def test_dealing_balances_and_loses_no_slot() -> None:
-    rng = np.random.default_rng(0)
-    lockstep, balanced = [], []
-    for _ in range(200):
-        costs = (rng.beta(5, 2, size=16) * 16).astype(int).tolist()
-        dealt = deal(costs, 4)
-        assert sorted(slot for slots in dealt for slot in slots) == list(range(16))
-        assert dealt == deal(costs, 4)
-        sums = [sum(costs[slot] for slot in slots) for slots in dealt]
-        assert max(sums) - min(sums) <= max(costs)
-        balanced.append(max(sums))
-        lockstep.append(max(sum(costs[slot] for slot in range(rank, 16, 4)) for rank in range(4)))
-    assert np.mean(balanced) < 0.95 * np.mean(lockstep)  # against dealing in turn
-    assert deal([3, 1], 3) == [[0], [1], []] and deal([1, 2, 3], 1) == [[0, 1, 2]]
+def collected(workers: int, function=product, scheduler: str = "") -> list[tuple[int, float, int]]:
+    found: list[tuple[int, float, int]] = []
+
+    def done(index: int, result: tuple[int, float, int]) -> None:
+        assert index == len(found) == result[0]  # in order
+        found.append(result)
+
+    def prepare(index: int) -> tuple[int, torch.Tensor]:
+        return index, torch.rand(64, 300, generator=torch.Generator().manual_seed(index))
+
+    each(function, list(range(12)), prepare, done, workers=workers, scheduler=scheduler)
+    return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> None:
-    case = sd3_case("tiny", 32, 2, 4, 3, 4, 5, None, 6)
-
-    def run(world: World) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
-        student, teachers, bucket = build(case, torch.device("cpu"), 0)
-        optimizers, ema = build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate), Ema(dict(student.parameters), PARAMS.ema)
-        buckets = {"t2i": bucket, "local_edit": bucket}
-        counter = EvaluationCounter([student.network])
-        execution = replace(WHOLE_BATCH, merged=True)
-        loop = distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world, lambda: world.rank == 1)
-        numbers = [[step.loss, step.gradient_norm, float(step.evaluations), float(step.floor), float(step.stopped), *step.losses] for step in loop]
-        numbers.append([float(counter.take())])
-        return {f"trained.{k}": v for k, v in student.parameters.items()} | {f"ema.{k}": v for k, v in ema.shadow.items()}, numbers
-
-    def act(rank: int) -> None:
-        with joined(rank, size, tmp_path / "meeting", torch.device("cpu")) as world:
-            tensors, numbers = run(world)
-        write_tensors(tmp_path / f"{rank}.safetensors", tensors)
-        write_json(tmp_path / f"{rank}.json", numbers)
-
-    assert forked(act, size) == [0] * size
-    expected, numbers = run(ALONE)
-    work = []
-    for rank in range(size):
-        found, theirs = load_file(tmp_path / f"{rank}.safetensors"), read_json(tmp_path / f"{rank}.json")
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-        for mine, one in zip(theirs[:-1], numbers[:-1], strict=True):
-            assert mine[2] == mine[3] == one[2] and mine[4] == 1.0  # counted over all, and asked to stop by one: known to all
-            np.testing.assert_allclose(mine[:2] + mine[5:], one[:2] + one[5:], rtol=1e-5, atol=1e-6)
-        work.append(theirs[-1][0])
-    assert sum(work) == numbers[-1][0] and max(work) < 0.75 * sum(work)
+def test_any_number_of_workers_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    alone, together = collected(1), collected(2)
+    assert [row[:2] for row in alone] == [row[:2] for row in together]
+    assert {row[2] for row in alone} == {os.getpid()} and os.getpid() not in {row[2] for row in together}
 
 
-@pytest.mark.parametrize("recompute", [0, 1])
-def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path: Path) -> None:
-    case = sd3_case("tiny", 32, 2, 4, 3, 4, 5, None, 6)
-    execution = replace(WHOLE_BATCH, merged=True, micro_batch=2, rollout_batch=2)
+def test_a_named_scheduler_s_workers_are_used_and_checked() -> None:
+    from distributed import Client, LocalCluster
 
-    def run(world: World, execution: Execution) -> tuple[dict[str, torch.Tensor], int, int]:
-        student, teachers, bucket = build(case, torch.device("cpu"), 0)
-        whole = sum(value.numel() for value in student.network.parameters())
-        if execution.lockstep:
-            shard_frozen(blocks_of(student.network), torch.device("cpu"))
-        recompute_blocks(student.network, recompute)
-        optimizers, ema = build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate), Ema(dict(student.parameters), PARAMS.ema)
-        buckets = {"t2i": bucket, "local_edit": bucket}
-        list(distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world))
-        held = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in student.network.parameters())
-        return dict(student.parameters), whole, held
-
-    def act(rank: int) -> None:
-        with joined(rank, 2, tmp_path / "meeting", torch.device("cpu")) as world:
-            tensors, whole, held = run(world, replace(execution, lockstep=True))
-        assert held < 0.75 * whole
-        write_tensors(tmp_path / f"{rank}.safetensors", tensors)
-
-    assert forked(act, 2) == [0, 0]
-    expected, whole, held = run(ALONE, execution)
-    assert held == whole
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, processes=False, protocol="tcp://", threads_per_worker=1) as cluster:
+        address = cluster.scheduler_address
+        with pytest.raises(UserError, match="it has no worker"):
+            collected(1, scheduler=address)
+        cluster.scale(1)
+        cluster.wait_for_workers(1)
+        assert [row[:2] for row in collected(1, scheduler=address)] == [row[:2] for row in collected(1)]
+        with pytest.raises(UserError, match="two faults"):
+            collected(1, mistaken, address)
+        with Client(address) as client, pytest.raises(UserError, match="1 of 1 workers run another version of the code"):
+            check_workers(client, address, "another version")
 
 
-# --- the stage ------------------------------------------------------------------------------------------------------------------
+def test_a_mistake_in_a_job_is_its_message() -> None:
+    with pytest.raises(UserError, match="two faults:\n  - one"):
+        collected(1, mistaken)
+    with pytest.raises(UserError, match="workers = 0"):
+        collected(0)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.parallel.CONNECT_SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"scheduler tcp://127\.0\.0\.1:1: no answer"):
+        collected(1, scheduler="tcp://127.0.0.1:1")
 
 
-@pytest.fixture
-def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the stage with changed parameters. Processes are forked: their imports are done."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks.processes, "START", "fork")
-
-    def run(out: str, **changes: Any) -> int:
-        params = write_params(
-            tmp_path / "params.yaml", **{"batch": 4, "rollout_steps": 4, "optimizer": "adamw", "trainable": "adapter", "start": "base", **changes}
-        )
-        arguments = ["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--out", out, "--params", str(params)]
-        return main(arguments)
-
-    return run
+def test_threads_are_as_before(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    collected(1)
+    assert torch.get_num_threads() == before
 
 
-def weights(out: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(out) / "adapter_model.safetensors")
-
-
-def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stage("alone") == 0
-    for folder in Path("runs").glob("distill-*"):
-        folder.rename(f"{folder}.done")
-    assert len(list(Path("runs").glob("distill-*.done"))) == 1
-
-    original = run_training
-
-    def dying(*arguments: Any, **named: Any) -> Any:
-        if tasks.processes.this_process().rank == 1:
-            noise = model_distill.noise_for
-
-            def die(seed: int, index: int, *others: Any) -> torch.Tensor:
-                if index == 3:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return noise(seed, index, *others)
-
-            monkeypatch.setattr(model_distill, "noise_for", die)
-        return original(*arguments, **named)
-
-    import model.distill as model_distill
-    import tasks.distill
-
-    with monkeypatch.context() as context:
-        context.setattr(tasks.distill, "run_training", dying)
-        begun = time.monotonic()
-        assert stage("two", processes=2) == 2
-        assert time.monotonic() - begun < 120  # not the collective's patience
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "process 2 of 2 was killed by signal 9 (SIGKILL)" in error and "same command" in error
-    assert not Path("two").exists() and sorted(path.name for path in Path("runs").glob("distill-*/step-*") if ".done" not in str(path)) == ["step-00000002"]
-    assert stage("two") == 0
-    assert "goes on at step 2 of 4" in capfd.readouterr().out
-    for name, value in weights("alone").items():
-        torch.testing.assert_close(weights("two")[name], value, rtol=1e-5, atol=1e-6)
-
-
-def test_the_stage_spreads_its_base_where_that_can_be(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    assert stage("alone", steps=2) == 0
-    for folder in Path("runs").glob("distill-*"):
-        folder.rename(f"{folder}.done")
-    assert stage("spread", steps=2, processes=2, shard_base=True) == 0
-    for name, value in weights("alone").items():
-        torch.testing.assert_close(weights("spread")[name], value, rtol=1e-5, atol=1e-6)
-    assert stage("whole", steps=2, processes=2, shard_base=True, trainable="all") == 2
-    assert "shard_base" in capfd.readouterr().err
-
-
-def test_sigterm_to_the_stage_saves_in_two_processes(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    child = os.fork()
-    if not child:
-        os._exit(stage("out", processes=2, steps=5000, save_every=5000))
-    deadline = time.monotonic() + 120
-    while not list(Path("runs").glob("distill-*/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1.0)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "stopped by SIGTERM after step" in error and len(list(Path("runs").glob("distill-*/step-*"))) == 1 and not Path("out").exists()
-
-
-def test_a_refusal_in_a_process_is_the_stages_own(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    assert stage("out", processes=2, start="nobody") == 2
-    assert "start = 'nobody'" in capfd.readouterr().err
+def test_batches_are_consecutive() -> None:
+    assert batches(list("abcde"), 2) == [("a", "b"), ("c", "d"), ("e",)]
+    assert batches([], 2) == []
+    with pytest.raises(UserError, match="batch = 0"):
+        batches([1], 0)

@@ -2,6 +2,8 @@
 
 import base64
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html import unescape
 from io import BytesIO
@@ -10,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.report import edit_strips, extremes, sample_grid, scorecard_plot, write_report
+from benchmarks.confusion import color_confusion, count_confusion
+from benchmarks.geneval import Detection, verdict
+from benchmarks.geneval_prompts import official_records
+from benchmarks.report import add_champion, edit_strips, extremes, sample_grid, scorecard_plot, write_report
 from benchmarks.scorecard import ExampleScore, Scorecard, scorecard
 from data.errors import UserError
 
@@ -55,8 +60,9 @@ def page(results, **changes) -> str:
 
 def test_the_page_needs_no_other_file(results):
     text = page(results)
-    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    sources, links = re.findall(r'src="([^"]*)"', text), re.findall(r'href="([^"]*)"', text)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not [link for link in links if not link.startswith("#") and not (results[0] / link).is_file()]  # a file is offered, never needed
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert Image.open(BytesIO(base64.b64decode(sources[0].split(",")[1]))).size == (24, 24)
     assert 'name="viewport"' in text
@@ -68,9 +74,122 @@ def test_every_figure_stands_on_the_page_with_its_interval(results):
         assert name in text
         for path, metric in card.metrics.items():
             digits = 2 if path.startswith("gedit") else 3
-            assert f"{metric.mean:.{digits}f}<br><small>[{metric.low:.{digits}f}, {metric.high:.{digits}f}] n={metric.n}</small>" in text
+            shown = f"{metric.mean:.{digits}f}</a>" if name == "student" else f"{metric.mean:.{digits}f}"
+            assert f"{shown}<br><small>[{metric.low:.{digits}f}, {metric.high:.{digits}f}] n={metric.n}</small>" in text
     assert text.count("<svg") == len(results[1]["student"].metrics)
     assert "digest-of-student" in text
+
+
+def anchored(text: str) -> dict[str, str]:
+    """id -> what stands from there to the next heading."""
+    return {part.split('"', 1)[0]: part for part in re.split(r'<h[2-4] id="', text)[1:]}
+
+
+def test_every_figure_leads_to_the_images_that_earned_it(results):
+    folder, cards, scores, _ = results
+    text = page(
+        results, others={name: (folder, [replace(score, model=name) for score in scores]) for name in ("base", "shuffled")}, pages={"local teacher": "l.html"}
+    )
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids)) and {link[1:] for link in re.findall(r'href="(#[^"]*)"', text)} <= set(ids)
+    parts, rows_of = anchored(text), {}
+    for name in cards:
+        line = text[text.index(f"<td>{name}</td>", text.index('id="figures"')) :].split("</tr>")[0]
+        rows_of[name] = dict(zip(cards["student"].metrics, re.findall(r"<td>(?!student|base|shuffled|ground)(.*?)<br>", line), strict=False))
+    for name in ("student", "base", "shuffled"):
+        for path, category in (
+            ("geneval/colors", "colors"),
+            ("gedit/subject-add", "subject-add"),
+            ("geneval/overall", "colors"),
+            ("gedit/average", "subject-add"),
+        ):
+            (target,) = re.findall(r'href="#([^"]*)"', rows_of[name][path])
+            assert parts[target].count('<div class="one"') == 12 and f"{name}, {category}</h4>" in parts[target]
+    assert 'href="l.html"' in text and "href" not in rows_of["ground_truth"]["geneval/colors"]
+    first = parts[re.findall(r'href="#([^"]*)"', rows_of["student"]["gedit/subject-add"])[0]]
+    values = [float(value) for value in re.findall(r'<b class="[a-z]*">([0-9.]+)</b>', first)]
+    assert values == sorted(score.values["O"] for score in scores if score.category == "subject-add")  # worst first
+    assert first.index("images/a0.png") < first.index("images/a11.png")
+
+
+def test_large_images_become_small_ones(results):
+    folder = results[0]
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (600, 900, 3), dtype=np.uint8)).save(folder / "images/c0.png")
+    text = page(results)
+    shown = [Image.open(BytesIO(base64.b64decode(uri))).size for uri in re.findall(r'src="data:image/webp;base64,([^"]*)"', text)]
+    assert sorted(shown) == [(112, 75), (320, 213)] or shown == [(112, 75)]  # among all; and large where it is one of the best or worst
+    (folder / "images/c0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"c0\.png: not a readable image"):
+        page(results)
+
+
+def test_differences_and_notes_stand_on_the_page(results):
+    row = {"a": "student", "b": "base", "path": "gedit/average", "difference": -0.5, "low": -0.9, "high": -0.1, "p": 0.01, "n": 12, "discordant": 7}
+    text = page(results, comparisons=[row, {**row, "path": "gedit/subject-add", "low": -1.0, "high": 0.3}], notes=["The <judge> has drifted"])
+    assert '<td class="bad">-0.50</td><td>[-0.90, -0.10]</td>' in text and '<td class="">-0.50</td><td>[-1.00, +0.30]</td>' in text
+    assert "The &lt;judge&gt; has drifted" in text
+    assert "Paired differences" not in page(results)
+
+
+# --- what was asked and what was found --------------------------------------------------------------------------------------
+
+
+def test_the_champion_is_set_beside_the_candidate_later(results):
+    text, cards = page(results), results[1]
+    row = {"difference": -0.5, "low": -0.9, "high": -0.1, "p": 0.01, "n": 12}
+    found = add_champion(text, cards["student"], cards["base"], "3", {"gedit/average": row}, "score/")
+    assert "champion, version 3" in found and '<td class="bad">-0.50<br><small>[-0.90, -0.10] n=12</small></td><td>0.01</td>' in found
+    section = found[found.index("Against the champion") : found.index("By category</h2>")]
+    for path in ("geneval/overall", "gedit/subject-add"):
+        digits = 2 if path.startswith("gedit") else 3
+        assert all(f"<td>{cards[name].metrics[path].mean:.{digits}f}<br>" in section for name in ("student", "base"))
+    assert 'href="images/' in text and 'href="images/' not in found and 'href="score/images/' in found and 'href="#figures"' in found
+    assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")
+    with pytest.raises(UserError, match="no place for the champion"):
+        add_champion(found, cards["student"], cards["base"], "3", None, "")
+
+
+def verdicts(cases):
+    """Rows and records from (record, detections), through the real verdict, so that its words and their reading stay together."""
+    scores, records = [], {}
+    for index, (record, found) in enumerate(cases):
+        outcome = verdict(record, found)
+        scores.append(ExampleScore("m", "geneval", record["tag"], f"x{index}", 0, 0, {"correct": float(outcome.correct)}, outcome.reasons))
+        records[f"x{index}"] = record
+    return scores, records
+
+
+def things(*colors: str) -> list[Detection]:
+    return [Detection("circle", color, 0.99, (0, 0, 9, 9)) for color in colors]
+
+
+def test_counts_are_confused_as_the_verdict_found_them():
+    record = {"tag": "counting", "prompt": "three circles", "include": [{"class": "circle", "count": 3}], "exclude": [{"class": "circle", "count": 4}]}
+    scores, records = verdicts([(record, {"circle": things(*["red"] * found)}) for found in (3, 3, 2, 0, 5)])
+    assert count_confusion(scores, records) == {"3": {"3": [0, 1], "2": [2], "0": [3], "5": [4]}}
+    assert count_confusion(scores, {}) == {} and color_confusion(scores, records) == {}
+
+
+def test_colours_are_confused_as_the_verdict_saw_them():
+    one = {"tag": "colors", "prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    square = Detection("square", "green", 0.99, (20, 0, 29, 9))
+    two = {
+        "tag": "color_attr", "prompt": "a red circle and a blue square",
+        "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}],
+    }  # fmt: skip
+    scores, records = verdicts(
+        [(one, {"circle": things("red")}), (one, {"circle": things("blue")}), (one, {}), (two, {"circle": things("red"), "square": [square]})]
+    )
+    assert color_confusion(scores, records) == {"blue": {"green": [3]}, "red": {"red": [0, 3], "blue": [1], "nothing": [2]}}
+
+
+def test_the_confusions_stand_on_the_page_and_lead_to_an_image(results):
+    records = {f"c{index}": {"include": [{"class": "circle", "count": 1, "color": "red"}]} for index in range(12)}
+    text = page(results, records=records)
+    assert "Which colour" in text and "How many things" not in text
+    assert re.search(r'<td class="hit"><a href="#e0">8</a></td>', text) and re.search(r'<td class="miss"><a href="#e\d+">4</a></td>', text)
+    assert "Which colour" not in page(results)
 
 
 def test_every_row_and_its_reasons_stand_on_the_page(results):
@@ -148,6 +267,43 @@ def test_the_plot_draws_every_model(results):
         assert (sheet == color).all(1).sum() > 500
     with pytest.raises(UserError, match="no metric"):
         scorecard_plot({"empty": Scorecard("m", {}, {}, {})}, folder / "plot.png")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="the time to open a page is measured in Chromium, which is not installed")
+def test_the_full_set_s_page_opens_in_under_two_seconds(tmp_path):
+    """553 prompts, four images each."""
+    rng, rows_, expected = np.random.default_rng(0), [], {}
+    (tmp_path / "images").mkdir()
+    for index, record in enumerate(official_records()):
+        for k in range(4):
+            name = f"images/{index}-{k}.jpg"
+            small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            small.resize((256, 256), Image.Resampling.BICUBIC).save(tmp_path / name, quality=85)
+            correct = float((index + k) % 3 > 0)
+            rows_.append(ExampleScore("m", "geneval", record["tag"], str(index), k, 4 * index + k, {"correct": correct}, () if correct else ("why",), name))
+            expected.setdefault(record["tag"], set()).add((str(index), k))
+    prompts = {str(index): record["prompt"] for index, record in enumerate(official_records())}
+    card = scorecard("m", rows_, {}, expected, {}, **HOW)
+    write_report(tmp_path / "report.html", cards={"m": card}, scores=rows_, prompts=prompts, folder=tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count('<div class="one"') == 2212 and len(text) < 25e6
+    clock = '<script>addEventListener("load",()=>{document.title="opened "+Math.round(performance.now())})</script>'
+    (tmp_path / "timed.html").write_text(text + clock, encoding="utf-8")
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path / 'timed.html'}",
+    ]
+    times = []
+    for _ in range(3):
+        dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        times.append(int(re.search(r"<title>opened (\d+)</title>", dumped).group(1)))
+    assert min(times) < 2000, times
 
 
 def test_files_appear_whole(results):

@@ -64,7 +64,14 @@ def test_the_stages_own_message_is_found() -> None:
     ("lines", "kind", "words"),
     [
         (("error: data/raw: no such file", "ERROR: failed to reproduce 'curate'"), StageFailed, "curate: data/raw: no such file"),
-        (("Traceback", "ERROR: failed to reproduce 'curate': missing data 'source': data/raw",), StageFailed, "curate: ERROR: failed to reproduce"),
+        (
+            (
+                "Traceback",
+                "ERROR: failed to reproduce 'curate': missing data 'source': data/raw",
+            ),
+            StageFailed,
+            "curate: ERROR: failed to reproduce",
+        ),
         (("ERROR: '/x' is busy, it is being blocked by:", "  (PID 1): dvc repro"), Busy, "another run"),
         (("ERROR: Unable to acquire lock.",), Busy, "another run"),
         ((), StageFailed, "curate: it said nothing"),

@@ -8,11 +8,14 @@ import pytest
 from benchmarks.statistics import (
     category_metric,
     compare_paired,
+    holm,
     macro_mean,
     macro_metric,
     mcnemar,
+    over_training_seeds,
     retention,
     sign_flip,
+    sign_test,
     standard_error,
     wilson,
 )
@@ -175,6 +178,74 @@ def test_the_sign_flip_p_is_uniform_under_no_difference():
     p = [sign_flip({name: rng.normal(0, 1, 30) for name in "xy"}, seed=index, resamples=200) for index in range(400)]
     assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.05, abs=TOLERANCE)
     assert np.mean(np.array(p) <= 0.5) == pytest.approx(0.5, abs=0.08)
+
+
+# --- several comparisons, several trainings -------------------------------------------------------------------------------------
+
+
+def test_the_sign_test_counts_directions():
+    assert sign_test(np.array([1.0, 0.5, 2.0, 0.1, 3.0, -0.2, 0.0])) == pytest.approx(mcnemar(5, 1))
+    a, b = np.array([1.0] * 8 + [0.0] * 2), np.array([0.0] * 6 + [1.0] * 3 + [0.0])
+    assert sign_test(a - b) == mcnemar(6, 1) and sign_test(np.zeros(4)) == 1.0
+
+
+def test_holm_against_a_worked_example():
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": pytest.approx(0.02)}
+    assert list(found) == ["a", "b", "c", "d"] and holm({"a": 0.8, "b": 0.9}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_holm_keeps_the_family_wise_error():
+    """Fourteen true nulls, as many as the paper has columns."""
+    p = numpy_generator(0, 0, 0, "holm").random((4000, 14))
+    wrong = np.mean([min(holm(dict(enumerate(map(float, row)))).values()) <= 0.05 for row in p])
+    assert wrong == pytest.approx(0.05, abs=0.012) and np.mean(p.min(1) <= 0.05) > 0.4
+
+
+def trainings(rng: np.random.Generator, count: int, spread: float, sizes: dict[str, int]) -> list[dict[str, np.ndarray]]:
+    """Scores of `count` trainings on the same prompts around a true macro mean of 5; `spread` is the deviation between trainings."""
+    prompts = {name: rng.normal(5, 2, n) for name, n in sizes.items()}
+    return [{name: values + shift + rng.normal(0, 1, len(values)) for name, values in prompts.items()} for shift in rng.normal(0, spread, count)]
+
+
+@pytest.mark.parametrize(("count", "spread"), [(3, 0.0), (3, 0.4), (5, 0.4)])
+def test_the_interval_over_trainings_covers(count, spread):
+    found = coverage(
+        lambda rng: trainings(rng, count, spread, {"a": 40, "b": 60}),
+        lambda groups, index: over_training_seeds(groups, seed=index, resamples=300, confidence=0.95),
+        5.0,
+        simulations=300,
+    )
+    assert 0.92 <= found <= 0.995  # conservative by design, most of all where trainings do not differ
+
+
+def test_trainings_that_differ_widen_the_interval_and_equal_ones_do_not():
+    rng = numpy_generator(0, 0, 0, "trainings")
+    sizes = {"a": 40, "b": 60}
+    alike, unlike = trainings(rng, 3, 0.0, sizes), trainings(rng, 3, 2.0, sizes)
+    how = {"seed": 0, "resamples": 1000, "confidence": 0.95}
+    one = macro_metric(alike[0], **how)
+    same = over_training_seeds([alike[0]] * 3, **how)
+    assert (same.mean, same.n) == (pytest.approx(one.mean), 100) and same.stderr == pytest.approx(one.stderr, rel=0.1)
+    assert same.high - same.low == pytest.approx(one.high - one.low, rel=0.1)
+    wide = over_training_seeds(unlike, **how)
+    assert wide.stderr > 3 * one.stderr and wide.high - wide.mean > 3 * wide.stderr  # two degrees of freedom
+    assert over_training_seeds(unlike, **how) == wide and over_training_seeds(unlike, **{**how, "seed": 1}) != wide
+    with pytest.raises(UserError, match=r"2 training\(s\); three or more"):
+        over_training_seeds(unlike[:2], **how)
+    with pytest.raises(UserError, match="unequal numbers of prompts"):
+        over_training_seeds([*unlike[:2], {"a": np.zeros(40), "b": np.zeros(59)}], **how)
+
+
+def test_nominal_intervals_cover_within_two_percent():
+    """The macro average of six tasks, four correlated images a prompt: 1,500 simulated benchmarks."""
+    rng, names, truth = numpy_generator(0, 0, 0, "two percent"), "abcdef", 0.6
+    images = rng.binomial(4, rng.beta(1.5, 1.0, (1500, len(names), 40))) / 4
+    hits = [
+        covered(macro_metric({name: values[place] for place, name in enumerate(names)}, seed=index, resamples=200, confidence=0.95), truth)
+        for index, values in enumerate(images)
+    ]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
 # --- determinism and bad input ----------------------------------------------------------------------------------------------

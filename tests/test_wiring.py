@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,14 @@ def test_stages_do_not_import_the_outside_world(stage: str) -> None:
     """A stage that loaded Prefect, MLflow or DVC would wait seconds for them, and DVC would lock itself out."""
     forbidden = {"tasks/prefect_tasks.py", "tasks/registry.py", "tasks/tracking.py", "tasks/repro.py", "tasks/__main__.py", "tasks/stages.py"}
     assert not forbidden & {str(path) for path in closure(Path("tasks") / f"{stage}.py")}
+
+
+def test_importing_the_stages_loads_no_client(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """What the imports really load: clients wait for an address that names their store. (boto3 and PEFT come with diffusers.)"""
+    heavy = ["prefect", "mlflow", "dvc", "great_expectations"]
+    ended = python("-c", f"import sys, {', '.join(f'tasks.{name}' for name in STAGES)}; print([name for name in {heavy} if name in sys.modules])")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip().splitlines()[-1] == "[]"
 
 
 def test_only_the_teachers_are_frozen_and_bundled() -> None:

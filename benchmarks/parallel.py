@@ -1,0 +1,136 @@
+"""Work spread over processes and machines by dask.distributed: the same results in the same order for any number of workers.
+
+A job must be a pure function's argument: what it yields may depend on the job alone, not on who runs it or what ran before. Torch's sums depend on the number
+of threads, so a job runs on one; more workers make it faster. Where items are batched, the batches must follow from the full list and not from what a killed
+run has left to do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data.errors import UserError
+from data.files import digest, sha256_file
+
+J = TypeVar("J")
+P = TypeVar("P")
+R = TypeVar("R")
+AHEAD = 2  # jobs a worker has waiting, so that none is idle while results are written
+CONNECT_SECONDS = 20
+
+
+def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
+    """Consecutive batches of `size`, the last perhaps shorter."""
+    if size < 1:
+        raise UserError(f"batch = {size}: expected 1 or more")
+    return [tuple(items[first : first + size]) for first in range(0, len(items), size)]
+
+
+def _one_thread(function: Callable[[J], R], job: J) -> tuple[str, Any]:
+    """(kind, result): a user's mistake comes back as its text, since an exception may not survive the journey between processes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return "result", function(job)
+    except UserError as error:
+        return "mistake", str(error)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _unwrapped(answer: tuple[str, Any]) -> Any:
+    if answer[0] == "mistake":
+        raise UserError(answer[1])
+    return answer[1]
+
+
+def code_digest() -> str:
+    """SHA-256 (hex) of the source text of benchmarks/ and data/: workers on other machines must run the same."""
+    root = Path(__file__).resolve().parents[1]
+    return digest({str(path.relative_to(root)): sha256_file(path) for room in ("benchmarks", "data") for path in sorted((root / room).glob("*.py"))})
+
+
+@contextmanager
+def _client(workers: int, scheduler: str) -> Iterator[Any]:
+    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards. Nothing listens beyond loopback."""
+    from distributed import Client, LocalCluster
+
+    if scheduler:
+        try:
+            client = Client(scheduler, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:  # a time-out is an OSError
+            raise UserError(
+                f"scheduler {scheduler}: no answer ({error}); start one (`dask scheduler --host 127.0.0.1`) and its workers, or leave it empty"
+            ) from error
+        with client:
+            check_workers(client, scheduler, code_digest())
+            yield client
+        return
+    cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0)
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+def check_workers(client: Any, scheduler: str, own: str) -> None:
+    """Raises UserError unless the scheduler has workers and all of them run the code with the digest `own`."""
+    try:
+        found = client.run(code_digest)
+    except Exception as error:  # whatever importing our code raises over there
+        raise UserError(f"scheduler {scheduler}: its workers cannot import this project ({error}); start them in its folder with its environment") from error
+    if not found:
+        raise UserError(f"scheduler {scheduler}: it has no worker; start some: `dask worker {scheduler}` in the project's folder")
+    other = sorted(address for address, value in found.items() if value != own)
+    if other:
+        raise UserError(
+            f"scheduler {scheduler}: {len(other)} of {len(found)} workers run another version of the code, e.g. {other[0]}; update and restart them"
+        )
+
+
+def each(
+    function: Callable[[P], R], jobs: Sequence[J], prepare: Callable[[J], P], done: Callable[[int, R], None], *, workers: int = 1, scheduler: str = ""
+) -> None:
+    """Calls `done(i, function(prepare(jobs[i])))` for every job, in the order of the jobs.
+
+    `prepare` and `done` run in this process, so that files are read and written by one machine alone; `function`, of a module's top level, runs in the workers
+    and is given all that it needs. One worker and no scheduler: everything happens in this process. Raises UserError for a mistake that a job reports, or a
+    scheduler that does not answer.
+    """
+    if workers < 1:
+        raise UserError(f"workers = {workers}: expected 1 or more")
+    if not jobs:
+        return
+    if workers == 1 and not scheduler:
+        for index, job in enumerate(jobs):
+            done(index, _unwrapped(_one_thread(function, prepare(job))))
+        return
+    with _client(min(workers, len(jobs)), scheduler) as client:
+        window = AHEAD * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        waiting: deque[tuple[int, Any]] = deque()
+        index = 0
+        while waiting or index < len(jobs):
+            while index < len(jobs) and len(waiting) < window:
+                waiting.append((index, client.submit(_one_thread, function, prepare(jobs[index]), pure=False)))
+                index += 1
+            place, future = waiting.popleft()
+            done(place, _unwrapped(future.result()))
+
+
+def device_of(device: str) -> str:
+    """The torch device that this process computes on: "cuda" in a dask worker is dealt out by the worker's number, "cpu" and "cuda:1" are taken as they are."""
+    if device != "cuda":
+        return device
+    import torch
+
+    try:
+        from distributed import get_worker
+
+        name = get_worker().name
+    except (ImportError, ValueError):  # not inside a worker
+        return device
+    return f"cuda:{int(name) % torch.cuda.device_count()}" if isinstance(name, int) and torch.cuda.device_count() else device

@@ -1,0 +1,66 @@
+"""Defends: the regenerated prompt set is the published one, byte for byte, and a damaged or doubled set is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.geneval_prompts import (
+    CLASSES,
+    COLORS,
+    METADATA_MD5,
+    METADATA_SHA256,
+    PROMPTS_SHA256,
+    SIZES,
+    as_jsonl,
+    is_official,
+    official_records,
+    read_prompts,
+)
+from data.errors import UserErrors
+
+RECORDS = official_records()
+
+
+def test_the_records_have_the_published_digests(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import main
+
+    assert main(["geneval", "prompts"]) == 0
+    content = capsys.readouterr().out.encode()
+    assert hashlib.md5(content).hexdigest() == METADATA_MD5 == "9a0ed515640279a48ed3380d90aec0ed"
+    assert hashlib.sha256(content).hexdigest() == METADATA_SHA256
+    assert main(["geneval", "prompts", "--text"]) == 0
+    assert hashlib.sha256(capsys.readouterr().out.encode()).hexdigest() == PROMPTS_SHA256
+
+
+def test_sizes_relations_and_counts_are_the_published_ones() -> None:
+    assert len(RECORDS) == len({record["prompt"] for record in RECORDS}) == 553
+    assert Counter(record["tag"] for record in RECORDS) == SIZES
+    relations = Counter(clause["position"][0] for record in RECORDS for clause in record["include"] if "position" in clause)
+    assert relations == {"left of": 19, "right of": 27, "above": 26, "below": 28}
+    assert Counter(record["include"][0]["count"] for record in RECORDS if record["tag"] == "counting") == {2: 26, 3: 28, 4: 26}
+    assert len(set(CLASSES)) == 80 and len(set(COLORS)) == 10
+
+
+def test_a_set_of_one_s_own_is_read_and_is_not_official(tmp_path: Path) -> None:
+    path = tmp_path / "rewritten.jsonl"
+    path.write_text(as_jsonl(RECORDS))
+    assert read_prompts(path) == RECORDS and is_official(RECORDS)
+    rewritten = [{**RECORDS[0], "prompt": "a bench in a park at noon"}, *RECORDS[1:]]
+    path.write_text(as_jsonl(rewritten))
+    assert read_prompts(path) == rewritten and not is_official(rewritten)
+
+
+def test_every_fault_of_a_set_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(as_jsonl([RECORDS[0], RECORDS[0]]) + "{half\n[1]\n" + json.dumps({"tag": "size", "include": []}) + "\n")
+    with pytest.raises(UserErrors) as caught:
+        read_prompts(path)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["line 3", "line 4", "line 5", "record 1"]
+    path.write_text("")
+    with pytest.raises(UserErrors, match="no record"):
+        read_prompts(path)
