@@ -238,8 +238,9 @@ def _disk(path: Path) -> Iterator[None]:
 def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
     """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its index names, in one precision."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of the client it speaks through, whichever that is
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     match = HUB.fullmatch(uri)
     assert match is not None
@@ -266,7 +267,7 @@ def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path
         raise UserError(f"{uri}: no such revision") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{uri}: no such model on the hub, or it is private: check the name, or log in (`hf auth login`, or HF_TOKEN)") from error
-    except (HTTPError, OSError) as error:
+    except (TransportError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
