@@ -276,7 +276,7 @@ def _uniform(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], said: Mappi
     rank = max(rank for _, rank in said.values())
     kinds = set(said.values())
     alpha, same = next(iter(kinds))[0], len(kinds) == 1
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in sorted(pairs):
         down, up = pairs[name]
         if not (same and alpha == int(alpha)):
@@ -294,7 +294,7 @@ def concatenated(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
     members = list(adapters)
     rank = sum(adapter.rank for adapter, _ in members)
     modules = sorted({name for adapter, _ in members for name in adapter.modules})
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in modules:
         shapes = {(a.tensors[f"{name}.lora_A.weight"].shape[1], a.tensors[f"{name}.lora_B.weight"].shape[0]) for a, _ in members if name in a.modules}
         ((into, out),) = shapes

@@ -20,7 +20,7 @@ from data.randomness import numpy_generator
 from model.checkpoint import Ema
 from model.examples import Bucket as Bucket
 from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, merged_adapter, moved, networks_of, precision
-from model.field import Mean, VelocityField, evaluations, velocity_gaps
+from model.field import Condition, Mean, VelocityField, evaluations, velocity_gaps
 from model.optimizer import OPTIMIZERS, SCHEDULES, Optimizers
 from model.parallel import ALONE, World, deal, most, reduce_gradients
 from model.randomness import noise_for

@@ -23,7 +23,7 @@ from data.files import read_json
 from data.records import CAPABILITIES
 from model.rollout import QUERY_BIAS
 from tasks.assembly import addresses
-from tasks.params import PARAMS_FILE, load_params, read_yaml
+from tasks.params import PARAMS_FILE, SHARED, load_params, read_yaml
 from tasks.sources import availability
 from tasks.stages import STAGES, check_all, load_stage
 
@@ -216,8 +216,7 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     check_all(path)
     params, document, force = _sections(path), read_yaml(path), project / PARAMS_FILE
     in_force = read_yaml(force) if force.exists() else {}
-    shared = ("world", "backbone", "sampling", "routing", "execution")
-    same = {name: all(document.get(key) == in_force.get(key) for key in (name, *shared)) for name in STAGES}
+    same = {name: all(document.get(key) == in_force.get(key) for key in (name, *SHARED)) for name in STAGES}
     states = stage_states(project, same)
     p, family = params["distill"], params["distill"].backbone.name
     size = size_of(params, project)

@@ -19,7 +19,6 @@ from typing import Any
 from data.errors import UserError
 from data.files import read_json
 from tasks.environment import for_children
-from tasks.params import PARAMS_FILE, read_yaml
 
 GRACE = 10.0  # s between asking a group to end and ending it
 UNCHANGED = "didn't change, skipping"
@@ -149,6 +148,8 @@ def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
 
     Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their stage, which is frozen, and committed.
     """
+    from tasks.params import PARAMS_FILE, read_yaml  # loads pandas, which a scheduler that imports the flow does not need
+
     if path == "data/teachers" and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
         for command in (["tasks", "teachers", "--out", path], ["dvc", "commit", "--force", "teachers"]):
             ended = stream([sys.executable, "-m", *command], project, line)

@@ -11,6 +11,7 @@ which is versioned with the code, and every later fetch must give the same bytes
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -168,8 +169,7 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
 
 def _registered(uri: str, project: Path) -> Source:
     """A registered version as it is now; its hashes are the tags that it was judged under."""
-    from tasks import registry
-
+    registry: Any = importlib.import_module("tasks.registry")
     version, hashes = registry.registered(project, uri)
     sha256 = folder_sha256(hashes)
     place = project / CACHE / sha256
@@ -229,14 +229,18 @@ def _disk(path: Path) -> Iterator[None]:
         raise explain(error, path) from error
 
 
+# MLflow and boto3 are loaded by name, and only where an address needs them: a stage whose weights lie in a folder must not wait for them.
+
+
 # --- fetching ---------------------------------------------------------------------------------------------------------------
 
 
 def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
     """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its index names, in one precision."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of the client it speaks through, whichever that is
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     match = HUB.fullmatch(uri)
     assert match is not None
@@ -263,7 +267,7 @@ def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path
         raise UserError(f"{uri}: no such revision") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{uri}: no such model on the hub, or it is private: check the name, or log in (`hf auth login`, or HF_TOKEN)") from error
-    except (HTTPError, OSError) as error:
+    except (TransportError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -286,8 +290,7 @@ def _chosen(uri: str, file: str | None, sizes: Mapping[str, int], parts: list[st
 
 
 def _fetch_s3(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    from tasks import s3
-
+    s3: Any = importlib.import_module("tasks.s3")
     if uri.endswith(SAFETENSORS):
         file = staged / uri.rpartition("/")[2]
         s3.download(uri, file)
@@ -297,8 +300,7 @@ def _fetch_s3(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path,
 
 
 def _fetch_registered(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    from tasks import registry
-
+    registry: Any = importlib.import_module("tasks.registry")
     shutil.rmtree(staged)
     version = pinned or registry.registered(project, uri)[0]
     registry.download(project, version, staged)

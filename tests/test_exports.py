@@ -45,9 +45,14 @@ class Project:
 
     root: Path
     family: str
+    conditions: list[Condition]  # T2I and an edit, of two prompts of different length
+    base: list[torch.Tensor]  # the base's answers to them
 
     def model(self, name: str, **options: Any) -> Model:
-        return open_model(name, self.root, **options)
+        return open_model(name, self.root, **{"parts": (), **options})
+
+    def answers(self, field: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        return answers(self.conditions, field)
 
 
 def some_adapter(network: Any, layers: set[str], seed: int) -> Adapter:
@@ -84,10 +89,27 @@ def bring(root: Path, family: str) -> None:
 def make_students(root: Path) -> None:
     teachers = root / "data" / "teachers"
     for name, start, trainable in (("adapter", "local", "adapter"), ("whole", BASE, "all")):
-        backbone, fields = load_teachers(teachers, [BASE, "local"])
+        backbone, fields = load_teachers(teachers, [BASE, "local"], need=("transformer",))
         student = start_student(backbone, fields, start, trainable, RANK + 1, ALPHA, seed=4)
         disturb({key: value.detach() for key, value in student.parameters.items()}, 0.02, seed=5)
         save_student(root / name, student, {"base_sha256": read_records(teachers)[BASE].sha256, "rank": RANK + 1, "alpha": ALPHA, "teachers": {}})
+
+
+@torch.no_grad()
+def answers(conditions: list[Condition], field: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    shape = SIZE if conditions[1].source is None else tuple(conditions[1].source.shape[1:])
+    return [field(noise_for(8, 0, [0, 1], shape), torch.tensor([0.9, 0.2]), condition) for condition in conditions]
+
+
+def made(root: Path, family: str) -> Project:
+    backbone = load_base(root / "data" / "teachers", need=("transformer", "text"))
+    shape = backbone.latent_shape if family == "micro" else SIZE
+    conditions = []
+    for edits in (False, True):
+        source = noise_for(7, 0, [0, 1], shape, "source") if edits else None
+        prompts = ["a red circle", "make it night and a blue cross on the background"]
+        conditions.append(condition_of(backbone.encode_prompts(prompts, edits), backbone.encode_prompts([""], edits), source))
+    return Project(root, family, conditions, answers(conditions, NetworkField(backbone, backbone.network)))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -96,7 +118,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     bring(root, request.param)
     assemble(sources(), root / "data" / "teachers", root)
     make_students(root)
-    return Project(root, request.param)
+    return made(root, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -104,33 +126,15 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = tmp_path_factory.mktemp("micro")
     save_teachers(root / "data" / "teachers")
     make_students(root)
-    return Project(root, "micro")
-
-
-def conditions(model: Model) -> list[Condition]:
-    """T2I and an edit, of two prompts of different length."""
-    prompts = ["a red circle", "make it night and a blue cross on the background"]
-    made = []
-    for edits in (False, True):
-        shape = SIZE if model.backbone.name != "micro" else model.backbone.latent_shape
-        source = noise_for(7, 0, [0, 1], shape, "source") if edits else None
-        made.append(condition_of(model.backbone.encode_prompts(prompts, edits), model.backbone.encode_prompts([""], edits), source))
-    return made
-
-
-@torch.no_grad()
-def answers(model: Model, field: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    shape = SIZE if model.backbone.name != "micro" else model.backbone.latent_shape
-    return [field(noise_for(8, 0, [0, 1], shape), torch.tensor([0.9, 0.2]), condition) for condition in conditions(model)]
+    return made(root, "micro")
 
 
 def assert_same(project: Project, model: Model, network: Any) -> None:
     """The library's network answers as the student does, and not as the base does."""
-    expected = answers(model, model.student.field)
-    for found, wanted in zip(answers(model, lambda *state: model.backbone.velocity(network.eval(), *state)), expected, strict=True):
+    expected = project.answers(model.student.field)
+    for found, wanted in zip(project.answers(lambda *state: model.backbone.velocity(network.eval(), *state)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    base = NetworkField(model.backbone, load_base(project.root / "data" / "teachers", need=("transformer",)).network)
-    assert max(float((one - other).abs().max()) for one, other in zip(answers(model, base), expected, strict=True)) > 1e-3
+    assert max(float((one - other).abs().max()) for one, other in zip(project.base, expected, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("student", ["adapter", "whole"])
@@ -168,7 +172,7 @@ def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: 
 @pytest.mark.parametrize("kind", ["peft", "comfyui"])
 def test_a_student_that_is_no_adapter_is_not_exported_as_one(project: Project, kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trained all its parameters.*merged"):
-        export(project.model("whole", parts=()), kind, tmp_path / "out")
+        export(project.model("whole"), kind, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -184,7 +188,7 @@ def test_the_micro_student_is_exported_too(micro: Project, tmp_path: Path) -> No
 
 
 def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = project.model("adapter")
+    model = project.model("adapter", parts=("text", "vae"))
     picture = np.random.default_rng(0).integers(0, 255, (30, 44, 3), dtype=np.uint8)
     numbers: dict[str, Any] = {"steps": 2, "guidance": 1.0, "seed": 3, "resolution": 16}
     prompts, given = ["a red circle", "make it night", "a blue cross"], [None, picture, None]
@@ -223,7 +227,7 @@ def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, 
 
 def test_teachers_brought_along_are_loaded_on_one_base(project: Project) -> None:
     folder = project.root / "data" / "teachers"
-    backbone, fields = load_teachers(folder, ["local", "global", "whole"])
+    backbone, fields = load_teachers(folder, ["local", "global", "whole"], need=("transformer",))
     assert fields["local"].network is fields["global"].network is backbone.network is not fields["whole"].network
     records = read_records(folder)
     assert {name: (record.kind, record.rank, record.alpha) for name, record in records.items()} == {
@@ -281,10 +285,10 @@ def test_a_student_can_teach_the_next_one(project: Project, tmp_path: Path) -> N
     assemble(again, tmp_path / "teachers", project.root)
     record = read_records(tmp_path / "teachers")["first"]
     assert (record.rank, record.alpha) == (RANK + 1, ALPHA)
-    _, fields = load_teachers(tmp_path / "teachers", ["first", "second"])
+    _, fields = load_teachers(tmp_path / "teachers", ["first", "second"], need=("transformer",))
     for name, student in (("first", "adapter"), ("second", "whole")):
         model = project.model(student)
-        for found, wanted in zip(answers(model, fields[name]), answers(model, model.student.field), strict=True):
+        for found, wanted in zip(project.answers(fields[name]), project.answers(model.student.field), strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     damaged = load_file(project.root / "adapter" / ADAPTER_WEIGHTS)
     shutil.copytree(project.root / "adapter", tmp_path / "damaged")

@@ -206,7 +206,6 @@ def test_objects_of_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             return {}
 
     monkeypatch.setitem(sys.modules, "tasks.s3", S3)
-    monkeypatch.setattr("tasks.s3", S3, raising=False)
     assert resolve("s3://bucket/x.safetensors", tmp_path).path.name == "x.safetensors"
     assert list(resolve("s3://bucket/lora", tmp_path).files) == ["a.safetensors"]
     assert len(sources.read_lock(tmp_path)) == 2
