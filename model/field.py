@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -61,18 +61,18 @@ class Condition:
         return replace(self, embeds=embeds, pooled=pooled, lengths=lengths, segments=self.empty_segments.expand(count, -1))
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
-        def of(value: torch.Tensor | None) -> torch.Tensor | None:
-            if value is None:
-                return None
+        def of(value: torch.Tensor) -> torch.Tensor:
             return value[rows.to(value.device)] if isinstance(rows, torch.Tensor) else value[rows]
 
-        picked = {name: of(getattr(self, name)) for name in ("source", "lengths", "segments")}
-        return replace(self, embeds=of(self.embeds), pooled=of(self.pooled), **picked)
+        names = ("embeds", "pooled", "source", "lengths", "segments")
+        picked: dict[str, Any] = {name: None if getattr(self, name) is None else of(getattr(self, name)) for name in names}
+        return replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Condition:
         """The same on another device. Token counts stay on the CPU: lists of tokens are cut by them, which must not wait for the device."""
         names = ("embeds", "pooled", "empty_embeds", "empty_pooled", "source")
-        return replace(self, **{name: None if getattr(self, name) is None else getattr(self, name).to(device, non_blocking=True) for name in names})
+        moved: dict[str, Any] = {name: None if getattr(self, name) is None else getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
 
 def condition_of(prompts: Prompts, empty: Prompts, source: torch.Tensor | None = None) -> Condition:
@@ -97,7 +97,7 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
         parts = [getattr(condition, name) for condition in conditions]
         return None if parts[0] is None else torch.cat(parts)
 
-    others = {name: joined(name) for name in ("source", "lengths", "segments")}
+    others: dict[str, Any] = {name: joined(name) for name in ("source", "lengths", "segments")}
     return replace(first, embeds=padded([c.embeds for c in conditions]), pooled=torch.cat([c.pooled for c in conditions]), **others)
 
 

@@ -71,7 +71,7 @@ class SD3Backbone:
     def _text_pipeline(folder: Path, network: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
-        index, given = read_json(folder / "model_index.json"), {}
+        index, given = read_json(folder / "model_index.json"), dict[str, Any]()
         for part in ENCODERS:
             there = (index.get(part) or [None])[0] is not None  # SD3 may come without T5
             tokenizer, encoder = parts.load_text(folder, part, dtype, device) if there else (None, None)
@@ -114,7 +114,7 @@ class SD3Backbone:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return parts.decode(_loaded(self.vae, "VAE"), latents)
 
-    def velocity(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def velocity(self, network: Any, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The network's inputs are cast to its own dtype; latents and times stay fp32 outside. Raises UserError for an edit that the network cannot read."""
         dtype = network.proj_out.weight.dtype  # of the base: an adapter's weights are fp32 whatever it adapts
         hidden = x_t

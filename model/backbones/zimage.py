@@ -106,7 +106,7 @@ class ZImageBackbone:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return parts.decode(_loaded(self.vae, "VAE"), latents)
 
-    def velocity(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def velocity(self, network: Any, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The network's inputs are cast to its own dtype; latents and times stay fp32 outside."""
         dtype = network.x_pad_token.dtype  # of the base: an adapter's weights are fp32 whatever it adapts
         noisy = list(x_t.to(dtype).unsqueeze(2).unbind(0))  # B of (C, 1, h, w): one frame
