@@ -11,13 +11,16 @@ export DVC_NO_ANALYTICS := 1
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test lint ui teachers lock clean
+.PHONY: install demo test test-stack lint ui up down stack stack-down teachers lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install   create $(VENV) from requirements.lock and fetch the trained teachers"
 	@echo "make demo      run the whole job here: data, teachers' check, distillation, scores, gate, registry"
 	@echo "make test      run the tests          make lint   ruff and mypy"
+	@echo "make up        the production servers in Docker      make down   stop them (their data stays)"
+	@echo "make stack     the same servers without Docker       make stack-down"
+	@echo "make test-stack  the production servers' tests: PostgreSQL is needed"
 	@echo "make ui        MLflow's pages on http://127.0.0.1:5000"
 	@echo "make teachers  train the teachers anew (long) and put them into teachers-store/"
 	@echo "make lock      resolve requirements.in into requirements.lock"
@@ -38,6 +41,26 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-stack: install
+	$(BIN)/python -m pytest -m stack tests/test_stack.py
+
+# The production servers: docs/operations.md.
+up: .env
+	docker compose up --detach --build --wait
+	@echo "MLflow http://localhost:5000   Prefect http://localhost:4200   next: eval \"\$$($(BIN)/python -m tasks secrets --exports)\" && $(BIN)/prefect deployment run distill/prod"
+
+down:
+	docker compose --profile gpu down
+
+.env: | install
+	$(BIN)/python -m tasks secrets --out .env
+
+stack: install
+	$(BIN)/python scripts/stack.py up
+
+stack-down:
+	$(BIN)/python scripts/stack.py down
 
 lint: install
 	$(BIN)/ruff check .

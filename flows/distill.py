@@ -17,21 +17,31 @@ from tasks import prefect_tasks as run  # noqa: E402
 
 
 @flow(name="distill")
-def distill(preset: str | None = None, promote: Literal["auto", "review"] = "review") -> State[dict[str, Any]]:
-    """`preset` puts presets/NAME.yaml in force first; `promote` "auto" makes a passing candidate the champion, "review" leaves that to a person."""
-    run.preflight(preset)
-    run.fetch_teachers()
-    run.collect()
-    run.curate()
-    run.validate()
-    run.encode()
-    run.distill()
-    run.absorb()
-    run.score()
-    run.benchmark_geneval()
-    run.benchmark_gedit()
-    judged = run.gate()
-    registered = run.register(promote)
+def distill(
+    preset: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    promote: Literal["auto", "review"] = "review",
+    revision: str | None = None,
+) -> State[dict[str, Any]]:
+    """`preset` puts presets/NAME.yaml in force, `overrides` single params by dotted key; `revision` is the branch, tag or commit that runs (default: the
+    repository's main branch, or this folder); `promote` "auto" makes a passing candidate the champion, "review" leaves that to a person."""
+    work = run.checkout(revision, preset, overrides or {})
+    run.preflight(work)
+    run.fetch_teachers(work)
+    with run.slot():
+        run.collect(work)
+        run.curate(work)
+        run.validate(work)
+        run.encode(work)
+        run.distill(work)
+        run.absorb(work)
+        run.score(work)
+    run.push(work)
+    run.benchmark_geneval(work)
+    run.benchmark_gedit(work)
+    judged = run.gate(work)
+    registered = run.register(work, promote)
+    run.close(work)
     return ending(judged, registered)
 
 

@@ -44,6 +44,8 @@ REGISTRY = {
     "reconcile": "make aliases and reviews say what the ledger says",
 }
 SERVERS = {
+    "secrets": ("credentials", "make the servers' passwords into a file"),
+    "rescore": ("rescore", "score one checkpoint again"),
     "publish": ("publish", "publish the champion to S3 and point at it"),
     "fetch": ("publish", "fetch what is published, every file verified"),
     "lineage": ("lineage", "where a version comes from, verified; or which versions come from a digest"),

@@ -1,6 +1,7 @@
 """Runs DVC as a child: one stage at a time, in a process group of its own, so that nothing of it outlives the run that started it.
 
-DVC does not end its stage when it is ended itself: the stage would go on beside the next run and both would write the same files. So the whole group is ended.
+DVC does not end its stage when it is ended itself: the stage would go on beside the next run and both would write the same files. So the whole group is ended,
+by this process when it is cancelled, and by a guard beside it when this process is killed and can do nothing any more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data.errors import UserError
 from data.files import read_json
 from tasks.environment import for_children
 
-GRACE = 10.0  # s between asking a group to end and ending it
+GRACE = 60.0  # s between asking a group to end and ending it: a training step ends and its state is saved meanwhile
 UNCHANGED = "didn't change, skipping"
 CHATTER = (  # what DVC says around a stage's own lines
     "To track the changes with git",
@@ -34,8 +35,49 @@ CHATTER = (  # what DVC says around a stage's own lines
     "Everything is up to date",
     "No remote provided and no default remote set",
     "WARNING: stage: 'teachers' is frozen",
+    "WARNING: No file hash info found",  # of a pull: the run makes it
 )
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+UNAVAILABLE = (  # how DVC, s3fs and git say that the other side is not there just now
+    "Could not connect to the endpoint",
+    "ConnectTimeoutError",
+    "Connect timeout",
+    "Read timeout",
+    "ReadTimeoutError",
+    "Connection reset",
+    "Connection was closed",
+    "Connection refused",
+    "SlowDown",
+    "ServiceUnavailable",
+    "Service Unavailable",
+    "InternalError",
+    "Internal Server Error",
+    "Could not resolve host",
+    "Failed to connect to",
+    "remote end hung up",
+)
+# Started before the group, told its number, and then waiting: its standard input closes when the process that started it is gone, whatever ended that process.
+# It reads the group's output from then on, because a stage that writes into a pipe which nobody reads dies before it has saved its state.
+GUARD = """
+import os, signal, sys, threading, time
+grace, output = float(sys.argv[1]), int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+group = sys.stdin.buffer.readline()
+def drain():
+    while os.read(output, 65536):
+        pass
+if group.strip() and not sys.stdin.buffer.read(1):
+    threading.Thread(target=drain, daemon=True).start()
+    try:
+        os.killpg(int(group), signal.SIGTERM)
+        until = time.monotonic() + grace
+        while time.monotonic() < until:
+            os.killpg(int(group), 0)
+            time.sleep(0.1)
+        os.killpg(int(group), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
 
 
 class StageFailed(RuntimeError):
@@ -44,6 +86,10 @@ class StageFailed(RuntimeError):
 
 class Busy(RuntimeError):
     """Another run holds the same files; it may be tried again later."""
+
+
+class Unavailable(RuntimeError):
+    """A store or a git server does not answer; it may be tried again later."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +102,51 @@ class Ended:
 
 def stream(command: Sequence[str], project: Path, line: Callable[[str], None]) -> Ended:
     """Runs `command` in `project` and hands on each line as it appears. On any exception, cancellation included, its process group is ended first."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    child = subprocess.Popen(command, cwd=project, env=for_children(sys.executable), start_new_session=True, **pipes)
-    assert child.stdout is not None  # asked for with PIPE
-    lines = []
+    output, into = os.pipe()
+    guard = _guard(output)
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": into, "stderr": subprocess.STDOUT, "text": True}
     try:
-        for text in child.stdout:
-            lines.append(text.rstrip())
-            line(lines[-1])
-        return Ended(child.wait(), tuple(lines))
+        child = subprocess.Popen(command, cwd=project, env=for_children(sys.executable), start_new_session=True, **pipes)
+        _tell(guard, f"{child.pid}\n")
     except BaseException:
-        end_group(child)
+        os.close(output)
+        _dismiss(guard, "")  # it ends what it has been told of
         raise
     finally:
-        child.stdout.close()
+        os.close(into)
+    lines = []
+    with os.fdopen(output, encoding="utf-8", errors="replace") as told:
+        try:
+            for text in told:
+                lines.append(text.rstrip())
+                line(lines[-1])
+            return Ended(child.wait(), tuple(lines))
+        except BaseException:
+            end_group(child)
+            raise
+        finally:
+            _dismiss(guard)
+
+
+def _guard(output: int) -> subprocess.Popen[bytes]:
+    """A small process in a session of its own that ends the child's group when this process dies."""
+    command = [sys.executable, "-I", "-S", "-c", GUARD, str(GRACE), str(output)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(output,), start_new_session=True)
+
+
+def _tell(guard: subprocess.Popen[bytes], word: str) -> None:
+    assert guard.stdin is not None  # asked for with PIPE
+    with contextlib.suppress(BrokenPipeError):
+        guard.stdin.write(word.encode())
+        guard.stdin.flush()
+
+
+def _dismiss(guard: subprocess.Popen[bytes], word: str = ".") -> None:
+    assert guard.stdin is not None  # asked for with PIPE
+    _tell(guard, word)
+    with contextlib.suppress(BrokenPipeError):
+        guard.stdin.close()
+    guard.wait()
 
 
 def is_chatter(text: str) -> bool:
@@ -121,6 +198,9 @@ def failure(what: str, ended: Ended) -> Exception:
         return Busy(f"{what}: another run is at work on the same files; wait until it ends")
     message = error_of(ended.lines)
     if not message:
+        cause = next((text for text in ended.lines if any(sign in text for sign in UNAVAILABLE)), None)
+        if cause is not None:
+            return Unavailable(f"{what}: a server does not answer ({cause.strip()[:300]}); nothing is lost, the same command goes on from there")
         told = [text for text in ended.lines if text.strip()]
         reasons = [text for text in told if text.startswith(("ERROR", "Error", "MemoryError"))] or told[-3:]
         message = " / ".join(reasons[-3:]) or "it said nothing"

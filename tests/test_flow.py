@@ -88,7 +88,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     shorten(project / "params.yaml")
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    clean = {name: value for name, value in os.environ.items() if name not in defaults() and not name.startswith(("PREFECT_", "MLFLOW_"))}
+    clean = {name: value for name, value in os.environ.items() if name not in defaults() and not name.startswith(("PREFECT_", "MLFLOW_", "DANCEOPD_"))}
     environment = {**clean, **defaults(project), "PREFECT_API_URL": api, "PREFECT_WORKER_HEARTBEAT_SECONDS": "5", "PREFECT_WORKER_QUERY_SECONDS": "1"}
     started: list[subprocess.Popen[bytes]] = []
 
@@ -136,7 +136,7 @@ def test_the_deployment_runs_the_whole_job(stack: Stack) -> None:
     tasks = stack.find("task_runs", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
     names = [task["name"].rsplit("-", 1)[0] for task in tasks]
     stages = [stage for stage in STAGES if stage != "teachers"]
-    assert names == ["preflight", "fetch_teachers", *stages, "benchmark-geneval", "benchmark-gedit", "gate", "register"]
+    assert names == ["checkout", "preflight", "fetch_teachers", *stages, "push", "benchmark-geneval", "benchmark-gedit", "gate", "register", "close"]
     assert {task["state_type"] for task in tasks} == {"COMPLETED"}
 
     artifacts = {artifact["key"]: artifact for artifact in stack.find("artifacts", flow_runs={"id": {"any_": [run["id"]]}})}
@@ -164,4 +164,4 @@ def test_a_mistake_in_params_fails_the_run_with_its_message(stack: Stack) -> Non
     assert (status, run["state_type"]) == (1, "FAILED")
     assert "distill.sede = 0: unknown key; did you mean 'seed'?" in run["state"]["message"]
     tasks = stack.find("task_runs", flow_runs={"id": {"any_": [run["id"]]}})
-    assert [task["name"].rsplit("-", 1)[0] for task in tasks] == ["preflight"]  # nothing expensive ran
+    assert [task["name"].rsplit("-", 1)[0] for task in tasks] == ["checkout", "preflight"]  # nothing expensive ran

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tasks.repro import Busy, Ended, StageFailed, error_of, failure, is_chatter, stream
+from tasks.environment import PROJECT
+from tasks.repro import Busy, Ended, StageFailed, Unavailable, error_of, failure, is_chatter, stream
 
 
 def test_lines_arrive_and_the_status_is_told(tmp_path: Path) -> None:
@@ -89,3 +92,44 @@ def test_a_killed_stage_is_told_as_such() -> None:
 def test_chatter_is_dvcs_own_and_nothing_else() -> None:
     assert is_chatter("\tgit add dvc.lock") and is_chatter("") and is_chatter("Updating lock file 'dvc.lock'")
     assert not is_chatter("distill: 10/300, 2/s") and not is_chatter("Stage 'collect' didn't change, skipping")
+
+
+def test_a_killed_run_takes_its_whole_group_along(tmp_path: Path) -> None:
+    """SIGKILL leaves no time for anything: a guard beside the run asks the group to end, so that a stage saves its state."""
+    stage = "trap 'echo saved > state; exit' TERM; echo $$ > number; while true; do sleep 0.1; done"
+    script = f"from pathlib import Path; from tasks.repro import stream; stream(['bash', '-c', {stage!r}], Path({str(tmp_path)!r}), print)"
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "number").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        number = int((tmp_path / "number").read_text(encoding="utf-8"))
+    finally:
+        run.kill()
+        run.wait()
+    while alive(number) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(number) and (tmp_path / "state").read_text(encoding="utf-8") == "saved\n"
+
+
+def test_a_guard_lets_a_finished_group_be(tmp_path: Path) -> None:
+    """What a command leaves running on purpose is not the run's to end; the guard itself is gone."""
+    ended = stream(["bash", "-c", "sleep 30 >/dev/null 2>&1 & echo $!"], tmp_path, lambda text: None)
+    number = int(ended.lines[0])
+    time.sleep(0.3)
+    assert alive(number)
+    os.kill(number, signal.SIGKILL)
+    assert not [entry for entry in Path("/proc").glob("[0-9]*/stat") if _parent(entry) == os.getpid() and alive(int(entry.parent.name))]
+
+
+def _parent(stat: Path) -> int:
+    try:
+        return int(stat.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def test_a_server_that_does_not_answer_is_worth_another_try() -> None:
+    lines = ("ERROR: failed to push data", "Could not connect to the endpoint URL: http://127.0.0.1:1/")
+    assert type(failure("dvc push", Ended(255, lines))) is Unavailable
+    assert type(failure("curate", Ended(1, ("error: data/raw: Connection refused is a prompt here",)))) is StageFailed  # a stage's own message decides

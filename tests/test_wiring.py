@@ -127,17 +127,23 @@ def test_the_flow_runs_the_stages_in_their_order() -> None:
     called = [node.func for node in ast.walk(flow) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     names = [func.attr for func in sorted(called, key=lambda func: func.lineno) if isinstance(func.value, ast.Name) and func.value.id == "run"]
     assert [name for name in names if name in STAGES] == [stage for stage in STAGES if stage != "teachers"]
-    assert names[:2] == ["preflight", "fetch_teachers"]
-    assert names[-4:] == ["benchmark_geneval", "benchmark_gedit", "gate", "register"]
+    assert names[:4] == ["checkout", "preflight", "fetch_teachers", "slot"]
+    assert names[-6:] == ["push", "benchmark_geneval", "benchmark_gedit", "gate", "register", "close"]  # nothing is registered before its data is pushed
     assert not [node for node in ast.walk(flow) if isinstance(node, (ast.For, ast.While, ast.If, ast.Try))]
 
 
 def test_the_deployment_is_the_flow() -> None:
     deployments = read_yaml(PROJECT / "prefect.yaml")["deployments"]
-    (prod,) = [deployment for deployment in deployments if deployment["name"] == "prod"]
+    named = {(Path(one["entrypoint"].split(":")[0]).stem, one["name"]): one for one in deployments}
+    assert set(named) == {*((flow, "prod") for flow in ("distill", "score", "promote", "rollback", "watch")), ("distill", "prod-gpu")}
+    prod = named["distill", "prod"]
     assert prod["entrypoint"] == "flows/distill.py:distill"
-    assert prod["parameters"] == {"promote": "review"}  # a person decides
+    assert prod["parameters"] == {"preset": None, "overrides": None, "promote": "review", "revision": None}  # a person decides
     assert prod["concurrency_limit"]["limit"] == 1  # one folder, one run
+    assert {name: one["work_pool"] for name, one in named.items()} == {
+        name: {"name": "local", "work_queue_name": "gpu" if name == ("distill", "prod-gpu") else "cpu"} for name in named
+    }
+    assert len(named["watch", "prod"]["schedules"]) == 2
 
 
 def test_params_file_is_valid() -> None:

@@ -1,0 +1,156 @@
+"""A worker's run is a clean checkout of a known revision with its params committed; what it makes is pushed to its own branch and can be fetched anywhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.errors import UserError, UserErrors
+from data.files import write_json, write_text
+from tasks import provenance, workspace
+from tasks.repro import Busy, Unavailable
+
+COMMAND = (sys.executable, "-m", "dvc")
+DVC = """stages:
+  double:
+    cmd: python -c "print(2 * int(open('number').read()), file=open('doubled', 'w'))"
+    deps: [number]
+    params: [seed]
+    outs: [doubled]
+"""
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small project in a bare repository; a worker that is built from it, its DVC remote a folder."""
+    project = tmp_path / "project"
+    (project / "presets").mkdir(parents=True)
+    (project / ".dvc").mkdir()
+    remote = f"['remote \"s3\"']\n    url = {tmp_path / 'remote'}\n"
+    write_text(project / ".dvc" / "config", f"[core]\n    analytics = false\n    remote = s3\n{remote}")
+    write_text(project / ".dvc" / ".gitignore", "/config.local\n/tmp\n/cache\n")
+    files = {"params.yaml": "seed: 0\ndistill: {steps: 3}\n", "presets/other.yaml": "seed: 5\ndistill: {steps: 9}\n", "number": "21", "dvc.yaml": DVC}
+    for name, text in {**files, "requirements.lock": "torch==2\n", ".gitignore": "/doubled\n"}.items():
+        write_text(project / name, text)
+    git(project, "init", "--quiet", "--initial-branch=main")
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "-m", "project")
+    bare = tmp_path / "repository.git"
+    git(tmp_path, "clone", "--quiet", "--bare", str(project), str(bare))
+    monkeypatch.setenv(workspace.REPOSITORY, str(bare))
+    monkeypatch.setenv(workspace.WORKSPACES, str(tmp_path / "workspaces"))
+    monkeypatch.setattr(workspace, "PROJECT", project)
+    yield bare
+    for file in workspace._held.values():
+        file.close()
+    workspace._held.clear()
+
+
+def opened(name: str = "quick-run", revision: str | None = None, preset: str | None = None, **overrides: object) -> workspace.Workspace:
+    return workspace.open_workspace(revision, preset, {key.replace("__", "."): value for key, value in overrides.items()}, name, lambda text: None)
+
+
+def test_a_run_is_a_clean_commit_with_its_params(repository: Path) -> None:
+    work = opened("Quick run: 7!", preset="other", distill__steps=4)
+    assert yaml.safe_load((work.path / "params.yaml").read_text(encoding="utf-8")) == {"seed": 5, "distill": {"steps": 4}}
+    state = provenance.git_state(work.path)
+    assert (state["git.known"], state["git.dirty"], state["git.sha"]) == (True, False, work.sha)
+    assert work.branch == "runs/Quick-run-7" and git(work.path, "rev-parse", "HEAD~1") == git(repository, "rev-parse", "main")
+    assert git(repository, "branch", "--format=%(refname:short)") == "main"  # nothing is pushed before there is a result
+
+
+def test_results_are_pushed_data_first_and_pulled_anywhere(repository: Path, tmp_path: Path) -> None:
+    work = opened()
+    subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)
+    write_json(work.path / "reports" / "scorecard.json", {"metrics": {}})
+    pushed = workspace.push(work, lambda text: None)
+    assert pushed == {"branch": "runs/quick-run", "git.sha": git(repository, "rev-parse", "runs/quick-run"), "repository": str(repository)}
+    workspace.close(work)
+    assert not work.path.exists()
+    git(tmp_path, "clone", "--quiet", "--branch", "runs/quick-run", str(repository), "elsewhere")
+    subprocess.run([*COMMAND, "pull", "--quiet"], cwd=tmp_path / "elsewhere", check=True)
+    assert (tmp_path / "elsewhere" / "doubled").read_text(encoding="utf-8") == "42\n"
+    shutil.rmtree(tmp_path / "workspaces")  # another machine: nothing is done again
+    again = opened("next", revision="runs/quick-run")
+    told = subprocess.run([*COMMAND, "repro"], cwd=again.path, capture_output=True, text=True, check=True).stdout
+    assert "didn't change, skipping" in told
+
+
+def test_the_same_run_goes_on_where_it_stopped_and_others_have_their_own_folder(repository: Path) -> None:
+    first = opened("one", seed=3)
+    write_text(first.path / "runs" / "distill" / "state", "half")
+    write_text(first.path / "number", "torn")  # a tracked file that was being written
+    second = opened("two", seed=3)
+    assert second.path == first.path and (second.path / "runs" / "distill" / "state").exists()
+    assert (second.path / "number").read_text(encoding="utf-8") == "21" and second.branch == "runs/two"
+    assert opened("three", seed=4).path != first.path
+    git(first.path.parent.parent / "project", "push", "--quiet", str(repository), "HEAD:refs/heads/extra")
+    assert opened("four", seed=3, revision="extra").path == first.path  # the commit counts, not its name
+
+
+@pytest.mark.parametrize("revision", ["nowhere", "0" * 40, "--upload-pack=touch", "main..extra", "refs/../x"])
+def test_unknown_code_is_not_run(repository: Path, revision: str) -> None:
+    with pytest.raises(UserError, match="revision = "):
+        opened(revision=revision)
+
+
+def test_mistakes_are_told_before_anything_is_left(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserErrors) as told:
+        opened(sede=1, distill__step=2, distill__steps__x=3)
+    assert len(told.value.faults) == 3
+    with pytest.raises(UserError, match="choose of other"):
+        opened(preset="none")
+    assert not [path for path in (tmp_path / "workspaces").iterdir() if path.is_dir() and path.name != "mirror.git"]
+    write_text(workspace.PROJECT / "requirements.lock", "torch==3\n")
+    with pytest.raises(UserError, match="build the worker's image"):
+        opened()
+    monkeypatch.delenv(workspace.REPOSITORY)
+    with pytest.raises(UserError, match="revision = 'main'"):
+        opened(revision="main")
+    work = opened(distill__steps=8)
+    assert (work.path, work.is_checkout) == (workspace.PROJECT, False) and workspace.push(work, lambda text: None) == {}
+    workspace.close(work)
+    assert yaml.safe_load((workspace.PROJECT / "params.yaml").read_text(encoding="utf-8"))["distill"] == {"steps": 8}
+
+
+def test_a_folder_has_one_run_at_a_time(repository: Path) -> None:
+    work = opened()
+    held = workspace._held.pop(work.path)  # as another process holds it
+    with pytest.raises(Busy):
+        opened()
+    held.close()
+    assert opened().path == work.path
+
+
+def test_a_repository_that_does_not_answer_is_worth_another_try(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(workspace.REPOSITORY, "http://ada:hunter2@127.0.0.1:9/repository.git")
+    with pytest.raises((Unavailable, UserError)) as told:
+        opened()
+    assert type(told.value) is Unavailable and "hunter2" not in str(told.value)
+
+
+def test_a_store_that_does_not_answer_loses_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The push is worth another try, no branch names data that is not in the store, and the same call finishes later."""
+    work = opened()
+    subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)
+    for name, value in {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    settings = work.path / ".dvc" / "config.local"
+    right = settings.read_text(encoding="utf-8")
+    write_text(settings, right + "['remote \"s3\"']\n    url = s3://danceopd/dvc\n")
+    with pytest.raises(Unavailable):
+        workspace.push(work, lambda text: None)
+    assert git(repository, "branch", "--format=%(refname:short)") == "main"
+    write_text(settings, right)
+    assert workspace.push(work, lambda text: None)["branch"] == "runs/quick-run"
