@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,15 @@ def _page(folder: Path, cards: Mapping[str, Scorecard], scores: Sequence[Example
     from benchmarks.geneval_run import RESULTS_FILE, read_official_rows
     from benchmarks.report import write_report
 
-    prompts = {row["filename"]: row["prompt"] for row in read_official_rows(folder / RESULTS_FILE)}
+    rows = {row["filename"]: row for row in read_official_rows(folder / RESULTS_FILE)}
     write_report(
         folder / PAGE_FILE,
         cards=cards,
         scores=scores,
         folder=images,
         images={},
-        prompts={score.example_id: prompts[score.image] for score in scores},
+        prompts={score.example_id: rows[score.image]["prompt"] for score in scores},
+        records={score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores},
         per_category=PER_CATEGORY,
         files=[str(folder / SCORES_FILE)],
     )

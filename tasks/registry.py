@@ -31,6 +31,7 @@ from data.errors import UserError, UserErrors
 from data.files import digest, link_or_copy, read_json, sha256_bytes, sha256_file
 from tasks import environment, gate, ledger, pyfunc_model, s3, tracking
 from tasks.provenance import DVC_PATHS, md5_of, provenance
+from tasks.review import REVIEW_FILE
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -554,6 +555,11 @@ def _publish(project: Path, submission: Submission, actor: str, reason: str, ext
             tracking.log_files(tracked, {"": path})
         steps = {f"steps/{stage}": path for stage, path in submission.steps.items()}
         tracking.log_files(tracked, {"scores": submission.scores, "report": submission.report, **steps})
+        if (review := Path(project) / REVIEW_FILE).is_file():
+            with tempfile.TemporaryDirectory() as temporary:  # beside the report here, not above it
+                beside = Path(temporary) / review.name
+                beside.write_text(review.read_text(encoding="utf-8").replace('"score/', '"'), encoding="utf-8")
+                tracking.log_files(tracked, {"report": beside})
         _log_inputs(tracked, tags)
         if twin is not None:
             tracking.log_tags(

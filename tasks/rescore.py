@@ -49,7 +49,7 @@ def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: P
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scores = score_field(
                 student.field, load_base(teachers), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
-                advance=advance,
+                advance=advance, benchmark=params.benchmark,
             )  # fmt: skip
         card = make_scorecard("rescored", scores, own, expected, identities, seed=params.seed, resamples=params.resamples, confidence=params.confidence)
         write_scorecard(folder / "scorecard.json", card)
