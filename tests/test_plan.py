@@ -17,8 +17,8 @@ from data.randomness import numpy_generator
 from model.rollout import QUERY_BIAS, query_index
 from tasks import plan as planning
 from tasks.environment import PROJECT
-from tasks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
 from tasks.params import read_yaml
+from tasks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
 from tasks.preflight import other_teachers, preflight, teacher_faults
 from tasks.repro import Ended
 from tasks.stages import STAGES
