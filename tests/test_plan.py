@@ -17,6 +17,7 @@ from data.randomness import numpy_generator
 from model.rollout import QUERY_BIAS, query_index
 from tasks import plan as planning
 from tasks.environment import PROJECT
+from tasks.params import read_yaml
 from tasks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
 from tasks.preflight import other_teachers, preflight, teacher_faults
 from tasks.repro import Ended
@@ -87,7 +88,9 @@ def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.Mo
     made = plan(PROJECT / "params.yaml", tmp_path)
     rows = {row["stage"]: row for row in made["stages"]}
     assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
-    assert rows["distill"]["evaluations"] == 420 * 64 * 5.5  # E[j] = 3.5 of 8, teacher, student
+    loop = read_yaml(PROJECT / "params.yaml")["distill"]
+    assert (loop["rollout_steps"], loop["query"], loop["method"]) == (8, "uniform", "danceopd")
+    assert rows["distill"]["evaluations"] == loop["steps"] * loop["batch"] * 5.5  # E[j] = 3.5, teacher, student
     assert rows["validate"]["evaluations"] == (3 * 656 + 2 * 320) * 16
     published = plan(PROJECT / "presets" / "zimage_local_global.yaml", tmp_path)
     assert published["parameters"] == pytest.approx(6.155e9, rel=0.001)
