@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from data.errors import UserError
 from data.files import atomic_file
 
@@ -60,6 +58,8 @@ EXAMPLES_FILE = "examples.parquet"
 
 def write_examples(folder: str | Path, examples: Sequence[Example]) -> None:
     """Writes `examples.parquet` into `folder`, whole or not at all; `record` is kept as JSON text."""
+    import pandas as pd  # here, since flows import this module for its names
+
     rows = [{**asdict(example), "record": json.dumps(example.record, sort_keys=True)} for example in examples]
     with atomic_file(Path(folder) / EXAMPLES_FILE) as temporary:
         pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(temporary, index=False)
@@ -67,6 +67,8 @@ def write_examples(folder: str | Path, examples: Sequence[Example]) -> None:
 
 def read_examples(folder: str | Path) -> list[Example]:
     """Raises UserError when the folder holds no readable `examples.parquet`."""
+    import pandas as pd  # here, since flows import this module for its names
+
     path = Path(folder) / EXAMPLES_FILE
     try:
         frame = pd.read_parquet(path)

@@ -22,6 +22,7 @@ from data.files import read_json
 from tasks.environment import for_children
 
 GRACE = 60.0  # s between asking a group to end and ending it: a training step ends and its state is saved meanwhile
+BUNDLED = "bundled"  # the remote in .dvc/config that travels with the repository
 UNCHANGED = "didn't change, skipping"
 CHATTER = (  # what DVC says around a stage's own lines
     "To track the changes with git",
@@ -224,11 +225,12 @@ def error_of(lines: Sequence[str]) -> str:
 
 
 def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
-    """`dvc pull PATH`: what dvc.lock names is fetched unless it is there already. Raises UserError naming what to do.
+    """`dvc pull PATH` from the remote inside the repository, so that no server and no credentials are asked for. What dvc.lock names is fetched unless it is
+    there already. Raises UserError naming what to do.
 
     Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their stage, which is frozen, and committed.
     """
-    from tasks.params import PARAMS_FILE, read_yaml  # loads pandas, which a scheduler that imports the flow does not need
+    from tasks.params import PARAMS_FILE, read_yaml
 
     if path == "data/teachers" and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
         for command in (["tasks", "teachers", "--out", path], ["dvc", "commit", "--force", "teachers"]):
@@ -236,7 +238,7 @@ def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
             if ended.status:
                 raise failure(path, ended)
         return
-    ended = stream([sys.executable, "-m", "dvc", "pull", path], project, line)
+    ended = stream([sys.executable, "-m", "dvc", "pull", "--remote", BUNDLED, path], project, line)
     if not ended.status and (project / path).exists():
         return
     if any(sign in text for text in ended.lines for sign in BUSY):
