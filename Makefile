@@ -39,8 +39,9 @@ $(STAMP): requirements.lock
 demo: install
 	$(BIN)/python -m flows.distill --promote auto
 
+# One process a core, one thread each: torch's threads would wait for each other.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-stack: install
 	$(BIN)/python -m pytest -m stack tests/test_stack.py

@@ -128,7 +128,7 @@ LOOP: dict[str, Any] = {
 def distil_params(home: Home, **changes: Any) -> distilling.Params:
     numbers = {
         **LOOP, "start": BASE, "trainable": "adapter", "rank": RANK, "alpha": ALPHA, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 4,
-        "states": "on_policy", "routes_taken": "hard", "routing": ROUTES,
+        "states": "on_policy", "routes_taken": "hard", "routing": ROUTES, "method": "danceopd", "query_states": 1,
     }  # fmt: skip
     return distilling.Params(backbone=home.backbone, **{**numbers, **changes})
 

@@ -127,7 +127,8 @@ def test_a_gap_that_does_not_fall_ends_the_run_early(stage: Callable[..., int], 
 def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage("student", steps=2) == 0
     document = read_yaml(Path("params.yaml"))
-    own = {key: value for key, value in document["distill"].items() if key not in ("start", "trainable", "rank", "alpha", "states", "routes_taken")}
+    of_distill = ("start", "trainable", "rank", "alpha", "states", "routes_taken", "method", "query_states")
+    own = {key: value for key, value in document["distill"].items() if key not in of_distill}
     fields = [{"capability": "t2i", "scale": 2.0, "weight": 1.0}, {"capability": "local_edit", "scale": 1.0, "weight": 1.0}]
     document["absorb"] = {**own, "fields": fields, "steps": 3, "save_every": 1}
     Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
