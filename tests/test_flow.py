@@ -163,5 +163,5 @@ def test_a_mistake_in_params_fails_the_run_with_its_message(stack: Stack) -> Non
         params.write_text(right, encoding="utf-8")
     assert (status, run["state_type"]) == (1, "FAILED")
     assert "distill.sede = 0: unknown key; did you mean 'seed'?" in run["state"]["message"]
-    tasks = stack.find("task_runs", flow_runs={"id": {"any_": [run["id"]]}})
+    tasks = stack.find("task_runs", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
     assert [task["name"].rsplit("-", 1)[0] for task in tasks] == ["checkout", "preflight"]  # nothing expensive ran
