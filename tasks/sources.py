@@ -11,7 +11,6 @@ which is versioned with the code, and every later fetch must give the same bytes
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -169,7 +168,8 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
 
 def _registered(uri: str, project: Path) -> Source:
     """A registered version as it is now; its hashes are the tags that it was judged under."""
-    registry: Any = importlib.import_module("tasks.registry")
+    from tasks import registry
+
     version, hashes = registry.registered(project, uri)
     sha256 = folder_sha256(hashes)
     place = project / CACHE / sha256
@@ -290,7 +290,8 @@ def _chosen(uri: str, file: str | None, sizes: Mapping[str, int], parts: list[st
 
 
 def _fetch_s3(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    s3: Any = importlib.import_module("tasks.s3")
+    from tasks import s3
+
     if uri.endswith(SAFETENSORS):
         file = staged / uri.rpartition("/")[2]
         s3.download(uri, file)
@@ -300,7 +301,8 @@ def _fetch_s3(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path,
 
 
 def _fetch_registered(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    registry: Any = importlib.import_module("tasks.registry")
+    from tasks import registry
+
     shutil.rmtree(staged)
     version = pinned or registry.registered(project, uri)[0]
     registry.download(project, version, staged)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -190,22 +189,18 @@ def test_addresses_are_checked_as_they_are_written() -> None:
     assert len(address_faults(bad)) == len(bad)
 
 
-def test_objects_of_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the module that speaks to S3; that one is tested against a real store."""
+def test_objects_of_a_bucket(tmp_path: Path, s3: str) -> None:
+    """From a real store: one file, a folder, the pins of what came first, and a pickle that is not taken."""
+    from tasks.s3 import put_new, upload
 
-    class S3:
-        @staticmethod
-        def download(uri: str, path: Path) -> str:
-            path.write_bytes(save(tensor()))
-            return sha256_file(path)
-
-        @staticmethod
-        def download_folder(uri: str, folder: Path) -> dict[str, str]:
-            assert uri == "s3://bucket/lora/"
-            (folder / "a.safetensors").write_bytes(save(tensor()))
-            return {}
-
-    monkeypatch.setitem(sys.modules, "tasks.s3", S3)
-    assert resolve("s3://bucket/x.safetensors", tmp_path).path.name == "x.safetensors"
-    assert list(resolve("s3://bucket/lora", tmp_path).files) == ["a.safetensors"]
+    (tmp_path / "a.safetensors").write_bytes(save(tensor()))
+    for name in ("x.safetensors", "lora/a.safetensors"):
+        upload(tmp_path / "a.safetensors", f"{s3}/{name}")
+    assert resolve(f"{s3}/x.safetensors", tmp_path).path.name == "x.safetensors"
+    assert list(resolve(f"{s3}/lora", tmp_path).files) == ["a.safetensors"]
     assert len(sources.read_lock(tmp_path)) == 2
+    put_new(f"{s3}/pickled/model.bin", b"pickle")
+    with pytest.raises(UserError, match="safetensors"):
+        resolve(f"{s3}/pickled", tmp_path)
+    with pytest.raises(UserError, match="absent"):
+        resolve(f"{s3}/absent/x.safetensors", tmp_path)
