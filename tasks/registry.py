@@ -391,12 +391,13 @@ def description(
     command = f"`python -m tasks promote --version {version or 'N'} --reviewer NAME --reason TEXT`"
     here = "Decide here: set the tags `review.by`, `review.reason` and then `review.status` = `approved` or `rejected`."
     registered = f"{here} Or promote with {command}; refuse: the same with `reject`; undo: `python -m tasks rollback`."
+    pictures = ["", *(line for line in lineage if line.startswith("!["))]  # below the tables: figures decide
     head = [
         f"**Gate: {'passed' if _passed(verdict) else 'refused'}**, {kept} of {len(verdict['rules'])} rules. {origin}",
         "",
         registered if _passed(verdict) else "Refused: kept as a run, registered as no version.",
         "Sample grids and the report page: the source run's artifacts, folder `report`.",
-        *lineage,
+        *(line for line in lineage if line and line not in pictures),
         "",
     ]
     metrics = scorecard["metrics"]
@@ -414,11 +415,11 @@ def description(
     text = head
     for block, name in ((table, "metrics are in scorecard.json"), (rules, "rules are in verdict.json")):
         for index, line in enumerate(block):
-            if len("\n".join([*text, line])) > LONGEST_DESCRIPTION - 200:
+            if len("\n".join([*text, line, *pictures])) > LONGEST_DESCRIPTION - 200:
                 text = [*text, "", f"({len(block) - index} more {name})", ""]
                 break
             text = [*text, line]
-    return "\n".join(text)[: LONGEST_DESCRIPTION - 1]
+    return "\n".join([*text, *pictures])[: LONGEST_DESCRIPTION - 1]
 
 
 # Submitting
