@@ -9,25 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from benchmarks.report import sample_grid
 from data.errors import UserError
 from data.files import atomic_folder, write_json
 from tasks.inference import draw, open_model
 from tasks.progress import progress
 
-GAP = 4  # px between the grid's pictures
+COLUMNS = 4  # of the grid, where a prompt has one picture
 STEPS = {"micro": 16}  # of the other families: 28, as the paper samples
-
-
-def grid_of(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Pictures (H, W, 3) of any sizes as one (H', W', 3): a row of pictures a prompt, on white."""
-    height, width = max(picture.shape[0] for row in rows for picture in row), max(picture.shape[1] for row in rows for picture in row)
-    columns = max(len(row) for row in rows)
-    canvas = np.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
-    for top, row in enumerate(rows):
-        for left, picture in enumerate(row):
-            y, x = top * (height + GAP), left * (width + GAP)
-            canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
-    return canvas
 
 
 def read_source(path: Path) -> np.ndarray:
@@ -72,15 +61,19 @@ def cli(argv: Sequence[str]) -> int:
     numbers = {"steps": options.steps or STEPS.get(model.backbone.name, 28), "guidance": options.guidance, "seed": options.seed}
     with progress("sample: images", len(prompts)) as advance:
         pictures = draw(model, prompts, sources, **numbers, batch=options.batch, resolution=options.resolution, advance=advance)
-    rows: list[list[np.ndarray]] = []
-    for index in range(0, len(prompts), options.count):
+    shown, titles = [], []
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         source = sources[index]
-        shown = [] if source is None else [np.asarray(Image.fromarray(source).resize((pictures[index].shape[1], pictures[index].shape[0])))]
-        rows.append([*shown, *pictures[index : index + options.count]])
+        if source is not None and index % options.count == 0:
+            shown.append(np.asarray(Image.fromarray(source).resize((picture.shape[1], picture.shape[0]))))
+            titles.append("source")
+        shown.append(picture)
+        titles.append(prompt)
+    a_prompt = options.count + bool(given)
     with atomic_folder(options.out) as folder:
         for index, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / f"{index:03d}.png")
-        Image.fromarray(grid_of(rows)).save(folder / "grid.png")
+        sample_grid(shown, titles, folder / "grid.png", columns=a_prompt if a_prompt > 1 else COLUMNS)
         made = [{"image": f"{index:03d}.png", "prompt": prompt, "edit": sources[index] is not None} for index, prompt in enumerate(prompts)]
         write_json(folder / "samples.json", {"model": options.model, "sha256": model.record["sha256"], **numbers, "images": made})
     print(f"{len(pictures)} images and grid.png in {options.out}")
