@@ -41,7 +41,7 @@ demo: install
 
 # One process a core, one thread each: torch's threads would wait for each other.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-stack: install
 	$(BIN)/python -m pytest -m stack tests/test_stack.py
