@@ -203,7 +203,7 @@ def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp
     assert sample.cli([*line, "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.png", "001.png", "grid.png", "samples.json"]
     with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "000.png") as first:
-        assert grid.size == (3 * first.width + 8, first.height)  # source and two answers
+        assert grid.width > 3 * first.width and grid.height > first.height  # source and two answers, with their titles
 
 
 def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

