@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.errors import UserError
 from data.files import write_json
+from model.backbones.sizes import random_network
 from model.checkpoint import Ema
 from model.distill import Accumulate, Bucket, LoopParams, Step, accumulate, distill
 from model.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks
@@ -170,23 +171,6 @@ class Running:
     steps: Any
 
 
-def _random_network(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Made on the meta device and filled where it lives, so that memory holds it once. Matrices of half the usual deviation, so that depth does not explode."""
-    with torch.device("meta"):
-        network = case.network()
-    network = nn.Module.to(network, dtype).to_empty(device=device)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        for name, value in network.state_dict().items():
-            if value.ndim < 2:
-                value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            else:
-                value.normal_(std=0.5 / value[0].numel() ** 0.5, generator=generator)
-    network.requires_grad_(False)
-    network.eval()
-    return network
-
-
 @torch.no_grad()
 def _spread(values: Sequence[torch.Tensor], size: float, seed: int) -> None:
     for slot, value in enumerate(values):
@@ -196,7 +180,7 @@ def _spread(values: Sequence[torch.Tensor], size: float, seed: int) -> None:
 def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[str, VelocityField], Bucket]:
     """Student, teachers that differ from it, and random examples; equal for equal seeds."""
     dtype = torch.bfloat16 if case.execution.precision == "bf16" else torch.float32
-    network = _random_network(case, device, dtype, seed)
+    network = random_network(case.network, device, dtype, seed)
     shell: Any = Shell(case.name, network, case.latent_shape, case.targets, case.velocity)
     names = [f"teacher{number}" for number in range(case.teachers)]
     teachers: dict[str, VelocityField] = {}
@@ -208,7 +192,7 @@ def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[st
             _spread([value for key, value in adapter.items() if "lora_B" in key], 0.05, seed + number)
             teachers[name] = NetworkField(shell, network, name)
         else:
-            own = _random_network(case, device, dtype, seed)
+            own = random_network(case.network, device, dtype, seed)
             _spread(list(own.parameters()), 0.02, seed + number)
             teachers[name] = NetworkField(shell, own)
     if case.rank:

@@ -63,9 +63,8 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_mul_(updates, ok)
                 weights: list[torch.Tensor] = list(parameters)
                 if group["weight_decay"]:
-                    if ok is not None:
-                        raise NotImplementedError("Muon cannot withhold a step with weight decay")
-                    torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+                    decay = group["lr"] * group["weight_decay"]
+                    torch._foreach_mul_(weights, 1.0 - (decay if ok is None else decay * ok))
                 torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 

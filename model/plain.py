@@ -50,7 +50,7 @@ def accumulate_plain(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """As model.distill.accumulate, on-policy only: one slot after the other, N evaluations of the student for its rollout whatever its query index."""
     if params.states != "on_policy":
-        raise NotImplementedError("the plain path is the on-policy method's")
+        raise ValueError(f"states = {params.states!r}: the plain path is the on-policy method's")
     device = execution.device
     losses = torch.zeros(len(plan.rows), device=device)
     for slot in slots:

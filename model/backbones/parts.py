@@ -212,3 +212,11 @@ def save_pipeline(folder: Path, origin: Path, network: Any, tensors: dict[str, t
     (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": type(network).__name__, **config}, indent=2), encoding="utf-8")
     write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def check_latents(folder: Path, shape: tuple[int, int, int], resolution: int | None, pixels: int) -> tuple[int, int, int]:
+    """The usual picture's latent shape (C, H, W), at `resolution` px where one is wanted. Raises UserError for a VAE whose channels are not the network's."""
+    channels = read_json(folder / "vae" / "config.json").get("latent_channels")
+    if channels != shape[0]:
+        raise UserError(f"{folder}: the VAE has {channels} latent channels, the transformer {shape[0]}; they are of different models")
+    return shape if resolution is None else (shape[0], resolution // pixels, resolution // pixels)

@@ -49,13 +49,11 @@ SIZES: dict[str, Callable[[bool], tuple[Callable[[], Any], type]]] = {
 }
 
 
-def random_backbone(name: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, edits: bool = False, seed: int = 0) -> Backbone:
-    """A frozen base of the published size `name` (a key of SIZES), its weights normal and small enough that activations stay finite.
+def random_network(make: Callable[[], Any], device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
+    """A frozen network with random weights, matrices of half the usual deviation so that depth does not explode.
 
-    Made on the meta device and filled where it will live, so that memory holds it once. `edits` gives SD3 the doubled input channels. On device "meta" it has
-    shapes alone. It has neither text encoder nor VAE.
+    Made on the meta device and filled where it will live, so that memory holds it once; on device "meta" it has shapes alone.
     """
-    make, family = SIZES[name](edits)
     with torch.device("meta"):
         network = make()
     network = nn.Module.to(network, dtype)
@@ -70,6 +68,17 @@ def random_backbone(name: str, *, device: torch.device | str, dtype: torch.dtype
                     value.normal_(std=0.5 / value[0].numel() ** 0.5, generator=generator)
     network.requires_grad_(False)
     network.eval()
+    return network
+
+
+def random_backbone(name: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, edits: bool = False, seed: int = 0) -> Backbone:
+    """A frozen base of the published size `name` (a key of SIZES), its weights normal and small enough that activations stay finite.
+
+    Made on the meta device and filled where it will live, so that memory holds it once. `edits` gives SD3 the doubled input channels. On device "meta" it has
+    shapes alone. It has neither text encoder nor VAE.
+    """
+    make, family = SIZES[name](edits)
+    network = random_network(make, device, dtype, seed)
     backbone: Backbone = family(Path(name), network, {"type": SCHEDULER, "shift": SHIFT}, PIXELS_PER_LATENT, T5_TOKENS)
     return backbone
 

@@ -14,8 +14,6 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import nn
 
-from data.errors import UserError
-from data.files import read_json
 from model.backbones import parts
 from model.field import Condition, Prompts
 
@@ -49,12 +47,7 @@ class ZImageBackbone:
         """
         network = parts.load_network(ZImageTransformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need)
         backbone = cls(folder, network, parts.read_scheduler(folder), parts.pixels_per_latent(folder), max_tokens)
-        if resolution is not None:
-            edge = resolution // backbone.pixels_per_latent
-            backbone.latent_shape = (backbone.latent_shape[0], edge, edge)
-        channels = read_json(folder / "vae" / "config.json").get("latent_channels")
-        if channels != backbone.latent_shape[0]:
-            raise UserError(f"{folder}: the VAE has {channels} latent channels, the transformer {backbone.latent_shape[0]}; they are of different models")
+        backbone.latent_shape = parts.check_latents(folder, backbone.latent_shape, resolution, backbone.pixels_per_latent)
         if "vae" in need:
             backbone.vae = parts.load_vae(folder, device)
         if "text" in need:
