@@ -31,7 +31,7 @@ from data.files import write_json
 from model.backbones.sizes import random_network
 from model.checkpoint import Ema
 from model.distill import Accumulate, Bucket, LoopParams, Step, accumulate, distill
-from model.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks
+from model.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks, rollout_ready
 from model.field import Condition, VelocityField
 from model.optimizer import build_optimizer
 from model.plain import accumulate_plain, own_networks
@@ -132,7 +132,8 @@ def _micro(_: int) -> Case:
 
 def _sd3_14m(_: int) -> Case:
     # 32 x 32 latents in patches of 2 are 256 image tokens; CLIP's 77 of text.
-    return sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 29 * MB)
+    case = sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 29 * MB)
+    return replace(case, execution=replace(FP32, compile="rollout"))
 
 
 def _sd35_m(resolution: int) -> Case:
@@ -166,7 +167,7 @@ class Running:
     """A path that is ready to run: `steps` yields whole optimizer steps."""
 
     student: Student
-    teachers: dict[str, VelocityField]
+    bucket: Bucket
     execution: Execution
     steps: Any
 
@@ -223,7 +224,7 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
     if path == "plain":
         teachers = own_networks(teachers)
         recompute_blocks(student.network, len(blocks_of(student.network)))
-        execution = replace(_fitted(case, student, bucket, device), merged=False, recompute=len(blocks_of(student.network)))
+        execution = replace(_fitted(case, student, bucket, device), merged=False, compiled_rollout=False, recompute=len(blocks_of(student.network)))
         recompute_blocks(student.network, len(blocks_of(student.network)))
     else:
         execution = _fitted(case, student, bucket, device)
@@ -239,14 +240,28 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
         student, teachers, buckets, routes, optimizers, Ema(dict(student.parameters), 0.0), params, euler_grid(case.rollout_steps), seed, 0, execution,
         compute=compute,
     )  # fmt: skip
-    return Running(student, teachers, execution, loop)
+    return Running(student, bucket, execution, loop)
 
 
 def _fitted(case: Case, student: Student, bucket: Bucket, device: torch.device) -> Execution:
-    def row() -> torch.Tensor:
-        return student.field(torch.zeros(1, *case.latent_shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device))
+    return fit(case.execution, device, student.network, lambda: student.field(*_rows(case, bucket, 1, device)), case.batch, case.budget)
 
-    return fit(case.execution, device, student.network, row, case.batch, case.budget)
+
+def _compile(case: Case, device: torch.device, seed: int) -> float:
+    """Seconds of the first rollouts, of many rows and of one, where they are compiled: a kernel made for one row serves no other number."""
+    if case.execution.compile != "rollout":
+        return 0.0
+    running = start(case, "fast", device, seed, 0)
+    begun = time.perf_counter()
+    with torch.no_grad(), rollout_ready(running.student.network, running.student.adapter, running.execution):
+        for rows in (2, 1):
+            running.student.field(*_rows(case, running.bucket, rows, device))
+    _wait(device)
+    return time.perf_counter() - begun
+
+
+def _rows(case: Case, bucket: Bucket, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    return torch.zeros(rows, *case.latent_shape, device=device), torch.ones(rows, device=device), moved(bucket.at(list(range(rows))), device)
 
 
 def _wait(device: torch.device) -> None:
@@ -293,7 +308,12 @@ def measure(case: Case, device: torch.device, seed: int, alternations: int) -> d
         "floor": floor / samples,
         "alternations": alternations,
         "largest_loss_gap": gap,
-        "execution": {"micro_batch": execution.micro_batch, "rollout_batch": execution.rollout_batch, "recomputed_blocks": execution.recompute},
+        "execution": {
+            "micro_batch": execution.micro_batch,
+            "rollout_batch": execution.rollout_batch,
+            "recomputed_blocks": execution.recompute,
+            "compile": case.execution.compile,
+        },
         "parameters": sum(value.numel() for name, value in paths["fast"].student.network.named_parameters() if "lora_" not in name),
         **(_utilization(case, paths["fast"], device, samples / sum(seconds["fast"]), (floor / samples)) if device.type == "cuda" else {}),
     }
@@ -301,11 +321,8 @@ def measure(case: Case, device: torch.device, seed: int, alternations: int) -> d
 
 def _utilization(case: Case, path: Running, device: torch.device, rate: float, floor: float) -> dict[str, float]:
     """Model FLOPs over the measured rate of a large bf16 matrix product. A step needs the floor's forwards and a backward, which costs one more."""
-    zeros = torch.zeros(1, *case.latent_shape, device=device)
-    prompts = torch.zeros(1, case.tokens, case.widths[0], device=device)
-    condition = Condition(prompts, torch.zeros(1, case.widths[1], device=device), prompts[0], torch.zeros(case.widths[1], device=device))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        path.student.field(zeros, torch.ones(1, device=device), condition)
+        path.student.field(*_rows(case, path.bucket, 1, device))
     size, repeats = 8192, 20
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     a @ b
@@ -384,12 +401,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _figures(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name](options.resolution)
+    compiling = _compile(case, device, options.seed)
     peaks = {}
     for path in PATHS:
         peaks[path] = peak_bytes(case, path, device, options.seed)
         gc.collect()
     found = {
         **measure(case, device, options.seed, options.alternations),
+        "compile_seconds": compiling,
         "peak_memory_bytes": peaks,
         "device": device_name(device),
         "seed": options.seed,
@@ -410,6 +429,8 @@ def _print(name: str, found: dict[str, Any]) -> None:
         ("largest loss gap", f"{found['largest_loss_gap']:.1e}"),
         ("peak memory", f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})"),
     ]
+    if found["compile_seconds"]:
+        rows.append(("rollouts compiled in", f"{found['compile_seconds']:.0f} s, not counted above"))
     if "flops_utilization" in found and math.isfinite(found["flops_utilization"]):
         rows.append(("FLOPs utilization", f"{found['flops_utilization']:.1%} of the measured matrix rate"))
     print("\n".join(f"{name}: {key} = {text}" for key, text in rows), flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from data.errors import UserError
 from data.randomness import numpy_generator
 from model.checkpoint import Ema
 from model.examples import Bucket as Bucket
-from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, merged_adapter, moved, networks_of, precision
+from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, moved, networks_of, precision, rollout_ready
 from model.field import Condition, Mean, VelocityField, evaluations, velocity_gaps
 from model.optimizer import OPTIMIZERS, SCHEDULES, Optimizers
 from model.parallel import ALONE, World, deal, most, reduce_gradients
@@ -228,8 +227,7 @@ def accumulate(
         extra = [longest - count for longest, count in zip(most(own), own, strict=True)]
         shape = bucket.shape_of(plan.rows[0]) or student.backbone.latent_shape
         idle = [(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([plan.rows[0]]), device))]
-    merged = merged_adapter(student.network, student.adapter) if execution.merged else nullcontext()
-    with torch.no_grad(), merged, precision(device, execution.dtype, execution.attention):
+    with torch.no_grad(), rollout_ready(student.network, student.adapter, execution), precision(device, execution.dtype, execution.attention):
         for part in rolled:
             noise, index = moved(noise_for(seed, plan.index, part, shapes[part[0]]), device), torch.tensor([plan.query[slot] for slot in part])
             rows = [plan.rows[slot] for slot in part]

@@ -6,10 +6,14 @@ Nothing here changes what is learned: all but `precision` alters a result by rou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -51,6 +55,7 @@ class Execution:
     recompute: int
     deferred: bool
     lockstep: bool
+    compiled_rollout: bool = False
 
 
 WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False)  # fp32, nothing cut, nothing merged
@@ -152,7 +157,7 @@ def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callab
     return Execution(
         device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISION[params.precision], params.attention, merged, recompute,
         device.type == "cuda",
-        params.shard_base,
+        params.shard_base, params.compile == "rollout",
     )  # fmt: skip
 
 
@@ -189,6 +194,8 @@ def precision(device: torch.device, dtype: torch.dtype | None, attention: str = 
 def prepare_networks(params: ExecutionParams, device: torch.device, student: nn.Module, trained: Iterable[nn.Parameter], others: Iterable[nn.Module]) -> None:
     """Moves the networks to the device; in bf16 everything frozen is stored so, unless all of the student trains (then both keep fp32 and round alike)."""
     kept = {id(parameter) for parameter in trained}
+    if params.compile != "none":
+        check_compiler(device)
     networks = list({id(network): network for network in (student, *others)}.values())
     shared = all("lora_" in name for name, parameter in student.named_parameters() if id(parameter) in kept)
     for network in networks:
@@ -201,32 +208,67 @@ def prepare_networks(params: ExecutionParams, device: torch.device, student: nn.
             block.compile(dynamic=True)  # blocks of one kind share what was compiled for the first
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError when torch.compile would find no C++ compiler; on CUDA it brings its own."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"execution.compile: torch.compile needs {compiler} on a CPU, and it is not here; install it, name another as CXX, or choose none")
+
+
+@contextmanager
+def rollout_ready(network: nn.Module, adapter: str | None, execution: Execution) -> Iterator[None]:
+    """Within it the network is as fast as `execution` allows without a gradient: the adapter merged, the blocks compiled. Leaves no trace."""
+    with ExitStack() as stack:
+        if execution.merged:
+            stack.enter_context(merged_adapter(network, adapter))
+        if execution.compiled_rollout:
+            stack.enter_context(compiled_blocks(network))
+        yield
+
+
 @contextmanager
 def merged_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Within it every LoRA layer multiplies by W + s B A, made anew in each call, and answers no gradient.
+    """Within it every LoRA layer that has `adapter`, the active one, multiplies by W + s B A, made anew in each call, and answers no gradient.
 
     On rows of many tokens that costs a fraction of the two extra products, takes no memory of its own, and leaves the base's weights untouched. A no-op
     without an adapter.
     """
     named: list[Any] = [module for module in network.modules() if hasattr(module, "get_delta_weight")]
     layers = [layer for layer in named if adapter is not None and adapter in layer.lora_A]
-    for layer in layers:
-        layer.forward = _merged_forward(layer, str(adapter))
+    with _other_forwards({layer: _merged_forward for layer in layers}):
+        yield
+
+
+def _merged_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    base, name = layer.base_layer, layer.active_adapters[0]
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    weight = torch.addmm(base.weight.to(down.dtype), up, down, alpha=layer.scaling[name])
+    return nn.functional.linear(x, weight.to(base.weight.dtype), base.bias)
+
+
+@contextmanager
+def compiled_blocks(network: nn.Module) -> Iterator[None]:
+    """Within it the network's blocks run compiled (torch.compile, any number of rows). The first call of a kind of block takes tens of seconds."""
+    with _other_forwards({block: compiled_forward(cast(Any, type(block))) for block in blocks_of(network)}):
+        yield
+
+
+@cache
+def compiled_forward(kind: Any) -> Callable[..., Any]:
+    """The forward of a class of modules, compiled; it takes the module as its first argument, so all modules of the class share it."""
+    return torch.compile(kind.forward, dynamic=True)
+
+
+@contextmanager
+def _other_forwards(chosen: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Modules with another forward(module, ...) for a while."""
+    for module, forward in chosen.items():
+        module.forward = MethodType(forward, module)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own shows again
-
-
-def _merged_forward(layer: Any, adapter: str) -> Callable[..., torch.Tensor]:
-    down, up, scale, base = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter], layer.base_layer
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        weight = torch.addmm(base.weight.to(down.dtype), up, down, alpha=scale)
-        return nn.functional.linear(x, weight.to(base.weight.dtype), base.bias)
-
-    return forward
+        for module in chosen:
+            del module.forward  # the class's own shows again
 
 
 # --- counting -----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ Every draw comes from (seed, step, slot, purpose), and nothing is drawn that the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,7 +25,7 @@ from data.errors import UserError
 from data.randomness import numpy_generator
 from model.distill import Accumulate, LoopParams, Plan, parts
 from model.examples import Bucket
-from model.execution import Execution, merged_adapter, moved, precision
+from model.execution import Execution, moved, precision, rollout_ready
 from model.field import Condition, VelocityField, velocity_gaps
 from model.randomness import noise_for
 from model.rollout import query_index
@@ -115,10 +114,9 @@ def _accumulate(
 def _rollout(part: _Part, last: int) -> list[torch.Tensor]:
     """The states x_0 (noise), ..., x_last of the student's Euler rollout, each (n, C, H, W)."""
     execution, student = part.execution, part.student
-    merged = merged_adapter(student.network, student.adapter) if execution.merged else nullcontext()
     x, condition, levels = part.noise(), part.condition(), part.grid.tolist()
     states = [x]
-    with merged, precision(execution.device, execution.dtype, execution.attention):
+    with rollout_ready(student.network, student.adapter, execution), precision(execution.device, execution.dtype, execution.attention):
         for now, after in list(pairwise(levels))[:last]:
             x = x + (after - now) * student.field(x, part.at(now), condition).float()
             states.append(x)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 WORDS = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16"),
-    "compile": ("none", "blocks"),
+    "compile": ("none", "rollout", "blocks"),
     "attention": ("auto", "math", "efficient", "flash", "cudnn"),
     "checkpointing": ("auto", "always", "never"),
     "merge_rollout": ("auto", "always", "never"),
@@ -19,10 +19,11 @@ class ExecutionParams:
     """Section `execution`.
 
     `micro_batch`: rows of one forward with gradient, `rollout_batch`: rows of one without; 0 takes what fits into the free memory. `precision`: "fp32", or
-    "bf16" for the networks' arithmetic (weights that train, latents and Euler steps stay fp32). `compile`: "blocks" compiles one block of each kind.
-    `attention`: a kernel of torch's scaled_dot_product_attention. `checkpointing`: recompute activations in the backward; "auto" only where one row does not
-    fit otherwise. `merge_rollout`: add the student's adapter into its weights while it is rolled out; "auto" in fp32 alone, because in bf16 it moves the
-    states. `processes`: data-parallel processes on this machine. `shard_base`: spread the frozen base's weights over them (FSDP2).
+    "bf16" for the networks' arithmetic (weights that train, latents and Euler steps stay fp32). `compile`: torch.compile for one block of each kind, "rollout"
+    only where the student is rolled out, "blocks" everywhere (a teacher that equals the student then answers the same up to rounding). `attention`: a kernel of
+    torch's scaled_dot_product_attention. `checkpointing`: recompute activations in the backward; "auto" only where one row does not fit otherwise.
+    `merge_rollout`: add the student's adapter into its weights while it is rolled out; "auto" in fp32 alone, because in bf16 it moves the states. `processes`:
+    data-parallel processes on this machine. `shard_base`: spread the frozen base's weights over them (FSDP2).
     """
 
     device: str

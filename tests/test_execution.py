@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers import ZImageTransformer2DModel
 
 from benchmarks.speed import CASES as SPEED_CASES
 from benchmarks.speed import Case, build, sd3_case
+from data.errors import UserError
 from model.checkpoint import Ema
 from model.distill import Bucket, LoopParams, NotFinite, Plan, accumulate, distill, parts, plan_step
 from model.execution import (
@@ -24,6 +27,7 @@ from model.execution import (
     fit,
     merged_adapter,
     moved,
+    prepare_networks,
     recompute_blocks,
 )
 from model.field import Guided, VelocityField
@@ -146,6 +150,29 @@ def test_a_merged_adapter_answers_as_the_unmerged_and_leaves_no_trace() -> None:
     with pytest.raises(ZeroDivisionError), merged_adapter(s.student.network, s.student.adapter):
         raise ZeroDivisionError
     assert not [name for name, module in s.student.network.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_rollouts_change_rounding_alone_and_nothing_is_compiled_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = torch._dynamo.testing.CompileCounter()  # traces and guards as in earnest, and runs what was traced without making kernels of it
+    monkeypatch.setattr("model.execution.compiled_forward", cache(lambda kind: torch.compile(kind.forward, dynamic=True, backend=counter)))
+    s, fast = setting(name), replace(WHOLE_BATCH, merged=True, compiled_rollout=True, rollout_batch=3)
+    for index in range(2):
+        same(one_step(s, fast, index=index), one_step(s, index=index))
+    made = counter.frame_count
+    assert made > 0
+    for index in range(2, 5):
+        one_step(s, fast, index=index)
+    assert counter.frame_count == made
+    assert not [key for key, module in s.student.network.named_modules() if "forward" in vars(module)]
+    own = replace(s, teachers=dict.fromkeys(s.teachers, s.student.field))
+    assert torch.equal(one_step(own, fast)[0], torch.zeros(PARAMS.batch))
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"execution.compile: torch.compile needs no-such-compiler .* choose none"):
+        prepare_networks(replace(ExecutionParams(**EXECUTION), compile="rollout"), CPU, torch.nn.Linear(1, 1), [], [])
 
 
 def test_in_bf16_equal_weights_give_loss_zero_and_the_rest_is_near() -> None:
