@@ -17,10 +17,10 @@ from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import TRANSFORMER
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
-from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams, WorldParams
 from tasks.pictures import read_picture
 from tasks.progress import progress
-from tasks.real_scores import check_judgeable, identity_of_scores
+from tasks.real_scores import check_judgeable, identities_of_scores, scored_examples
 from tasks.sampling import EvaluationSet, evaluation_set, score_field
 
 CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
@@ -35,6 +35,7 @@ class Params:
     sampling: SamplingParams
     routing: RoutingParams
     benchmark: BenchmarkParams
+    judge: JudgeParams
     seed: int
     resamples: int
     confidence: float
@@ -79,9 +80,9 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     backbone = load_base(teachers, **loading)
     distilled = load_student(student, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
     candidate = load_student(absorbed, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
-    evaluation = evaluation_set(read_examples(curated), curated)
+    evaluation = evaluation_set(scored_examples(read_examples(curated), params.benchmark, params.judge), curated)
     if params.benchmark.detector != MICRO:
-        check_judgeable(evaluation.examples, params.benchmark)
+        check_judgeable(evaluation.examples, params.benchmark, params.judge)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     numbers = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     reference: dict[str, list[ExampleScore]] = {}
@@ -100,8 +101,9 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
                 (CANDIDATE, candidate.field, 1.0),
             ):
                 scores[name] = score_field(
-                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance, benchmark=params.benchmark
-                )
+                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance,
+                    benchmark=params.benchmark, judge=params.judge,
+                )  # fmt: skip
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
         comparisons = _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers)
         write_json(folder / "comparisons.json", comparisons)
@@ -149,7 +151,7 @@ def _cards(
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"}, "guidance": 1.0,
     }  # fmt: skip
     if params.benchmark.detector != MICRO:
-        identities["geneval"] = identity_of_scores(evaluation.examples, params.benchmark)
+        identities |= identities_of_scores(scores[CANDIDATE], evaluation.examples, params.benchmark, params.judge)
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
     card = make_scorecard(CANDIDATE, scores[CANDIDATE], own, expected, identities, **numbers)
     cards = {CANDIDATE: card, DISTILLED: make_scorecard(DISTILLED, scores[DISTILLED], own, expected, {}, **numbers)}
