@@ -209,9 +209,10 @@ class JudgeParams:
     """Section `judge`: who scores edits where section `benchmark` names GenEval's networks; the micro world's pictures are parsed.
 
     `kind` "endpoint" asks the `server`; "local" is Qwen2.5-VL in the folder `model`, on benchmark.device in `dtype`; "none" refuses edits. `wording` is ""
-    (ours), or a file or folder with other texts. Edits in another `language`, or outside `categories` (none named: all), are left out. An image gets `repeats`
-    judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or by those of benchmark.scheduler. `retry` names statuses whose
-    questions a later run asks again. `prices` are per million prompt and completion tokens; a run estimated above `highest_price` does not begin.
+    (ours), or a file or folder with other texts. Edits in another `language`, or outside `categories` (none named: all), are left out. An image gets
+    `repeats` judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or by those of benchmark.scheduler.
+    `retry` names statuses whose questions a later run asks again. `prices` are per million prompt and completion tokens; a run estimated above
+    `highest_price` does not begin.
     """
 
     kind: Literal["none", "endpoint", "local"]

@@ -33,7 +33,8 @@ def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: P
     Raises UserError for weights that do not fit the base and for a teacher without scores.
     """
     routes, records = params.routing.routes, read_records(teachers)
-    student = load_student(checkpoint, load_base(teachers), records[BASE].sha256)
+    loading = params.backbone.loading()
+    student = load_student(checkpoint, load_base(teachers, **loading), records[BASE].sha256)
     evaluation = evaluation_set(scored_examples(read_examples(curated), params.benchmark, params.judge), curated)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     reference: dict[str, list[ExampleScore]] = {}
@@ -50,7 +51,7 @@ def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: P
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scores = score_field(
-                student.field, load_base(teachers), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
+                student.field, load_base(teachers, **loading), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
                 advance=advance, benchmark=params.benchmark, judge=params.judge,
             )  # fmt: skip
         if params.benchmark.detector != MICRO:
