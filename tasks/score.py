@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.geneval_run import MICRO
+from benchmarks.micro import CONTROLS
 from benchmarks.report import edit_strips, sample_grid, scorecard_plot, write_report
 from benchmarks.scorecard import ExampleScore, Scorecard, compare, expected_scores, read_scores, summarise, write_scorecard, write_scores
 from benchmarks.scorecard import scorecard as make_scorecard
@@ -123,7 +124,10 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
             prompts={example.id: example.prompt for example in evaluation.examples},
             per_category=params.shown, files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
             records={example.id: example.record for example in evaluation.examples}, comparisons=comparisons,
-            others={DISTILLED: (folder, scores[DISTILLED]), **{name: (validated, reference[name]) for name in sorted({BASE, *teacher_of.values()})}},
+            others={
+                **{name: (folder, rows) for name, rows in scores.items()},
+                **{name: (curated if name in CONTROLS else validated, rows) for name, rows in reference.items()},
+            },
         )  # fmt: skip
     write_scorecard(scorecard, card)
     return {
@@ -157,7 +161,7 @@ def _cards(
     cards = {CANDIDATE: card, DISTILLED: make_scorecard(DISTILLED, scores[DISTILLED], own, expected, {}, **numbers)}
     for name, rows in {DISTILLED_GUIDED: scores[DISTILLED_GUIDED], **reference}.items():
         kept = {category: keys for category, keys in expected.items() if any(row.category == category for row in rows)}
-        if name == "ground_truth" or name == "shuffled":
+        if name in CONTROLS:
             kept = {category: {(example.id, 0) for example in evaluation.examples if example.category == category} for category in kept}
         cards[name] = Scorecard(name, {}, {}, summarise(rows, expected=kept, **numbers))
     return card, cards
