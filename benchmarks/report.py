@@ -34,7 +34,7 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c
 STRIPS_A_LINE = 2
 THUMBNAIL, CLOSE_UP = 112, 320  # px, longest side: among all images, and among the worst and best
 CHAMPION = "<!-- champion -->"  # where `add_champion` puts its section
-MOST_IMAGES = 6000  # on a page: beyond them further models' values are links to the images' files, and the page says so
+MOST_IMAGES = 4000  # on a page: beyond them further models' values are links to the images' files, and the page says so
 AS_IT_IS = 4096  # bytes up to which a small file is embedded unchanged
 STYLE = """
 :root{color-scheme:light}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from benchmarks.gedit import LANGUAGES
+from benchmarks.gedit import HIGHEST, LANGUAGES
 from benchmarks.gedit_data import EditTask
 from benchmarks.gedit_judging import MadeEdit
 from benchmarks.gedit_verdict import answered_by, coverage_of, score_made
@@ -120,6 +120,27 @@ def identities_of_scores(scores: Sequence[ExampleScore], examples: Sequence[Exam
             "prompts": digest(sorted([example.id, example.category, example.prompt, example.sha256] for example in edits)), "language": judge.language,
             "coverage": coverage_of(rows), "statuses": dict(sorted(Counter(score.status for score in rows).items())),
         }  # fmt: skip
+    return found
+
+
+def notes_of_scores(scores: Sequence[ExampleScore], identities: Mapping[str, Any]) -> list[str]:
+    """Sentences for the report: who judged, what has no score by category, and how far that could move the average of edits. None where nobody judged."""
+    if "gedit" not in identities:
+        return []
+    about, rows = identities["gedit"], [score for score in scores if score.benchmark == "gedit"]
+    judge = about["judge"]
+    found = [
+        f"Edits: judge {judge['answered_by'] or judge['model']} ({judge['kind']}, {judge['provider']}), wording {judge['wording']['name']}, language "
+        f"{about['language']}, {about['repeats']} judgement(s) an image."
+    ]
+    missing = Counter((row.category, row.status) for row in rows if row.status != "ok")
+    if missing:
+        groups = [[row for row in rows if row.category == category] for category in dict.fromkeys(row.category for row in rows)]
+        low, high = (
+            sum(sum(row.values.get("O", least) for row in group) / len(group) for group in groups) / len(groups) for least in (0.0, HIGHEST)
+        )
+        left = ", ".join(f"{count} {status} in {category}" for (category, status), count in sorted(missing.items()))
+        found.append(f"Without a score: {left}. Had these images earned 0 or 10, the average would be {low:.2f} or {high:.2f}.")
     return found
 
 

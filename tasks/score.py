@@ -21,7 +21,7 @@ from model.teachers import BASE, load_base, read_records
 from tasks.params import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams, WorldParams
 from tasks.pictures import read_picture
 from tasks.progress import progress
-from tasks.real_scores import check_judgeable, identities_of_scores, scored_examples
+from tasks.real_scores import check_judgeable, identities_of_scores, notes_of_scores, scored_examples
 from tasks.sampling import EvaluationSet, evaluation_set, score_field
 
 CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
@@ -124,6 +124,7 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
             prompts={example.id: example.prompt for example in evaluation.examples},
             per_category=params.shown, files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
             records={example.id: example.record for example in evaluation.examples}, comparisons=comparisons,
+            notes=notes_of_scores(scores[CANDIDATE], card.identities),
             others={
                 **{name: (folder, rows) for name, rows in scores.items()},
                 **{name: (curated if name in CONTROLS else validated, rows) for name, rows in reference.items()},

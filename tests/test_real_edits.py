@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scorecard import read_scorecard, read_scores
+from benchmarks.scorecard import ExampleScore, read_scorecard, read_scores
 from data.errors import UserError, UserErrors
 from data.records import read_examples, write_examples
 from model.route import Route
@@ -29,9 +29,10 @@ from tasks import validate as validating
 from tasks.environment import PROJECT
 from tasks.params import BenchmarkParams, JudgeParams, RequestParams, RoutingParams, SamplingParams, ServerParams
 from tasks.preflight import judge_faults
-from tasks.real_scores import check_judgeable, scored_examples
+from tasks.real_scores import check_judgeable, notes_of_scores, scored_examples
 from tests.judge_server import judge_server
 from tests.test_families_pipeline import LOOP, WORLD, Home, distil_params, save_curated, save_teachers
+from tests.test_judge_local import checkpoint as checkpoint
 from tests.tiny_evaluator import tiny_clip, tiny_mask2former
 from tests.tiny_families import save_family
 
@@ -179,6 +180,7 @@ def test_score_names_its_judge_and_a_judge_that_changed_in_between_is_refused(ho
     assert (identity["coverage"], identity["statuses"], identity["language"], identity["judge"]["answered_by"]) == (1.0, {"ok": 2}, "en", "judge-2026-01-01")
     assert "evaluator" in card.identities["geneval"]
     page = (tmp_path / "score" / "report.html").read_text(encoding="utf-8")
+    assert "Edits: judge judge-2026-01-01 (endpoint, test), wording own, language en, 1 judgement(s) an image." in page
     assert "the {hat} is red" in page and page.count("semantic [8.0, 6.0]") >= 4
 
 
@@ -225,6 +227,15 @@ def test_a_judge_that_stops_answering_leaves_nothing_half_made(home: Home, tmp_p
     assert {row.values.get("O") for row in read_scores(tmp_path / "validated") if row.benchmark == "gedit"} == {6.0}
 
 
+def test_the_judge_may_be_a_network_on_this_machine(home: Home, checkpoint: Path, tmp_path: Path) -> None:
+    """A tiny Qwen2.5-VL with random weights: it is asked, its words are kept, and they are no score."""
+    request = RequestParams(0.0, 0, 6, True, "png", "match-source", False, {})
+    with pytest.raises(UserErrors, match=r"subject-add: 2 of 2 images have no score \(\{'unparseable': 2\}\)"):
+        run_validate(home.curated.parent, tmp_path, judge_params("", kind="local", model=str(checkpoint), request=request))
+    (shard,) = tmp_path.glob("runs/judgements/*/shards/*.jsonl")
+    assert shard.read_bytes().count(b"\n") == 4 and checkpoint.name in shard.read_text(encoding="utf-8") and not (tmp_path / "validated").exists()
+
+
 def test_workers_of_the_stage_give_the_bytes_of_one_process(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     for name, changes in (("alone", {}), ("together", {"workers": 2, "concurrency": 4})):
@@ -246,6 +257,16 @@ def test_language_and_categories_choose_what_is_judged(home: Home) -> None:
     with pytest.raises(UserError, match=r"record\.instruction_language = 'zh'; choose one of \['en', 'cn'\]"):
         scored_examples([replace(edit, record={"instruction_language": "zh"})], benchmark, judge)
     check_judgeable([drawn], benchmark, replace(judge, kind="none"))  # nobody judges where nothing is edited
+
+
+def test_the_report_says_what_has_no_score_and_how_far_that_could_move_the_average() -> None:
+    rows = [ExampleScore("m", "gedit", "subject-add", f"a{index}", 0, 0, {"O": 6.0}) for index in range(3)]
+    rows += [ExampleScore("m", "gedit", "subject-add", "a3", 0, 0, {}, status="refused"), ExampleScore("m", "gedit", "color_alter", "c", 0, 0, {"O": 8.0})]
+    about = {"judge": {"answered_by": "", "model": "j", "kind": "endpoint", "provider": "p", "wording": {"name": "own"}}, "language": "en", "repeats": 3}
+    first, second = notes_of_scores(rows, {"gedit": about})
+    assert first.startswith("Edits: judge j (endpoint, p)") and "3 judgement(s)" in first
+    assert second == "Without a score: 1 refused in subject-add. Had these images earned 0 or 10, the average would be 6.25 or 7.50."
+    assert notes_of_scores(rows, {}) == []
 
 
 def test_faults_of_the_judge_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
