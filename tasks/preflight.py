@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
+from data.records import CAPABILITIES
 from tasks.params import PARAMS_FILE, read_yaml
 from tasks.sources import address_faults, missing_faults
 from tasks.stages import check_all
@@ -22,7 +24,7 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
     except UserErrors as errors:
         faults += errors.faults
     document = read_yaml(path)
-    faults += teacher_faults(document, teachers) + folder_faults(document, teachers.absolute().parents[1])
+    faults += teacher_faults(document, teachers) + folder_faults(document, teachers.absolute().parents[1]) + judge_faults(document)
     if faults:
         raise UserErrors(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults)
 
@@ -33,6 +35,25 @@ def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
     if not isinstance(collect, dict) or collect.get("source") != "folder" or not collect.get("folder") or (project / str(collect["folder"])).is_dir():
         return []
     return [f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"]
+
+
+def judge_faults(document: dict[str, Any]) -> list[str]:
+    """A judge that the routes will need, and that is not named or whose key is not in the environment."""
+    from benchmarks.geneval_run import MICRO  # here, as it loads pandas
+
+    try:
+        judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
+        edits = sorted({route["capability"] for route in document["routing"]["routes"] if CAPABILITIES[route["capability"]].is_edit})
+        variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
+    except (KeyError, TypeError):
+        return []  # the sections' own checks name what is wrong with them
+    if micro or not edits:
+        return []
+    if judge["kind"] == "none":
+        return [f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"]
+    if variable and not os.environ.get(variable):
+        return [f'judge.server.key_variable = {variable!r}: this variable is not set; export it, or write "" for a server that needs no key']
+    return []
 
 
 def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
