@@ -433,11 +433,20 @@ def write_report(
     write_text(path_html, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
 
 
-def add_champion(page: str, candidate: Scorecard, champion: Scorecard, version: str, comparison: Mapping[str, Mapping[str, float]] | None, folder: str) -> str:
+def add_champion(
+    page: str,
+    candidate: Scorecard,
+    champion: Scorecard,
+    version: str,
+    comparison: Mapping[str, Mapping[str, float]] | None,
+    folder: str,
+    champion_page: str | None = None,
+) -> str:
     """The page with a section that sets the candidate against the reigning champion, below its headline: the champion is known only after the page is made.
 
     `comparison` maps a metric path to the paired difference {"difference", "low", "high", "p", "n"}; None where the two were not scored on the same images.
-    `folder` is where the page's files lie as seen from the new page's place ("score/"). Raises UserError for a page without a place for the section.
+    `folder` is where the page's files lie as seen from the new page's place ("score/"); `champion_page` the address of the champion's own page, where the
+    images behind its figures are. Raises UserError for a page without a place for the section.
     """
     if CHAMPION not in page:
         raise UserError("the report page has no place for the champion; run the score stage again")
@@ -448,7 +457,8 @@ def add_champion(page: str, candidate: Scorecard, champion: Scorecard, version: 
     lines = []
     for path in paths:
         digits, row = _digits(path), (comparison or {}).get(path)
-        cells = _cell(path, candidate.metrics[path], places.link("", path)) + _cell(path, champion.metrics[path], None)
+        at = places.link("", path)
+        cells = _cell(path, candidate.metrics[path], at) + _cell(path, champion.metrics[path], _within(champion_page, at))
         if row is None:
             cells += "<td>-</td><td>-</td>"
         else:
@@ -460,6 +470,11 @@ def add_champion(page: str, candidate: Scorecard, champion: Scorecard, version: 
     section = f'<h3>Against the champion</h3><div class="wide sticky"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>{note}'
     moved = re.sub(r'href="(?!#|[a-z]+:)', f'href="{folder}', page)
     return moved.replace(CHAMPION, section, 1)
+
+
+def _within(page: str | None, anchor: str | None) -> str | None:
+    """The anchor on another page of this kind, where the candidate comes first too; one that is shown inside MLflow's pages has no anchors."""
+    return page if page is None or anchor is None or "#" in page else page + anchor
 
 
 # --- PNG sheets -------------------------------------------------------------------------------------------------------------

@@ -291,11 +291,12 @@ def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, A
 
 
 def mlflow_links(registered: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Artifact key -> (address, text) of the version's and the run's page, where MLflow is a server. `DANCEOPD_MLFLOW_URL` is its address for browsers."""
-    address = os.environ.get("DANCEOPD_MLFLOW_URL", "").strip() or str(registered["tracking_uri"])
-    if not address.startswith("http"):
+    """Artifact key -> (address, text) of the version's and the run's page, where MLflow is a server."""
+    from tasks.tracking import for_browsers
+
+    address = for_browsers(str(registered["tracking_uri"]))
+    if address is None:
         return {}
-    address = re.sub(r"(https?://)[^/@]+@", r"\1", address).rstrip("/")
     links = {"mlflow-run": (f"{address}/#/runs/{registered['run_id']}", f"MLflow run {registered['run_id']}")}
     if registered.get("version"):
         version = registered["version"]

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -222,7 +223,7 @@ def reconcile(project: Path) -> list[str]:
 
 
 def champion(project: Path) -> dict[str, Any] | None:
-    """The champion as the gate needs it: {"version", "scorecard" (dict), "scores" (path of its scores.parquet, or None), "run_id"}.
+    """The champion as the gate needs it: {"version", "scorecard" (dict), "scores" (path of its scores.parquet, or None), "run_id", "page" (of its report)}.
 
     None before the first promotion. Downloads into `runs/champion/VERSION`. Raises UserError when the registry lacks what the ledger names, or when a file
     is not the one that was judged.
@@ -247,7 +248,21 @@ def champion(project: Path) -> dict[str, Any] | None:
         if not wanted["scorecard.json"]:
             raise UserError(f"champion version {version} has no tag scorecard.json.sha256; it was not submitted by this pipeline: roll back")
         scores = folder / "scores.parquet" if wanted["scores.parquet"] else None
-        return {"version": version, "scorecard": read_json(folder / "scorecard.json"), "scores": scores, "run_id": run_id}
+        return {"version": version, "scorecard": read_json(folder / "scorecard.json"), "scores": scores, "run_id": run_id, "page": _report_page(store, run_id)}
+
+
+def _report_page(store: tracking.Store, run_id: str) -> str | None:
+    """The address of a run's report page: in MLflow's pages where there is a server, else the file's; None where it is kept elsewhere."""
+    run = store.client.get_run(run_id)
+    if address := tracking.for_browsers(store.uri):
+        return f"{address}/{_report_artifacts(run.info.experiment_id, run_id)}/report.html"
+    place = urlsplit(str(run.info.artifact_uri))
+    page = Path(unquote(place.path)) / "report" / "report.html"
+    return page.as_uri() if place.scheme in ("", "file") and page.is_file() else None
+
+
+def _report_artifacts(experiment_id: str, run_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/report"
 
 
 def ledger_state(project: Path) -> tuple[ledger.Place, list[ledger.Entry], bool]:
@@ -635,7 +650,7 @@ def _lineage_lines(tracked: tracking.Run, tags: Mapping[str, str], submission: S
     data = ", ".join(f"{name} {tags[f'dvc.{name}.md5'][:8]}" for name in ("curated", "encoded") if f"dvc.{name}.md5" in tags)
     lines = [f"Teachers: {teachers or 'unknown'}. Data: {data or 'unversioned'}. All of it: `python -m tasks lineage`."]
     if tracked.store.uri.startswith("http"):
-        page = f"#/experiments/{tracked.experiment_id}/runs/{tracked.run_id}/artifacts/report"
+        page = _report_artifacts(tracked.experiment_id, tracked.run_id)
         pictures = [name for name in PICTURES if (submission.report / name).is_file()]
         lines[:0] = [f"[Report and grids]({page}/report.html)"]
         lines += ["", *(f"![{name}](get-artifact?path=report/{name}&run_uuid={tracked.run_id})" for name in pictures)]

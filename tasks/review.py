@@ -29,6 +29,7 @@ def write_review(project: Path, params: Params, champion: Mapping[str, Any] | No
     candidate = read_json(project / SCORECARD_FILE)
     cards = Scorecard.from_json(candidate), Scorecard.from_json(champion["scorecard"])
     comparison = paired_with(project, params, candidate, champion)
-    text = add_champion(page.read_text(encoding="utf-8"), *cards, str(champion.get("version", "unknown")), comparison, "score/")
+    version, champion_page = str(champion.get("version", "unknown")), champion.get("page")
+    text = add_champion(page.read_text(encoding="utf-8"), *cards, version, comparison, "score/", champion_page)
     write_text(project / REVIEW_FILE, text)
     return project / REVIEW_FILE

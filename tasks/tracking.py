@@ -126,6 +126,12 @@ def without_credentials(uri: str) -> str:
     return uri if uri.startswith("sqlite") else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
+def for_browsers(uri: str) -> str | None:
+    """The address of MLflow's pages: `DANCEOPD_MLFLOW_URL`, or the server's own; None where there is no server."""
+    address = os.environ.get("DANCEOPD_MLFLOW_URL", "").strip() or uri
+    return without_credentials(address).rstrip("/") if address.startswith("http") else None
+
+
 def _clean(error: BaseException) -> str:
     """An error's text without the credentials that an address in it may carry."""
     return re.sub(r"//[^/@\s]+@", "//", str(error))

@@ -41,6 +41,8 @@ def test_candidate_champion_refusal_and_a_server_that_dies(mlflow_server: Mlflow
     registry.rollback(project, "eve", "artefacts")
     champion = registry.champion(project)
     assert champion is not None and champion["version"] == "1" and Path(champion["scores"]).is_file()
+    run = store.client.get_run(champion["run_id"]).info
+    assert champion["page"] == f"{uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/report/report.html"
 
     os.killpg(process.pid, signal.SIGSTOP)  # alive, and answers nothing
     try:

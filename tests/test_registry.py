@@ -8,6 +8,7 @@ import shutil
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import candidates
 import numpy as np
@@ -106,6 +107,16 @@ def test_the_gate_gets_the_champions_own_files(seasoned: Path) -> None:
     assert champion is not None and champion["version"] == "1"
     assert champion["scorecard"]["metrics"]["geneval/overall"]["mean"] == 0.8
     assert sha256_file(champion["scores"]) == version_of(seasoned, "1").tags["scores.parquet.sha256"]
+
+
+def test_the_champions_report_page_is_found_again(project: Path) -> None:
+    write_candidate(project)
+    (project / "reports/score/report.html").write_text("<!doctype html>the page")
+    candidates.judged(project)
+    registry.submit_files(project, PARAMS, "auto", "ann", "nightly run")
+    champion = registry.champion(project)
+    assert champion is not None and champion["page"].startswith("file://") and champion["page"].endswith("/report/report.html")
+    assert Path(unquote(urlsplit(champion["page"]).path)).read_text() == "<!doctype html>the page"
 
 
 def test_promotion_records_who_and_why_and_keeps_the_previous_for_rollback(project: Path) -> None:

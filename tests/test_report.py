@@ -161,6 +161,10 @@ def test_the_champion_is_set_beside_the_candidate_later(results):
         (target,) = re.findall(rf'<td><a href="#(m0-[^"]*)">{mean}</a><br>', section[section.index(f"<td>{path}</td>") :].split("</tr>")[0])
         assert f'id="{target}"' in found and f"<td>{theirs}<br>" in section
     assert 'href="images/' in text and 'href="images/' not in found and 'href="score/images/' in found and 'href="#figures"' in found
+    theirs = cards["base"].metrics["geneval/overall"].mean
+    for page_of, expected in (("file:///runs/3/report.html", "file:///runs/3/report.html#m0-"), ("http://h/#/runs/3/report.html", 'http://h/#/runs/3/report.html"')):
+        linked = add_champion(text, cards["student"], cards["base"], "3", None, "score/", page_of)
+        assert re.search(rf'<td><a href="{re.escape(expected)}[^>]*>{theirs:.3f}</a>', linked)
     assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")
     with pytest.raises(UserError, match="no place for the champion"):
         add_champion(found, cards["student"], cards["base"], "3", None, "")
