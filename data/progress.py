@@ -28,14 +28,17 @@ def progress(label: str, total: int) -> Iterator[Advance]:
 
 
 def callback(label: str | None = None) -> Callable[[int, int, str], None]:
-    """Adapts plain lines to functions that report `(done, total, what)`, `done` counted from the start and `what` a part of the work."""
-    started: dict[str, tuple[Advance, list[int]]] = {}
+    """Adapts plain lines to functions that report `(done, total, what)`, `done` counted from the start and `what` a part of the work.
+
+    Two parts may have one name (the files of two folders), one after the other: fewer done than before, or another total, is another part.
+    """
+    started: dict[str, tuple[Advance, int, list[int]]] = {}
 
     def report(done: int, total: int, what: str) -> None:
         name = f"{label}: {what}" if label and what else what or label or "progress"
-        if name not in started:
-            started[name] = _lines(name, total), [0]
-        advance, seen = started[name]
+        if name not in started or started[name][1] != total or done < started[name][2][0]:
+            started[name] = _lines(name, total), total, [0]
+        advance, _, seen = started[name]
         advance(done - seen[0])
         seen[0] = done
 

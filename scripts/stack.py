@@ -41,7 +41,7 @@ PORTS = ("postgres", "mlflow", "prefect", "s3", "s3_grpc", "master", "master_grp
 BUCKETS = ("danceopd", "mlflow")
 START_SECONDS = 300.0  # a server's start, on a busy machine
 STOP_SECONDS = {"postgres": 30.0, "seaweedfs": 15.0, "mlflow": 10.0, "prefect": 15.0, "worker": 15.0}
-POSTGRES_FOLDERS = ("/usr/lib/postgresql/17/bin", "/usr/lib/postgresql/16/bin", "/usr/lib/postgresql/15/bin")
+POSTGRES_FOLDERS = Path("/usr/lib/postgresql")  # Debian's: VERSION/bin
 OWN_VARIABLES = ("PREFECT_", "MLFLOW_", "AWS_", "DANCEOPD_", "PG")  # not taken over from the caller's shell
 
 
@@ -62,7 +62,8 @@ def postgres_bin() -> Path | None:
     """The folder of PostgreSQL's programs, or None: Debian keeps them out of PATH."""
     found = shutil.which("initdb")
     places = [Path(found).parent] if found else []
-    return next((place for place in [*places, *map(Path, POSTGRES_FOLDERS)] if (place / "initdb").is_file() and (place / "postgres").is_file()), None)
+    newest_first = sorted(POSTGRES_FOLDERS.glob("[0-9]*/bin"), key=lambda place: float(place.parent.name), reverse=True)
+    return next((place for place in [*places, *newest_first] if (place / "initdb").is_file() and (place / "postgres").is_file()), None)
 
 
 def _free_ports(count: int) -> list[int]:

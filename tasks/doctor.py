@@ -150,6 +150,14 @@ def _apart(ours: str, theirs: str) -> bool:
     return len(numbers[0]) < 2 or len(numbers[1]) < 2 or numbers[0][0] != numbers[1][0] or abs(numbers[0][1] - numbers[1][1]) > WINDOW
 
 
+def _mlflow_login(uri: str) -> str | None:
+    """What MLflow's own client sends: the credentials of the settings, else those in the address."""
+    parts = urllib.parse.urlsplit(uri)
+    name = os.environ.get("MLFLOW_TRACKING_USERNAME") or urllib.parse.unquote(parts.username or "")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or urllib.parse.unquote(parts.password or "")
+    return _basic(f"{name}:{password}") if name and password else None
+
+
 def _mlflow(project: Path) -> Iterator[Finding]:
     uri = tracking.tracking_uri(project)
     if not uri.startswith("http"):
@@ -158,10 +166,9 @@ def _mlflow(project: Path) -> Iterator[Finding]:
         return
     where = tracking.without_credentials(uri).rstrip("/")
     store = tracking.open_store(project)  # also proves the credentials
-    _, content, date = _get(f"{where}/version")
-    theirs, ours = content.decode(errors="replace").strip(), importlib.metadata.version("mlflow")
-    status = WARNING if _apart(ours, theirs) else OK
-    yield Finding(status, "mlflow", f"{where}, server {theirs}, client {ours}, account {tracking.account()}")
+    status, content, date = _get(f"{where}/version", _mlflow_login(uri))  # with accounts, it answers to those it knows
+    theirs, ours = content.decode(errors="replace").strip() if status == 200 else f"unknown ({status})", importlib.metadata.version("mlflow")
+    yield Finding(WARNING if _apart(ours, theirs) else OK, "mlflow", f"{where}, server {theirs}, client {ours}, account {tracking.account()}")
     if date:
         yield _clock("mlflow", parsedate_to_datetime(date).astimezone(UTC))
     anonymous, _, _ = _get(f"{where}/api/2.0/mlflow/experiments/search", body={"max_results": 1})

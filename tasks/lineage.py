@@ -22,9 +22,10 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import sha256_bytes
-from tasks import registry, s3
+from tasks import registry, s3, workspace
 from tasks.gate import CHECKPOINT_FOLDER
 from tasks.provenance import DVC_PATHS, LOCK_FILES, md5_of
+from tasks.repro import Unavailable
 
 SHORTEST = 7  # characters of a digest that are looked for
 ALTERED = "altered"
@@ -122,10 +123,24 @@ def _git(project: Path, *arguments: str) -> bytes | None:
     return ended.stdout if ended.returncode == 0 else None
 
 
-def _revision(project: Path, sha: str) -> str | None:
-    if _git(project, "cat-file", "-e", f"{sha}^{{commit}}") is None:
+def _with_revision(project: Path, sha: str) -> Path | None:
+    """The git folder that has the commit: the project's own, else the mirror of the workers' repository, brought up to date; None when neither has it.
+
+    Raises UserError when that repository does not answer.
+    """
+    if _git(project, "cat-file", "-e", f"{sha}^{{commit}}") is not None:
+        return project
+    source = workspace.repository()
+    try:
+        return workspace.mirror() if source and workspace.resolve(source, sha) else None
+    except Unavailable as error:
+        raise UserError(str(error)) from error
+    except UserError:  # not there, or no longer on any branch
         return None
-    names = (_git(project, "for-each-ref", "--contains", sha, "--format=%(refname:short)") or b"").decode().split()
+
+
+def _revision(folder: Path, sha: str) -> str:
+    names = (_git(folder, "for-each-ref", "--contains", sha, "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes") or b"").decode().split()
     return f"git, in {', '.join(names[:3])}" if names else "git, on no branch: it will be pruned"
 
 
@@ -143,7 +158,8 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
     tags, contents = known["tags"], Contents(project)
     run = f"run {known['run_id']}"
     sha = tags.get("git.sha", "")
-    yield Line("git.sha", sha or "unversioned", _revision(project, sha) if sha else None)
+    folder = _with_revision(project, sha) if sha else None
+    yield Line("git.sha", sha or "unversioned", _revision(folder, sha) if folder else None)
     if tags.get("git.dirty") == "true":
         yield Line("git.dirty", "true", None)
     for name in DVC_PATHS:
@@ -160,7 +176,7 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
         value = tags.get(key, "")
         yield Line(key, value or "not recorded", run if value and known["artifacts"][name] == value else None)
     value = tags.get("env.lock.sha256", "")
-    yield Line("env.lock.sha256", value or "not recorded", _environment(project, sha, value))
+    yield Line("env.lock.sha256", value or "not recorded", _environment(folder, sha, value, "./" if folder == project else ""))
     weights = {key: value for key, value in tags.items() if key.startswith("weights.")}
     for key, value in sorted(weights.items()):
         name = key.removeprefix("weights.").removesuffix(".sha256")
@@ -195,10 +211,12 @@ def _teachers(tags: dict[str, str], contents: Contents) -> Iterator[Line]:
         yield Line(key, value, place)
 
 
-def _environment(project: Path, sha: str, value: str) -> str | None:
-    """The lock of the environment, as it was at that revision."""
-    for name in LOCK_FILES if sha and value else ():
-        content = _git(project, "show", f"{sha}:./{name}")
+def _environment(folder: Path | None, sha: str, value: str, prefix: str) -> str | None:
+    """The lock of the environment, as it was at that revision. `prefix`: of the project's paths in that git folder; in a bare one "./" means nothing."""
+    if folder is None or not value:
+        return None
+    for name in LOCK_FILES:
+        content = _git(folder, "show", f"{sha}:{prefix}{name}")
         if content is not None and sha256_bytes(content) == value:
             return f"{name} at {sha[:12]}"
     return None

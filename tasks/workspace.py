@@ -58,6 +58,11 @@ def root() -> Path:
     return Path(os.environ.get(WORKSPACES, "").strip() or PROJECT / "runs" / "workspaces").resolve()
 
 
+def mirror() -> Path:
+    """The bare copy of the repository that revisions are looked up in and checked out from."""
+    return root() / "mirror.git"
+
+
 def open_workspace(revision: str | None, preset: str | None, overrides: Mapping[str, Any], name: str, line: Line) -> Workspace:
     """Makes the folder ready and puts preset and overrides (dotted key -> value) in force.
 
@@ -114,30 +119,29 @@ def _hold(folder: Path) -> None:
 
 def resolve(source: str, revision: str) -> str:
     """The full commit of a branch, tag or commit of the repository, through a mirror that is updated first. Raises UserError when it is not known there."""
-    mirror = root() / "mirror.git"
-    mirror.parent.mkdir(parents=True, exist_ok=True)
+    copy = mirror()
+    copy.parent.mkdir(parents=True, exist_ok=True)
     with open(root() / ".mirror.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not mirror.exists():
-            with atomic_folder(mirror) as fresh:
+        if not copy.exists():
+            with atomic_folder(copy) as fresh:
                 _git(fresh, "init", "--quiet", "--bare")
-        _git(mirror, "fetch", "--quiet", "--prune", "--tags", source, "+HEAD:refs/run/HEAD", "+refs/heads/*:refs/heads/*")
+        _git(copy, "fetch", "--quiet", "--prune", "--tags", source, "+HEAD:refs/run/HEAD", "+refs/heads/*:refs/heads/*")
     wanted = "refs/run/HEAD" if revision == DEFAULT_REVISION else revision
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", wanted) or ".." in wanted:
         raise UserError(f"revision = {revision!r}: expected a branch, a tag or a commit")
     try:
-        sha = _git(mirror, "rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}")
+        sha = _git(copy, "rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}")
     except UserError:
         sha = ""
-    if not sha or not _git(mirror, "for-each-ref", "--contains", sha, "--count=1", "--format=%(refname)"):
+    if not sha or not _git(copy, "for-each-ref", "--contains", sha, "--count=1", "--format=%(refname)"):
         raise UserError(f"revision = {revision!r}: not in the repository; push it first, unknown code is not run")
     return sha
 
 
 def _clone(source: str, sha: str, folder: Path) -> None:
-    mirror = root() / "mirror.git"
     _git(folder, "init", "--quiet")
-    _git(folder, "fetch", "--quiet", str(mirror), sha)
+    _git(folder, "fetch", "--quiet", str(mirror()), sha)
     _git(folder, "checkout", "--quiet", "--detach", sha)
     _git(folder, "remote", "add", "origin", source)
 

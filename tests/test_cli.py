@@ -241,3 +241,11 @@ def test_the_adaptor_takes_counts_from_the_start(capsys: pytest.CaptureFixture[s
         "curate: images: 4/4, 3 s each, took 0:12",
         "curate: rows: 1/1, took 0:00",
     ]
+
+
+def test_files_of_one_name_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the weights of several parts of a pipeline are, one after the other; two of them are equally large."""
+    report = callback("publish")
+    for done, total in ((5, 5), (7, 9), (9, 9), (4, 9), (9, 9)):
+        report(done, total, "weights")
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [f"publish: weights: {total}/{total}" for total in (5, 9, 9)]

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError
 from data.files import sha256_file, write_json
-from tasks import lineage, registry
+from tasks import lineage, registry, workspace
 from tasks import s3 as store
 from tasks.provenance import DVC_PATHS, md5_of
 
@@ -170,6 +170,34 @@ def test_what_was_never_cached_is_found_where_its_stage_left_it(project: Path) -
     finally:
         (project / "checkpoints").unlink()
         cached.write_bytes(before)
+
+
+def test_a_revision_that_only_the_workers_repository_has_is_looked_up_there(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker commits on a branch of its own: whoever asks has never fetched it."""
+    sha = git(project, "rev-parse", "HEAD")
+    git(tmp_path, "clone", "-q", "--bare", str(project), "repository.git")
+    git(tmp_path / "repository.git", "branch", "-q", "--move", "main", "runs/quick-run")
+    (project / ".git").rename(tmp_path / "fetched")
+    try:
+        git(project, "init", "-q", "-b", "main")
+        git(project, "commit", "-q", "--allow-empty", "-m", "somewhere else")
+        monkeypatch.setenv(workspace.REPOSITORY, str(tmp_path / "repository.git"))
+        monkeypatch.setenv(workspace.WORKSPACES, str(tmp_path / "workspaces"))
+        found = places(project)
+        assert (found["git.sha"], found["env.lock.sha256"]) == ("git, in runs/quick-run", f"requirements.lock at {sha[:12]}") and None not in found.values()
+        git(tmp_path / "repository.git", "symbolic-ref", "HEAD", "refs/heads/main")
+        git(tmp_path / "repository.git", "fetch", "-q", str(project), "main:main")
+        git(tmp_path / "repository.git", "branch", "-q", "-D", "runs/quick-run")
+        assert {key for key, where in places(project).items() if where is None} == {"git.sha", "env.lock.sha256"}
+        monkeypatch.setenv(workspace.REPOSITORY, "http://ada:hunter2@127.0.0.1:9/repository.git")
+        with pytest.raises(UserError, match="does not answer") as told:
+            places(project)
+        assert "hunter2" not in str(told.value)
+    finally:
+        shutil.rmtree(project / ".git")
+        (tmp_path / "fetched").rename(project / ".git")
 
 
 def test_a_remote_on_s3_is_looked_into(project: Path, s3: str, tmp_path: Path) -> None:
