@@ -62,7 +62,8 @@ class ZImageBackbone:
             self.vae = None
 
     def _pipeline(self, edits: bool) -> tuple[Any, Any]:
-        from diffusers import ZImageOmniPipeline, ZImagePipeline
+        with parts.quiet():  # importing them says what else could be installed
+            from diffusers import ZImageOmniPipeline, ZImagePipeline
 
         tokenizer, encoder = _loaded(self._texts, "text encoder")
         given = {"scheduler": None, "vae": None, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": None}
