@@ -78,8 +78,9 @@ def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float3
     if kind in ("diffusers", "comfyui") and model.backbone.name == "sd3" and model.backbone.supports_edits:
         channels = model.student.network.config.in_channels
         raise UserError(
-            f"--format {kind}: this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' StableDiffusion3Pipeline nor "
-            "ComfyUI gives it: export it as merged (the network) or peft (the adapter); draw with `python -m tasks sample` or the registered model's predict"
+            f"--format {kind}: this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' "
+            "StableDiffusion3Pipeline nor ComfyUI gives it: export it as merged (the network) or peft (the adapter); "
+            "`python -m tasks sample` and the registered model's predict draw with it"
         )
     if kind in ("peft", "comfyui"):
         student_adapter(model.student)  # refused before anything is written

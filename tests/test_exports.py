@@ -249,6 +249,20 @@ def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp
         assert grid.width > 3 * first.width and grid.height > first.height  # source and two answers, with their titles
 
 
+def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: Path) -> None:
+    """At its own resolution and prompt length, whatever the family's usual ones are; a size without positions is one message."""
+    backbone, fields = load_teachers(project.root / "data" / "teachers", [BASE], need=("transformer",), resolution=16, max_tokens=40)
+    student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
+    save_student(tmp_path / "small", student, {"base_sha256": read_records(project.root / "data" / "teachers")[BASE].sha256, "rank": RANK, "alpha": ALPHA})
+    model = open_model(str(tmp_path / "small"), project.root)
+    assert model.backbone.max_tokens == 40
+    (picture,) = draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1)
+    assert picture.shape == (16, 16, 3)
+    for resolution, words in ((256, "positions for edges of up to"), (18, "expected multiples of 4 px")):
+        with pytest.raises(UserError, match=words):
+            draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1, resolution=resolution)
+
+
 def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(micro.root)
     assert cli(["--model", "adapter", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0

@@ -34,6 +34,7 @@ class ZImageBackbone:
         edge = DEFAULT_EDGE // pixels_per_latent
         self.latent_shape = (network.config.in_channels, edge, edge)
         self.size_multiple = pixels_per_latent * min(network.config.all_patch_size)
+        self.largest_edge = self.size_multiple * min(network.config.axes_lens[1:])
         self.vae: Any = None
         self._texts: Any = None
 
