@@ -58,10 +58,12 @@ def save_examples(folder: Path) -> None:
         named = {"id": f"train-{row}", "split": "train", "category": "single_object", "prompt": prompt, "target": f"images/{row}.png", "record": record}
         rows.append({**named, "capability": "t2i"})
     for tag, clauses in ASKED.items():
-        include = [{"count": 1, **clause} for clause in clauses]
-        prompt = f"{tag.replace('_', ' ')}: a photo of a {' and a '.join(clause['class'] for clause in include)}"
-        record = {"tag": tag, "include": include, "prompt": prompt}
-        rows.append({"id": f"eval-{tag}", "split": "eval", "capability": "t2i", "category": tag, "prompt": prompt, "record": record})
+        for number in range(2):  # fewer have no standard error
+            include = [{"count": 1, **clause} for clause in clauses]
+            words = " and a ".join(clause["class"] for clause in include)
+            prompt = f"{['a photo of a', 'a drawing of a'][number]} {words}, {tag.replace('_', ' ')}"
+            record = {"tag": tag, "include": include, "prompt": prompt}
+            rows.append({"id": f"eval-{tag}-{number}", "split": "eval", "capability": "t2i", "category": tag, "prompt": prompt, "record": record})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
