@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from benchmarks.gedit import LANGUAGES, STATUSES, SUBSETS
 from benchmarks.gedit_data import EditTask, check_official, edited_path, is_official, load_tasks, set_digest, source_path
 from benchmarks.gedit_judging import IMAGE_TOKENS, SUITE, image_seed, judge_folder
 from benchmarks.gedit_verdict import column_scorecard, freeze_anchors, read_judgements, rows_of, summary
-from benchmarks.judge import IMAGE_FORMATS, JUDGES, RESIZES, Ask, JudgeSettings, fake_judge, load_wording, read_rgb, replay_judge
+from benchmarks.judge import IMAGE_FORMATS, JUDGES, RESIZES, JudgeSettings, load_wording, read_rgb
+from benchmarks.judge_access import Access
 from benchmarks.scorecard import write_scorecard, write_scores
-from benchmarks.store import read_results, shard_of
+from benchmarks.store import shard_of
 from data.errors import UserError, UserErrors
 from data.files import atomic_file, write_json
 
@@ -143,6 +143,8 @@ def _judge_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("the run")
     run.add_argument("--anchors", type=Path, metavar="FOLDER", help="a frozen set, judged anew with this run to measure the judge's drift")
     run.add_argument("--retry", nargs="*", choices=RETRIED, default=[], metavar="STATUS", help="ask again what ended so")
+    run.add_argument("--workers", type=int, default=1, help="processes on this machine that ask; they share --concurrency and --per-minute")
+    run.add_argument("--scheduler", default="", metavar="ADDRESS", help="a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here")
     run.add_argument("--shard", default="0/1", metavar="I/N", help="take every N-th question, beginning with the I-th")
     run.add_argument("--image-tokens", choices=sorted(IMAGE_TOKENS), default="tiles", help="how images count in the preview")
     run.add_argument("--prices", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"), help="per million tokens, for the preview")
@@ -151,38 +153,31 @@ def _judge_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make_ask(parsed: argparse.Namespace, settings: JudgeSettings, halt: threading.Event) -> Ask:
-    if settings.kind == "fake":
-        return fake_judge()
-    if settings.kind == "replay":
-        return replay_judge(read_results(parsed.judge_model))
-    if settings.kind == "local":
-        from benchmarks.judge_local import load_local, local_judge
-
-        return local_judge(settings, load_local(parsed.judge_model, parsed.device, parsed.dtype))
-    from benchmarks.judge_endpoint import Endpoint, endpoint_judge
+def _access(parsed: argparse.Namespace, settings: JudgeSettings) -> Access:
+    if settings.kind != "endpoint":
+        return Access(settings, folder=str(Path(parsed.judge_model).resolve()), device=parsed.device, dtype=parsed.dtype)
+    from benchmarks.judge_endpoint import Endpoint
 
     endpoint = Endpoint(parsed.base_url, parsed.key_variable, parsed.timeout, parsed.tries, parsed.wait, parsed.longest_wait, parsed.per_minute)
     if endpoint.faults():
         raise UserErrors("the judge's server:", endpoint.faults())
-    return endpoint_judge(settings, endpoint, halt)
+    return Access(settings, endpoint)
 
 
 def _judge(arguments: Sequence[str]) -> int:
     parsed = _judge_parser().parse_args(arguments)
     provider = parsed.provider or (urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge)
     name = Path(parsed.judge_model).name if parsed.judge in ("local", "replay") else parsed.judge_model
-    halt = threading.Event()
     settings = JudgeSettings(
         parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first,
         parsed.image_format, parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,
     )  # fmt: skip
     judge_folder(
         _tasks(parsed, parsed.out), parsed.images, parsed.out, model=parsed.model or parsed.images.resolve().name, settings=settings,
-        wording=load_wording(parsed.wording), make_ask=lambda: _make_ask(parsed, settings, halt),
-        concurrency=1 if parsed.judge == "local" else parsed.concurrency,
+        wording=load_wording(parsed.wording), make_ask=_access(parsed, settings),
+        concurrency=None if parsed.judge == "local" else parsed.concurrency, workers=parsed.workers, scheduler=parsed.scheduler,
         anchors=parsed.anchors, retry=parsed.retry, shard=shard_of(parsed.shard), image_tokens=parsed.image_tokens,
-        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview, halt=halt,
+        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview,
         say=lambda text: print(text, flush=True),
     )  # fmt: skip
     return 0

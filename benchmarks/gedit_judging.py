@@ -23,6 +23,7 @@ from benchmarks.judge import (
     Ask,
     JudgeSettings,
     Question,
+    Reply,
     Wording,
     ask_once_or_twice,
     identity_of_judge,
@@ -33,6 +34,7 @@ from benchmarks.judge import (
     reply_from_json,
     reply_to_json,
 )
+from benchmarks.parallel import as_they_come
 from benchmarks.store import SETTINGS_FILE, Shard, claim, open_shard, read_results, read_settings, result_key, shard_name
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_bytes, sha256_file, write_json
@@ -48,6 +50,7 @@ CHARACTERS_A_TOKEN = 4
 GIVE_UP_AFTER = 20  # questions without an answer in a row
 UNKNOWN_SEED = -1
 SUITE = "gedit"
+MakeAsk = Callable[[threading.Event, int], Ask]  # opens a judge: an event that ends its waits, and how many processes ask it; to be pickled for other processes
 
 
 @dataclass(frozen=True)
@@ -263,28 +266,61 @@ def preview(
 
 
 class _Watch:
-    """Counts what is done and notices a server that answers nothing; threads share it."""
+    """Keeps answers as they come and notices a server that answers nothing; threads share it."""
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance, self._silent = advance, 0
+    def __init__(self, shard: Shard, advance: Advance) -> None:
+        self._shard, self._advance, self._silent, self._answered = shard, advance, 0, 0
+        self._last = ""
         self._lock = threading.Lock()
 
-    def count(self, status: str, error: str) -> None:
+    def keep(self, key: str, question: str, replies: Sequence[Reply]) -> None:
+        """Returns once the replies to a question (its digest) are on the disk. Raises UserError after GIVE_UP_AFTER questions without an answer in a row."""
+        self._shard.append(key, {"question": question, "replies": [reply_to_json(reply) for reply in replies]})
         with self._lock:
             self._advance()
-            self._silent = self._silent + 1 if status == "api_error" else 0
-            if self._silent >= GIVE_UP_AFTER:
-                again = "what was judged is kept: see to the server, then run the same command with --retry api_error"
-                raise UserError(f"judge: {self._silent} questions in a row got no answer, the last one: {error}; {again}")
+            silent = replies[-1].status == "api_error"
+            self._silent, self._answered, self._last = self._silent + 1 if silent else 0, self._answered + (not silent), replies[-1].error
+            if self._silent == GIVE_UP_AFTER:
+                raise UserError(self._fault(f"{self._silent} questions in a row got no answer"))
+
+    def end(self) -> None:
+        """Raises UserError where questions were asked and not one was answered."""
+        if self._silent and not self._answered:
+            raise UserError(self._fault(f"none of {self._silent} questions got an answer"))
+
+    def _fault(self, what: str) -> str:
+        again = "what was judged is kept: see to the server, then run the same command again (the command line's with --retry api_error)"
+        return f"judge: {what}, the last one: {self._last}; {again}"
 
 
-def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, shard: Shard, watch: _Watch, halt: threading.Event) -> None:
+def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, watch: _Watch, halt: threading.Event) -> None:
     question = question_of(job, settings, wording, out)
     replies = ask_once_or_twice(ask, question)
     if halt.is_set() and replies[-1].status == "api_error":
         return  # given up because the run ends, not because of the server
-    shard.append(key, {"question": question.digest(), "replies": [reply_to_json(reply) for reply in replies]})
-    watch.count(outcome(replies).status, replies[-1].error)
+    watch.keep(key, question.digest(), replies)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a worker needs: the judge, how many processes share it, and the question."""
+
+    make_ask: MakeAsk
+    processes: int
+    question: Question
+
+
+_open: list[tuple[MakeAsk, Ask]] = []  # the judge that this worker has open, at most one
+_opening = threading.Lock()
+
+
+def answer(asked: _Asked) -> list[Reply]:
+    """The judge's replies to one question. Runs in a worker, which opens a judge once."""
+    with _opening:
+        if not _open or _open[0][0] != asked.make_ask:
+            _open[:] = [(asked.make_ask, asked.make_ask(threading.Event(), asked.processes))]
+        ask = _open[0][1]
+    return ask_once_or_twice(ask, asked.question)
 
 
 def judge_folder(
@@ -295,8 +331,10 @@ def judge_folder(
     model: str,
     settings: JudgeSettings,
     wording: Wording,
-    make_ask: Callable[[], Ask],
-    concurrency: int,
+    make_ask: MakeAsk,
+    concurrency: int | None,
+    workers: int = 1,
+    scheduler: str = "",
     anchors: Path | None = None,
     retry: Sequence[str] = (),
     shard: tuple[int, int] = (0, 1),
@@ -304,17 +342,17 @@ def judge_folder(
     prices: tuple[float, float] | None = None,
     highest_price: float | None = None,
     only_preview: bool = False,
-    halt: threading.Event | None = None,
     say: Callable[[str], None] = print,
 ) -> Preview:
     """Judges every image of `model` below `folder`; the judgements are kept in `out`, and no question that has been answered is asked again.
 
-    `make_ask` is called only when something is to be asked, after the preview was said. `retry` names statuses ("api_error", "refused", "unparseable") whose
-    questions are asked anew. `halt` is set when the run ends early, for a judge that waits between tries. Raises UserError(s) for faulty settings, a folder of
-    judgements made with others, a price above `highest_price`, and whatever ends the run (see `benchmarks.judge_endpoint`).
+    `make_ask` (see MakeAsk) is called only when something is to be asked, after the preview was said. `concurrency` questions are under way at once (None: one
+    a worker), asked by threads of this process, by `workers` processes of this machine, or by those of the dask `scheduler`. `retry` names statuses
+    ("api_error", "refused", "unparseable") whose questions are asked anew. Raises UserError(s) for faulty settings, a folder of judgements made with others, a
+    price above `highest_price`, and whatever ends the run (see `benchmarks.judge_endpoint`).
     """
     out = Path(out)
-    faults = settings.faults() + ([] if concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"])
+    faults = settings.faults() + ([] if concurrency is None or concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"])
     if faults:
         raise UserErrors("the judge's settings:", faults)
     entries = plan(tasks, Path(folder), out)
@@ -333,35 +371,70 @@ def judge_folder(
     say(estimate.text())
     if only_preview:
         return estimate
-    if highest_price is not None and open_keys and (estimate.price is None or estimate.price > highest_price):
-        raise UserError(f"that is not within --highest-price {highest_price:g}: raise it, give --prices, or judge fewer images")
-    halt = halt or threading.Event()
-    ask = make_ask() if open_keys else None
+    _check_price(estimate, highest_price)
     claim(out, {"judge": identity, "model": model, "set": about_set})
     write_json(out / MANIFEST_FILE, {**about, "entries": [entry_to_json(entry) for entry in entries]})
-    if ask is None:
-        return estimate
-    _ask_all({key: wanted[key] for key in open_keys}, ask, out, settings, wording, concurrency, shard, halt)
+    asked = {key: wanted[key] for key in open_keys}
+    _ask_all(asked, out, settings, wording, make_ask, concurrency=concurrency, workers=workers, scheduler=scheduler, shard=shard)
     return estimate
 
 
+def _check_price(estimate: Preview, highest_price: float | None) -> None:
+    if highest_price is not None and estimate.questions and (estimate.price is None or estimate.price > highest_price):
+        raise UserError(f"judge: that is not within the highest price, {highest_price:g}: raise it, give the prices, or judge fewer images")
+
+
 def _ask_all(
-    jobs: Mapping[str, Job], ask: Ask, out: Path, settings: JudgeSettings, wording: Wording, concurrency: int, shard: tuple[int, int], halt: threading.Event
+    jobs: Mapping[str, Job],
+    out: Path,
+    settings: JudgeSettings,
+    wording: Wording,
+    make_ask: MakeAsk,
+    *,
+    concurrency: int | None,
+    workers: int,
+    scheduler: str,
+    shard: tuple[int, int],
 ) -> None:
-    """Asks every question, `concurrency` at a time, each answer kept under its key."""
+    """Asks every question, `concurrency` at a time, each answer kept under its key. What is under way at a mistake is paid for: its answers are kept, too."""
+    if not jobs:
+        return
     with open_shard(out, shard_name(shard)) as writer, progress("judge: questions", len(jobs)) as advance:
-        watch = _Watch(advance)
-        pool = ThreadPoolExecutor(concurrency)
-        try:
-            futures = [pool.submit(_work, job, key, ask, settings, wording, out, writer, watch, halt) for key, job in jobs.items()]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            halt.set()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # what is under way is paid for: its answers are kept
+        watch = _Watch(writer, advance)
+        if workers == 1 and not scheduler:
+            _ask_here(jobs, out, settings, wording, make_ask, concurrency or 1, watch)
+        else:
+            keys, questions = list(jobs), dict[int, str]()
+
+            def prepared(place: int, processes: int) -> _Asked:
+                question = question_of(jobs[keys[place]], settings, wording, out)
+                questions[place] = question.digest()
+                return _Asked(make_ask, processes, question)
+
+            def done(place: int, replies: list[Reply]) -> None:
+                watch.keep(keys[place], questions.pop(place), replies)
+
+            as_they_come(answer, range(len(keys)), prepared, done, at_once=concurrency, workers=workers, scheduler=scheduler)
+        watch.end()
+
+
+def _ask_here(
+    jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, wording: Wording, make_ask: MakeAsk, concurrency: int, watch: _Watch
+) -> None:
+    """Asks with threads of this process."""
+    halt = threading.Event()
+    ask = make_ask(halt, 1)
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        futures = [pool.submit(_work, job, key, ask, settings, wording, out, watch, halt) for key, job in jobs.items()]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        halt.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # --- images that a stage has made itself ------------------------------------------------------------------------------------
@@ -378,31 +451,42 @@ class MadeEdit:
     seed: int
 
 
+def answers_of(store: str | Path, settings: JudgeSettings, wording: Wording) -> Path:
+    """The folder below `store` with this judge's answers."""
+    return Path(store) / digest(identity_of_judge(settings, wording))[:16]
+
+
 def ask_about(
     made: Sequence[MadeEdit],
     store: str | Path,
     *,
     settings: JudgeSettings,
     wording: Wording,
-    make_ask: Callable[[], Ask],
-    concurrency: int,
-    halt: threading.Event | None = None,
+    make_ask: MakeAsk,
+    concurrency: int | None,
+    workers: int = 1,
+    scheduler: str = "",
+    retry: Sequence[str] = (),
+    prices: tuple[float, float] | None = None,
+    highest_price: float | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Path, list[Entry]]:
     """Judges images that lie anywhere; answers are kept below `store` by judge, so that a stage that is run again asks about new images alone.
 
-    Returns the folder of answers and an entry an image, in order. Raises UserError(s) as `judge_folder` does.
+    Returns the folder of answers and an entry an image, in order. The other arguments are those of `judge_folder`, and so are the faults.
     """
     if settings.faults():
         raise UserErrors("the judge's settings:", settings.faults())
     identity = identity_of_judge(settings, wording)
-    folder = Path(store) / digest(identity)[:16]
+    folder = answers_of(store, settings, wording)
     entries = [_entry(one.task, one.file, folder, SAMPLE, one.seed) for one in made]
     known = read_results(folder)
-    wanted = {key: job for job in jobs_of(entries, settings.repeats) if (key := job_key(job, identity, wording)) not in known}
+    every = {job_key(job, identity, wording): job for job in jobs_of(entries, settings.repeats)}
+    wanted = {key: job for key, job in every.items() if key not in known or value_status(known[key]) in retry}
     failed = sum(entry.status != "ok" for entry in entries)
-    say(preview(list(wanted.values()), len(jobs_of(entries, settings.repeats)) - len(wanted), failed, settings, wording, "tiles", None).text())
+    estimate = preview(list(wanted.values()), len(every) - len(wanted), failed, settings, wording, "tiles", prices)
+    say(estimate.text())
+    _check_price(estimate, highest_price)
     claim(folder, {"judge": identity})
-    if wanted:
-        _ask_all(wanted, make_ask(), folder, settings, wording, concurrency, (0, 1), halt or threading.Event())
+    _ask_all(wanted, folder, settings, wording, make_ask, concurrency=concurrency, workers=workers, scheduler=scheduler, shard=(0, 1))
     return folder, entries

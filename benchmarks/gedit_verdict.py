@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gedit import GEDIT_CATEGORIES, LANGUAGES, PAPER_CATEGORIES, SUBSETS, Aggregate, Sample, aggregate, overall, sample_scores
-from benchmarks.gedit_judging import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, MadeEdit, ask_about, job_key, read_manifest
-from benchmarks.judge import KINDS, QUALITY, SEMANTIC, Ask, JudgeSettings, Outcome, Wording, identity_of_judge, outcome, reply_from_json
+from benchmarks.gedit_judging import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, MadeEdit, MakeAsk, answers_of, ask_about, job_key, read_manifest
+from benchmarks.judge import KINDS, QUALITY, SEMANTIC, JudgeSettings, Outcome, Wording, identity_of_judge, outcome, reply_from_json
 from benchmarks.scorecard import ExampleScore, Scorecard, identity_of, summarise
 from benchmarks.statistics import compare_paired
 from benchmarks.store import read_results, read_settings
@@ -165,15 +165,14 @@ def score_made(
     model: str,
     settings: JudgeSettings,
     wording: Wording,
-    make_ask: Callable[[], Ask],
-    concurrency: int,
-    say: Callable[[str], None] = print,
+    make_ask: MakeAsk,
+    **how: Any,
 ) -> tuple[list[ExampleScore], dict[str, Any]]:
-    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the row's key.
+    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the row's key. `how`: see `ask_about`.
 
     Raises UserError(s) as `ask_about` does, and for a run that several models answered.
     """
-    folder, entries = ask_about(made, store, settings=settings, wording=wording, make_ask=make_ask, concurrency=concurrency, say=say)
+    folder, entries = ask_about(made, store, settings=settings, wording=wording, make_ask=make_ask, **how)
     identity = identity_of_judge(settings, wording)
     replies = _Replies(read_results(folder), identity, wording, settings.repeats)
     judged = [replies.of(entry) for entry in entries]
@@ -181,6 +180,26 @@ def score_made(
     rows = [_row(model, entry, found, k=one.k, seed=one.seed, image=one.image) for one, entry, found in zip(made, entries, judged, strict=True)]
     rows = [replace(row, example_id=one.task.key) for row, one in zip(rows, made, strict=True)]
     return rows, {**identity, "answered_by": replies.answered_by}
+
+
+def coverage_of(rows: Sequence[ExampleScore]) -> float:
+    """The lowest share, over the categories, of images that have a score."""
+    categories = {row.category for row in rows}
+    return min(float(np.mean([row.status == "ok" for row in rows if row.category == category])) for category in categories)
+
+
+def answered_by(store: str | Path, settings: JudgeSettings, wording: Wording) -> str:
+    """The model, as the server named it, that gave all of this judge's answers below `store`; "" where there are none.
+
+    Raises UserError where several did: scores of two stages would then not be comparable.
+    """
+    folder = answers_of(store, settings, wording)
+    replies = [reply_from_json(reply) for value in read_results(folder).values() for reply in value["replies"]]
+    models = Counter(reply.model for reply in replies if reply.status == "ok" and reply.model)
+    if len(models) > 1:
+        advice = f"name one with its date, or remove {folder} and judge everything anew"
+        raise UserError(f"{folder}: {len(models)} models answered under the name {settings.model}: {dict(sorted(models.items()))}; {advice}")
+    return next(iter(models), "")
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------------
@@ -235,7 +254,7 @@ def column_scorecard(
     identity = {
         "prompts": digest([[entry.id, entry.category, entry.instruction, entry.source_sha256] for entry in members]), "set": judgements.about_set["kind"],
         "language": language, "subset": subset, "judge": {**judgements.identity, "answered_by": judgements.answered_by}, "repeats": judgements.repeats,
-        "coverage": statuses["ok"] / len(rows), "statuses": dict(sorted(statuses.items())), "images": judgements.made_with,
+        "coverage": coverage_of(rows), "statuses": dict(sorted(statuses.items())), "images": judgements.made_with,
     }  # fmt: skip
     return Scorecard(judgements.model, identity_of(expected), {"gedit": identity}, metrics), rows
 

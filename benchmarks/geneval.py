@@ -98,20 +98,24 @@ def parse_record(value: Mapping[str, Any]) -> Record:
     return Record(value["tag"], str(value.get("prompt", "")), include, exclude)
 
 
-def relations(a: Sequence[float], b: Sequence[float], threshold: float = POSITION_THRESHOLD) -> frozenset[str]:
-    """Which relations box `a` has to box `b` (both x0, y0, x1, y1, y down); none, one or two of RELATIONS.
+def relation_table(a: np.ndarray, b: np.ndarray, threshold: float = POSITION_THRESHOLD) -> np.ndarray:
+    """Which of RELATIONS box `a[i]` has to box `b[i]`: booleans (N, 4) of boxes (N, 4), each x0, y0, x1, y1, y down. None, one or two of them hold.
 
     The offset of the centres shrinks by `threshold` times both extents, and is then divided by its unshrunken length: a component above one half counts.
     """
-    a_box, b_box = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    offset = (a_box[:2] + a_box[2:] - b_box[:2] - b_box[2:]) / 2
-    extents = (a_box[2:] - a_box[:2]) + (b_box[2:] - b_box[:2])
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    offset = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]) / 2
+    extents = (a[:, 2:] - a[:, :2]) + (b[:, 2:] - b[:, :2])
     shrunken = np.sign(offset) * np.maximum(np.abs(offset) - threshold * extents, 0.0)
-    if (np.abs(shrunken) < 1e-3).all():
-        return frozenset()
-    x, y = shrunken / np.linalg.norm(offset)
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return frozenset(name for name, held in holds.items() if held)
+    apart = (np.abs(shrunken) >= 1e-3).any(1, keepdims=True)
+    x, y = np.divide(shrunken, np.linalg.norm(offset, axis=1, keepdims=True), out=np.zeros_like(shrunken), where=apart).T
+    return np.stack([x < -0.5, x > 0.5, y < -0.5, y > 0.5], axis=1)
+
+
+def relations(a: Sequence[float], b: Sequence[float], threshold: float = POSITION_THRESHOLD) -> frozenset[str]:
+    """The names of the relations that `relation_table` finds between two boxes."""
+    (held,) = relation_table(np.asarray([a]), np.asarray([b]), threshold)
+    return frozenset(name for name, one in zip(RELATIONS, held, strict=True) if one)
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:

@@ -27,6 +27,7 @@ RETRIED = {408, 409, 425, 429}  # and every 5xx
 FILTERED = {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "responsible_ai_policy_violation"}
 OUT_OF_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 LONGEST_ERROR = 500  # characters kept of an error's text
+LONGEST_CHECK_S = 20.0  # seconds that a try to reach the server may take
 SCHEMA = {
     "type": "json_schema",
     "json_schema": {
@@ -164,16 +165,41 @@ def _read(response: Any) -> tuple[str, str, str, dict[str, int], str]:
     return content or "", str(getattr(message, "refusal", None) or ""), str(choices[0].finish_reason or ""), counts, str(getattr(response, "model", "") or "")
 
 
+def _key(settings: JudgeSettings, endpoint: Endpoint) -> str:
+    key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else "none"
+    if not key:
+        hint = 'export it, name another variable, or "" for a server that needs no key'
+        raise UserError(f"judge {settings.model}: the environment variable {endpoint.key_variable} is not set; {hint}")
+    return key
+
+
+def check_reachable(settings: JudgeSettings, endpoint: Endpoint) -> None:
+    """Asks the server for its models, which costs nothing. Raises UserError for a key variable that is not set, a refused key, or a server that is not there.
+
+    Any other answer will do: not every server lists its models.
+    """
+    key = _key(settings, endpoint)
+    client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=min(2, endpoint.tries - 1), timeout=min(endpoint.timeout_s, LONGEST_CHECK_S))
+    try:
+        client.models.list()
+    except openai.AuthenticationError as error:
+        text = str(error.message).replace(key, "[key]")
+        raise UserError(f"judge {settings.model}: the key in {endpoint.key_variable or 'no variable'} is refused ({text})") from error
+    except openai.APIConnectionError as error:
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        advice = "start it or correct the base URL; nothing was asked or drawn"
+        raise UserError(f"judge {settings.model}: no server answers at {endpoint.base_url} ({type(error).__name__}{cause}); {advice}") from error
+    except (openai.OpenAIError, ValueError):
+        return
+
+
 def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.Event | None = None, sleep: Callable[[float], None] | None = None) -> Ask:
     """A judge that asks a server. Threads may share it. Once `halt` is set no request is tried again; `sleep` is what it waits with (default: for `halt`).
 
     Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and an account without credit, because no
     further request could succeed. Every other fault ends as a reply's status.
     """
-    key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else "none"
-    if not key:
-        hint = 'export it, name another variable (--key-variable), or "" for a server that needs no key'
-        raise UserError(f"judge {settings.model}: the environment variable {endpoint.key_variable} is not set; {hint}")
+    key = _key(settings, endpoint)
     client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout_s)
     pace, plain, halt = _Pace(endpoint.per_minute), threading.Event(), halt or threading.Event()
     sleep = sleep or tenacity.sleep_using_event(halt)

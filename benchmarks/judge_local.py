@@ -6,6 +6,7 @@ The chat's frame is the one that the model was trained on; the image processor i
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,17 +86,18 @@ def inputs_of(local: LocalModel, question: Question, turns: Sequence[Turn], text
 
 
 def local_judge(settings: JudgeSettings, local: LocalModel) -> Ask:
-    """A judge that runs the network itself. Not for several threads: the device is one. Raises UserError for a temperature: decoding is greedy."""
+    """A judge that runs the network itself. Threads take turns: the device is one. Raises UserError for a temperature: decoding is greedy."""
     if settings.temperature:
         raise UserError(f"local judge: temperature = {settings.temperature}; it decodes greedily, so it must be 0")
-    end = local.tokenizer.convert_tokens_to_ids(END)
+    end, turn = local.tokenizer.convert_tokens_to_ids(END), threading.Lock()
 
     @torch.inference_mode()
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
         begun = time.monotonic()
         inputs = {name: value.to(local.model.device) for name, value in inputs_of(local, question, turns, settings.text_first).items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(local.model.dtype)
-        made = local.model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        with turn:
+            made = local.model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
         new = made[0, inputs["input_ids"].shape[1] :].tolist()
         finish = "stop" if end in new else "length"
         text = local.tokenizer.decode(new, skip_special_tokens=True)

@@ -23,6 +23,7 @@ from data.records import CAPABILITIES, GLOBAL_EDITS, LOCAL_EDITS, Example
 
 INVISIBLE = 4.0  # levels of 255 by which a pixel may differ from the source and still be unchanged
 OVER_EDITED = 12.0  # mean visible change outside the edited place, in levels, that earns SC2 = 0; losing one other thing costs half of it or more
+CONTROLS = ("ground_truth", "shuffled")  # the ends of the scale, whose images are the examples' own targets
 SAME_PLACE = 0.3  # box IoU from which a replacement stands where the old thing stood
 
 Predicates = list[tuple[str, bool]]  # what the edit asks for, and whether it holds
@@ -213,7 +214,7 @@ def controls(
         circle = [members[int(i)] for i in numpy_generator(seed, 0, 0, f"shuffled/{category}").permutation(len(members))]
         for taker, giver in zip(circle, circle[1:] + circle[:1], strict=True):
             donor[taker] = giver
-    orders = {"ground_truth": list(range(len(examples))), "shuffled": donor}
+    orders = dict(zip(CONTROLS, (list(range(len(examples))), donor), strict=True))
     return {
         model: score_images(
             world,

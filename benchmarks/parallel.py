@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,16 +31,21 @@ def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
     return [tuple(items[first : first + size]) for first in range(0, len(items), size)]
 
 
-def _one_thread(function: Callable[[J], R], job: J) -> tuple[str, Any]:
+def _answer(function: Callable[[J], R], job: J) -> tuple[str, Any]:
     """(kind, result): a user's mistake comes back as its text, since an exception may not survive the journey between processes."""
+    try:
+        return "result", function(job)
+    except UserError as error:
+        return "mistake", str(error)
+
+
+def _one_thread(function: Callable[[J], R], job: J) -> tuple[str, Any]:
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return "result", function(job)
-    except UserError as error:
-        return "mistake", str(error)
+        return _answer(function, job)
     finally:
         torch.set_num_threads(before)
 
@@ -57,8 +63,11 @@ def code_digest() -> str:
 
 
 @contextmanager
-def _client(workers: int, scheduler: str) -> Iterator[Any]:
-    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards. Nothing listens beyond loopback."""
+def _client(workers: int, scheduler: str, threads: int = 1) -> Iterator[Any]:
+    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards. Nothing listens beyond loopback.
+
+    `threads`: jobs that each process of such a cluster takes at once.
+    """
     from distributed import Client, LocalCluster
 
     if scheduler:
@@ -72,7 +81,7 @@ def _client(workers: int, scheduler: str) -> Iterator[Any]:
             check_workers(client, scheduler, code_digest())
             yield client
         return
-    cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0)
+    cluster = LocalCluster(n_workers=workers, threads_per_worker=threads, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0)
     with cluster, Client(cluster) as client:
         yield client
 
@@ -119,6 +128,52 @@ def each(
                 index += 1
             place, future = waiting.popleft()
             done(place, _unwrapped(future.result()))
+
+
+def as_they_come(
+    function: Callable[[P], R],
+    jobs: Sequence[J],
+    prepare: Callable[[J, int], P],
+    done: Callable[[int, R], None],
+    *,
+    at_once: int | None,
+    workers: int = 1,
+    scheduler: str = "",
+) -> None:
+    """Calls `done(i, function(prepare(jobs[i], processes)))` for every job once it has ended, in any order: for jobs that wait rather than compute.
+
+    At most `at_once` jobs are under way in all workers together (None: one a worker), and none begins before `done` has returned for the one whose place it
+    takes. `processes` is the number of workers. After a mistake (a UserError of a job or of `done`) no further job begins; those under way are done as well,
+    then the first mistake is raised. A cluster on this machine where no `scheduler` is named, as for `each`.
+    """
+    if workers < 1 or (at_once is not None and at_once < 1):
+        raise UserError(f"workers = {workers}, at once {at_once}: expected 1 or more")
+    if not jobs:
+        return
+    from distributed import as_completed
+
+    workers = min(workers, len(jobs))
+    with _client(workers, scheduler, threads=-(-at_once // workers) if at_once else 1) as client:
+        processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        todo, index_of, mistake = iter(enumerate(jobs)), dict[str, int](), None
+        running = as_completed()
+
+        def begin(count: int) -> None:
+            for index, job in islice(todo, count):
+                future = client.submit(_answer, function, prepare(job, processes), pure=False)
+                index_of[future.key] = index
+                running.add(future)
+
+        begin(at_once or processes)
+        for future in running:
+            try:
+                done(index_of.pop(future.key), _unwrapped(future.result()))
+            except UserError as error:
+                mistake = mistake or error
+            if mistake is None:
+                begin(1)
+        if mistake is not None:
+            raise mistake
 
 
 def device_of(device: str) -> str:

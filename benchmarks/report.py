@@ -34,7 +34,7 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c
 STRIPS_A_LINE = 2
 THUMBNAIL, CLOSE_UP = 112, 320  # px, longest side: among all images, and among the worst and best
 CHAMPION = "<!-- champion -->"  # where `add_champion` puts its section
-MOST_IMAGES = 6000  # on a page: beyond them other models' images are left out, and the page says so
+MOST_IMAGES = 4000  # on a page: beyond them further models' values are links to the images' files, and the page says so
 AS_IT_IS = 4096  # bytes up to which a small file is embedded unchanged
 STYLE = """
 :root{color-scheme:light}
@@ -58,6 +58,7 @@ tr.first td{font-weight:600}small{color:#555;font-weight:400}p.note{color:#444;f
 .good{color:#00633f}.bad{color:#a3320b}
 .all{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.4rem,1fr));gap:.5rem;padding:0 2px 6px}
 .all{content-visibility:auto;contain-intrinsic-size:auto 60rem}
+.links{display:flex;flex-wrap:wrap;gap:.2rem .6rem;font-size:.8rem;content-visibility:auto;contain-intrinsic-size:auto 9rem}
 .few{grid-template-columns:repeat(auto-fill,minmax(5.2rem,1fr))}
 .one{border:1px solid #e2e2e2;border-radius:.3rem;padding:.3rem;font-size:.72rem;line-height:1.3;overflow-wrap:anywhere}
 .one{content-visibility:auto;contain-intrinsic-size:auto 9rem}
@@ -136,8 +137,8 @@ def _digits(path: str) -> int:
 class _Places:
     """Where on the page (or on another one) the images behind a figure stand."""
 
-    def __init__(self, models: Mapping[str, Sequence[ExampleScore]], pages: Mapping[str, str]) -> None:
-        self._shown = {name: list(dict.fromkeys(score.category for score in scores)) for name, scores in models.items()}
+    def __init__(self, models: Mapping[str, Iterable[str]], pages: Mapping[str, str]) -> None:
+        self._shown = {name: list(dict.fromkeys(categories)) for name, categories in models.items()}
         self._pages = pages
 
     def anchor(self, model: str, category: str) -> str:
@@ -278,15 +279,17 @@ def _card(score: ExampleScore, which: str, place: int, prompt: str, folder: Path
     )
 
 
-def _one(score: ExampleScore, name: str, prompt: str, source: Path | None, folder: Path, page: Path, images: _Images) -> str:
-    """A row among all: its value, its image (with the source of an edit), what was asked and what is wrong."""
+def _one(score: ExampleScore, name: str, prompt: str, source: Path | None, folder: Path, page: Path, images: _Images | None) -> str:
+    """A row among all: its value, its image (with the source of an edit), what was asked and what is wrong; without `images` the value alone, a link."""
     primary = PRIMARY[score.benchmark]
     value = f"{score.values[primary[0]]:.3g}" if score.status == "ok" else score.status
     mark = "good" if _primary(score) >= 0.9 * primary[1] else "bad" if _primary(score) <= 0.5 * primary[1] else ""
-    pictures = images.tag(source, THUMBNAIL, "source") if source else ""
+    pictures = images.tag(source, THUMBNAIL, "source") if source and images else ""
     text = f'<b class="{mark}">{escape(value)}</b>'
     if _has_image(score):
         address = quote(os.path.relpath(folder / score.image, page.parent))
+        if images is None:
+            return f'<a href="{address}">{text}</a>'
         pictures += f'<a href="{address}">{images.tag(folder / score.image, THUMBNAIL, prompt)}</a>'
     if source is None and not name:  # another model's: the number and the picture are enough
         return f'<div class="one">{pictures}<br>{text}</div>'
@@ -356,9 +359,12 @@ def write_report(
     name, candidate = next(iter(cards.items()))
     rows = {name: (folder, _in_order(scores))}
     further = {other: (Path(place), _in_order(theirs)) for other, (place, theirs) in (others or {}).items() if other in cards and other != name}
-    too_many = len(scores) + sum(len(theirs) for _, theirs in further.values()) > MOST_IMAGES
-    rows |= {} if too_many else further
-    places = _Places({model: ordered for model, (_, ordered) in rows.items()}, pages or {})
+    rows |= further
+    drawn = {name}  # whose images stand on the page itself
+    for other, (_, theirs) in further.items():
+        if sum(len(rows[model][1]) for model in drawn) + len(theirs) <= MOST_IMAGES:
+            drawn.add(other)
+    places = _Places({model: [score.category for score in ordered] for model, (_, ordered) in rows.items()}, pages or {})
     paths = _all_paths(cards)
     headline = [path for path in paths if path in MACRO.values()] + [path for path in paths if path.startswith("retention/")]
     ordered = rows[name][1]
@@ -370,7 +376,7 @@ def write_report(
     close_ups = [score for pair in chosen.values() for scores_ in pair for score in scores_]
     wanted = [(file, CLOSE_UP) for score in close_ups for _, file in beside.get(score.example_id, ())]
     wanted += [(folder / score.image, CLOSE_UP) for score in close_ups if _has_image(score)]
-    wanted += [(place / score.image, THUMBNAIL) for place, members in rows.values() for score in members if _has_image(score)]
+    wanted += [(place / score.image, THUMBNAIL) for model, (place, members) in rows.items() for score in members if model in drawn and _has_image(score)]
     wanted += [(sources[score.example_id], THUMBNAIL) for score in ordered if score.example_id in sources]
     shown = _Images(wanted)
 
@@ -387,16 +393,18 @@ def write_report(
     everything = []
     for model, (place, members) in rows.items():
         everything.append(f"<h3>{escape(model)}</h3>")
-        own = model == name
+        own, inside = model == name, shown if model in drawn else None
         for category in dict.fromkeys(score.category for score in members):
             inner = "".join(
-                _one(score, f"e{index}" if own else "", prompts.get(score.example_id, ""), sources.get(score.example_id) if own else None, place, page, shown)
+                _one(score, f"e{index}" if own else "", prompts.get(score.example_id, ""), sources.get(score.example_id) if own else None, place, page, inside)
                 for index, score in _worst_first([pair for pair in enumerate(members) if pair[1].category == category])
             )
             anchor = places.anchor(model, category)
-            everything.append(f'<h4 id="{anchor}">{escape(model)}, {escape(category)}</h4><div class="all{"" if own else " few"}">{inner}</div>')
-    if too_many:
-        everything.append(f'<p class="note">The images of {escape(", ".join(further))} are left out: the page would hold more than {MOST_IMAGES} images.</p>')
+            kind = "all" if own else "all few" if inside else "links"
+            everything.append(f'<h4 id="{anchor}">{escape(model)}, {escape(category)}</h4><div class="{kind}">{inner}</div>')
+    if rows.keys() - drawn:
+        left = ", ".join(model for model in rows if model not in drawn)
+        everything.append(f'<p class="note">The values of {escape(left)} are links to their images: the page would hold more than {MOST_IMAGES} images.</p>')
     counts = _confusion("How many things", "asked", count_confusion(ordered, records or {}), True)
     colors = _confusion("Which colour", "asked", color_confusion(ordered, records or {}), False)
     parts: list[tuple[str, str, str]] = [
@@ -434,11 +442,13 @@ def add_champion(page: str, candidate: Scorecard, champion: Scorecard, version: 
     if CHAMPION not in page:
         raise UserError("the report page has no place for the champion; run the score stage again")
     paths = [path for path in candidate.metrics if path in champion.metrics]
+    shown = [category for category in BENCHMARK_OF if f'id="m0-{_slug(category)}"' in page]  # the candidate is the page's first model
+    places = _Places({"": shown}, {})
     head = "<tr><th>metric</th><th>candidate</th>" + f"<th>champion, version {escape(version)}</th><th>difference</th><th>p</th></tr>"
     lines = []
     for path in paths:
         digits, row = _digits(path), (comparison or {}).get(path)
-        cells = _cell(path, candidate.metrics[path], None) + _cell(path, champion.metrics[path], None)
+        cells = _cell(path, candidate.metrics[path], places.link("", path)) + _cell(path, champion.metrics[path], None)
         if row is None:
             cells += "<td>-</td><td>-</td>"
         else:

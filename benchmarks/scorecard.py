@@ -26,6 +26,7 @@ from data.records import CAPABILITIES, Example
 
 SCORES_FILE = "scores.parquet"
 PRIMARY = {"geneval": ("correct", 1.0), "gedit": ("O", 10.0)}  # benchmark -> the value that is averaged, and its highest
+SCORED_WITH = ("evaluator", "judge", "prompts", "thresholds")  # keys of identities/BENCHMARK: scores are comparable only where they are equal
 MACRO = {"geneval": "geneval/overall", "gedit": "gedit/average"}
 BENCHMARK_OF = {category: capability.benchmark for capability in CAPABILITIES.values() for category in capability.categories}
 BENCHMARK_OF |= dict.fromkeys((category for category in GEDIT_CATEGORIES if category not in BENCHMARK_OF), "gedit")  # those that no capability of ours is for
@@ -318,7 +319,7 @@ def check_same_evaluator(cards: Mapping[str, Scorecard]) -> None:
     """
     faults = []
     for benchmark in MACRO:
-        for key in ("evaluator", "judge", "prompts", "thresholds"):
+        for key in SCORED_WITH:
             named = {name: card.identities.get(benchmark, {}).get(key) for name, card in cards.items() if isinstance(card.identities.get(benchmark), Mapping)}
             kinds: dict[str, list[str]] = {}
             for name, value in named.items():

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from benchmarks.gedit import MINIMUM_COVERAGE
 from data.errors import UserError
 from data.files import digest, read_json, write_json
 from data.records import CAPABILITIES
@@ -169,6 +170,11 @@ def _completeness(params: Params, candidate: Mapping[str, Any]) -> Iterator[Rule
         path = f"{benchmark}/{HEADLINES[benchmark]}"
         if path in expected or path in metrics:
             yield _at_least(f"complete/n/{benchmark}", finite(_mapping(metrics, path).get("n")), least, f"n of {path}")
+    for benchmark in HEADLINES:
+        scored = _mapping(_mapping(candidate, "identities"), benchmark)
+        if "coverage" in scored:  # of a judge, who may have left images without a score
+            what = f"{benchmark}: the lowest share of a category's images with a score"
+            yield _at_least(f"complete/coverage/{benchmark}", finite(scored["coverage"]), MINIMUM_COVERAGE, what)
 
 
 def _benchmarks_of(params: Params) -> list[str]:
@@ -176,8 +182,14 @@ def _benchmarks_of(params: Params) -> list[str]:
 
 
 def _identity(card: Any, name: str) -> str | None:
-    """The digest of a benchmark (its prompts, seeds and rules) or of the sampling; None when unknown."""
-    found = _mapping(card, "identities").get("sampling") if name == "sampling" else _mapping(_mapping(card, "benchmarks"), name).get("digest")
+    """The digest of a benchmark (its prompts, seeds and rules, and the networks or the judge that scored it) or of the sampling; None when unknown."""
+    from benchmarks.scorecard import SCORED_WITH
+
+    identities = _mapping(card, "identities")
+    found = identities.get("sampling") if name == "sampling" else _mapping(_mapping(card, "benchmarks"), name).get("digest")
+    scored = {key: value for key, value in _mapping(identities, name).items() if key in SCORED_WITH}
+    if found and scored:
+        found = {"examples": found, **scored}
     if isinstance(found, Mapping) and found:  # settings rather than their digest
         found = digest(found)
     return found if isinstance(found, str) and found else None

@@ -21,6 +21,7 @@ import yaml
 
 from data.errors import UserError, UserErrors
 from data.files import explain
+from data.records import GLOBAL_EDITS, LOCAL_EDITS
 from model.route import Route, route_faults
 from model.settings import ExecutionParams
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PARAMS_FILE = "params.yaml"
+EDITS = LOCAL_EDITS + GLOBAL_EDITS
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,78 @@ class BenchmarkParams:
         return faults
 
 
+@dataclass(frozen=True)
+class RequestParams:
+    """Key `judge.request`: what is asked of the judge besides text and images; all of it may move a score. `seed` null sends none; `resize` acts on the images
+    ("match-source": the edited one to its source's size, "area512": both to the area of 512 x 512 px); `extra` are further fields of the request's body."""
+
+    temperature: float
+    seed: int | None
+    max_tokens: int
+    text_first: bool
+    image_format: Literal["png", "jpeg"]
+    resize: Literal["match-source", "area512", "none"]
+    json_schema: bool
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ServerParams:
+    """Key `judge.server`: how an OpenAI-compatible endpoint is reached. `key_variable` names the environment variable with the key ("": it wants none);
+    `provider` who serves the model ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin in a minute (0: no limit)."""
+
+    base_url: str
+    key_variable: str
+    provider: str
+    timeout_s: float
+    tries: int
+    wait_s: float
+    longest_wait_s: float
+    per_minute: int
+
+
+@dataclass(frozen=True)
+class JudgeParams:
+    """Section `judge`: who scores edits where section `benchmark` names GenEval's networks; the micro world's pictures are parsed.
+
+    `kind` "endpoint" asks the `server`; "local" is Qwen2.5-VL in the folder `model`, on benchmark.device in `dtype`; "none" refuses edits. `wording` is ""
+    (ours), or a file or folder with other texts. Edits in another `language`, or outside `categories` (none named: all), are left out. An image gets
+    `repeats` judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or by those of benchmark.scheduler.
+    `retry` names statuses whose questions a later run asks again. `prices` are per million prompt and completion tokens; a run estimated above
+    `highest_price` does not begin.
+    """
+
+    kind: Literal["none", "endpoint", "local"]
+    model: str
+    wording: str
+    language: Literal["en", "cn"]
+    categories: tuple[str, ...]
+    repeats: int
+    request: RequestParams
+    server: ServerParams
+    dtype: str
+    concurrency: int
+    workers: int
+    retry: tuple[Literal["api_error", "refused", "unparseable"], ...]
+    prices: tuple[float, float] | None
+    highest_price: float | None
+
+    def faults(self) -> list[str]:
+        faults = _positive(self, "repeats", "concurrency", "workers") + [f"request.{fault}" for fault in _positive(self.request, "max_tokens")]
+        faults += [f"server.{fault}" for fault in _positive(self.server, "tries")]
+        faults += [f"categories: {name!r} is no category of edits; choose of {', '.join(EDITS)}" for name in self.categories if name not in EDITS]
+        if self.kind != "none" and not self.model:
+            faults.append(f"model is empty, but kind = {self.kind!r}: name the model as the server does, with its date, or the checkpoint's folder")
+        if self.kind == "endpoint" and not self.server.base_url.startswith(("http://", "https://")):
+            faults.append(f"server.base_url = {self.server.base_url!r}: expected http://... or https://...")
+        if self.kind == "local" and self.request.temperature:
+            faults.append(f"request.temperature = {self.request.temperature}: a local judge decodes greedily, so it must be 0")
+        faults += [f"request.temperature = {self.request.temperature}: expected 0 or more"] if self.request.temperature < 0 else []
+        faults += [f"server.{name} = {getattr(self.server, name)}: expected more than 0" for name in ("timeout_s",) if getattr(self.server, name) <= 0]
+        negative = [name for name in ("wait_s", "longest_wait_s", "per_minute") if getattr(self.server, name) < 0]
+        return faults + [f"server.{name} = {getattr(self.server, name)}: expected 0 or more" for name in negative]
+
+
 SHARED: dict[str, type] = {
     "world": WorldParams,
     "backbone": BackboneParams,
@@ -179,6 +253,7 @@ SHARED: dict[str, type] = {
     "routing": RoutingParams,
     "execution": ExecutionParams,
     "benchmark": BenchmarkParams,
+    "judge": JudgeParams,
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
+from data.records import CAPABILITIES
 from tasks.params import PARAMS_FILE, read_yaml
 from tasks.sources import HUB, address_faults, missing_faults, unfetchable_faults
 from tasks.stages import check_all
@@ -23,7 +25,7 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
         faults += errors.faults
     document = read_yaml(path)
     project = teachers.absolute().parents[1]
-    faults += teacher_faults(document, teachers) + folder_faults(document, project) + network_faults(document, project)
+    faults += teacher_faults(document, teachers) + folder_faults(document, project) + network_faults(document, project) + judge_faults(document)
     if faults:
         raise UserErrors(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults)
 
@@ -74,6 +76,25 @@ def _source_uris(document: dict[str, Any]) -> dict[str, str]:
         return {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in dict(document["teachers"].get("sources") or {}).items()}
     except (KeyError, TypeError, AttributeError):
         return {}
+
+
+def judge_faults(document: dict[str, Any]) -> list[str]:
+    """A judge that the routes will need, and that is not named or whose key is not in the environment."""
+    from benchmarks.geneval_run import MICRO  # here, as it loads pandas
+
+    try:
+        judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
+        edits = sorted({route["capability"] for route in document["routing"]["routes"] if CAPABILITIES[route["capability"]].is_edit})
+        variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
+    except (KeyError, TypeError):
+        return []  # the sections' own checks name what is wrong with them
+    if micro or not edits:
+        return []
+    if judge["kind"] == "none":
+        return [f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"]
+    if variable and not os.environ.get(variable):
+        return [f"judge.server.key_variable = {variable!r}: this variable is not set; export it, or write \"\" for a server that needs no key"]
+    return []
 
 
 def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.geneval_run import MICRO
 from benchmarks.scorecard import ExampleScore, expected_scores, read_scores, write_scorecard
 from benchmarks.scorecard import scorecard as make_scorecard
 from data.errors import UserError
@@ -22,6 +23,7 @@ from model.teachers import BASE, load_base, read_records
 from tasks import score
 from tasks.params import PARAMS_FILE, load_params
 from tasks.progress import progress
+from tasks.real_scores import identities_of_scores, scored_examples
 from tasks.sampling import evaluation_set, score_field
 
 
@@ -31,8 +33,9 @@ def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: P
     Raises UserError for weights that do not fit the base and for a teacher without scores.
     """
     routes, records = params.routing.routes, read_records(teachers)
-    student = load_student(checkpoint, load_base(teachers), records[BASE].sha256)
-    evaluation = evaluation_set(read_examples(curated), curated)
+    loading = params.backbone.loading()
+    student = load_student(checkpoint, load_base(teachers, **loading), records[BASE].sha256)
+    evaluation = evaluation_set(scored_examples(read_examples(curated), params.benchmark, params.judge), curated)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     reference: dict[str, list[ExampleScore]] = {}
     for row in read_scores(validated):
@@ -41,16 +44,18 @@ def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: P
     if missing:
         raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
     own = {route.capability: reference[route.teacher] for route in routes}
-    identities = {
+    identities: dict[str, Any] = {
         "base": records[BASE].sha256, "teachers": {route.teacher: records[route.teacher].sha256 for route in routes},
         "student": read_json(checkpoint / RECORD)["sha256"], "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
     }  # fmt: skip
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scores = score_field(
-                student.field, load_base(teachers), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
-                advance=advance, benchmark=params.benchmark,
+                student.field, load_base(teachers, **loading), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
+                advance=advance, benchmark=params.benchmark, judge=params.judge,
             )  # fmt: skip
+        if params.benchmark.detector != MICRO:
+            identities |= identities_of_scores(scores, evaluation.examples, params.benchmark, params.judge)
         card = make_scorecard("rescored", scores, own, expected, identities, seed=params.seed, resamples=params.resamples, confidence=params.confidence)
         write_scorecard(folder / "scorecard.json", card)
     return {path: metric.mean for path, metric in card.metrics.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from data.records import CAPABILITIES, Example
 from model.backbones import Backbone, check_sizes
 from model.field import Guided, VelocityField, condition_of
 from model.rollout import euler_grid, sample
-from tasks.params import BenchmarkParams, SamplingParams
+from tasks.params import BenchmarkParams, JudgeParams, SamplingParams
 from tasks.pictures import as_images, as_pictures, read_picture
 from tasks.progress import Advance
 from tasks.real_scores import score_drawn
@@ -29,15 +29,16 @@ from tasks.real_scores import score_drawn
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out examples with the pictures that belong to them, all (H, W, 3) uint8: an edit's source by example id, every target."""
+    """Held-out examples with the pictures that belong to them, all (H, W, 3) uint8: an edit's source by example id, every target. `folder` has the files."""
 
     examples: tuple[Example, ...]
     sources: dict[str, np.ndarray]
     targets: dict[str, np.ndarray]
+    folder: Path
 
     def only(self, capability: str) -> EvaluationSet:
         categories = CAPABILITIES[capability].categories
-        return EvaluationSet(tuple(example for example in self.examples if example.category in categories), self.sources, self.targets)
+        return replace(self, examples=tuple(example for example in self.examples if example.category in categories))
 
 
 def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
@@ -49,6 +50,7 @@ def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
         chosen,
         {example.id: read_picture(curated / example.source) for example in chosen if example.source},
         {example.id: read_picture(curated / example.target) for example in chosen if example.target},
+        curated,
     )
 
 
@@ -71,6 +73,7 @@ def score_field(
     folder: Path,
     advance: Advance,
     benchmark: BenchmarkParams,
+    judge: JudgeParams,
 ) -> list[ExampleScore]:
     """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores them: pictures of the micro world by its
     parser and judge, others as `tasks.real_scores` says.
@@ -79,7 +82,7 @@ def score_field(
     """
     if benchmark.detector != MICRO:
         batches = draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder)
-        return score_drawn(batches, benchmark, model=model, folder=folder, advance=advance)
+        return score_drawn(batches, benchmark, judge, model=model, folder=folder, curated=evaluation.folder, advance=advance)
     scores: list[ExampleScore] = []
     for drawn in draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder):
         scores += score_images(world, drawn.examples, drawn.pictures, model=model, paths=drawn.paths, seeds=drawn.seeds, k=drawn.k, sources=evaluation.sources)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.geneval_run import MICRO
+from benchmarks.micro import CONTROLS
 from benchmarks.report import edit_strips, sample_grid, scorecard_plot, write_report
 from benchmarks.scorecard import ExampleScore, Scorecard, compare, expected_scores, read_scores, summarise, write_scorecard, write_scores
 from benchmarks.scorecard import scorecard as make_scorecard
@@ -17,10 +18,10 @@ from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import TRANSFORMER
 from model.student import RECORD, load_student
 from model.teachers import BASE, load_base, read_records
-from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams, WorldParams
 from tasks.pictures import read_picture
 from tasks.progress import progress
-from tasks.real_scores import check_judgeable, identity_of_scores
+from tasks.real_scores import check_judgeable, identities_of_scores, notes_of_scores, scored_examples
 from tasks.sampling import EvaluationSet, evaluation_set, score_field
 
 CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
@@ -35,6 +36,7 @@ class Params:
     sampling: SamplingParams
     routing: RoutingParams
     benchmark: BenchmarkParams
+    judge: JudgeParams
     seed: int
     resamples: int
     confidence: float
@@ -79,9 +81,9 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
     backbone = load_base(teachers, **loading)
     distilled = load_student(student, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
     candidate = load_student(absorbed, load_base(teachers, need=TRANSFORMER, **loading), records[BASE].sha256)
-    evaluation = evaluation_set(read_examples(curated), curated)
+    evaluation = evaluation_set(scored_examples(read_examples(curated), params.benchmark, params.judge), curated)
     if params.benchmark.detector != MICRO:
-        check_judgeable(evaluation.examples, params.benchmark)
+        check_judgeable(evaluation.examples, params.benchmark, params.judge)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     numbers = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     reference: dict[str, list[ExampleScore]] = {}
@@ -100,8 +102,9 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
                 (CANDIDATE, candidate.field, 1.0),
             ):
                 scores[name] = score_field(
-                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance, benchmark=params.benchmark
-                )
+                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance,
+                    benchmark=params.benchmark, judge=params.judge,
+                )  # fmt: skip
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
         comparisons = _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers)
         write_json(folder / "comparisons.json", comparisons)
@@ -121,7 +124,11 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
             prompts={example.id: example.prompt for example in evaluation.examples},
             per_category=params.shown, files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
             records={example.id: example.record for example in evaluation.examples}, comparisons=comparisons,
-            others={DISTILLED: (folder, scores[DISTILLED]), **{name: (validated, reference[name]) for name in sorted({BASE, *teacher_of.values()})}},
+            notes=notes_of_scores(scores[CANDIDATE], card.identities),
+            others={
+                **{name: (folder, rows) for name, rows in scores.items()},
+                **{name: (curated if name in CONTROLS else validated, rows) for name, rows in reference.items()},
+            },
         )  # fmt: skip
     write_scorecard(scorecard, card)
     return {
@@ -149,13 +156,13 @@ def _cards(
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"}, "guidance": 1.0,
     }  # fmt: skip
     if params.benchmark.detector != MICRO:
-        identities["geneval"] = identity_of_scores(evaluation.examples, params.benchmark)
+        identities |= identities_of_scores(scores[CANDIDATE], evaluation.examples, params.benchmark, params.judge)
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
     card = make_scorecard(CANDIDATE, scores[CANDIDATE], own, expected, identities, **numbers)
     cards = {CANDIDATE: card, DISTILLED: make_scorecard(DISTILLED, scores[DISTILLED], own, expected, {}, **numbers)}
     for name, rows in {DISTILLED_GUIDED: scores[DISTILLED_GUIDED], **reference}.items():
         kept = {category: keys for category, keys in expected.items() if any(row.category == category for row in rows)}
-        if name == "ground_truth" or name == "shuffled":
+        if name in CONTROLS:
             kept = {category: {(example.id, 0) for example in evaluation.examples if example.category == category} for category in kept}
         cards[name] = Scorecard(name, {}, {}, summarise(rows, expected=kept, **numbers))
     return card, cards

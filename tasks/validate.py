@@ -18,9 +18,9 @@ from model.backbones import Backbone
 from model.field import VelocityField, condition_of
 from model.randomness import noise_for
 from model.teachers import BASE, compatibility_faults, file_faults, load_teachers, read_records
-from tasks.params import BackboneParams, BenchmarkParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams, WorldParams
 from tasks.progress import progress
-from tasks.real_scores import check_judgeable
+from tasks.real_scores import check_judgeable, scored_examples
 from tasks.sampling import EvaluationSet, draw_field, encode_sources, evaluation_set, network_device, picture_bucket, score_field
 
 MACRO = {"geneval": "geneval/overall", "gedit": "gedit/average"}
@@ -38,6 +38,7 @@ class Params:
     sampling: SamplingParams
     routing: RoutingParams
     benchmark: BenchmarkParams
+    judge: JudgeParams
     seed: int
     resamples: int
     confidence: float
@@ -65,7 +66,7 @@ def _finite_faults(name: str, field: VelocityField, backbone: Backbone, evaluati
 
 def _preview(name: str, field: VelocityField, backbone: Backbone, own: EvaluationSet, sampling: SamplingParams, folder: Path) -> None:
     """A few images of the teacher's own capability, for people to look at."""
-    few = EvaluationSet(own.examples[:PREVIEWS], own.sources, own.targets)
+    few = replace(own, examples=own.examples[:PREVIEWS])
     scale = sampling.guidance if name == BASE else 1.0
     for _ in draw_field(field, backbone, few, replace(sampling, images_per_prompt=1), model=name, scale=scale, folder=folder):
         pass
@@ -74,8 +75,8 @@ def _preview(name: str, field: VelocityField, backbone: Backbone, own: Evaluatio
 def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report: Path) -> dict[str, Any]:
     """Writes `report` (scores by teacher, faults) and `out` (every image with its score). Raises UserErrors when a teacher must not be distilled.
 
-    Where section `benchmark` names GenEval's networks, they score the teachers. With detector "micro" a base that draws pictures of the micro world's size is
-    scored by the micro detector; of any other size the teachers' velocities are tried and a few images drawn.
+    Where section `benchmark` names GenEval's networks, they score the teachers, and section `judge` their edits. With detector "micro" a base that draws
+    pictures of the micro world's size is scored by the micro detector; of any other size the teachers' velocities are tried and a few images drawn.
     """
     world = params.world.world()
     routes = params.routing.routes
@@ -88,7 +89,7 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
         raise UserErrors("validate: these teachers cannot be distilled together:", faults)
     backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, **params.backbone.loading())
     records = read_records(teachers)
-    examples = read_examples(curated)
+    examples = scored_examples(read_examples(curated), params.benchmark, params.judge)
     if backbone.name == "micro" and backbone.latent_shape[1] != world.grid:
         raise UserError(
             f"world.grid = {world.grid}, the teachers' base draws {backbone.latent_shape[1]} x {backbone.latent_shape[2]} cells; "
@@ -112,7 +113,7 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     micro = params.benchmark.detector == MICRO
     scored = not micro or edge == world.size
     if not micro:
-        check_judgeable(evaluation.examples, params.benchmark)
+        check_judgeable(evaluation.examples, params.benchmark, params.judge)
     if not scored:
         faults += [
             f"validate.floors.{name} = {floor}: nothing scores here, as the base draws {edge} px and the micro "
@@ -144,13 +145,14 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
                 summary[f"{name} on {capability}"] = "finite, not scored here"
                 continue
             rows = score_field(
-                fields[name], backbone, world, evaluation, params.sampling, model=name, scale=1.0, folder=folder, advance=advance, benchmark=params.benchmark
+                fields[name], backbone, world, evaluation, params.sampling, model=name, scale=1.0, folder=folder, advance=advance, benchmark=params.benchmark,
+                judge=params.judge,
             )
             judged = rows
             if name == BASE:
                 judged = score_field(
                     fields[name], backbone, world, t2i, params.sampling, model=GUIDED, scale=params.sampling.guidance, folder=folder, advance=advance,
-                    benchmark=params.benchmark,
+                    benchmark=params.benchmark, judge=params.judge,
                 )  # fmt: skip
                 scores += judged
             scores += rows

@@ -36,7 +36,7 @@ from tasks import validate as validating
 from tasks.encode import load_buckets
 from tasks.params import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams, WorldParams
 from tasks.sampling import draw_field, evaluation_set
-from tests.tiny import EXECUTION, disturb, loop_params
+from tests.tiny import EXECUTION, NOBODY, disturb, loop_params
 from tests.tiny_families import CHANNELS, MAX_TOKENS, PIXELS, edit_config, save_family
 
 FAMILIES = ("sd3", "zimage")
@@ -251,7 +251,7 @@ def test_an_offloaded_teacher_is_elsewhere_only_while_it_answers(home: Home, enc
 def test_encode_validate_distill_absorb_sample(home: Home, encoded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
-    validation = validating.Params(WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, seed=0, resamples=10, confidence=0.9, floors={})
+    validation = validating.Params(WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, seed=0, resamples=10, confidence=0.9, floors={})
     validating.validate(validation, curated=home.curated, teachers=home.teachers, out=tmp_path / "validated", report=tmp_path / "validate.json")
     report = read_json(tmp_path / "validate.json")
     assert report["passed"] and set(report["teachers"]) == {BASE, "realism", "local"}
@@ -309,7 +309,8 @@ def test_a_base_that_reads_no_source_refuses_edits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reads no source image"):
         encoding.encode(encoding.Params(narrow.backbone, batch=3, cache=False), curated=narrow.curated, teachers=narrow.teachers, out=narrow.encoded)
     sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
-    validation = validating.Params(WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, seed=0, resamples=10, confidence=0.9, floors={"local": 1.0})
+    numbers: dict[str, Any] = {"seed": 0, "resamples": 10, "confidence": 0.9}
+    validation = validating.Params(WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, **numbers, floors={"local": 1.0})
     with pytest.raises(UserErrors) as caught:
         validating.validate(validation, curated=narrow.curated, teachers=narrow.teachers, out=tmp_path / "out", report=tmp_path / "report.json")
     assert sum("'local_edit' edits" in fault for fault in caught.value.faults) == 1 and sum("floors.local" in fault for fault in caught.value.faults) == 1

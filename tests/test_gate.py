@@ -105,6 +105,20 @@ def test_a_missing_metric_is_incomplete_and_named(path: str) -> None:
     assert path in next(rule["reason"] for rule in verdict["rules"] if rule["rule"] == "complete/metrics")
 
 
+def test_scores_of_a_judge_that_left_out_too_much_do_not_pass() -> None:
+    def graded(coverage: Any, answered_by: str = "judge-2026-01-01") -> dict[str, Any]:
+        card = scorecard()
+        card["identities"]["gedit"] = {"judge": {"model": "judge", "answered_by": answered_by}, "coverage": coverage, "statuses": {"ok": 336}}
+        return card
+
+    assert failing(judged(graded(0.99))) == set()
+    for coverage in (0.989, math.nan, None, "1.0"):
+        assert failing(judged(graded(coverage))) == {"complete/coverage/gedit"}
+    # another judge than the champion's: not comparable, though the examples are the same
+    assert failing(judged(graded(1.0), champion=graded(0.995))) == set()
+    assert failing(judged(graded(1.0), champion=graded(1.0, "judge-2025"))) == {"identity/gedit"}
+
+
 def test_too_few_prompts_fail_and_exactly_enough_pass() -> None:
     assert failing(judged(with_metric("geneval/overall", n=299))) == {"complete/n/geneval"}
     assert failing(judged(with_metric("gedit/average", n=300))) == set()

@@ -23,6 +23,7 @@ from benchmarks.gedit_judging import MadeEdit, jobs_of, judge_folder, patch_toke
 from benchmarks.gedit_report import notes_of
 from benchmarks.gedit_verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, score_made, summary
 from benchmarks.judge import Reply, fake_judge, load_wording
+from benchmarks.judge_access import Access
 from benchmarks.judge_endpoint import Endpoint, endpoint_judge
 from benchmarks.scorecard import read_scorecard, read_scores
 from data.errors import UserError, UserErrors
@@ -65,7 +66,7 @@ def constant(scores: dict[str, float] | None = None):
 
 
 def judge(tmp_path: Path, tasks, ask, out: str = "out", **changes):
-    values = {"model": "student", "settings": settings(), "wording": WORDING, "make_ask": lambda: ask, "concurrency": 3, "say": lambda text: None}
+    values = {"model": "student", "settings": settings(), "wording": WORDING, "make_ask": lambda *_: ask, "concurrency": 3, "say": lambda text: None}
     return judge_folder(tasks, tmp_path / "student", tmp_path / out, **{**values, **changes})
 
 
@@ -174,7 +175,7 @@ def test_images_that_a_stage_has_made_are_scored_wherever_they_lie(tmp_path: Pat
                 file.write_bytes(png(f"{task.key} {k}"))
             made.append(MadeEdit(task, file, f"images/{task.key}-{k}.png", k, 10 * index + k))
     ask, asked = constant({"semantic": 4.0, "quality": 9.0})
-    how = {"model": "m", "settings": settings(), "wording": WORDING, "make_ask": lambda: ask, "concurrency": 2, "say": lambda text: None}
+    how = {"model": "m", "settings": settings(), "wording": WORDING, "make_ask": lambda *_: ask, "concurrency": 2, "say": lambda text: None}
     found, identity = score_made(made, tmp_path / "store", **how)
     assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [(one.task.key, one.k, one.seed, one.image) for one in made]
     assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"] and {row.values.get("O") for row in found} == {6.0, None}
@@ -268,7 +269,7 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
     tasks = tasks_of(tmp_path, rows(4))
     said: list[str] = []
 
-    def never():
+    def never(*_):
         raise AssertionError("nothing may be asked")
 
     estimate = judge(tmp_path, tasks, None, make_ask=never, only_preview=True, prices=(2.0, 8.0), say=said.append)
@@ -277,11 +278,11 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
     assert estimate.prompt_tokens == pytest.approx(text / 4 + 12 * tile_tokens(32, 32), abs=8)
     assert estimate.price == pytest.approx((estimate.prompt_tokens * 2.0 + 640 * 8.0) / 1e6)
     assert "8 questions to ask" in said[0]
-    with pytest.raises(UserError, match="not within --highest-price 0.001"):
+    with pytest.raises(UserError, match="not within the highest price, 0.001"):
         judge(tmp_path, tasks, None, make_ask=never, highest_price=0.001, prices=(2.0, 8.0))
     order: list[str] = []
     ask, _ = constant()
-    judge(tmp_path, tasks, ask, make_ask=lambda: (order.append("asked"), ask)[1], say=lambda line: order.append("said"))
+    judge(tmp_path, tasks, ask, make_ask=lambda *_: (order.append("asked"), ask)[1], say=lambda line: order.append("said"))
     assert order[:2] == ["said", "asked"]
 
 
@@ -328,7 +329,7 @@ def test_every_sample_of_a_faulty_server_ends_in_its_status(tmp_path: Path, monk
     tasks = tasks_of(tmp_path, rows())
     with judge_server(scripts) as server:
         endpoint = Endpoint(server.url, "JUDGE_KEY", 5.0, 3, 0.01, 0.1, 0)
-        judge(tmp_path, tasks, None, make_ask=lambda: endpoint_judge(settings(), endpoint))
+        judge(tmp_path, tasks, None, make_ask=Access(settings(), endpoint))
     found = rows_of(read_judgements(tmp_path / "out", WORDING))
     assert [score.status for score in found] == ["ok", "ok", "refused", "unparseable", "api_error", "ok"]
     assert [server.calls[name] for name in scripts] == [1, 2, 1, 2, 3, 3] and server.calls["quality"] == 6
@@ -339,20 +340,13 @@ def test_every_sample_of_a_faulty_server_ends_in_its_status(tmp_path: Path, monk
 def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up(tmp_path: Path) -> None:
     scripts = {f"n{index}": ["broken_inside"] for index in range(12)} | {"n7": ["no_key"]}
     tasks = tasks_of(tmp_path, rows(12))
-    halt = threading.Event()
+    halts: list[threading.Event] = []
     with judge_server(scripts) as server:
         endpoint = Endpoint(server.url, "", 5.0, 4, 60.0, 60.0, 0)
         with pytest.raises(UserError, match="the key is refused"):
-            judge(
-                tmp_path,
-                tasks,
-                None,
-                make_ask=lambda: endpoint_judge(settings(), endpoint, halt),
-                halt=halt,
-                concurrency=24,
-            )
+            judge(tmp_path, tasks, None, make_ask=lambda halt, _: (halts.append(halt), endpoint_judge(settings(), endpoint, halt))[1], concurrency=24)
     kept = (tmp_path / "out" / "shards" / "0-of-1.jsonl").read_text(encoding="utf-8")
-    assert halt.is_set() and "api_error" not in kept
+    assert halts[0].is_set() and "api_error" not in kept
 
 
 def command(tmp_path: Path, server: Server, out: str) -> list[str]:
@@ -407,6 +401,42 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
     assert killed == unbroken
     card = read_scorecard(tmp_path / "killed" / "scorecard.json")
     assert card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
+
+
+def test_any_number_of_workers_gives_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    tasks_of(tmp_path, rows())
+    scripts = {"n1": ["empty", "good"], "n3": ["declines"], "n4": ["fenced"]}
+    for name, options in (("alone", []), ("together", ["--workers", "2", "--concurrency", "4"])):
+        with judge_server(scripts) as server:
+            assert cli([*command(tmp_path, server, name), *options]) == 0
+            assert server.calls.total() == 13  # 12 questions, one of them twice
+            assert cli([*command(tmp_path, server, name), *options]) == 0
+            assert server.calls.total() == 13
+    alone, together = (finish(tmp_path / name, "--allow-partial") for name in ("alone", "together"))
+    assert alone == together
+
+
+def test_workers_of_a_silent_server_give_up_and_keep_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    tasks = tasks_of(tmp_path, rows(40))
+    with judge_server({f"n{index}": ["bad_request"] for index in range(40)} | {"quality": ["bad_request"]}) as server:
+        access = Access(settings(), Endpoint(server.url, "", 5.0, 1, 0.01, 0.01, 0))
+        with pytest.raises(UserError, match="20 questions in a row got no answer"):
+            judge(tmp_path, tasks, None, make_ask=access, workers=2, concurrency=4)
+        assert 20 <= server.calls.total() <= 24
+    kept = (tmp_path / "out" / "shards" / "0-of-1.jsonl").read_text(encoding="utf-8").count("api_error")
+    assert kept == server.calls.total()
+    with judge_server({}) as server:
+        access = Access(settings(), Endpoint(server.url, "", 5.0, 1, 0.01, 0.01, 0))
+        judge(tmp_path, tasks, None, make_ask=access, workers=2, concurrency=4, retry=["api_error"])
+    assert {score.values["O"] for score in rows_of(read_judgements(tmp_path / "out", WORDING))} == {6.0}
+
+
+def test_questions_of_which_none_is_answered_make_no_result(tmp_path: Path) -> None:
+    tasks = tasks_of(tmp_path, rows(2))
+    with pytest.raises(UserError, match="none of 4 questions got an answer, the last one: 1 tries, the last one: APIConnectionError"):
+        judge(tmp_path, tasks, None, make_ask=Access(settings(), Endpoint("http://127.0.0.1:9/v1", "", 5.0, 1, 0.01, 0.01, 0)))
 
 
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:

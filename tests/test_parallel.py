@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.parallel import batches, check_workers, each
+from benchmarks.parallel import as_they_come, batches, check_workers, each
 from data.errors import UserError, UserErrors
 from tasks.environment import PROJECT
 
@@ -86,3 +87,37 @@ def test_batches_are_consecutive() -> None:
     assert batches([], 2) == []
     with pytest.raises(UserError, match="batch = 0"):
         batches([1], 0)
+
+
+# --- jobs that wait for others ----------------------------------------------------------------------------------------------
+
+
+def waiting(job: tuple[int, float, int]) -> tuple[int, int]:
+    """(index, process) after a while."""
+    if job[0] == 5:
+        raise UserError("the fifth is wrong")
+    time.sleep(job[1])
+    return job[0], os.getpid()
+
+
+def test_jobs_that_wait_are_kept_as_they_come_and_a_mistake_ends_the_run_with_what_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    found: list[tuple[int, int]] = []
+    begun: list[int] = []
+
+    def prepare(index: int, processes: int) -> tuple[int, float, int]:
+        begun.append(index)
+        assert processes == 2 and len(begun) - len(found) <= 3  # never more than three under way
+        return index, 1.0 if index == 0 else 0.01, processes
+
+    def done(index: int, result: tuple[int, int]) -> None:
+        assert index == result[0]
+        found.append(result)
+
+    with pytest.raises(UserError, match="the fifth is wrong"):
+        as_they_come(waiting, range(40), prepare, done, at_once=3, workers=2)
+    assert os.getpid() not in {process for _, process in found} and found[0][0] != 0  # the slow one is not waited for
+    assert 0 in [index for index, _ in found] and 5 not in [index for index, _ in found]
+    assert len(begun) == len(found) + 1 < 12  # what had begun is done, nothing more began
+    with pytest.raises(UserError, match="workers = 0"):
+        as_they_come(waiting, range(1), prepare, done, at_once=1, workers=0)

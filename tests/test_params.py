@@ -19,6 +19,10 @@ routing: {routes: [{capability: t2i, teacher: base, weight: 1}]}
 execution: {device: auto, processes: 1, micro_batch: 0, rollout_batch: 0, precision: fp32, compile: none, attention: auto, checkpointing: auto,
   merge_rollout: auto, shard_base: false}
 benchmark: {detector: micro, classifier: "", device: cpu, batch: 8, workers: 1, scheduler: ""}
+judge: {kind: none, model: "", wording: "", language: en, categories: [], repeats: 1, dtype: bfloat16, concurrency: 8, workers: 1, retry: [api_error],
+  request: {temperature: 0, seed: 0, max_tokens: 512, text_first: true, image_format: png, resize: none, json_schema: false, extra: {}},
+  server: {base_url: "http://127.0.0.1:1/v1", key_variable: "", provider: "", timeout_s: 1, tries: 1, wait_s: 0, longest_wait_s: 0, per_minute: 0},
+  prices: null, highest_price: null}
 train:
   steps: 2
   rate: 1e-3

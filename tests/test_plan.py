@@ -111,6 +111,7 @@ def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp
     """Everything that is not here is named in one answer, with the key that says where it is: own weights, public ones, GenEval's networks, the examples."""
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # nobody is there
     monkeypatch.setattr("tasks.preflight._in_hub_cache", lambda _: False)
+    monkeypatch.setenv("OPENAI_API_KEY", "a judge's")
     path = PROJECT / "presets" / f"{name}.yaml"
     with pytest.raises(UserErrors) as caught:
         preflight(path, tmp_path / "data" / "teachers")

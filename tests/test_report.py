@@ -115,12 +115,15 @@ def test_every_figure_leads_to_the_images_that_earned_it(results):
     assert first.index("images/a0.png") < first.index("images/a11.png")
 
 
-def test_a_page_that_would_be_too_large_leaves_other_models_images_out_and_says_so(results, monkeypatch):
-    others = {"base": (results[0], [replace(score, model="base") for score in results[2]])}
-    assert page(results, others=others).count('<div class="one"') == 48
-    monkeypatch.setattr("benchmarks.report.MOST_IMAGES", 47)
+def test_a_page_that_would_be_too_large_links_other_models_images_and_says_so(results, monkeypatch):
+    others = {name: (results[0], [replace(score, model=name) for score in results[2]]) for name in ("base", "shuffled")}
+    assert page(results, others=others).count('<div class="one"') == 72
+    monkeypatch.setattr("benchmarks.report.MOST_IMAGES", 48)
     text = page(results, others=others)
-    assert text.count('<div class="one"') == 24 and "The images of base are left out: the page would hold more than 47 images." in text
+    assert text.count('<div class="one"') == 48 and "The values of shuffled are links to their images: the page would hold more than 48 images." in text
+    places = anchored(text)
+    links = [link for name, part in places.items() if name.startswith("m2-") for link in re.findall(r'<a href="(images/[^"]*)"><b', part)]
+    assert sorted(links) == sorted(score.image for score in results[2])  # every value still leads to the image that earned it
 
 
 def test_large_images_become_small_ones(results):
@@ -154,7 +157,9 @@ def test_the_champion_is_set_beside_the_candidate_later(results):
     section = found[found.index("Against the champion") : found.index("By category</h2>")]
     for path in ("geneval/overall", "gedit/subject-add"):
         digits = 2 if path.startswith("gedit") else 3
-        assert all(f"<td>{cards[name].metrics[path].mean:.{digits}f}<br>" in section for name in ("student", "base"))
+        mean, theirs = (f"{cards[name].metrics[path].mean:.{digits}f}" for name in ("student", "base"))
+        (target,) = re.findall(rf'<td><a href="#(m0-[^"]*)">{mean}</a><br>', section[section.index(f"<td>{path}</td>") :].split("</tr>")[0])
+        assert f'id="{target}"' in found and f"<td>{theirs}<br>" in section
     assert 'href="images/' in text and 'href="images/' not in found and 'href="score/images/' in found and 'href="#figures"' in found
     assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")
     with pytest.raises(UserError, match="no place for the champion"):

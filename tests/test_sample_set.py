@@ -22,7 +22,7 @@ from tasks.__main__ import main
 from tasks.params import BenchmarkParams, SamplingParams
 from tasks.sampling import EvaluationSet, score_field
 from tasks.sampling import image_seed as example_seed
-from tests.tiny import WORLD, draw, save_teachers
+from tests.tiny import NOBODY, WORLD, draw, save_teachers
 from tests.tiny_evaluator import tiny_clip, tiny_mask2former
 
 TAGS = ("single_object", "colors", "counting")
@@ -141,7 +141,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     examples = tuple(
         Example(f"{index:05d}", "eval", "t2i", record["tag"], draw("colors", index)[0]["prompt"], record=record) for index, record in enumerate(wanted)
     )
-    evaluation = EvaluationSet(examples, {}, {})
+    evaluation = EvaluationSet(examples, {}, {}, tmp_path)
     sampling = SamplingParams(steps=2, guidance=1.0, images_per_prompt=2, seed=0, batch=5)
     backbone, fields = load_teachers(teachers, [BASE])
     advanced: list[int] = []
@@ -150,7 +150,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
         with torch.no_grad():
             return score_field(
                 fields[BASE], backbone, WORLD, evaluation, sampling,
-                model="m", scale=1.0, folder=tmp_path, advance=lambda n=1, **_: advanced.append(n), benchmark=benchmark,
+                model="m", scale=1.0, folder=tmp_path, advance=lambda n=1, **_: advanced.append(n), benchmark=benchmark, judge=NOBODY,
             )  # fmt: skip
 
     scores = rows()
@@ -160,9 +160,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     assert all((tmp_path / score.image).exists() for score in scores)
     monkeypatch.setattr("benchmarks.geneval_run.evaluate", None)  # a stage that runs again looks at nothing twice
     assert rows() == scores
-    identity = real_scores.identity_of_scores(examples, benchmark)["evaluator"]
+    identity = real_scores.identities_of_scores(scores, examples, benchmark, NOBODY)["geneval"]["evaluator"]
     assert identity["detector"]["architecture"] == "mask2former" and identity["classifier"]["architecture"] == "clip"
-    with pytest.raises(UserError, match=r"cannot judge edits \(subject-add\)"):
-        real_scores.check_judgeable([replace(examples[0], capability="local_edit", category="subject-add")], benchmark)
     with pytest.raises(UserError, match="no such folder"):
-        real_scores.check_judgeable(examples, replace(benchmark, detector="gone"))
+        real_scores.check_judgeable(examples, replace(benchmark, detector="gone"), NOBODY)

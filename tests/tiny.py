@@ -23,7 +23,8 @@ from model.field import Condition
 from model.randomness import noise_for, torch_generator
 from model.teachers import BASE, add_adapter, read_records, save_teacher
 from tasks import encode as encoding
-from tasks.params import BackboneParams, MicroParams
+from tasks.environment import PROJECT
+from tasks.params import PARAMS_FILE, BackboneParams, JudgeParams, MicroParams, fill_section, read_yaml
 from tasks.sampling import as_images
 
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
@@ -34,6 +35,7 @@ EXECUTION: dict[str, Any] = {
     "device": "cpu", "processes": 1, "micro_batch": 0, "rollout_batch": 0, "precision": "fp32", "compile": "none", "attention": "auto", "checkpointing": "auto",
     "merge_rollout": "auto", "shard_base": False,
 }  # fmt: skip
+NOBODY: JudgeParams = fill_section(JudgeParams, "judge", read_yaml(PROJECT / PARAMS_FILE), [])
 ROUTES = [
     {"capability": "t2i", "teacher": BASE, "weight": 1.0},
     {"capability": "local_edit", "teacher": "local", "weight": 1.0},

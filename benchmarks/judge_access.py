@@ -1,0 +1,60 @@
+"""Where a judge is, as a value: every process and machine that asks is given it and opens the judge for itself."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.judge import Ask, JudgeSettings, fake_judge, replay_judge
+from benchmarks.parallel import device_of
+from benchmarks.store import read_results
+from data.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from benchmarks.judge_endpoint import Endpoint
+
+
+@dataclass(frozen=True)
+class Access:
+    """The judge of `settings`: `endpoint` is the server of kind "endpoint"; `folder` holds the checkpoint of kind "local" (loaded in `dtype` to `device`), or
+    the recorded judgements of kind "replay". Nothing but `settings` changes a score."""
+
+    settings: JudgeSettings
+    endpoint: Endpoint | None = None
+    folder: str = ""
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+
+    def check(self) -> None:
+        """Raises UserError(s), before anything expensive runs, for a server that does not answer or refuses the key, or a checkpoint that is not there."""
+        if self.settings.kind == "local" and not Path(self.folder).is_dir():
+            raise UserError(f"{self.folder}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")
+        if self.settings.kind == "endpoint":
+            from benchmarks.judge_endpoint import check_reachable
+
+            check_reachable(self.settings, self._endpoint())
+
+    def _endpoint(self) -> Endpoint:
+        if self.endpoint is None:
+            raise UserError("judge: kind = endpoint needs a server; give its base URL")
+        if self.endpoint.faults():
+            raise UserErrors("the judge's server:", self.endpoint.faults())
+        return self.endpoint
+
+    def __call__(self, halt: threading.Event, processes: int) -> Ask:
+        """Opens the judge. `halt` ends its waits; `processes` ask at the same time and share the requests a minute. Raises UserError(s)."""
+        if self.settings.kind == "fake":
+            return fake_judge()
+        if self.settings.kind == "replay":
+            return replay_judge(read_results(self.folder))
+        if self.settings.kind == "local":
+            from benchmarks.judge_local import load_local, local_judge
+
+            return local_judge(self.settings, load_local(self.folder, device_of(self.device), self.dtype))
+        from benchmarks.judge_endpoint import endpoint_judge
+
+        endpoint = self._endpoint()
+        share = max(1, endpoint.per_minute // processes) if endpoint.per_minute else 0
+        return endpoint_judge(self.settings, replace(endpoint, per_minute=share), halt)
