@@ -418,9 +418,7 @@ def _ask_all(
         watch.end()
 
 
-def _ask_here(
-    jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, wording: Wording, make_ask: MakeAsk, concurrency: int, watch: _Watch
-) -> None:
+def _ask_here(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, wording: Wording, make_ask: MakeAsk, concurrency: int, watch: _Watch) -> None:
     """Asks with threads of this process."""
     halt = threading.Event()
     ask = make_ask(halt, 1)

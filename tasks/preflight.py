@@ -93,7 +93,7 @@ def judge_faults(document: dict[str, Any]) -> list[str]:
     if judge["kind"] == "none":
         return [f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"]
     if variable and not os.environ.get(variable):
-        return [f"judge.server.key_variable = {variable!r}: this variable is not set; export it, or write \"\" for a server that needs no key"]
+        return [f'judge.server.key_variable = {variable!r}: this variable is not set; export it, or write "" for a server that needs no key']
     return []
 
 

@@ -82,9 +82,7 @@ def _judge_of(judge: JudgeParams, benchmark: BenchmarkParams) -> tuple[JudgeSett
         return settings, wording, Access(settings, folder=str(Path(judge.model).resolve()), device=benchmark.device, dtype=judge.dtype)
     from benchmarks.judge_endpoint import Endpoint
 
-    endpoint = Endpoint(
-        server.base_url, server.key_variable, server.timeout_s, server.tries, server.wait_s, server.longest_wait_s, server.per_minute
-    )
+    endpoint = Endpoint(server.base_url, server.key_variable, server.timeout_s, server.tries, server.wait_s, server.longest_wait_s, server.per_minute)
     return settings, wording, Access(settings, endpoint)
 
 
@@ -136,9 +134,7 @@ def notes_of_scores(scores: Sequence[ExampleScore], identities: Mapping[str, Any
     missing = Counter((row.category, row.status) for row in rows if row.status != "ok")
     if missing:
         groups = [[row for row in rows if row.category == category] for category in dict.fromkeys(row.category for row in rows)]
-        low, high = (
-            sum(sum(row.values.get("O", least) for row in group) / len(group) for group in groups) / len(groups) for least in (0.0, HIGHEST)
-        )
+        low, high = (sum(sum(row.values.get("O", least) for row in group) / len(group) for group in groups) / len(groups) for least in (0.0, HIGHEST))
         left = ", ".join(f"{count} {status} in {category}" for (category, status), count in sorted(missing.items()))
         found.append(f"Without a score: {left}. Had these images earned 0 or 10, the average would be {low:.2f} or {high:.2f}.")
     return found

@@ -73,7 +73,8 @@ def test_scripts_and_compose_start_the_same_servers(services: dict[str, dict[str
             assert variable in text, (name, variable)
     for flag in services["seaweedfs"]["command"][1:]:
         assert flag.lstrip("-").partition("=")[0] in text, flag
-    worker = {variable for variable in services["worker"]["environment"] if variable not in {"HOME", "DVC_SITE_CACHE_DIR", "DANCEOPD_MLFLOW_URL", "OPENAI_API_KEY"}}
+    of_the_machine = {"HOME", "DVC_SITE_CACHE_DIR", "DANCEOPD_MLFLOW_URL", "OPENAI_API_KEY"}
+    worker = {variable for variable in services["worker"]["environment"] if variable not in of_the_machine}
     assert worker <= {*credentials.client_settings(dict.fromkeys(credentials.MADE, "x" * 32)), *re.findall(r"[A-Z][A-Z0-9_]+", text), *defaults()}
 
 
