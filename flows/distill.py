@@ -65,6 +65,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if "ephemeral" not in str(error):  # how Prefect says that its own small server did not come up in time
+            raise
+        print("error: Prefect's temporary server did not start in three minutes: the machine is too busy; the same command later begins there", file=sys.stderr)
+        return 1
     if not state.is_completed():
         print(f"error: {failure_line(state.result(raise_on_failure=False), state.message)}", file=sys.stderr)
         return 1

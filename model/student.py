@@ -143,6 +143,7 @@ def _start_in_adapter(backbone: Backbone, sources: list[tuple[Adapter, float]], 
 def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None:
     """Writes `folder`: student.json, the trained weights in fp32, and for an adapter on a start of its own that start too.
 
+    The record's `resolution` and `max_tokens` are those it was trained with, so that it is drawn from as it was taught.
     An adapter on the shared base leaves the base out; the record's `base_sha256` binds the two.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,10 @@ def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None
     hashes = {"sha256": sha256_file(weights), "start_sha256": None if shared or weights == whole else sha256_file(whole)}
     layers = {name.rsplit(".lora_", 1)[0] for name in student.parameters} if student.adapter else set()
     targets = sorted(layers) if layers and layers != own_layers(backbone) else []
-    own = {"backbone": backbone.name, "adapter": student.adapter is not None, "own_start": not shared, "targets": targets}
+    own = {
+        "backbone": backbone.name, "adapter": student.adapter is not None, "own_start": not shared, "targets": targets,
+        "resolution": backbone.latent_shape[1] * backbone.pixels_per_latent, "max_tokens": backbone.max_tokens,
+    }  # fmt: skip
     write_json(folder / RECORD, {**record, **own, **hashes})
 
 

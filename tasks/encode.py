@@ -15,7 +15,7 @@ from data.aspect import bucket_of, fit
 from data.errors import UserError
 from data.files import atomic_folder, digest, read_json, sha256_file, write_json
 from data.records import CAPABILITIES, Example, read_examples
-from model.backbones import Backbone
+from model.backbones import Backbone, check_sizes
 from model.backbones.micro import read_tensors
 from model.checkpoint import write_tensors
 from model.examples import Bucket, Rows
@@ -179,6 +179,7 @@ def _bucket(
             f"({without[0].origin}, row {without[0].row}); run the curate stage again"
         )
     sizes, encoded = [_sizes(backbone, example, curated) for example in examples], 0
+    check_sizes(backbone, set(sizes))
     per = backbone.pixels_per_latent
     tensors = {
         "prompts": torch.tensor([prompt_rows[example.prompt] for example in examples], dtype=torch.int64),

@@ -4,6 +4,10 @@ diffusers   a pipeline folder            diffusers.DiffusionPipeline.from_pretra
 merged      the transformer alone        e.g. SD3Transformer2DModel.from_pretrained(DIR)
 peft        the adapter as a folder      peft.PeftModel.from_pretrained(transformer, DIR)
 comfyui     the adapter as one file      ComfyUI's LoRA loader, or pipeline.load_lora_weights(DIR, weight_name="FILE")
+
+diffusers' load_lora_weights takes nothing from a PEFT folder and only warns: give it the comfyui file. The noise levels of `python -m tasks sample` are, for a
+pipeline, sigmas=linspace(1, 1/steps, steps). An SD3 that reads a source image beside the noise is run by neither diffusers' pipeline nor ComfyUI: its network
+(merged) and its adapter (peft) are exported; sample and the registered model's predict run it.
 """
 
 from __future__ import annotations
@@ -71,6 +75,13 @@ def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float3
     """
     if kind not in WRITERS:
         raise UserError(f"--format {kind}: choose one of {', '.join(FORMATS)}")
+    if kind in ("diffusers", "comfyui") and model.backbone.name == "sd3" and model.backbone.supports_edits:
+        channels = model.student.network.config.in_channels
+        raise UserError(
+            f"--format {kind}: this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' "
+            "StableDiffusion3Pipeline nor ComfyUI gives it: export it as merged (the network) or peft (the adapter); "
+            "`python -m tasks sample` and the registered model's predict draw with it"
+        )
     if kind in ("peft", "comfyui"):
         student_adapter(model.student)  # refused before anything is written
     with atomic_folder(out) as folder:

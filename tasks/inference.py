@@ -13,7 +13,7 @@ import torch
 from data.aspect import bucket_of, fit
 from data.errors import UserError
 from data.files import read_json
-from model.backbones import Backbone, load_backbone
+from model.backbones import Backbone, check_sizes, load_backbone
 from model.field import Guided, condition_of
 from model.randomness import noise_for
 from model.rollout import euler_grid, sample
@@ -75,6 +75,8 @@ def open_folder(source: Source, project: Path, *, base: str = "", parts: Sequenc
         raise UserError(f"{source.uri}: no {RECORD} in it; expected a student as the distill or absorb stage writes it")
     record = read_json(folder / RECORD)
     own = bool(record.get("own_start"))
+    trained = {name: record.get(name) for name in ("resolution", "max_tokens")}  # it answers prompts and sizes as it was taught to
+    options |= {name: value for name, value in trained.items() if value and options.get(name) is None}
     origin = folder if own else base_of(folder, record, project, base)
     backbone = load_backbone(origin, need=parts if own else ("transformer", *parts), **options)  # a start of its own comes with the student
     student = load_student(folder, backbone, str(record.get("base_sha256")), options.get("device", "cpu"))
@@ -97,14 +99,15 @@ def draw(
 ) -> list[np.ndarray]:
     """One picture (H, W, 3) uint8 a prompt; prompt i with a source edits it, and starts from noise (seed, i).
 
-    `guidance` 1 is the student itself, which has absorbed its guidance. A source keeps its aspect at about `resolution`^2 pixels (None: the model's own size);
-    T2I is square. Raises UserError for an edit that the network cannot read, or a source on the micro grid of another size.
+    `guidance` 1 is the student itself, which has absorbed its guidance. A source keeps its aspect at about `resolution`^2 pixels (None: the size that the
+    student was trained at); T2I is square. Raises UserError for an edit that the network cannot read, or a size it has no positions for.
     """
     backbone = model.backbone
     if any(source is not None for source in sources) and not backbone.supports_edits:
         raise UserError("this student reads no source image: sample it without --source")
     edge = resolution or backbone.latent_shape[1] * backbone.pixels_per_latent
     sizes = [(edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple) for source in sources]
+    check_sizes(backbone, set(sizes))
     grid = euler_grid(steps, float(backbone.scheduler["shift"]))
     device = next(model.student.network.parameters()).device
     drawn: dict[int, np.ndarray] = {}

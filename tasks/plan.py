@@ -24,7 +24,8 @@ from data.records import CAPABILITIES
 from model.rollout import QUERY_BIAS
 from tasks.assembly import addresses
 from tasks.params import PARAMS_FILE, SHARED, load_params, read_yaml
-from tasks.sources import availability
+from tasks.preflight import evaluators
+from tasks.sources import availability, cached
 from tasks.stages import STAGES, check_all, load_stage
 
 PRESETS, TEACHERS = Path("presets"), Path("data/teachers")
@@ -126,13 +127,15 @@ class Size:
 
 
 def size_of(params: Mapping[str, Any], project: Path) -> Size:
-    """From shapes alone: of the base among the teachers where it is the family's, else of the published network."""
+    """From shapes alone: of the base that `teachers.sources` names, or of the one among the teachers, where it is here and the family's; else of the published
+    network."""
     from model.adapters import linear_modules
     from model.backbones import family_of, load_backbone
     from model.teachers import own_layers
 
     backbone = params["distill"].backbone
-    base = project / TEACHERS / "base"
+    sources = params["teachers"].sources
+    base = (cached(sources["base"].uri, project) if "base" in sources else None) or project / TEACHERS / "base"
     if (base / "model_index.json").is_file() and family_of(base) == backbone.name:
         made: Any = load_backbone(base, need=())
     elif backbone.name == "micro":
@@ -274,10 +277,12 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     known: Mapping[str, Any] = fetched or params["teachers"].teachers
     kinds = {name: known[name].kind for name in teachers if name in known}
     wanted = addresses(fetched)
+    networks = evaluators(document, project)
     return {
         "params": str(path), "backbone": family, "basis": basis, "stages": [asdict(rows[name]) for name in STAGES], "memory": memory(params, size, kinds),
         "parameters": size.parameters,
-        "weights": [{"key": key, "uri": wanted[key], "state": state} for key, state in availability(wanted, project).items()],
+        "weights": [{"key": key, "uri": wanted[key], "state": state} for key, state in availability(wanted, project).items()]
+        + [{"key": key, "uri": name, "state": state} for key, (name, state) in networks.items()],
     }  # fmt: skip
 
 
@@ -309,7 +314,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
     console.print(f"memory  {sum(found['memory'].values()):.2f} GB while training, activations aside ({parts})", markup=False, highlight=False, soft_wrap=True)
     for one in found["weights"]:
         remedy = {
-            "here": "", "to fetch": ": fetched by `python -m tasks teachers --out data/teachers`",
+            "here": "", "to fetch": ": fetched when a run needs it; `python -m tasks check` asks whether it can be",
             "missing": f": put the weights there, or set {one['key']} to where they are (a path, hf://owner/name, s3://bucket/key, models:/name@alias)",
         }[one["state"]]  # fmt: skip
         console.print(f"weights {one['state']:8} {one['uri']}{remedy}", markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import CAPABILITIES
 from tasks.params import PARAMS_FILE, read_yaml
-from tasks.sources import address_faults, missing_faults
+from tasks.sources import HUB, address_faults, missing_faults, unfetchable_faults
 from tasks.stages import check_all
 
 TEACHERS = Path("data/teachers")
@@ -24,7 +24,8 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
     except UserErrors as errors:
         faults += errors.faults
     document = read_yaml(path)
-    faults += teacher_faults(document, teachers) + folder_faults(document, teachers.absolute().parents[1]) + judge_faults(document)
+    project = teachers.absolute().parents[1]
+    faults += teacher_faults(document, teachers) + folder_faults(document, project) + network_faults(document, project) + judge_faults(document)
     if faults:
         raise UserErrors(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults)
 
@@ -35,6 +36,46 @@ def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
     if not isinstance(collect, dict) or collect.get("source") != "folder" or not collect.get("folder") or (project / str(collect["folder"])).is_dir():
         return []
     return [f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"]
+
+
+def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro world's detector needs none."""
+    from benchmarks.geneval_run import MICRO
+
+    benchmark, found = document.get("benchmark"), {}
+    for key in ("detector", "classifier"):
+        name = str(benchmark.get(key) or "") if isinstance(benchmark, dict) else ""
+        if name and name != MICRO:
+            here = (project / name).is_dir() or _in_hub_cache(name)
+            found[f"benchmark.{key}"] = name, "here" if here else "to fetch" if HUB.fullmatch(f"hf://{name}") else "missing"
+    return found
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    model, _, revision = name.partition("@")
+    return HUB.fullmatch(f"hf://{name}") is not None and isinstance(try_to_load_from_cache(model, "config.json", revision=revision or None), str)
+
+
+def network_faults(document: dict[str, Any], project: Path) -> list[str]:
+    """Networks that look at the images and are nowhere, and what of them and of the teachers' weights the hub would have to give and does not."""
+    uris, known = _source_uris(document), evaluators(document, project)
+    faults = [
+        f"{label} = {name!r}: no such folder, and no name on the hub (owner/name); put the network there, or name where it is"
+        for label, (name, state) in known.items()
+        if state == "missing"
+    ]
+    uris |= {label: f"hf://{name}" for label, (name, state) in known.items() if state == "to fetch"}
+    return faults if address_faults(uris) else faults + unfetchable_faults(uris, project)
+
+
+def _source_uris(document: dict[str, Any]) -> dict[str, str]:
+    """The params' key -> address; none where the section is not written as it should be, which its own check names."""
+    try:
+        return {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in dict(document["teachers"].get("sources") or {}).items()}
+    except (KeyError, TypeError, AttributeError):
+        return {}
 
 
 def judge_faults(document: dict[str, Any]) -> list[str]:
@@ -62,9 +103,9 @@ def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
         routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
         sources = dict(document["teachers"].get("sources") or {})
         made = [*document["teachers"]["teachers"], *sources]
-        uris = {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in sources.items()}
     except (KeyError, TypeError, AttributeError):
         return []  # the sections' own checks name what is wrong with them
+    uris = _source_uris(document)
     if sources:  # the folder is made from them when the run fetches its teachers
         faults = [] if address_faults(uris) else missing_faults(uris, teachers.absolute().parents[1])
         return faults + [

@@ -18,7 +18,7 @@ from data.aspect import bucket_of, fit
 from data.errors import UserError
 from data.microworld import World
 from data.records import CAPABILITIES, Example
-from model.backbones import Backbone
+from model.backbones import Backbone, check_sizes
 from model.field import Guided, VelocityField, condition_of
 from model.rollout import euler_grid, sample
 from tasks.params import BenchmarkParams, JudgeParams, SamplingParams
@@ -141,9 +141,11 @@ def _jobs(backbone: Backbone, evaluation: EvaluationSet, images_per_prompt: int)
 
 
 def picture_bucket(backbone: Backbone, source: np.ndarray | None) -> tuple[int, int]:
-    """Width and height in px that this backbone draws: the bucket of a source's aspect, the usual square without one."""
+    """Width and height in px that this backbone draws: the bucket of a source's aspect, the usual square without one. Raises UserError as check_sizes."""
     edge = backbone.latent_shape[1] * backbone.pixels_per_latent
-    return (edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple)
+    size = (edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple)
+    check_sizes(backbone, [size])
+    return size
 
 
 def encode_sources(backbone: Backbone, sources: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:

@@ -29,6 +29,7 @@ LOCK = Path("weights.lock.json")
 HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[\w./-]+\.safetensors))?(?:@(?P<revision>[\w./-]+))?")
 REGISTERED = re.compile(r"models:/(?P<name>[\w. -]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 BUCKET = re.compile(r"s3://[^/\s]+/\S+")
+HUB_PATIENCE = 10.0  # s for the answer to one question
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,25 @@ def missing_faults(uris: Mapping[str, str], project: Path) -> list[str]:
         for label, state in availability(uris, project).items()
         if state == "missing"
     ]
+
+
+def unfetchable_faults(uris: Mapping[str, str], project: Path) -> list[str]:
+    """The addresses on the hub that are not on this machine and that the hub would not give now: one question each, nothing is fetched."""
+    wanted = {label: uri for label, uri in uris.items() if kind_of(uri) == "hub" and cached(uri, project) is None}
+    if not wanted:
+        return []
+    from huggingface_hub import HfApi
+
+    faults = []
+    for label, uri in wanted.items():
+        match = HUB.fullmatch(uri)
+        assert match is not None
+        try:
+            with _hub_answers(uri, match["repo"]):
+                HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).model_info(match["repo"], revision=match["revision"], timeout=HUB_PATIENCE)
+        except (UserError, OSError) as error:
+            faults.append(f"{label} is not on this machine: {error}")
+    return faults
 
 
 def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> Source:
@@ -235,30 +255,14 @@ def _disk(path: Path) -> Iterator[None]:
 # --- fetching ---------------------------------------------------------------------------------------------------------------
 
 
-def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its index names, in one precision."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+@contextmanager
+def _hub_answers(uri: str, repo: str) -> Iterator[None]:
+    """What the hub refuses, or that it does not answer, as a UserError with what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of the client it speaks through, whichever that is
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    match = HUB.fullmatch(uri)
-    assert match is not None
-    repo, file, endpoint = match["repo"], match["file"], os.environ.get("HF_ENDPOINT") or None
-    if not os.isatty(1):
-        disable_progress_bars()
     try:
-        info = HfApi(endpoint=endpoint).model_info(repo, revision=pinned or match["revision"], files_metadata=True)
-        commit, sizes = str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-        index = read_json(hf_hub_download(repo, PIPELINE, revision=commit, local_dir=staged, endpoint=endpoint)) if PIPELINE in sizes and not file else {}
-        chosen = _chosen(uri, file, sizes, pipeline_parts(index))
-        needed, free = sum(sizes[name] for name in chosen), shutil.disk_usage(staged).free
-        if needed > free:
-            raise UserError(
-                f"{uri}: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free in {staged.parent}; make room, or link that folder to a larger disk"
-            )
-        print(f"{uri}: fetching {len(chosen)} files, {needed / 1e9:.2f} GB, revision {commit[:12]}", flush=True)
-        snapshot_download(repo, revision=commit, local_dir=staged, allow_patterns=chosen, endpoint=endpoint)
+        yield
     except GatedRepoError as error:
         raise UserError(
             f"{uri}: its owner asks for consent: accept the licence on https://huggingface.co/{repo} and log in (`hf auth login`, or HF_TOKEN)"
@@ -272,6 +276,30 @@ def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{uri}: the hub cannot be reached ({first}); try again later, or fetch it elsewhere and name the folder's path instead") from error
+
+
+def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
+    """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its index names, in one precision."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    match = HUB.fullmatch(uri)
+    assert match is not None
+    repo, file, endpoint = match["repo"], match["file"], os.environ.get("HF_ENDPOINT") or None
+    if not os.isatty(1):
+        disable_progress_bars()
+    with _hub_answers(uri, repo):
+        info = HfApi(endpoint=endpoint).model_info(repo, revision=pinned or match["revision"], files_metadata=True)
+        commit, sizes = str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        index = read_json(hf_hub_download(repo, PIPELINE, revision=commit, local_dir=staged, endpoint=endpoint)) if PIPELINE in sizes and not file else {}
+        chosen = _chosen(uri, file, sizes, pipeline_parts(index))
+        needed, free = sum(sizes[name] for name in chosen), shutil.disk_usage(staged).free
+        if needed > free:
+            raise UserError(
+                f"{uri}: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free in {staged.parent}; make room, or link that folder to a larger disk"
+            )
+        print(f"{uri}: fetching {len(chosen)} files, {needed / 1e9:.2f} GB, revision {commit[:12]}", flush=True)
+        snapshot_download(repo, revision=commit, local_dir=staged, allow_patterns=chosen, endpoint=endpoint)
     shutil.rmtree(staged / ".cache", ignore_errors=True)
     return (staged / file if file else staged), commit
 

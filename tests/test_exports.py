@@ -24,6 +24,8 @@ from model.adapters import Adapter, linear_modules, write_comfyui, write_peft
 from model.backbones import load_backbone, parts
 from model.field import Condition, condition_of
 from model.randomness import noise_for, torch_generator
+from model.rollout import euler_grid
+from model.rollout import sample as sample_latents
 from model.student import RECORD as STUDENT_RECORD
 from model.student import save_student, start_student
 from model.teachers import ADAPTER_WEIGHTS, BASE, RECORD, NetworkField, load_base, load_teachers, own_layers, read_records
@@ -36,7 +38,9 @@ from tests.tiny_families import CHANNELS, save_family
 
 RANK, ALPHA = 3, 6
 SIZE = (CHANNELS, 6, 4)  # of latents: no square
-FAMILIES = ("sd3", "zimage")
+PROMPTS = ["a red circle", "make it night and a blue cross on the background"]
+FAMILIES = {"sd3": ("sd3", False), "sd3-edit": ("sd3", True), "zimage": ("zimage", True)}  # name -> family, whether it edits
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Project:
 
     root: Path
     family: str
-    conditions: list[Condition]  # T2I and an edit, of two prompts of different length
+    edits: bool
+    conditions: list[Condition]  # T2I and, where the family edits, an edit, of two prompts of different length
     base: list[torch.Tensor]  # the base's answers to them
 
     def model(self, name: str, **options: Any) -> Model:
@@ -74,9 +79,9 @@ def sources(**changes: Any) -> dict[str, SourceParams]:
     return {**named, **changes}
 
 
-def bring(root: Path, family: str) -> None:
+def bring(root: Path, family: str, edits: bool = True) -> None:
     """weights/: a pipeline, a PEFT folder, a ComfyUI file, a full checkpoint."""
-    save_family(root / "weights" / "base", family)
+    save_family(root / "weights" / "base", family, **({"wide": edits} if family == "sd3" else {}))
     backbone = load_backbone(root / "weights" / "base", need=("transformer",))
     write_peft(root / "weights" / "local", some_adapter(backbone.network, own_layers(backbone), seed=1))
     (root / "weights" / "global").mkdir()
@@ -97,7 +102,7 @@ def make_students(root: Path) -> None:
 
 @torch.no_grad()
 def answers(conditions: list[Condition], field: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    shape = SIZE if conditions[1].source is None else tuple(conditions[1].source.shape[1:])
+    shape = SIZE if conditions[-1].source is None else tuple(conditions[-1].source.shape[1:])
     return [field(noise_for(8, 0, [0, 1], shape), torch.tensor([0.9, 0.2]), condition) for condition in conditions]
 
 
@@ -105,20 +110,19 @@ def made(root: Path, family: str) -> Project:
     backbone = load_base(root / "data" / "teachers", need=("transformer", "text"))
     shape = backbone.latent_shape if family == "micro" else SIZE
     conditions = []
-    for edits in (False, True):
+    for edits in (False, True)[: 1 + backbone.supports_edits]:
         source = noise_for(7, 0, [0, 1], shape, "source") if edits else None
-        prompts = ["a red circle", "make it night and a blue cross on the background"]
-        conditions.append(condition_of(backbone.encode_prompts(prompts, edits), backbone.encode_prompts([""], edits), source))
-    return Project(root, family, conditions, answers(conditions, NetworkField(backbone, backbone.network)))
+        conditions.append(condition_of(backbone.encode_prompts(PROMPTS, edits), backbone.encode_prompts([""], edits), source))
+    return Project(root, family, backbone.supports_edits, conditions, answers(conditions, NetworkField(backbone, backbone.network)))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = tmp_path_factory.mktemp(request.param)
-    bring(root, request.param)
+    bring(root, *FAMILIES[request.param])
     assemble(sources(), root / "data" / "teachers", root)
     make_students(root)
-    return made(root, request.param)
+    return made(root, FAMILIES[request.param][0])
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +141,43 @@ def assert_same(project: Project, model: Model, network: Any) -> None:
     assert max(float((one - other).abs().max()) for one, other in zip(project.base, expected, strict=True)) > 1e-3
 
 
+@torch.no_grad()
+def assert_same_pictures(model: Model, pipeline: Any) -> None:
+    """The library's own pipeline, called as its users call it, draws the student's latents."""
+    _, height, width = SIZE
+    per, noise = model.backbone.pixels_per_latent, noise_for(9, 0, [0, 1], SIZE)
+    pipeline.set_progress_bar_config(disable=True)
+    unguided = {"sd3": 1.0, "zimage": 0.0}[model.backbone.name]
+    levels = torch.linspace(1.0, 1.0 / STEPS, STEPS).tolist()
+    found = pipeline(
+        prompt=list(PROMPTS), num_inference_steps=STEPS, sigmas=levels, guidance_scale=unguided, height=per * height, width=per * width, latents=noise.clone(),
+        output_type="latent", max_sequence_length=model.backbone.max_tokens,
+    ).images  # fmt: skip
+    condition = condition_of(model.backbone.encode_prompts(PROMPTS), model.backbone.encode_prompts([""]))
+    expected = sample_latents(model.student.field, noise, condition, euler_grid(STEPS, float(model.backbone.scheduler["shift"])))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((found - noise).abs().max()) > 0.1
+
+
+def is_refused(project: Project, model: Model, kind: str, out: Path) -> bool:
+    """An SD3 that reads a source has no pipeline that runs it: said in one message, and nothing is written."""
+    if (project.family, project.edits) != ("sd3", True):
+        return False
+    with pytest.raises(UserError, match=f"--format {kind}: this SD3 reads a source image .*export it as merged"):
+        export(model, kind, out)
+    assert not out.exists()
+    return True
+
+
 @pytest.mark.parametrize("student", ["adapter", "whole"])
 def test_diffusers_loads_the_pipeline(project: Project, student: str, tmp_path: Path) -> None:
-    model = project.model(student)
+    model = project.model(student, parts=("text",))
+    if is_refused(project, model, "diffusers", tmp_path / "out"):
+        return
     made = export(model, "diffusers", tmp_path / "out")
-    assert_same(project, model, DiffusionPipeline.from_pretrained(str(tmp_path / "out")).transformer)
+    pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "out"))
+    assert_same(project, model, pipeline.transformer)
+    assert_same_pictures(model, pipeline)
     files = read_json(tmp_path / "out" / "export.json")["files"]
     assert len(files) == made["files"] and "model_index.json" in files and files.keys() == {
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "export.json"
@@ -162,16 +198,19 @@ def test_peft_loads_the_adapter(project: Project, tmp_path: Path) -> None:
 
 
 def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: Path) -> None:
-    model = project.model("adapter")
+    model = project.model("adapter", parts=("text",))
+    if is_refused(project, model, "comfyui", tmp_path / "out"):
+        return
     export(model, "comfyui", tmp_path / "out")
     pipeline = DiffusionPipeline.from_pretrained(str(model.origin))
     pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=COMFYUI_FILE)
     assert_same(project, model, pipeline.transformer)
+    assert_same_pictures(model, pipeline)
 
 
 @pytest.mark.parametrize("kind", ["peft", "comfyui"])
 def test_a_student_that_is_no_adapter_is_not_exported_as_one(project: Project, kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="trained all its parameters.*merged"):
+    with pytest.raises(UserError, match="trained all its parameters.*merged|reads a source image.*merged"):
         export(project.model("whole"), kind, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -189,6 +228,10 @@ def test_the_micro_student_is_exported_too(micro: Project, tmp_path: Path) -> No
 
 def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = project.model("adapter", parts=("text", "vae"))
+    if not project.edits:
+        with pytest.raises(UserError, match="reads no source image"):
+            draw(model, ["make it night"], [np.zeros((16, 16, 3), np.uint8)], steps=1, guidance=1.0, seed=0, batch=1)
+        return
     picture = np.random.default_rng(0).integers(0, 255, (30, 44, 3), dtype=np.uint8)
     numbers: dict[str, Any] = {"steps": 2, "guidance": 1.0, "seed": 3, "resolution": 16}
     prompts, given = ["a red circle", "make it night", "a blue cross"], [None, picture, None]
@@ -204,6 +247,20 @@ def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.png", "001.png", "grid.png", "samples.json"]
     with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "000.png") as first:
         assert grid.width > 3 * first.width and grid.height > first.height  # source and two answers, with their titles
+
+
+def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: Path) -> None:
+    """At its own resolution and prompt length, whatever the family's usual ones are; a size without positions is one message."""
+    backbone, fields = load_teachers(project.root / "data" / "teachers", [BASE], need=("transformer",), resolution=16, max_tokens=40)
+    student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
+    save_student(tmp_path / "small", student, {"base_sha256": read_records(project.root / "data" / "teachers")[BASE].sha256, "rank": RANK, "alpha": ALPHA})
+    model = open_model(str(tmp_path / "small"), project.root)
+    assert model.backbone.max_tokens == 40
+    (picture,) = draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1)
+    assert picture.shape == (16, 16, 3)
+    for resolution, words in ((256, "positions for edges of up to"), (18, "expected multiples of 4 px")):
+        with pytest.raises(UserError, match=words):
+            draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1, resolution=resolution)
 
 
 def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +303,7 @@ def refusal(project: Project, tmp_path: Path, **changes: Any) -> str:
 
 def test_weights_of_another_model_are_refused_with_every_fault(project: Project, tmp_path: Path) -> None:
     """Another family's adapter, another scheduler, another base by record and by name, a lost key, a pickle, a bad hash: each one message, all at once."""
-    other = FAMILIES[1 - FAMILIES.index(project.family)]
+    other = "zimage" if project.family == "sd3" else "sd3"
     save_family(tmp_path / "other", other)
     foreign = load_backbone(tmp_path / "other", need=("transformer",))
     write_peft(tmp_path / "foreign", some_adapter(foreign.network, own_layers(foreign), seed=1))

@@ -22,9 +22,10 @@ from tasks.plan import Size, expected_index, forward_operations, measured_rate, 
 from tasks.preflight import other_teachers, preflight, teacher_faults
 from tasks.repro import Ended
 from tasks.stages import STAGES
+from tests.test_flow import free_port
 
 PRESETS = sorted(path.stem for path in (PROJECT / "presets").glob("*.yaml"))
-OWN = [name for name in PRESETS if not name.startswith("micro") and not name.endswith("public")]
+FOREIGN = [name for name in PRESETS if not name.startswith("micro")]
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(8, 5.21), (16, 10.93), (20, 13.79), (28, 19.50)])
@@ -85,6 +86,7 @@ def test_states_follow_dvc_and_pass_downstream(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status(monkeypatch, {})
+    monkeypatch.setattr("tasks.preflight._in_hub_cache", lambda _: False)
     made = plan(PROJECT / "params.yaml", tmp_path)
     rows = {row["stage"]: row for row in made["stages"]}
     assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
@@ -95,7 +97,8 @@ def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.Mo
     published = plan(PROJECT / "presets" / "zimage_local_global.yaml", tmp_path)
     assert published["parameters"] == pytest.approx(6.155e9, rel=0.001)
     assert published["memory"]["base"] == pytest.approx(12.3, abs=0.1) and sum(published["memory"].values()) < 25
-    assert [one["state"] for one in published["weights"]] == ["to fetch", "missing", "missing"]
+    assert [one["state"] for one in published["weights"]] == ["to fetch", "missing", "missing", "to fetch", "to fetch"]
+    assert published["weights"][-1]["key"] == "benchmark.classifier"
     print_plan(published)
     shown = capsys.readouterr().out
     assert "from operations at 40% of 790 TF/s: one H100" in shown and "set teachers.sources.global.uri to where they are" in shown
@@ -103,14 +106,22 @@ def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.Mo
         planning.cli(["--preset", "nobody"])
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp_path: Path) -> None:
-    """Every own weight is named, with the key that says where it is."""
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is not here is named in one answer, with the key that says where it is: own weights, public ones, GenEval's networks, the examples."""
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # nobody is there
+    monkeypatch.setattr("tasks.preflight._in_hub_cache", lambda _: False)
+    monkeypatch.setenv("OPENAI_API_KEY", "a judge's")
     path = PROJECT / "presets" / f"{name}.yaml"
     with pytest.raises(UserErrors) as caught:
         preflight(path, tmp_path / "data" / "teachers")
-    missing = [fault for fault in caught.value.faults if fault.startswith("teachers.sources.") and "no such file or folder" in fault]
-    assert len(missing) == (2 if "local" in path.read_text().split("routing:")[1][:300] else 1)
+    document = read_yaml(path)
+    uris = {f"teachers.sources.{teacher}.uri": source["uri"] for teacher, source in document["teachers"]["sources"].items()}
+    public = {key for key, uri in uris.items() if uri.startswith("hf://")} | {"benchmark.detector", "benchmark.classifier"}
+    for key in {*uris, *public, "collect.folder"}:
+        (fault,) = [fault for fault in caught.value.faults if fault.startswith(f"{key} ")]
+        assert ("the hub cannot be reached" in fault and "name the folder's path instead" in fault) if key in public else "put " in fault
+    assert len(caught.value.faults) == len(uris) + 3
 
 
 def test_teachers_made_from_another_address_are_not_taken_for_these(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from safetensors.numpy import save, save_file
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file
 from tasks import sources
-from tasks.sources import CACHE, LOCK, address_faults, availability, kind_of, missing_faults, resolve, resolve_all
+from tasks.sources import CACHE, LOCK, address_faults, availability, kind_of, missing_faults, resolve, resolve_all, unfetchable_faults
+from tests.test_flow import free_port
 
 COMMIT = "a" * 40
 REPO = "acme/lora"
@@ -180,6 +181,19 @@ def test_everything_missing_is_named_at_once_before_any_fetch(hub: Hub, tmp_path
     assert list(availability(wanted, tmp_path).values()) == ["to fetch", "missing", "missing"]
     resolve(f"hf://{REPO}", tmp_path)
     assert availability(wanted, tmp_path)["teachers.sources.base.uri"] == "here"
+
+
+def test_whether_the_hub_would_give_it_is_asked_without_fetching(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = {"a": f"hf://{REPO}", "b": "hf://acme/nothing", "c": "weights/local"}
+    (fault,) = unfetchable_faults(uris, tmp_path)
+    assert fault.startswith("b is not on this machine: hf://acme/nothing: no such model") and not hub.requests
+    hub.gated = True
+    assert "accept the licence" in unfetchable_faults({"a": uris["a"]}, tmp_path)[0]
+    hub.gated = False
+    resolve(uris["a"], tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    assert unfetchable_faults({"a": uris["a"]}, tmp_path) == []  # it is here by now: nobody is asked
+    assert "cannot be reached" in unfetchable_faults({"b": uris["b"]}, tmp_path)[0]
 
 
 def test_addresses_are_checked_as_they_are_written() -> None:

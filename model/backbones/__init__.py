@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,15 @@ TRANSFORMER = ("transformer",)  # all that training reads
 MAX_TOKENS = 256
 
 
+def check_sizes(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raises UserError for a picture (width, height in px) that is larger than the network has positions for, or is no whole number of its patches."""
+    for width, height in sizes:
+        if max(width, height) > backbone.largest_edge:
+            raise UserError(f"{width} x {height} px: the network has positions for edges of up to {backbone.largest_edge} px; choose a smaller resolution")
+        if width % backbone.size_multiple or height % backbone.size_multiple:
+            raise UserError(f"{width} x {height} px: expected multiples of {backbone.size_multiple} px, as the network's latents and patches need")
+
+
 class Backbone(Protocol):
     """One frozen base network with what belongs to it."""
 
@@ -29,6 +38,8 @@ class Backbone(Protocol):
     supports_edits: bool  # whether the network reads a source image
     pixels_per_latent: int
     size_multiple: int  # px: height and width of a picture are multiples of it
+    largest_edge: int  # px: what the network has positions for
+    max_tokens: int  # of a prompt
     edit_prompts: bool  # whether edits read their prompts in another form than T2I
 
     def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:

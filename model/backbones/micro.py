@@ -124,12 +124,14 @@ class MicroBackbone:
     name = "micro"
     supports_edits = True
     edit_prompts = False
+    max_tokens = MAX_WORDS
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
 
     def __init__(self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]) -> None:
         self.network, self.text, self.codec, self.scheduler = network, text, codec, scheduler
         self.latent_shape = (network.config.out_channels, network.config.sample_size, network.config.sample_size)
         self.pixels_per_latent = self.size_multiple = codec.patch
+        self.largest_edge = network.config.pos_embed_max_size * network.config.patch_size * codec.patch
 
     @classmethod
     def new(cls, vocabulary: Sequence[str], grid: int, width: int, layers: int, heads: int, channels: int, shift: float, seed: int) -> MicroBackbone:

@@ -42,6 +42,7 @@ class SD3Backbone:
         self.supports_edits = config.in_channels == 2 * channels
         self.latent_shape = (channels, config.sample_size, config.sample_size)
         self.pixels_per_latent, self.size_multiple = pixels_per_latent, pixels_per_latent * config.patch_size
+        self.largest_edge = self.size_multiple * config.pos_embed_max_size
         self.vae: Any = None
         self._texts: Any = None
 

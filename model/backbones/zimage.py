@@ -34,6 +34,7 @@ class ZImageBackbone:
         edge = DEFAULT_EDGE // pixels_per_latent
         self.latent_shape = (network.config.in_channels, edge, edge)
         self.size_multiple = pixels_per_latent * min(network.config.all_patch_size)
+        self.largest_edge = self.size_multiple * min(network.config.axes_lens[1:])
         self.vae: Any = None
         self._texts: Any = None
 
@@ -62,7 +63,8 @@ class ZImageBackbone:
             self.vae = None
 
     def _pipeline(self, edits: bool) -> tuple[Any, Any]:
-        from diffusers import ZImageOmniPipeline, ZImagePipeline
+        with parts.quiet():  # importing them says what else could be installed
+            from diffusers import ZImageOmniPipeline, ZImagePipeline
 
         tokenizer, encoder = _loaded(self._texts, "text encoder")
         given = {"scheduler": None, "vae": None, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": None}
