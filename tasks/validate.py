@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     edge = backbone.latent_shape[1] * backbone.pixels_per_latent
     micro = params.benchmark.detector == MICRO
     scored = not micro or edge == world.size
+    if scored:
+        counted = Counter(example.category for example in evaluation.examples)
+        faults += [
+            f"{category}: a single example in the eval split of {curated}, which has no standard error; hold out two or more, or none"
+            for category, count in sorted(counted.items())
+            if count == 1
+        ]
     if not micro:
         check_judgeable(evaluation.examples, params.benchmark, params.judge)
     if not scored:
@@ -160,17 +168,22 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
             metrics = summarise(rows, expected=expected_scores(evaluation.examples, params.sampling.images_per_prompt), **numbers)
             own = evaluation.only(capability).examples
             path = MACRO[CAPABILITIES[capability].benchmark]
-            own_metric = summarise(
-                [row for row in judged if row.category in CAPABILITIES[capability].categories],
-                expected=expected_scores(own, params.sampling.images_per_prompt),
-                **numbers,
-            )[path]
+            own_metric, unguided = (
+                summarise(
+                    [row for row in one if row.category in CAPABILITIES[capability].categories],
+                    expected=expected_scores(own, params.sampling.images_per_prompt),
+                    **numbers,
+                )[path]
+                for one in (judged, rows)
+            )
             floor = params.floors.get(name)
             if floor is not None and own_metric.mean < floor:
                 faults.append(
                     f"{name}: {path} = {own_metric.mean:.3f} on its own {capability}, below its floor {floor}; "
                     f"train it longer, or lower validate.floors.{name} knowingly"
                 )
+            if not unguided.mean and any(route.teacher == name for route in routes):
+                faults.append(f"{name}: scores 0 on its own {capability}, so no student could retain anything of it; check its weights, or route another")
             tested[name] |= {"own": asdict(own_metric), "metrics": {path: asdict(metric) for path, metric in metrics.items()}}
             summary[f"{name} on {capability}"] = round(own_metric.mean, 3)
         if scored and micro:

@@ -19,6 +19,7 @@ MARK = re.compile(r"play ([a-z_0-9]+)")  # in the instruction: which script the 
 GOOD = '{"score": [8, 6], "reasoning": "the {hat} is red"}'
 TEXTS = {  # action -> the text of an HTTP 200 completion
     "good": GOOD,
+    "bad": '{"score": [0, 0], "reasoning": "nothing was done"}',
     "fenced": f"```json\n{GOOD}\n```",
     "prose": f"Let me look closely. {GOOD} I hope that helps.",
     "wrong_length": '{"score": [8], "reasoning": "one number"}',

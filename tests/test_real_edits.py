@@ -5,7 +5,9 @@ A tiny SD3, GenEval's networks in tiny, and a judge on loopback.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +199,24 @@ def test_what_the_judge_did_not_grade_is_no_score(home: Home, tmp_path: Path) ->
         server.scripts = {}
         run_validate(root, tmp_path, judge_params(server.url, retry=("api_error", "refused")))
     assert {row.status for row in read_scores(tmp_path / "validated")} == {"ok"}
+
+
+def test_a_teacher_that_scores_nothing_is_refused_before_anything_is_learned_from_it(home: Home, tmp_path: Path) -> None:
+    with judge_server({name: ["bad"] for name in ("e5", "e6", "quality")}) as server:
+        with pytest.raises(UserErrors, match="local: scores 0 on its own local_edit, so no student could retain anything"):
+            run_validate(home.curated.parent, tmp_path, judge_params(server.url))
+    assert not json.loads((tmp_path / "validate.json").read_text())["passed"]
+
+
+def test_a_category_of_one_example_is_refused_before_anything_is_drawn(home: Home, tmp_path: Path) -> None:
+    copied = tmp_path / "home"
+    shutil.copytree(home.curated.parent, copied)
+    examples, dropped = read_examples(copied / "curated"), {"e6"}
+    write_examples(copied / "curated", [one for one in examples if not (one.split == "eval" and dropped & set(one.prompt.split()))])
+    with judge_server({}) as server:
+        with pytest.raises(UserErrors, match="subject-add: a single example in the eval split .* hold out two or more, or none"):
+            run_validate(copied, tmp_path, judge_params(server.url))
+        assert not server.calls.total()
 
 
 def test_a_judge_that_is_not_there_is_one_message_and_nothing_is_made(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
