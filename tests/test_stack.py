@@ -349,14 +349,14 @@ def published(story: Story) -> dict[str, Any]:
 
 
 def misbehaving() -> Callable[[str, str], str | None]:
-    """One request in six gets a fault, another each time."""
+    """One request in twelve gets a fault, another each time."""
     numbers, faults = itertools.count(1), itertools.cycle(("500", "503", "slow", "cut", "half"))
-    return lambda method, path: next(faults) if next(numbers) % 6 == 0 else None
+    return lambda method, path: next(faults) if next(numbers) % 12 == 0 else None
 
 
 def test_a_cancelled_run_goes_on_while_the_store_misbehaves(story: Story) -> None:
     """From the first student's branch, on a machine with an empty cache, with MLflow down at the start. Cancelled in distill, the same command goes on; every
-    sixth request to the S3 store meets a fault, and when data is to be pushed nothing answers there at all."""
+    twelfth request to the S3 store meets a fault, and when data is to be pushed nothing answers there at all for a while."""
     assert (story.aliases(), [entry["action"] for entry in story.ledger()]) == ({"champion": "1"}, ["promote"])
     wanted = {"revision": story.told["branch"], "overrides": SECOND, "promote": "review"}
     servers.stop(story.folder, "worker")
@@ -379,8 +379,9 @@ def test_a_cancelled_run_goes_on_while_the_store_misbehaves(story: Story) -> Non
         run = story.run("distill/prod", **wanted)
         story.wait("absorb", lambda: "absorb" in story.tasks(run))
         servers.stop(story.folder, "seaweedfs", kill=True)
-        story.wait("the push waits for the store", lambda: story.tasks(run).get("push") == "AwaitingRetry")
+        story.wait("a transfer that is given up", lambda: any("failed to transfer" in line for line in story.lines(run)))  # after half a minute of trying
         servers.start(story.folder, "seaweedfs")
+        story.wait("the push is tried again", lambda: story.tasks(run).get("push") == "AwaitingRetry")
         story.completed(run)
         servers.stop(story.folder, "worker")
     servers.start(story.folder, "worker")
