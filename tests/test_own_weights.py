@@ -25,6 +25,7 @@ from model.adapters import write_comfyui, write_peft
 from model.backbones import load_backbone
 from model.teachers import own_layers
 from tasks import export, gate, lineage, plan, registry, sample, tracking
+from tasks.environment import for_children
 from tasks.params import load_params, read_yaml
 from tasks.preflight import preflight
 from tasks.pyfunc_model import png_of
@@ -131,7 +132,7 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     save_examples(project / "data" / "examples")
 
     def dvc(*arguments: str) -> str:
-        ended = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, capture_output=True, text=True, check=False)
+        ended = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, env=for_children(sys.executable), capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 
