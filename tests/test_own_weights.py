@@ -132,7 +132,8 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     save_examples(project / "data" / "examples")
 
     def dvc(*arguments: str) -> str:
-        ended = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=project, env=for_children(sys.executable), capture_output=True, text=True, check=False)
+        line, environment = [sys.executable, "-m", "dvc", *arguments], for_children(sys.executable)
+        ended = subprocess.run(line, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 
