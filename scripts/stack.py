@@ -298,10 +298,8 @@ def prepare(folder: Path) -> None:
     secret = credentials.read_file(folder / "secrets.env")
     at = ports(folder)
     _write_private(folder / "s3.json", json.dumps(_s3_identities(secret), indent=2))
-    database = f"postgresql+psycopg2://mlflow@127.0.0.1:{at['postgres']}/mlflow"
-    lines = ("[mlflow]", "default_permission = READ", f"database_uri = {database}", "admin_username = admin")
-    lines += ("authorization_function = mlflow.server.auth:authenticate_request_basic_auth", "auth_cache_ttl_seconds = 60")  # else a slow hash a request
-    _write_private(folder / "mlflow.ini", "\n".join(lines) + "\n")
+    accounts = Path(__file__).with_name("mlflow.ini").read_text(encoding="utf-8")  # as docker-compose.yml has it
+    _write_private(folder / "mlflow.ini", accounts.replace("@postgres/", f"@127.0.0.1:{at['postgres']}/"))
     exports = "".join(f"export {name}='{value}'\n" for name, value in client_environment(folder).items())
     _write_private(folder / "client.sh", exports)
     for name in ("seaweedfs", "workspaces"):

@@ -26,12 +26,13 @@ from data.errors import UserError, UserErrors
 from data.files import atomic_folder, digest, sha256_file, write_text
 from tasks.environment import PROJECT
 from tasks.params import PARAMS_FILE, read_yaml
-from tasks.repro import UNAVAILABLE, Busy, Unavailable, failure, stream
+from tasks.repro import UNAVAILABLE, Busy, Ended, Unavailable, failure, stream
 
 REPOSITORY, WORKSPACES = "DANCEOPD_REPOSITORY", "DANCEOPD_WORKSPACES"
 DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
 REMOTE = "s3"  # in .dvc/config
 BRANCHES = "runs/"
+SKIPPED = "failed to transfer"  # DVC says so of a file of the run cache and then ends as if all were well
 RECORDS = ("dvc.lock", "reports/scorecard.json", "reports/validate.json")  # what a run leaves for git; everything else is DVC's or MLflow's
 IDENTITY = ("-c", "user.name=danceopd", "-c", "user.email=danceopd@localhost")
 Line = Callable[[str], None]
@@ -190,11 +191,18 @@ def fetch(folder: Path, line: Line) -> None:
     """Everything that the remote has of what dvc.lock names, and its record of earlier stages' runs. What it has not is made by the run."""
     ended = stream([sys.executable, "-m", "dvc", "pull", "--run-cache", "--allow-missing", "--force"], folder, line)
     if not ended.status:
-        return
+        return _nothing_skipped("dvc pull", ended)
     error = failure("dvc pull", ended)
     missing = any(sign in text for text in ended.lines for sign in ("failed to pull data from the cloud", "Checkout failed"))
     if not missing or isinstance(error, (Unavailable, Busy)):
         raise error
+
+
+def _nothing_skipped(what: str, ended: Ended) -> None:
+    """Raises Unavailable for a record of the run cache that was not transferred: without it another machine would train again what lies in the store."""
+    skipped = [text.strip() for text in ended.lines if SKIPPED in text]
+    if skipped:
+        raise Unavailable(f"{what}: {len(skipped)} files were not transferred ({skipped[0][:300]}); nothing is lost, the same command goes on from there")
 
 
 def push(work: Workspace, line: Line) -> dict[str, str]:
@@ -207,6 +215,7 @@ def push(work: Workspace, line: Line) -> dict[str, str]:
     ended = stream([sys.executable, "-m", "dvc", "push", "--run-cache"], work.path, line)
     if ended.status:
         raise failure("dvc push", ended)
+    _nothing_skipped("dvc push", ended)
     _commit(work.path, f"Results of {work.branch}", tuple(name for name in RECORDS if (work.path / name).exists()))
     _git(work.path, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
     return {"branch": str(work.branch), "git.sha": _git(work.path, "rev-parse", "HEAD"), "repository": _without_credentials(str(repository()))}

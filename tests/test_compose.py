@@ -65,6 +65,13 @@ def test_every_service_keeps_the_rules(services: dict[str, dict[str, Any]]) -> N
             assert how["condition"] == ("service_completed_successfully" if needed in ONCE else "service_healthy"), (name, needed)
 
 
+def test_no_text_has_to_be_written_into_a_read_only_container(secrets: Path, services: dict[str, dict[str, Any]]) -> None:
+    """Compose copies a config's `content` into the container, and refuses to start where it cannot; a file is mounted."""
+    configs = json.loads(compose(secrets, "--format", "json").stdout)["configs"]
+    mounted = [(name, use["source"]) for name, service in services.items() if service.get("read_only") for use in service.get("configs", [])]
+    assert mounted and all("content" not in configs[source] and Path(configs[source]["file"]).is_file() for _, source in mounted), mounted
+
+
 def test_scripts_and_compose_start_the_same_servers(services: dict[str, dict[str, Any]]) -> None:
     """The stack without Docker is what is tested: its settings are those of the composed one."""
     text = (PROJECT / "scripts" / "stack.py").read_text(encoding="utf-8")

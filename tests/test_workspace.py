@@ -154,3 +154,27 @@ def test_a_store_that_does_not_answer_loses_nothing(repository: Path, monkeypatc
     assert git(repository, "branch", "--format=%(refname:short)") == "main"
     write_text(settings, right)
     assert workspace.push(work, lambda text: None)["branch"] == "runs/quick-run"
+
+
+def test_a_record_of_the_run_cache_that_was_not_transferred_is_worth_another_try(repository: Path, tmp_path: Path) -> None:
+    """DVC itself would end well: the data is in the store, and another machine would do the stage again."""
+    work = opened()
+    subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)
+    in_the_way = tmp_path / "remote" / "runs"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    with pytest.raises(Unavailable, match="1 files were not transferred"):
+        workspace.push(work, lambda text: None)
+    assert git(repository, "branch", "--format=%(refname:short)") == "main"
+    in_the_way.unlink()
+    assert workspace.push(work, lambda text: None)["branch"] == "runs/quick-run"
+    (record,) = (path for path in in_the_way.rglob("*") if path.is_file())
+    shutil.rmtree(tmp_path / "workspaces")
+    text = record.read_bytes()
+    record.unlink()
+    record.symlink_to("nowhere")
+    with pytest.raises(Unavailable, match="1 files were not transferred"):
+        opened("next", revision="runs/quick-run")
+    record.unlink()
+    record.write_bytes(text)
+    assert opened("next", revision="runs/quick-run").path.exists()
