@@ -27,7 +27,7 @@ COPY requirements.lock ./
 # The processors' build of torch has its own index; everything else comes from the usual one.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    grep '^torch==' requirements.lock | xargs pip install --index-url "$TORCH_INDEX" \
+    grep '^torch==' requirements.lock | xargs pip install --no-deps --index-url "$TORCH_INDEX" \
     && pip install --requirement requirements.lock
 COPY --chown=danceopd . .
 USER danceopd

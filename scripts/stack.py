@@ -148,7 +148,6 @@ def services(folder: Path) -> dict[str, Service]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "HOME": str(folder),
     }
-    hosts = ",".join(f"{name}:{at['mlflow']}" for name in ("127.0.0.1", "localhost"))
     prefect = {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://prefect:{secret['PREFECT_DATABASE_PASSWORD']}@127.0.0.1:{at['postgres']}/prefect",
@@ -171,7 +170,8 @@ def services(folder: Path) -> dict[str, Service]:
         "postgres": Service((str(programs / "postgres"), *postgres), {**base, "LC_ALL": "C.UTF-8"}, None, "postgres" if os.geteuid() == 0 else None),
         "seaweedfs": Service((str(Path(python).with_name("weed")), "mini", *weed), {**base, "HOME": str(folder)}, f"http://127.0.0.1:{at['s3']}/healthz", None),
         "mlflow": Service(
-            (python, "-m", "mlflow", "server", *where, str(at["mlflow"]), "--workers", "1", "--app-name", "basic-auth", "--allowed-hosts", hosts,
+            (python, "-m", "mlflow", "server", *where, str(at["mlflow"]), "--workers", "1", "--app-name", "basic-auth",
+             "--allowed-hosts", "localhost:*,127.0.0.1:*",
              "--backend-store-uri", f"postgresql+psycopg2://mlflow@127.0.0.1:{at['postgres']}/mlflow",
              "--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts"),
             {**base, **mlflow}, f"http://127.0.0.1:{at['mlflow']}/health", None,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.errors import UserError, UserErrors
 from data.files import explain
+from tasks.environment import PROXIED
 
 FILE = Path(".env")
 LENGTH = 32  # bytes of randomness a password
@@ -95,6 +96,7 @@ def client_settings(secret: Mapping[str, str], *, prefect: str = PREFECT, mlflow
         "MLFLOW_TRACKING_URI": mlflow,
         "MLFLOW_TRACKING_USERNAME": "pipeline",
         "MLFLOW_TRACKING_PASSWORD": secret["MLFLOW_PIPELINE_PASSWORD"],
+        **PROXIED,
         "AWS_ENDPOINT_URL_S3": s3,
         "AWS_ACCESS_KEY_ID": secret["S3_PIPELINE_KEY"],
         "AWS_SECRET_ACCESS_KEY": secret["S3_PIPELINE_SECRET"],

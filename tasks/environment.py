@@ -17,6 +17,10 @@ LEDGER = "DANCEOPD_LEDGER"  # s3://BUCKET/PREFIX of the ledger that all machines
 PUBLISH = "DANCEOPD_PUBLISH"  # s3://BUCKET/PREFIX where promoted versions are published; unset: nothing is published
 REVIEWERS = "DANCEOPD_REVIEWERS"  # names that may decide, separated by commas; unset: whoever may write to the registry
 
+# MLflow 3.17 tells its clients to fetch artifacts from the store behind it, by the store's name inside the servers' network: from any other network each file
+# costs three minutes of vain tries. Through the server they come from everywhere.
+PROXIED = {"MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false"}
+
 
 def setting(name: str) -> str | None:
     """The variable's value without surrounding space; None when it is unset or empty."""
@@ -35,6 +39,7 @@ def defaults(project: Path = PROJECT) -> dict[str, str]:
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_MODEL_CATALOG_URI": "",  # else a catalogue is downloaded
+        **PROXIED,
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(project / ".dvc" / "tmp" / "site"),
         "ITERATIVE_DO_NOT_TRACK": "1",

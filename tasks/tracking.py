@@ -32,6 +32,7 @@ import pandas as pd
 
 from data.errors import UserError
 from data.files import explain, sha256_bytes
+from tasks.environment import PROXIED
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,6 +54,7 @@ SWITCHES = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default (7, doubling) hangs for minutes on a dead server
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    **PROXIED,
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the address with its password
     "GIT_PYTHON_REFRESH": "quiet",

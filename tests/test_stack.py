@@ -458,7 +458,12 @@ def test_drift_of_the_champion_is_an_alert(story: Story) -> None:
 def test_lineage_of_the_champion_is_all_there(story: Story) -> None:
     branch = f"runs/{story.state(story.told['second'])['name']}"
     sha = story.call("git", "rev-parse", branch, cwd=Path(story.environment["DANCEOPD_REPOSITORY"])).strip()
-    told = story.call(sys.executable, "-m", "tasks", "lineage", "models:/danceopd@champion")
+    with FaultyProxy(story.environment["MLFLOW_TRACKING_URI"]) as proxy, pytest.MonkeyPatch.context() as patch:
+        settings = servers.client_environment
+        patch.setattr(servers, "client_environment", lambda folder: {**settings(folder), "MLFLOW_TRACKING_URI": proxy.url})
+        told = story.call(sys.executable, "-m", "tasks", "lineage", "models:/danceopd@champion")
+    asked = {path for _, path, _ in proxy.seen}
+    assert any("scorecard.json" in path for path in asked) and not any("presigned" in path for path in asked), asked  # the store's address is the servers' own
     assert sha in told and "MISSING" not in told and "are there; the checkpoint is DVC's checkpoints/absorbed at that revision" in told
     assert story.call(sys.executable, "-m", "tasks", "lineage", sha[:10]).splitlines() == [f"models:/danceopd/2  git.sha = {sha}"]
 
