@@ -18,7 +18,7 @@ from benchmarks.gedit_data import EditTask, check_official, edited_path, is_offi
 from benchmarks.gedit_judging import IMAGE_TOKENS, SUITE, image_seed, judge_folder
 from benchmarks.gedit_verdict import column_scorecard, freeze_anchors, read_judgements, rows_of, summary
 from benchmarks.judge import IMAGE_FORMATS, JUDGES, RESIZES, JudgeSettings, load_wording, read_rgb
-from benchmarks.judge_access import Access
+from benchmarks.judge_access import Access, name_of_local
 from benchmarks.scorecard import write_scorecard, write_scores
 from benchmarks.store import shard_of
 from data.errors import UserError, UserErrors
@@ -167,7 +167,9 @@ def _access(parsed: argparse.Namespace, settings: JudgeSettings) -> Access:
 def _judge(arguments: Sequence[str]) -> int:
     parsed = _judge_parser().parse_args(arguments)
     provider = parsed.provider or (urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge)
-    name = Path(parsed.judge_model).name if parsed.judge in ("local", "replay") else parsed.judge_model
+    name = parsed.judge_model
+    if parsed.judge in ("local", "replay"):
+        name = name_of_local(name) if parsed.judge == "local" else Path(name).name
     settings = JudgeSettings(
         parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first,
         parsed.image_format, parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.geneval_detector import Instance, check_loaded, full_precision, model_folder, weights_digest
+from benchmarks.geneval_detector import Instance, check_loaded, full_precision, model_folder
 from benchmarks.geneval_prompts import COLORS
 from data.errors import UserError
+from data.files import weights_digest
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")  # the article is always "a"
 BACKGROUND = (0x99, 0x99, 0x99)  # painted over everything outside the object's mask

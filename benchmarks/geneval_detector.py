@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from benchmarks.geneval_prompts import CLASSES
 from data.errors import UserError
-from data.files import digest, sha256_file
+from data.files import weights_digest
 
 SHORT_SIDE, LONG_SIDE = 800, 1333  # px
 MULTIPLE = 32  # px, of the padded sides
@@ -129,12 +129,6 @@ class Detector:
 
     network: Any
     device: str
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 (hex) over config.json and the safetensors files of a model's folder."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    return digest({file.name: sha256_file(file) for file in files})
 
 
 def model_folder(source: str, what: str) -> Path:

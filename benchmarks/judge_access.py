@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,20 @@ from benchmarks.judge import Ask, JudgeSettings, fake_judge, replay_judge
 from benchmarks.parallel import device_of
 from benchmarks.store import read_results
 from data.errors import UserError, UserErrors
+from data.files import weights_digest
 
 if TYPE_CHECKING:
     from benchmarks.judge_endpoint import Endpoint
+
+
+@lru_cache
+def name_of_local(folder: str | Path) -> str:
+    """How results name a checkpoint on this machine: its folder's name and the first half of its weights' SHA-256 (read once a process), so that answers of
+    one judge are never taken for those of another in a folder of the same name. Raises UserError for a folder that is not there."""
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        raise UserError(f"{folder}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")
+    return f"{path.name}@{weights_digest(path)[:32]}"
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,8 @@ class Access:
 
     def check(self) -> None:
         """Raises UserError(s), before anything expensive runs, for a server that does not answer or refuses the key, or a checkpoint that is not there."""
-        if self.settings.kind == "local" and not Path(self.folder).is_dir():
-            raise UserError(f"{self.folder}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")
+        if self.settings.kind == "local":
+            name_of_local(self.folder)
         if self.settings.kind == "endpoint":
             from benchmarks.judge_endpoint import check_reachable
 

@@ -121,6 +121,12 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(folder: Path) -> str:
+    """SHA-256 (hex) over config.json and the safetensors files of a model's folder."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return digest({file.name: sha256_file(file) for file in files})
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())

@@ -15,7 +15,7 @@ from benchmarks.gedit_judging import MadeEdit
 from benchmarks.gedit_verdict import answered_by, coverage_of, score_made
 from benchmarks.geneval_run import MICRO, Evaluator, evaluator_identity, judge_pictures
 from benchmarks.judge import JudgeSettings, Wording, identity_of_judge, load_wording
-from benchmarks.judge_access import Access
+from benchmarks.judge_access import Access, name_of_local
 from benchmarks.scorecard import ExampleScore
 from data.errors import UserError
 from data.files import digest, sha256_file
@@ -75,7 +75,7 @@ def _judge_of(judge: JudgeParams, benchmark: BenchmarkParams) -> tuple[JudgeSett
     """The judge's settings, its texts and where it is. Raises UserError(s) for texts that are not there."""
     server, request = judge.server, asdict(judge.request)
     provider = server.provider or (urlsplit(server.base_url).hostname or "" if judge.kind == "endpoint" else judge.kind)
-    name = Path(judge.model).name if judge.kind == "local" else judge.model
+    name = name_of_local(judge.model) if judge.kind == "local" else judge.model
     settings = JudgeSettings(kind=judge.kind, model=name, provider=provider, repeats=judge.repeats, **request)
     wording = load_wording(judge.wording or None)
     if judge.kind == "local":

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from benchmarks.judge_access import name_of_local
 from benchmarks.scorecard import ExampleScore, read_scorecard, read_scores
 from data.errors import UserError, UserErrors
 from data.records import read_examples, write_examples
@@ -254,6 +256,14 @@ def test_the_judge_may_be_a_network_on_this_machine(home: Home, checkpoint: Path
         run_validate(home.curated.parent, tmp_path, judge_params("", kind="local", model=str(checkpoint), request=request))
     (shard,) = tmp_path.glob("runs/judgements/*/shards/*.jsonl")
     assert shard.read_bytes().count(b"\n") == 4 and checkpoint.name in shard.read_text(encoding="utf-8") and not (tmp_path / "validated").exists()
+    other = tmp_path / "other" / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    assert name_of_local(other) == name_of_local(checkpoint)
+    (weights,) = other.glob("*.safetensors")
+    trained = tmp_path / "trained" / checkpoint.name
+    shutil.copytree(checkpoint, trained)
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, trained / weights.name, {"format": "pt"})
+    assert name_of_local(trained) != name_of_local(checkpoint)  # so its answers are kept elsewhere
 
 
 def test_workers_of_the_stage_give_the_bytes_of_one_process(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
