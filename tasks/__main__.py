@@ -93,9 +93,9 @@ def _dispatch(arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         return int(importlib.import_module(f"tasks.{command.replace('-', '_')}").cli(arguments[1:]) or 0)
     if command in REGISTRY:
-        from tasks import registry
+        from tasks import decisions
 
-        return int(registry.cli(arguments) or 0)
+        return int(decisions.cli(arguments) or 0)
     if command in SERVERS:
         module = importlib.import_module(f"tasks.{SERVERS[command][0]}")
         return int(module.cli(arguments if SERVERS[command][0] == "publish" else arguments[1:]))

@@ -21,17 +21,16 @@ from benchmarks.gedit import MINIMUM_COVERAGE
 from data.errors import UserError
 from data.files import digest, read_json, write_json
 from data.records import CAPABILITIES
+from tasks import registry
+from tasks.provenance import CHECKPOINT_FOLDER, SCORECARD_FILE, VALIDATE_FILE, provenance
 
 HEADLINES = {"geneval": "overall", "gedit": "average"}
 NO_CHAMPION = "none"
 CHAMPION_RULE = "regression/champion"  # its value is the version that the candidate was compared with: promotion refuses a verdict on any other
 SCORECARD_RULE = "provenance/scorecard"  # its value ties the verdict to the bytes of one scorecard
 WEIGHTS_RULE = "provenance/weights"  # the same for the checkpoint folder
-SCORECARD_FILE = "reports/scorecard.json"
 SCORES_FILE = "reports/score/scores.parquet"
-VALIDATE_FILE = "reports/validate.json"
 VERDICT_FILE = "reports/verdict.json"
-CHECKPOINT_FOLDER = "checkpoints/absorbed"
 
 
 @dataclass(frozen=True)
@@ -317,6 +316,16 @@ def judge(
     )
 
 
+def rule_value(verdict: Mapping[str, Any], name: str) -> Any:
+    """The value of a verdict's rule; None when it has no such rule."""
+    return next((rule["value"] for rule in verdict["rules"] if rule["rule"] == name), None)
+
+
+def has_passed(verdict: Mapping[str, Any]) -> bool:
+    """Whether a verdict says yes: by its own word and by every one of its rules."""
+    return bool(verdict["rules"]) and verdict.get("passed") is True and all(rule["passed"] is True for rule in verdict["rules"])
+
+
 def paired_with(project: Path, params: Params, candidate: Mapping[str, Any], champion: Mapping[str, Any]) -> dict[str, Any] | None:
     """Paired comparison of the two models' per-example scores; None when they were not scored on the same set."""
     theirs = champion.get("scores")
@@ -349,14 +358,11 @@ def judge_files(project: Path, params: Params) -> dict[str, Any]:
 
     Raises UserError when the scorecard is missing or the registry cannot be read: no verdict is better than one without the champion.
     """
-    from tasks.provenance import provenance
-    from tasks.registry import champion as find_champion
-
     project = Path(project).resolve()
     candidate = read_json(project / SCORECARD_FILE)
     if not isinstance(candidate, dict) or not isinstance(candidate.get("metrics"), dict):
         raise UserError(f"{project / SCORECARD_FILE}: not a scorecard (no `metrics`); run the score stage again")
-    champion = find_champion(project)
+    champion = registry.champion(project)
     comparison = paired_with(project, params, candidate, champion) if champion else None
     verdict = judge(params, candidate, champion=champion, provenance=provenance(project), comparison=comparison).to_json()
     write_json(project / VERDICT_FILE, verdict)

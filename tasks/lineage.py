@@ -23,8 +23,7 @@ from typing import Any
 from data.errors import UserError
 from data.files import sha256_bytes
 from tasks import registry, s3, workspace
-from tasks.gate import CHECKPOINT_FOLDER
-from tasks.provenance import DVC_PATHS, LOCK_FILES, md5_of
+from tasks.provenance import CHECKPOINT_FOLDER, DVC_PATHS, LOCK_FILES, md5_of
 from tasks.repro import Unavailable
 
 SHORTEST = 7  # characters of a digest that are looked for

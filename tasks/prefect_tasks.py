@@ -283,10 +283,10 @@ def gate(work: Workspace) -> dict[str, Any]:
 @asking
 def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, Any]:
     """Records the run; a passing candidate becomes a version, and with promote="auto" the champion."""
-    from tasks import registry
+    from tasks import submission
 
     reason = "promoted by the flow" if promote == "auto" else "submitted by the flow"
-    result = dict(registry.submit_files(work.path, _gate_params(work), promote, actor(), reason))
+    result = dict(submission.submit_files(work.path, _gate_params(work), promote, actor(), reason))
     rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in result.items())
     create_markdown_artifact(f"| registered | |\n|---|---|\n{rows}", key="registration", description="the run and the version in MLflow")
     for key, (link, text) in mlflow_links(result).items():
@@ -409,25 +409,25 @@ def _decided(result: Mapping[str, Any]) -> dict[str, Any]:
 @asking
 def promote(version: str, reviewer: str, reason: str) -> dict[str, Any]:
     """The reviewed version becomes the champion. Returns {"entry" (the ledger's), "changed"}."""
-    from tasks import registry
+    from tasks import decisions
 
-    return _decided(registry.promote(PROJECT, version, reviewer, reason))
+    return _decided(decisions.promote(PROJECT, version, reviewer, reason))
 
 
 @asking
 def rollback(reviewer: str, reason: str) -> dict[str, Any]:
     """Back to the previous champion. Returns as `promote`."""
-    from tasks import registry
+    from tasks import decisions
 
-    return _decided(registry.rollback(PROJECT, reviewer, reason))
+    return _decided(decisions.rollback(PROJECT, reviewer, reason))
 
 
 @asking
 def carry_out_reviews() -> list[dict[str, Any]]:
     """Reviews that were made in MLflow's pages become promotions and rejections. Returns one {"version", "status", "message"} for each."""
-    from tasks import registry
+    from tasks import decisions
 
-    decided = registry.decide_reviews(PROJECT)
+    decided = decisions.decide_reviews(PROJECT)
     if decided:
         create_table_artifact(table=decided, key="reviews", description="reviews carried out, and those that could not be")
     return decided

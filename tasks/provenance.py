@@ -16,8 +16,11 @@ import yaml
 
 from data.errors import UserError
 from data.files import sha256_file
-from tasks.gate import CHECKPOINT_FOLDER, SCORECARD_FILE, VALIDATE_FILE
 
+# What a version stands on, beside its data: their digests are in its lineage, and the gate compares them with dvc.lock.
+SCORECARD_FILE = "reports/scorecard.json"
+VALIDATE_FILE = "reports/validate.json"
+CHECKPOINT_FOLDER = "checkpoints/absorbed"
 DVC_PATHS = {"curated": "data/curated", "encoded": "data/encoded", "teachers": "data/teachers", "student": "checkpoints/student", "absorbed": CHECKPOINT_FOLDER}
 GENERATED = ("reports/", "dvc.lock")  # written by the run itself: a difference there says nothing about the code
 LOCK_FILES = ("requirements.lock", "uv.lock")

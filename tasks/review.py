@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.report import add_champion
 from benchmarks.scorecard import Scorecard
 from data.files import read_json, write_text
-from tasks.gate import SCORECARD_FILE, Params, paired_with
+from tasks.gate import Params, paired_with
+from tasks.provenance import SCORECARD_FILE
 
 PAGE_FILE, REVIEW_FILE = "reports/score/report.html", "reports/review.html"
 

@@ -11,6 +11,7 @@ from typing import Any
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_file
 from tasks import gate, tracking
+from tasks.provenance import SCORECARD_FILE
 from tasks.registry import MODEL, weight_hashes
 
 REFERENCE = re.compile(rf"(?:models:/{MODEL}(?:/(?P<number>\d+)|@(?P<alias>[A-Za-z0-9_-]+)))|(?P<bare>\d+)")
@@ -82,7 +83,7 @@ def registered_scorecard(project: Path, version: Version, folder: Path) -> dict[
     store = tracking.open_store(project)
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.explained(store.uri):
-        path = Path(store.client.download_artifacts(version.run_id, Path(gate.SCORECARD_FILE).name, str(folder)))
+        path = Path(store.client.download_artifacts(version.run_id, Path(SCORECARD_FILE).name, str(folder)))
     if sha256_file(path) != version.tags.get("scorecard.json.sha256"):
         raise UserError(f"version {version.number}: scorecard.json of run {version.run_id} is not the file that was judged")
     scorecard: dict[str, Any] = read_json(path)

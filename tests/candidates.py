@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from data.files import digest, write_json
 from data.records import CAPABILITIES
-from tasks import gate, registry, tracking
+from tasks import gate, submission, tracking
 
 PARAMS = gate.Params(
     capabilities=("t2i", "local_edit", "global_edit"),
@@ -97,11 +97,11 @@ def fresh_database(folder: Path) -> Path:
     return folder / "mlflow.db"
 
 
-def submitted(project: Path, *, geneval: float = 0.8, gedit: float = 8.0, weights: float = 1.0, promote: registry.Promote = "review") -> dict[str, Any]:
+def submitted(project: Path, *, geneval: float = 0.8, gedit: float = 8.0, weights: float = 1.0, promote: submission.Promote = "review") -> dict[str, Any]:
     """Writes, judges and submits one candidate."""
     write_candidate(project, card=scorecard(geneval, gedit), weights=weights)
     judged(project)
-    return registry.submit_files(project, PARAMS, promote, "ann", "nightly run")
+    return submission.submit_files(project, PARAMS, promote, "ann", "nightly run")
 
 
 def judged(project: Path, **changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError
 from data.files import sha256_file, write_json
-from tasks import lineage, registry, workspace
+from tasks import lineage, submission, workspace
 from tasks import s3 as store
 from tasks.provenance import DVC_PATHS, md5_of
 
@@ -74,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Pat
         git(project, "add", ".")
         git(project, "commit", "-q", "-m", "first")
         candidates.judged(project)
-        assert registry.submit_files(project, candidates.PARAMS, "auto", "ann", "nightly")["status"] == "champion"
+        assert submission.submit_files(project, candidates.PARAMS, "auto", "ann", "nightly")["status"] == "champion"
         for name in ("data", "checkpoints"):  # another machine, or another run since: only DVC has them
             (project / name).rename(project.parent / name)
     return project

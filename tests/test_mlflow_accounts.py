@@ -15,7 +15,7 @@ import candidates
 import pytest
 
 from data.errors import UserError
-from tasks import ledger, registry, tracking
+from tasks import decisions, ledger, registry, submission, tracking
 from tasks import s3 as store
 from tasks.environment import PROJECT
 from tests.servers import FaultyProxy, MlflowServer
@@ -38,10 +38,10 @@ def project(tmp_path: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: p
 def state(project: Path) -> tuple[Any, ...]:
     """All that strangers might change: versions with their tags and texts, aliases, runs with their tags and status."""
     opened = tracking.open_store(project)
-    versions = [(one.version, sorted(one.tags.items()), one.description, one.source) for one in registry._versions(opened)]
+    versions = [(one.version, sorted(one.tags.items()), one.description, one.source) for one in registry.versions_of(opened)]
     experiment = opened.client.get_experiment_by_name(tracking.EXPERIMENT)
     runs = [(one.info.run_id, one.info.status, sorted(one.data.tags.items())) for one in opened.client.search_runs([experiment.experiment_id])]
-    return versions, sorted(registry._aliases(opened).items()), runs, experiment.lifecycle_stage
+    return versions, sorted(registry.aliases_of(opened).items()), runs, experiment.lifecycle_stage
 
 
 def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,15 +89,15 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
         patch.delenv("MLFLOW_TRACKING_USERNAME")
         patch.delenv("MLFLOW_TRACKING_PASSWORD")
         with pytest.raises(UserError, match="does not know"):
-            registry.promote(project, "2", "mallory", "mine")
+            decisions.promote(project, "2", "mallory", "mine")
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_USERNAME", reader)
         patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        for decision in (registry.promote, registry.reject):
+        for decision in (decisions.promote, decisions.reject):
             with pytest.raises(UserError, match="may not do this"):
                 decision(project, "2", "reader", "I would like to")
         with pytest.raises(UserError, match="may not do this"):
-            registry.approve(project, "2", "reader", "I would like to")
+            decisions.approve(project, "2", "reader", "I would like to")
     assert state(project) == before and len(ledger.read(f"{s3}/ledger")) == 1  # refused before the ledger's entry
 
 
@@ -115,11 +115,11 @@ def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: Mlf
 
         proxy.fault = fault
         try:
-            registry.submit_files(project, candidates.PARAMS, "review", "ann", "x")
+            submission.submit_files(project, candidates.PARAMS, "review", "ann", "x")
         except UserError as error:
             assert "run the same command again" in str(error)
         proxy.fault = lambda method, path: None
-        done = registry.submit_files(project, candidates.PARAMS, "review", "ann", "x")
+        done = submission.submit_files(project, candidates.PARAMS, "review", "ann", "x")
     assert (done["status"], done["version"]) == ("candidate", "1") and any(fault == "cut" for *_, fault in proxy.seen)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     opened = tracking.open_store(project)
@@ -128,9 +128,9 @@ def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: Mlf
     assert run.info.status == "FINISHED" and run.data.params["distill.steps"] == "300"
     for metric in ("distill/loss/t2i", "absorb/loss/guided"):
         assert [one.step for one in sorted(opened.client.get_metric_history(run.info.run_id, metric), key=lambda one: one.step)] == list(range(5))
-    assert len(registry._versions(opened)) == 1 and registry._aliases(opened) == {"candidate": "1"}
+    assert len(registry.versions_of(opened)) == 1 and registry.aliases_of(opened) == {"candidate": "1"}
     assert not list((project / "mlflow" / "spool").glob("*/*"))
-    assert registry.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
+    assert decisions.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
 
 
 def test_what_was_logged_while_the_server_was_away_is_sent_later(

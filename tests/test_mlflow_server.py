@@ -12,7 +12,7 @@ import candidates
 import pytest
 
 from data.errors import UserError
-from tasks import gate, ledger, registry, tracking
+from tasks import decisions, gate, ledger, registry, submission, tracking
 from tests.servers import MlflowServer
 
 pytestmark = pytest.mark.slow
@@ -30,15 +30,15 @@ def test_candidate_champion_refusal_and_a_server_that_dies(mlflow_server: Mlflow
     assert (first["status"], first["version"], first["tracking_uri"]) == ("champion", "1", uri)
     assert candidates.submitted(project, geneval=0.1, weights=2.0)["status"] == "refused"
     assert candidates.submitted(project, geneval=0.82, weights=3.0)["status"] == "candidate"
-    registry.promote(project, "2", "eve", "better")
+    decisions.promote(project, "2", "eve", "better")
     store = tracking.open_store(project)
-    assert registry._aliases(store) == {"champion": "2", "previous": "1"}
+    assert registry.aliases_of(store) == {"champion": "2", "previous": "1"}
     version = store.client.get_model_version(registry.MODEL, "2")
     assert store.client.get_run(version.run_id).info.artifact_uri.startswith("mlflow-artifacts:")  # the server keeps the files
     assert not (project / "mlflow" / "artifacts").exists() and not (project / "mlflow" / "mlflow.db").exists()
     entries = ledger.read(registry.ledger_place(store))
     assert [(entry.action, entry.from_version, entry.to_version) for entry in entries] == [("promote", None, "1"), ("promote", "1", "2")]
-    registry.rollback(project, "eve", "artefacts")
+    decisions.rollback(project, "eve", "artefacts")
     champion = registry.champion(project)
     assert champion is not None and champion["version"] == "1" and Path(champion["scores"]).is_file()
     run = store.client.get_run(champion["run_id"]).info
@@ -51,7 +51,7 @@ def test_candidate_champion_refusal_and_a_server_that_dies(mlflow_server: Mlflow
         with pytest.raises(UserError, match="no MLflow server answers"):
             candidates.judged(project)
         with pytest.raises(UserError, match="no MLflow server answers"):
-            registry.submit_files(project, candidates.PARAMS, "review", "ann", "x")
+            submission.submit_files(project, candidates.PARAMS, "review", "ann", "x")
         assert time.monotonic() - started < 30
         assert (project / gate.VERDICT_FILE).read_bytes() == before  # no verdict without the champion
     finally:

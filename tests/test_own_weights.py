@@ -24,7 +24,7 @@ from data.records import LOCAL_EDITS
 from model.adapters import write_comfyui, write_peft
 from model.backbones import load_backbone
 from model.teachers import own_layers
-from tasks import export, gate, lineage, plan, registry, sample, tracking
+from tasks import export, gate, lineage, plan, registry, sample, submission, tracking
 from tasks.environment import for_children
 from tasks.params import load_params, read_yaml
 from tasks.preflight import preflight
@@ -147,7 +147,7 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     assert read_json(project / "data" / "encoded" / "encoded.json")["shapes"] == SHAPES
     judged = gate.judge_files(project, load_params(gate.Params, "gate", project / "params.yaml"))
     assert judged["passed"], [rule for rule in judged["rules"] if not rule["passed"]]
-    submitted = registry.submit_files(project, load_params(gate.Params, "gate", project / "params.yaml"), "auto", "ann", "own weights")
+    submitted = submission.submit_files(project, load_params(gate.Params, "gate", project / "params.yaml"), "auto", "ann", "own weights")
     assert submitted["status"] == "champion"
 
     uri = f"models:/{registry.MODEL}@{registry.CHAMPION}"

@@ -17,7 +17,7 @@ PROMOTER = """
 import sys, time
 from pathlib import Path
 from data.errors import UserError
-from tasks import ledger, registry, tracking
+from tasks import decisions, ledger, registry, tracking
 project, version, simultaneous = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "yes"
 tracking.open_store(project)  # the slow imports come before the start
 meet = project / "meet"
@@ -34,7 +34,7 @@ if simultaneous:
     ledger.append = append_together  # both have checked everything before either writes
 wait("start")
 try:
-    registry.promote(project, version, f"reviewer {version}", "mine is better")
+    decisions.promote(project, version, f"reviewer {version}", "mine is better")
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -75,5 +75,5 @@ def test_two_processes_promote_two_versions(
     entries = ledger.read(registry.ledger_place(tracking.open_store(project)))
     assert [(entry.to_version, entry.actor, entry.reason) for entry in entries] == [(winner, f"reviewer {winner}", "mine is better")]
     store = tracking.open_store(project)
-    assert registry._aliases(store)["champion"] == winner
+    assert registry.aliases_of(store)["champion"] == winner
     assert registry.reconcile(project) == []

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from data.errors import UserError, UserErrors
 from data.files import sha256_bytes
-from tasks import ledger, publish, registry, tracking
+from tasks import decisions, ledger, publish, registry, tracking
 from tasks import s3 as store
 from tests.servers import FaultyProxy, S3Server
 
@@ -46,7 +46,7 @@ def test_promote_publish_roll_back(project: Path, s3: str, tmp_path: Path) -> No
     submitted(project, geneval=0.82, weights=2.0, promote="auto")
     assert publish.publish(project)["ledger"] == 2
     assert weight(Path(publish.fetch(f"{s3}/models", tmp_path / "served")["folder"])) == 2.0
-    registry.rollback(project, "eve", "colours drift")
+    decisions.rollback(project, "eve", "colours drift")
     back = publish.publish(project)
     assert (back["ledger"], back["prefix"], back["manifest"]) == (3, first["prefix"], first["manifest"])
     assert weight(Path(publish.fetch(f"{s3}/models", tmp_path / "served")["folder"])) == 1.0
@@ -154,13 +154,13 @@ def test_a_champion_whose_files_were_exchanged_is_not_published(project: Path, s
 def test_a_review_waits_while_the_store_is_down(project: Path, s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """An approval is not void because the ledger could not be written."""
     submitted(project)
-    registry.approve(project, "1", "eve", "grids look right")
+    decisions.approve(project, "1", "eve", "grids look right")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with FaultyProxy(s3_server.url, lambda method, path: "503" if method == "PUT" else None) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
-        assert [one["status"] for one in registry.decide_reviews(project)] == ["failed"]
+        assert [one["status"] for one in decisions.decide_reviews(project)] == ["failed"]
         proxy.fault = lambda method, path: None
-        assert [one["status"] for one in registry.decide_reviews(project)] == ["promoted"]
+        assert [one["status"] for one in decisions.decide_reviews(project)] == ["promoted"]
     assert [(one.actor, one.to_version) for one in ledger.read(f"{s3}/ledger")] == [("eve", "1")]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from data.errors import UserError
 from model.student import save_student, start_student
 from model.teachers import BASE, load_teachers, read_records
-from tasks import registry, tracking
+from tasks import registry, submission, tracking
 from tasks.inference import draw, open_model
 from tasks.pyfunc_model import carried, picture_of, png_of
 from tests.candidates import PARAMS, fresh_database, judged, new_project
@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_student(root / "checkpoints" / "absorbed", student, {"base_sha256": read_records(teachers)[BASE].sha256, "rank": 5, "alpha": 5, "teachers": {}})
     shutil.copyfile(root / "checkpoints" / "student" / "steps.csv", root / "checkpoints" / "absorbed" / "steps.csv")
     judged(root)
-    assert registry.submit_files(root, PARAMS, "auto", "ann", "nightly run")["status"] == "champion"
+    assert submission.submit_files(root, PARAMS, "auto", "ann", "nightly run")["status"] == "champion"
     return root
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file
-from tasks import ledger, registry, tracking
+from tasks import decisions, ledger, registry, submission, tracking
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def seasoned(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) ->
 
 
 def aliases(project: Path) -> dict[str, str]:
-    return registry._aliases(tracking.open_store(project))
+    return registry.aliases_of(tracking.open_store(project))
 
 
 def version_of(project: Path, number: str) -> Any:
@@ -76,7 +76,7 @@ def test_the_run_holds_params_steps_scores_images_and_files_but_no_pickle(season
 
 def test_the_description_shows_a_reviewer_scores_rules_and_how_to_decide(seasoned: Path) -> None:
     text = version_of(seasoned, "2").description
-    assert len(text) < registry.LONGEST_DESCRIPTION
+    assert len(text) < submission.LONGEST_DESCRIPTION
     assert "| geneval/overall | 0.820 [0.800, 0.840] | 0.800 [0.780, 0.820] | 0.850 [0.830, 0.870] |" in text
     assert "champion (v1)" in text and "--version 2" in text and "folder `report`" in text
     assert all(f"| {rule} |" in text for rule in ("floor/geneval/overall", "regression/gedit/average", "complete/metrics", "provenance/weights"))
@@ -84,8 +84,8 @@ def test_the_description_shows_a_reviewer_scores_rules_and_how_to_decide(seasone
 
 def test_a_long_description_says_what_it_leaves_out() -> None:
     rules = [{"rule": f"floor/{'x' * 60}{index}", "passed": index > 3, "value": 0.5, "bound": 0.4, "reason": "r"} for index in range(80)]
-    text = registry.description(scorecard(), {"passed": False, "rules": rules}, None, {f"teacher {index}": {} for index in range(4)}, "origin", None)
-    assert len(text) < registry.LONGEST_DESCRIPTION and "more rules are in verdict.json" in text
+    text = submission.description(scorecard(), {"passed": False, "rules": rules}, None, {f"teacher {index}": {} for index in range(4)}, "origin", None)
+    assert len(text) < submission.LONGEST_DESCRIPTION and "more rules are in verdict.json" in text
     assert [f"x{index} | **FAIL**" in text for index in range(4)] == [True] * 4  # failures come first
 
 
@@ -113,7 +113,7 @@ def test_the_champions_report_page_is_found_again(project: Path) -> None:
     write_candidate(project)
     (project / "reports/score/report.html").write_text("<!doctype html>the page")
     candidates.judged(project)
-    registry.submit_files(project, PARAMS, "auto", "ann", "nightly run")
+    submission.submit_files(project, PARAMS, "auto", "ann", "nightly run")
     champion = registry.champion(project)
     assert champion is not None and champion["page"].startswith("file://") and champion["page"].endswith("/report/report.html")
     assert Path(unquote(urlsplit(champion["page"]).path)).read_text() == "<!doctype html>the page"
@@ -123,41 +123,41 @@ def test_promotion_records_who_and_why_and_keeps_the_previous_for_rollback(proje
     assert registry.champion(project) is None
     assert submitted(project, promote="auto")["status"] == "champion"
     assert submitted(project, geneval=0.82, weights=2.0)["status"] == "candidate"
-    registry.promote(project, "2", "eve", "better binding")
+    decisions.promote(project, "2", "eve", "better binding")
     assert aliases(project) == {"champion": "2", "previous": "1"}
     last = entries(project)[-1]
     assert (last.action, last.actor, last.reason, last.from_version, last.to_version) == ("promote", "eve", "better binding", "1", "2")
     assert last.verdict == version_of(project, "2").tags["gate.verdict.sha256"]
     assert version_of(project, "2").tags["review.by"] == "eve" and version_of(project, "2").tags["review.status"] == "approved"
     with pytest.raises(UserError, match="champion already"):
-        registry.promote(project, "2", "eve", "again")
-    registry.rollback(project, "eve", "artefacts in production")
+        decisions.promote(project, "2", "eve", "again")
+    decisions.rollback(project, "eve", "artefacts in production")
     assert aliases(project) == {"champion": "1"}
     assert [entry.action for entry in entries(project)] == ["promote", "promote", "rollback"]
     with pytest.raises(UserError, match="no previous champion"):
-        registry.rollback(project, "eve", "further")
+        decisions.rollback(project, "eve", "further")
 
 
 def test_a_verdict_against_an_earlier_champion_is_stale(project: Path) -> None:
     submitted(project)
     submitted(project, weights=2.0)  # both judged while there was no champion
-    registry.promote(project, "1", "eve", "first")
+    decisions.promote(project, "1", "eve", "first")
     with pytest.raises(UserError, match=r"judged against champion none, but champion is version 1: the verdict is stale"):
-        registry.promote(project, "2", "eve", "second")
+        decisions.promote(project, "2", "eve", "second")
     assert aliases(project)["champion"] == "1" and len(entries(project)) == 1
 
 
 def test_a_rejected_version_is_never_promoted_and_the_champion_is_not_rejected(project: Path) -> None:
     submitted(project, promote="auto")
     submitted(project, weights=2.0)
-    registry.reject(project, "2", "eve", "ugly hands")
+    decisions.reject(project, "2", "eve", "ugly hands")
     assert aliases(project) == {"champion": "1"} and version_of(project, "2").tags["review.status"] == "rejected"
     with pytest.raises(UserError, match=r"rejected by eve \(ugly hands\)"):
-        registry.promote(project, "2", "eve", "after all")
+        decisions.promote(project, "2", "eve", "after all")
     with pytest.raises(UserError, match="rejected already"):
-        registry.reject(project, "2", "eve", "still")
+        decisions.reject(project, "2", "eve", "still")
     with pytest.raises(UserError, match="roll back"):
-        registry.reject(project, "1", "eve", "no")
+        decisions.reject(project, "1", "eve", "no")
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing", "added"])
@@ -172,7 +172,7 @@ def test_weights_that_are_not_the_ones_judged_are_refused(project: Path, fault: 
         shutil.copyfile(weights, weights.with_name("other.safetensors"))
     name = "other" if fault == "added" else "student"
     with pytest.raises(UserErrors, match=rf"not the ones that were judged(.|\n)*{name}\.safetensors"):
-        registry.promote(project, "1", "eve", "go")
+        decisions.promote(project, "1", "eve", "go")
     assert aliases(project) == {"candidate": "1"} and entries(project) == []
 
 
@@ -181,26 +181,26 @@ def test_a_verdict_exchanged_in_the_store_is_refused(project: Path) -> None:
     path = next((project / "mlflow" / "artifacts").rglob("verdict.json"))
     path.write_text(path.read_text().replace('"value": "none"', '"value": "1"'))
     with pytest.raises(UserError, match="not the passing verdict"):
-        registry.promote(project, "1", "eve", "go")
+        decisions.promote(project, "1", "eve", "go")
 
 
 def test_a_version_without_a_passing_gate_is_refused(project: Path) -> None:
     submitted(project)
     tracking.open_store(project).client.set_model_version_tag(registry.MODEL, "1", "gate.status", "refused")
     with pytest.raises(UserError, match="did not pass the gate"):
-        registry.promote(project, "1", "eve", "go")
+        decisions.promote(project, "1", "eve", "go")
     with pytest.raises(UserError, match=r"no version 7; versions: 1"):
-        registry.promote(project, "7", "eve", "go")
+        decisions.promote(project, "7", "eve", "go")
 
 
 def test_what_was_judged_is_what_is_submitted(project: Path) -> None:
     candidates.judged(project)
     write_candidate(project, weights=9.0)
     with pytest.raises(UserErrors, match="other weights"):
-        registry.submit_files(project, PARAMS, "review", "ann", "x")
+        submission.submit_files(project, PARAMS, "review", "ann", "x")
     write_candidate(project, card=scorecard(0.9))
     with pytest.raises(UserErrors, match="another scorecard"):
-        registry.submit_files(project, PARAMS, "review", "ann", "x")
+        submission.submit_files(project, PARAMS, "review", "ann", "x")
     assert not (project / "mlflow" / "artifacts").exists()  # nothing was sent
 
 
@@ -212,19 +212,19 @@ def test_all_faults_of_a_submission_are_named_at_once(project: Path) -> None:
     weights = project / "checkpoints/absorbed/student.safetensors"
     weights.write_bytes(weights.read_bytes()[:20])
     with pytest.raises(UserErrors) as error:
-        registry.submit_files(project, PARAMS, "review", "ann", "x")
+        submission.submit_files(project, PARAMS, "review", "ann", "x")
     for word in ("validate.json", "steps.csv", "optimizer.pt", "student.safetensors: not readable"):
         assert any(word in fault for fault in error.value.faults)
     with pytest.raises(UserError, match="'auto' or 'review'"):
-        registry.submit_files(project, PARAMS, "yes", "ann", "x")  # type: ignore[arg-type]
+        submission.submit_files(project, PARAMS, "yes", "ann", "x")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="a reason"):
-        registry.submit_files(project, PARAMS, "review", "ann", " ")
+        submission.submit_files(project, PARAMS, "review", "ann", " ")
 
 
 def test_a_crash_between_ledger_and_alias_is_repaired_from_the_ledger(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(project, promote="auto")
     submitted(project, geneval=0.82, weights=2.0)
-    follow = registry._follow
+    follow = registry.follow
     calls: list[int] = []
 
     def dies_after_the_entry(store: tracking.Store) -> list[str]:
@@ -233,9 +233,9 @@ def test_a_crash_between_ledger_and_alias_is_repaired_from_the_ledger(project: P
             raise KeyboardInterrupt
         return follow(store)
 
-    monkeypatch.setattr(registry, "_follow", dies_after_the_entry)
+    monkeypatch.setattr(registry, "follow", dies_after_the_entry)
     with pytest.raises(KeyboardInterrupt):
-        registry.promote(project, "2", "eve", "better")
+        decisions.promote(project, "2", "eve", "better")
     monkeypatch.undo()
     assert aliases(project) == {"champion": "1", "candidate": "2"} and entries(project)[-1].to_version == "2"
     champion = registry.champion(project)
@@ -269,7 +269,7 @@ def test_a_ledger_that_was_tampered_with_is_refused(project: Path, fault: str) -
         content = {**read_json(second), "actor": "bob"}
         content["hash"] = digest({key: value for key, value in content.items() if key != "hash"})
         second.write_text(json.dumps(content))
-    for call in (lambda: registry.champion(project), lambda: registry.rollback(project, "eve", "x"), lambda: registry.reconcile(project)):
+    for call in (lambda: registry.champion(project), lambda: decisions.rollback(project, "eve", "x"), lambda: registry.reconcile(project)):
         with pytest.raises(UserError, match="tampered"):
             call()
 
@@ -277,15 +277,15 @@ def test_a_ledger_that_was_tampered_with_is_refused(project: Path, fault: str) -
 def test_the_commands_decide_and_list(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(project)
     submitted(project)
-    assert registry.cli(["promote", "--version", "1", "--reviewer", "eve", "--reason", "fine"]) == 0
+    assert decisions.cli(["promote", "--version", "1", "--reviewer", "eve", "--reason", "fine"]) == 0
     assert "alias champion -> version 1" in capsys.readouterr().out
     submitted(project, weights=2.0)
-    registry.cli(["reject", "--version", "2", "--reviewer", "eve", "--reason", "worse"])
-    registry.cli(["registry"])
+    decisions.cli(["reject", "--version", "2", "--reviewer", "eve", "--reason", "worse"])
+    decisions.cli(["registry"])
     shown = capsys.readouterr().out
     assert "version 1  [champion]" in shown and "review rejected by eve (worse)" in shown and "000002" in shown
     with pytest.raises(UserError, match="no previous champion"):
-        registry.cli(["rollback", "--reviewer", "eve", "--reason", "x"])
+        decisions.cli(["rollback", "--reviewer", "eve", "--reason", "x"])
 
 
 def test_each_ledger_number_is_given_once(tmp_path: Path) -> None:

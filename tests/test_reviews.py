@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError, UserErrors
 from data.files import sha256_file
-from tasks import ledger, registry, tracking
+from tasks import decisions, ledger, registry, submission, tracking
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def entries(project: Path) -> list[tuple[str, str, str]]:
 
 
 def statuses(project: Path) -> list[tuple[str, str]]:
-    return [(one["version"], one["status"]) for one in registry.decide_reviews(project)]
+    return [(one["version"], one["status"]) for one in decisions.decide_reviews(project)]
 
 
 def test_an_approval_on_the_page_is_followed_once_it_is_whole(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,19 +65,19 @@ def test_a_review_after_the_champion_has_changed_is_void_for_good(project: Path)
     submitted(project, weights=2.0)
     submitted(project, weights=3.0)
     click(project, "3", by="bob", reason="worse", status="rejected")
-    registry.approve(project, "1", "eve", "first")
-    registry.approve(project, "2", "ann", "also good")
+    decisions.approve(project, "1", "eve", "first")
+    decisions.approve(project, "2", "ann", "also good")
     assert statuses(project) == [("1", "promoted"), ("2", "stale"), ("3", "rejected")]
     assert "champion is version 1: the verdict is stale" in tags_of(project, "2")["review.answer"] and tags_of(project, "2")["review.status"] == "stale"
     assert entries(project) == [("promote", "eve", "1"), ("reject", "bob", "3")]
     assert statuses(project) == []
     with pytest.raises(UserError, match="verdict is stale"):
-        registry.approve(project, "2", "ann", "again")
+        decisions.approve(project, "2", "ann", "again")
     with pytest.raises(UserError, match="decided on already"):
-        registry.approve(project, "3", "ann", "after all")
+        decisions.approve(project, "3", "ann", "after all")
     submitted(project, geneval=0.82, weights=4.0)
-    registry.promote(project, "4", "eve", "better")
-    registry.rollback(project, "eve", "colours drift")  # version 1 again, which version 3 was not compared with
+    decisions.promote(project, "4", "eve", "better")
+    decisions.rollback(project, "eve", "colours drift")  # version 1 again, which version 3 was not compared with
     assert statuses(project) == [] and entries(project)[-1] == ("rollback", "eve", "1")
 
 
@@ -87,7 +87,7 @@ def test_the_same_weights_are_no_new_version(project: Path) -> None:
     assert (first["status"], first["version"]) == ("champion", "1")
     assert (again["status"], again["version"]) == ("identical", "1") and "nothing new" in again["reasons"][0] and again["run_id"] != first["run_id"]
     store = tracking.open_store(project)
-    assert len(registry._versions(store)) == 1 and len(entries(project)) == 1
+    assert len(registry.versions_of(store)) == 1 and len(entries(project)) == 1
     assert store.client.get_run(again["run_id"]).data.tags["registered.identical"] == "1"
 
 
@@ -105,18 +105,18 @@ def test_a_submission_that_broke_off_is_finished_by_the_same_command(project: Pa
 
             patch.setattr(MlflowClient, {"update_version": "update_model_version", "set_alias": "set_registered_model_alias"}[step], breaks)
         else:
-            patch.setattr(registry if step.startswith("_") else tracking, step, breaks)
+            patch.setattr(submission if step.startswith("_") else tracking, step, breaks)
         with pytest.raises(KeyboardInterrupt):
-            registry.submit_files(project, PARAMS, "review", "ann", "x")
+            submission.submit_files(project, PARAMS, "review", "ann", "x")
     for _ in range(2):
-        done = registry.submit_files(project, PARAMS, "review", "ann", "x")
+        done = submission.submit_files(project, PARAMS, "review", "ann", "x")
         assert (done["status"], done["version"]) == ("candidate", "1")
     store = tracking.open_store(project)
     experiment = store.client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
     (run,) = store.client.search_runs([experiment])
-    assert run.info.status == "FINISHED" and len(registry._versions(store)) == 1 and registry._aliases(store) == {"candidate": "1"}
+    assert run.info.status == "FINISHED" and len(registry.versions_of(store)) == 1 and registry.aliases_of(store) == {"candidate": "1"}
     assert len(store.client.get_metric_history(run.info.run_id, "distill/loss/t2i")) == 5  # nothing is there twice
-    assert registry.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
+    assert decisions.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
 
 
 def test_a_scorecard_that_was_tampered_with_is_refused(project: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_scorecard_that_was_tampered_with_is_refused(project: Path) -> None:
     (card,) = (project / "mlflow" / "artifacts").rglob("scorecard.json")
     card.write_text(card.read_text().replace("0.8", "0.9"))
     with pytest.raises(UserError, match=r"scorecard\.json .* not the one that was judged"):
-        registry.promote(project, "1", "eve", "go")
+        decisions.promote(project, "1", "eve", "go")
     assert entries(project) == []
 
 
@@ -145,13 +145,13 @@ def test_a_pickle_is_refused_unopened(project: Path, tmp_path: Path, name: str) 
     before = target.read_bytes() if target.exists() else None
     target.write_bytes(poison)
     with pytest.raises(UserErrors, match=name):
-        registry.submit_files(project, PARAMS, "review", "ann", "x")
+        submission.submit_files(project, PARAMS, "review", "ann", "x")
     target.write_bytes(before) if before else target.unlink()
-    registry.submit_files(project, PARAMS, "review", "ann", "x")
+    submission.submit_files(project, PARAMS, "review", "ann", "x")
     folder = next((project / "mlflow" / "artifacts").rglob("student.safetensors")).parent
     (folder / name).write_bytes(poison)
     with pytest.raises(UserErrors, match=rf"{name}: (not among the files registered|SHA-256 is)"):
-        registry.promote(project, "1", "eve", "go")
+        decisions.promote(project, "1", "eve", "go")
     assert entries(project) == [] and not opened.exists()
 
 
@@ -162,4 +162,4 @@ def test_tags_that_were_moved_along_with_the_files_do_not_help(project: Path) ->
     save_file({"weight": np.zeros(4, np.float32)}, weights)
     tracking.open_store(project).client.set_model_version_tag(registry.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
     with pytest.raises(UserError, match="the verdict names others"):
-        registry.promote(project, "1", "eve", "go")
+        decisions.promote(project, "1", "eve", "go")

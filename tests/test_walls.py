@@ -25,7 +25,7 @@ ALLOWED = {
 EXCEPTIONS = {"benchmarks/speed.py": {"model"}}  # it measures the trainer itself, and knows nothing of stages
 HOMES = {
     "prefect": ("flows/", "tasks/prefect_tasks.py"),
-    "mlflow": ("tasks/tracking.py", "tasks/registry.py"),
+    "mlflow": ("tasks/tracking.py", "tasks/registry.py", "tasks/submission.py", "tasks/decisions.py"),
     "diffusers": ("model/backbones/", "benchmarks/"),
     "transformers": ("model/backbones/", "benchmarks/"),
     "great_expectations": ("data/expectations.py",),
