@@ -27,13 +27,13 @@ help:
 	@echo "make clean     remove what runs have made (not the registry in mlflow/)"
 .PHONY: help
 
-# Without byte code: Python makes it of what is imported, at the first import. Making it of every package takes longer than installing them.
 install: $(STAMP)
 
 $(STAMP): requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=/path/to/python3.11")'
 	$(BIN)/pip install --quiet --no-compile --requirement requirements.lock
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # what pip would do with one core
 	$(BIN)/python -m dvc pull --quiet --remote bundled data/teachers
 	touch $(STAMP)
 
