@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from benchmarks.judge_endpoint import Endpoint
 
 
-@lru_cache
+_digest_of = lru_cache(weights_digest)  # a large checkpoint takes minutes to read
+
+
 def name_of_local(folder: str | Path) -> str:
     """How results name a checkpoint on this machine: its folder's name and the first half of its weights' SHA-256 (read once a process), so that answers of
     one judge are never taken for those of another in a folder of the same name. Raises UserError for a folder that is not there."""
     path = Path(folder).resolve()
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")
-    return f"{path.name}@{weights_digest(path)[:32]}"
+    return f"{path.name}@{_digest_of(path)[:32]}"
 
 
 @dataclass(frozen=True)

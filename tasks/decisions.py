@@ -36,7 +36,8 @@ class Stale(Refusal):
     """The champion is another than the one that the candidate was compared with."""
 
 
-def need_words(actor: str, reason: str) -> None:
+def require_who_and_why(actor: str, reason: str) -> None:
+    """Raises UserError when either is empty."""
     missing = [name for name, text in (("a name", actor), ("a reason", reason)) if not text.strip()]
     if missing:
         raise UserError(f"a decision needs {' and '.join(missing)}: who decided, and why, is part of the record")
@@ -103,7 +104,7 @@ def promote(project: Path, version: str, reviewer: str, reason: str) -> dict[str
     Raises UserError when the version did not pass the gate, was rejected, was compared with another champion than today's, has other weights or scores than
     were judged, when the reviewer or the account may not decide, or when somebody else decided at the same moment.
     """
-    need_words(reviewer, reason)
+    require_who_and_why(reviewer, reason)
     with registry.opened(project) as store:
         registry.follow(store)  # a decision that was interrupted is finished first
         entries = registry.read_ledger(store)
@@ -144,7 +145,7 @@ def _rejected(entries: Sequence[ledger.Entry]) -> set[str]:
 
 def rollback(project: Path, reviewer: str, reason: str) -> dict[str, Any]:
     """Returns to the previous champion; the one rolled back is not kept as `previous`, so rolling back again goes further back. Returns as `promote`."""
-    need_words(reviewer, reason)
+    require_who_and_why(reviewer, reason)
     with registry.opened(project) as store:
         registry.follow(store)
         entries = registry.read_ledger(store)
@@ -173,7 +174,7 @@ def rollback(project: Path, reviewer: str, reason: str) -> dict[str, Any]:
 
 def reject(project: Path, version: str, reviewer: str, reason: str) -> dict[str, Any]:
     """Closes a version's review with a no. Returns as `promote`. Raises UserError for the champion (roll back instead) and for one rejected already."""
-    need_words(reviewer, reason)
+    require_who_and_why(reviewer, reason)
     with registry.opened(project) as store:
         registry.follow(store)
         entries = registry.read_ledger(store)
@@ -197,7 +198,7 @@ def approve(project: Path, version: str, reviewer: str, reason: str) -> dict[str
 
     Raises UserError when the version did not pass the gate, was decided on, or when the verdict is stale already.
     """
-    need_words(reviewer, reason)
+    require_who_and_why(reviewer, reason)
     with registry.opened(project) as store:
         entries = registry.read_ledger(store)
         found = registry.get_version(store, version)

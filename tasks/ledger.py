@@ -49,7 +49,8 @@ class Entry:
     account: str | None = None  # whose credentials or system account wrote it; None in entries of earlier versions
 
 
-def _hash(content: dict[str, Any]) -> str:
+def _sha256(content: dict[str, Any]) -> str:
+    """What an entry's `hash` must be: SHA-256 of all else in it, as canonical JSON."""
     return digest({key: value for key, value in content.items() if key != "hash"})
 
 
@@ -67,7 +68,7 @@ def read(place: Place) -> list[Entry]:
             raise UserError(f"{place}: entry {number:06d}.json is missing (next is {name}); the ledger was tampered with: restore it from a backup")
         if not isinstance(content, dict) or not keys - LATER_FIELDS <= set(content) <= keys:
             raise UserError(f"{where}: not a ledger entry (its keys differ); the ledger was tampered with: restore it from a backup")
-        if content["number"] != number or content["before"] != before or content["hash"] != _hash(content):
+        if content["number"] != number or content["before"] != before or content["hash"] != _sha256(content):
             raise UserError(f"{where}: its hash does not fit its content and the entries before it; the ledger was tampered with: restore it from a backup")
         entries.append(Entry(**content))
         before = content["hash"]
@@ -98,7 +99,7 @@ def append(place: Place, entries: list[Entry], **decision: Any) -> Entry:
     """
     content: dict[str, Any] = {"number": len(entries) + 1, "before": entries[-1].hash if entries else START, **decision}
     content.setdefault("account", None)
-    entry = Entry(**content, hash=_hash(content))
+    entry = Entry(**content, hash=_sha256(content))
     name = f"{entry.number:06d}.json"
     text = json.dumps(asdict(entry), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:

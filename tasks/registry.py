@@ -270,7 +270,7 @@ def facts(project: Path, reference: str) -> dict[str, Any]:
         artifacts: dict[str, str | None] = {}
         with tempfile.TemporaryDirectory() as temporary:
             for name in ("verdict.json", "scorecard.json", "params.yaml", "dvc.lock"):
-                artifacts[name] = _artifact_hash(store, str(found.run_id), name, Path(temporary))
+                artifacts[name] = _artifact_sha256(store, str(found.run_id), name, Path(temporary))
             try:
                 fetch_weights(store, found, Path(temporary))
                 faults = []
@@ -283,7 +283,7 @@ def facts(project: Path, reference: str) -> dict[str, Any]:
         return {**where, "entries": decisions, "artifacts": artifacts, "weights": faults}
 
 
-def _artifact_hash(store: tracking.Store, run_id: str, name: str, folder: Path) -> str | None:
+def _artifact_sha256(store: tracking.Store, run_id: str, name: str, folder: Path) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:

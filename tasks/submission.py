@@ -188,7 +188,7 @@ def submit(project: Path, submission: Submission, *, promote: Promote, actor: st
     """
     if promote not in ("auto", "review"):
         raise UserError(f"promote = {promote!r}: expected 'auto' or 'review'")
-    decisions.need_words(actor, reason)
+    decisions.require_who_and_why(actor, reason)
     outcome = _publish(project, submission, actor, reason, tags or {})
     return _promote_at_once(project, outcome, actor, reason) if promote == "auto" and outcome["status"] == "candidate" else outcome
 

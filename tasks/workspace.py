@@ -26,6 +26,7 @@ from data.errors import UserError, UserErrors
 from data.files import atomic_folder, digest, sha256_file, write_text
 from tasks.environment import PROJECT
 from tasks.params import PARAMS_FILE, read_yaml
+from tasks.provenance import LOCK_FILES, git_state
 from tasks.repro import UNAVAILABLE, Busy, Ended, Unavailable, failure, stream
 
 REPOSITORY, WORKSPACES = "DANCEOPD_REPOSITORY", "DANCEOPD_WORKSPACES"
@@ -96,8 +97,6 @@ def open_workspace(revision: str | None, preset: str | None, overrides: Mapping[
 
 
 def _changed(folder: Path) -> list[str]:
-    from tasks.provenance import git_state  # it loads pandas; importing a flow must not
-
     return list(git_state(folder)["git.changed"])
 
 
@@ -174,8 +173,6 @@ def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) 
 
 def _same_environment(folder: Path) -> None:
     """A revision is run with the packages that it names, or not at all."""
-    from tasks.provenance import LOCK_FILES
-
     for name in LOCK_FILES:
         here, there = PROJECT / name, folder / name
         if here.is_file() and not (there.is_file() and sha256_file(here) == sha256_file(there)):
@@ -202,7 +199,7 @@ def _nothing_skipped(what: str, ended: Ended) -> None:
     """Raises Unavailable for a record of the run cache that was not transferred: without it another machine would train again what lies in the store."""
     skipped = [text.strip() for text in ended.lines if SKIPPED in text]
     if skipped:
-        raise Unavailable(f"{what}: {len(skipped)} files were not transferred ({skipped[0][:300]}); nothing is lost, the same command goes on from there")
+        raise Unavailable(f"{what}: files not transferred: {len(skipped)} ({skipped[0][:300]}); nothing is lost, the same command goes on from there")
 
 
 def push(work: Workspace, line: Line) -> dict[str, str]:

@@ -163,7 +163,7 @@ def test_a_record_of_the_run_cache_that_was_not_transferred_is_worth_another_try
     in_the_way = tmp_path / "remote" / "runs"
     in_the_way.parent.mkdir()
     in_the_way.touch()
-    with pytest.raises(Unavailable, match="1 files were not transferred"):
+    with pytest.raises(Unavailable, match="files not transferred: 1 "):
         workspace.push(work, lambda text: None)
     assert git(repository, "branch", "--format=%(refname:short)") == "main"
     in_the_way.unlink()
@@ -173,7 +173,7 @@ def test_a_record_of_the_run_cache_that_was_not_transferred_is_worth_another_try
     text = record.read_bytes()
     record.unlink()
     record.symlink_to("nowhere")
-    with pytest.raises(Unavailable, match="1 files were not transferred"):
+    with pytest.raises(Unavailable, match="files not transferred: 1 "):
         opened("next", revision="runs/quick-run")
     record.unlink()
     record.write_bytes(text)
