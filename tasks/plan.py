@@ -23,6 +23,7 @@ from data.files import read_json
 from data.records import CAPABILITIES
 from model.rollout import QUERY_BIAS
 from tasks.assembly import addresses
+from tasks.metrics import read_metrics, speed_file
 from tasks.params import PARAMS_FILE, SHARED, load_params, read_yaml
 from tasks.preflight import evaluators
 from tasks.sources import availability, cached
@@ -107,12 +108,14 @@ def measured_rate(project: Path, family: str) -> float | None:
     try:
         if read_json(folder / "student.json").get("backbone") != family:
             return None
+        speed = speed_file(project, folder)
+        seconds = {line["step"]: line["value"] for line in (read_metrics(speed) if speed else []) if line["name"] == "seconds"}
         with open(folder / "steps.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        seconds, count = sum(float(row["seconds"]) for row in rows), sum(float(row["evaluations"]) for row in rows)
+            count = sum(float(row["evaluations"]) for row in csv.DictReader(file) if int(row["step"]) in seconds)
     except (UserError, OSError, KeyError, ValueError):
         return None
-    return count / seconds if seconds > 0 and count > 0 else None
+    total = sum(seconds.values())
+    return count / total if total > 0 and count > 0 else None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ import pandas as pd
 from data.errors import UserError
 from data.files import explain, sha256_bytes
 from tasks.environment import PROXIED
+from tasks.metrics import METRICS, speed_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,7 +43,7 @@ FOLDER = "mlflow"  # inside the project
 LONGEST_PARAM = 6000  # characters; MLflow cuts longer values without a word
 LONGEST_TAG = 8000
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one log_batch
-STEP_COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "seconds")
+STEP_COLUMNS = ("step", "route", "loss", "t", "gradient_norm")
 PROBE_SECONDS = 10.0
 SPOOL, OPERATIONS = "spool", "operations.jsonl"
 IDENTITY_TAG = "submission"  # what a run is about
@@ -374,7 +375,7 @@ def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
 
 
 def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
-    """A stage's steps.csv as (name, value, step): STAGE/loss/ROUTE, STAGE/t, STAGE/gradient_norm, STAGE/seconds.
+    """A stage's steps.csv as (name, value, step): STAGE/loss/ROUTE, STAGE/t, STAGE/gradient_norm.
 
     A loss that is not a number is kept as NaN. Raises UserError naming the file when it lacks a column or holds something else.
     """
@@ -383,7 +384,7 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
         missing = [column for column in STEP_COLUMNS if column not in frame.columns]
         if missing:
             raise UserError(f"{path}: columns {missing} are missing; expected {', '.join(STEP_COLUMNS)}")
-        frame = frame.astype({"step": int, "route": str, "loss": float, "t": float, "gradient_norm": float, "seconds": float})
+        frame = frame.astype({"step": int, "route": str, "loss": float, "t": float, "gradient_norm": float})
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run the {stage} stage first") from error
     except (ValueError, pd.errors.ParserError) as error:
@@ -391,12 +392,12 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
     found: list[tuple[str, float, int]] = []
     for row in frame.itertuples(index=False):
         found.append((f"{stage}/loss/{row.route}", float(row.loss), int(row.step)))  # type: ignore[arg-type]
-        found += [(f"{stage}/{name}", float(getattr(row, name)), int(row.step)) for name in ("t", "gradient_norm", "seconds")]  # type: ignore[arg-type]
+        found += [(f"{stage}/{name}", float(getattr(row, name)), int(row.step)) for name in ("t", "gradient_norm")]  # type: ignore[arg-type]
     return found
 
 
 def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
-    """A stage's metrics.jsonl as (name, value, step): STAGE/loss/local_edit/t3, STAGE/gradient_cosine/t2i/local_edit, STAGE/held_out_gap, ...
+    """A stage's metrics.jsonl (or speed.jsonl) as (name, value, step): STAGE/loss/local_edit/t3, STAGE/gradient_cosine/t2i/local_edit, STAGE/held_out_gap, ...
 
     Empty where there is no such file. Raises UserError naming the line of one that is damaged.
     """
@@ -413,8 +414,14 @@ def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
 
 
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
-    """Publishes a stage's steps.csv, and the metrics and validation pictures beside it, a thousand metrics a request."""
-    for chunk in _chunks([*step_metrics(stage, path), *named_metrics(stage, path.with_name("metrics.jsonl"))], BATCH["metrics"]):
+    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and the run's speed where this machine ran it.
+
+    A request takes a thousand metrics.
+    """
+    metrics = [*step_metrics(stage, path), *named_metrics(stage, path.with_name(METRICS))]
+    speed = speed_file(tracked.store.project, path.parent)
+    metrics += named_metrics(stage, speed) if speed else []
+    for chunk in _chunks(metrics, BATCH["metrics"]):
         _send(tracked, {"metrics": [list(one) for one in chunk]})
     if path.with_name("validation").is_dir():
         log_files(tracked, {f"{stage}/validation": path.with_name("validation")})

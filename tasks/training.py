@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from data.errors import Terminated, UserError
-from data.files import atomic_file, atomic_folder, digest, read_json, write_json, write_text
+from data.files import atomic_file, atomic_folder, digest, read_json, write_json
 from model.checkpoint import RECORD, Ema, load_state, newest_state, read_state, save_state, write_tensors
 from model.distill import Accumulate, Bucket, LoopParams, NotFinite, Step, distill
 from model.execution import Execution, blocks_of, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
@@ -30,14 +30,12 @@ from model.rollout import euler_grid
 from model.route import Router
 from model.settings import ExecutionParams
 from model.student import Student, save_student
+from tasks.metrics import METRICS, RUNS, SHARES, SPEED, Metrics, read_metrics, state_folder
 from tasks.pictures import as_pictures
 from tasks.processes import this_process
 from tasks.progress import progress
 
-RUNS = Path("runs")
-COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor", "seconds")
-METRICS = "metrics.jsonl"
-SHARES = "query/"  # of the queried noise levels over the whole run: written at its end
+COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor")
 VALIDATION = "validation"  # folder of the pictures
 PICTURES = 4  # examples a capability
 
@@ -97,15 +95,7 @@ def _stop_on_sigterm() -> Iterator[dict[str, bool]]:
 
 
 def _row(step: Step) -> dict[str, Any]:
-    row = {
-        "step": step.index + 1,
-        "route": step.route,
-        "loss": step.loss,
-        "t": step.t,
-        "gradient_norm": step.gradient_norm,
-        "learning_rate": step.learning_rate,
-    }
-    return {**row, "evaluations": step.evaluations, "floor": step.floor, "seconds": round(step.seconds, 4)}
+    return {name: step.index + 1 if name == "step" else getattr(step, name) for name in COLUMNS}
 
 
 def write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -177,43 +167,17 @@ def _state_to_start_from(
     return tensors, {**record, "origin": {"state": str(newest), "sha256": record["sha256"], "changed": sorted(changed)}}
 
 
-# --- the metrics file ---------------------------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------------------------------------
 
 
-class Metrics:
-    """Named values by step, appended to a JSON Lines file as they come; a resumed run drops what lies after its state."""
-
-    def __init__(self, path: Path, start: int, writes: bool) -> None:
-        self.path, self.writes = path, writes
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
-                left.unlink()
-            write_text(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        if self.writes and values:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps({'name': name, 'step': step, 'value': value})}\n" for name, value in values.items()))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last one that was cut short; empty when there is none."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # of a run killed while it wrote
-    return found
-
-
-def _step_metrics(step: Step, batch: int, device: torch.device) -> dict[str, float]:
+def _step_metrics(step: Step, batch: int) -> dict[str, float]:
     named = {f"loss/{step.route}/{name}": value for name, value in binned(step.losses, step.levels).items()}
-    named |= {f"gradient_norm/{step.route}": step.gradient_norm, "learning_rate": step.learning_rate, "samples_per_second": batch / max(step.seconds, 1e-9)}
-    return named | {"evaluations_per_sample": step.evaluations / batch, "floor_per_sample": step.floor / batch, "memory_bytes": float(peak_memory(device))}
+    named |= {f"gradient_norm/{step.route}": step.gradient_norm, "learning_rate": step.learning_rate}
+    return named | {"evaluations_per_sample": step.evaluations / batch, "floor_per_sample": step.floor / batch}
+
+
+def _speed(step: Step, batch: int, device: torch.device) -> dict[str, float]:
+    return {"seconds": step.seconds, "samples_per_second": batch / max(step.seconds, 1e-9), "memory_bytes": float(peak_memory(device))}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -272,13 +236,15 @@ def run_training(
 ) -> dict[str, Any]:
     """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the pictures of its validations.
 
-    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/, and the same command goes on from there. SIGTERM saves and
-    raises Terminated. A step that is not finite saves the state before it and, beside it, the step's samples. Called in every process of a run; rank 0 writes.
+    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/ (with the run's speed, which
+    is no part of the result, in speed.jsonl), and the same command goes on from there. SIGTERM saves and raises Terminated.
+    A step that is not finite saves the state before it and, beside it, the step's samples. Called in every process of a
+    run; rank 0 writes.
     """
     world = this_process()
     device = device_of(execution, world.rank)
     fingerprint = digest(dict(facts))
-    state = RUNS / f"{stage}-{fingerprint[:12]}"
+    state = state_folder(stage, fingerprint)
     prepare_networks(execution, device, student.network, student.parameters.values(), [n for field in teachers.values() for n in networks_of(field)])
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
@@ -311,7 +277,7 @@ def run_training(
         )
 
     grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
-    metrics = Metrics(state / METRICS, start, writes=world.rank == 0)
+    metrics, speed = (Metrics(state / name, start, writes=world.rank == 0) for name in (METRICS, SPEED))
     steps = params.steps if not run.ended else start
     with _stop_on_sigterm() as asked, _progress(stage, steps - start, world) as advance:
         done = saved_at = start
@@ -333,7 +299,8 @@ def run_training(
                     run.rows.append(_row(one))
                     for level in one.levels:
                         run.queried[f"{level:.4f}"] = run.queried.get(f"{level:.4f}", 0) + 1
-                    metrics.log(one.index + 1, _step_metrics(one, params.batch, device))
+                    metrics.log(one.index + 1, _step_metrics(one, params.batch))
+                    speed.log(one.index + 1, _speed(one, params.batch, device))
                     advance(route=one.route, loss=one.loss)
                 if watch.cosine_every and done % watch.cosine_every == 0 and (world.rank == 0 or fitted.lockstep):
                     cosines = gradient_cosines(student, teachers, buckets, router, params, grid, seed, step.index, fitted)
@@ -371,22 +338,23 @@ def run_training(
             shutil.copyfile(metrics.path, folder / METRICS)
             if (state / VALIDATION).is_dir():
                 shutil.copytree(state / VALIDATION, folder / VALIDATION)
-    return _summary(student, params, run, fitted, device)
+    return _summary(student, params, run, fitted, speed)
 
 
-def _summary(student: Student, params: LoopParams, run: _Run, fitted: Execution, device: torch.device) -> dict[str, Any]:
+def _summary(student: Student, params: LoopParams, run: _Run, fitted: Execution, speed: Metrics) -> dict[str, Any]:
     rows = run.rows
     last = rows[-len(rows) // 10 :] if rows else []
-    seconds, samples = sum(row["seconds"] for row in rows), max(params.batch * len(rows), 1)
+    samples = max(params.batch * len(rows), 1)
+    seconds = [line["value"] for line in read_metrics(speed.path) if line["name"] == "seconds"]
     return {
         "steps": len(rows),
         **({"ended": run.ended} if run.ended else {}),
         "loss, last tenth": round(sum(row["loss"] for row in last) / max(len(last), 1), 5),
-        "samples per second": round(samples / max(seconds, 1e-9), 1),
+        **({"samples per second": round(params.batch * len(seconds) / max(sum(seconds), 1e-9), 1)} if seconds else {}),
         "evaluations per sample": round(sum(row["evaluations"] for row in rows) / samples, 4),
         "floor per sample": round(sum(row["floor"] for row in rows) / samples, 4),
         "micro-batch": fitted.micro_batch,
-        "peak memory, GB": round(peak_memory(device) / 1e9, 2),
+        "peak memory, GB": round(peak_memory(fitted.device) / 1e9, 2),
         "trainable parameters": sum(parameter.numel() for parameter in student.parameters.values()),
     }
 

@@ -6,6 +6,7 @@ Great Expectations takes many seconds to import and a second or more per suite, 
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def example(name: str, pixels: int | None, folder: Path, **change: object) -> Ex
 def good_set(folder: Path) -> list[Example]:
     edit = example("edit", 24, folder, capability="local_edit", category="color_alter")
     return [example("one", 24, folder), example("two", None, folder), replace(edit, source=edit.target), example("scored", 24, folder, split="eval")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def loaded(page: str) -> list[str]:
@@ -91,6 +96,9 @@ def test_every_broken_promise_is_named_with_its_rows(tmp_path: Path) -> None:
     options = replace(OPTIONS, minimum_train={"t2i": 100}, minimum_eval={"global_edit": 1})
     with pytest.raises(UserErrors) as caught:
         validate_curated([*good, *bad], options, tmp_path / "docs", folder=tmp_path)
+    with pytest.raises(UserErrors):
+        validate_curated([*good, *bad], options, tmp_path / "again", folder=tmp_path)
+    assert contents(tmp_path / "docs") == contents(tmp_path / "again")
     faults = {fault.split(" ")[0]: fault for fault in caught.value.faults}
     assert set(faults) == set(expectations(options)) - {"columns"}
     named = {
@@ -122,6 +130,11 @@ def test_the_stage_writes_only_what_passes(tmp_path: Path) -> None:
         curate(replace(params, minimum_eval={"t2i": 7}), **paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["docs", "raw"]
     summary = curate(params, **paths)
+    again = {"raw": tmp_path / "raw", "out": tmp_path / "again/curated", "docs": tmp_path / "again/docs"}
+    curate(params, **again)
+    assert all(contents(paths[name]) == contents(again[name]) for name in ("out", "docs"))  # DVC hashes both
+    assert "Run Time" not in (paths["docs"] / "validation.html").read_text()
+    shutil.rmtree(tmp_path / "again")
     assert summary["validation"]["success"] and summary["kept"] == len(read_examples(tmp_path / "curated"))
     assert summary["rows"] == read_manifests(tmp_path / "raw").count == summary["kept"] + summary["rejected"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curated", "docs", "raw"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.errors import UserError, UserErrors
-from data.files import write_json
+from data.files import write_json, write_text
 from data.randomness import numpy_generator
 from model.rollout import QUERY_BIAS, query_index
 from tasks import plan as planning
@@ -60,9 +59,11 @@ def test_operations_of_z_image_are_near_the_counted_ones() -> None:
 def test_the_measured_rate_is_of_the_same_network_or_none(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "student"
     assert measured_rate(tmp_path, "micro") is None
-    write_json(folder / "student.json", {"backbone": "micro"})
-    with open(folder / "steps.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["step", "evaluations", "seconds"], [1, 300, 2.0], [2, 500, 2.0]])
+    write_json(folder / "student.json", {"backbone": "micro", "stage": "distill", "fingerprint": "f" * 64})
+    write_text(folder / "steps.csv", "step,evaluations\n1,300\n2,500\n3,900\n")
+    assert measured_rate(tmp_path, "micro") is None  # pulled from DVC: this machine knows no times of it
+    lines = [json.dumps({"name": "seconds", "step": step, "value": 2.0}) for step in (1, 2)]
+    write_text(tmp_path / "runs" / f"distill-{'f' * 12}" / "speed.jsonl", "\n".join(lines))
     assert measured_rate(tmp_path, "micro") == 200.0 and measured_rate(tmp_path, "zimage") is None
 
 

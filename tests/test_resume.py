@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import shutil
@@ -21,11 +20,10 @@ from data.files import read_json
 from model.checkpoint import TENSORS
 from model.randomness import noise_for
 from tasks.__main__ import main
-from tasks.training import read_metrics
+from tasks.metrics import read_metrics, speed_file
 from tests.tiny import Tiny, build, write_params
 
 OUT = Path("student")
-TABLES = ("steps.csv", "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +46,15 @@ def command(tiny: Tiny, params: Path, out: Path = OUT) -> list[str]:
     return ["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--out", str(out), "--params", str(params)]
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """Every byte of the student, and the step table and metrics without what tells time or memory."""
-    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in TABLES}
-    files["metrics.jsonl"] = [line for line in read_metrics(folder / "metrics.jsonl") if line["name"] not in ("samples_per_second", "memory_bytes")]
-    with open(folder / "steps.csv", newline="") as file:
-        files["steps.csv"] = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-    return files
+def result(folder: Path) -> dict[str, bytes]:
+    """Every byte that DVC hashes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def straight(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+def straight(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, bytes]:
     """What an uninterrupted run gives."""
     folder = tmp_path / "straight"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with monkeypatch.context() as context:
         context.chdir(folder)
         assert main(command(tiny, write_params(folder / "params.yaml", **changes))) == 0
@@ -95,6 +89,22 @@ def in_a_child(arguments: list[str], folder: Path) -> int:
         status = main(arguments)
     finally:
         os._exit(status)
+
+
+def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them the pictures and gaps of validations; what a clock or the memory tells is beside the states."""
+    changes = {"held_out": 2, "validate_every": 2, "cosine_every": 2}
+    first = straight(tiny, tmp_path / "first", monkeypatch, **changes)
+    second = straight(tiny, tmp_path / "second", monkeypatch, **changes)
+    assert first == second and {"steps.csv", "metrics.jsonl", "student.json"} <= set(first)
+    out = tmp_path / "first/straight" / OUT
+    speed = speed_file(out.parent, out)
+    assert speed is not None and speed_file(tmp_path, out) is None  # as on a machine that only pulled the outs
+    lines = [(line["step"], line["name"]) for line in read_metrics(speed)]
+    assert lines == [(n, name) for n in range(1, 5) for name in ("seconds", "samples_per_second", "memory_bytes")]
+    assert min(line["value"] for line in read_metrics(speed)) > 0
 
 
 def test_killed_at_random_moments_equals_never_stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

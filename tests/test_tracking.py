@@ -13,6 +13,7 @@ import candidates
 import pytest
 
 from data.errors import UserError
+from data.files import write_json
 from tasks import registry, tracking
 
 
@@ -48,16 +49,16 @@ def test_a_param_too_long_for_mlflow_is_replaced_by_its_digest_not_cut() -> None
 
 def test_steps_become_metrics_named_by_stage_and_route(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
-    path.write_text("step,route,loss,t,gradient_norm,seconds\n0,t2i,0.5,0.9,1.5,0.02\n1,local_edit,nan,0.4,2.5,0.03\n")
+    path.write_text("step,route,loss,t,gradient_norm\n0,t2i,0.5,0.9,1.5\n1,local_edit,nan,0.4,2.5\n")
     metrics = tracking.step_metrics("distill", path)
-    assert metrics[:4] == [("distill/loss/t2i", 0.5, 0), ("distill/t", 0.9, 0), ("distill/gradient_norm", 1.5, 0), ("distill/seconds", 0.02, 0)]
-    name, loss, step = metrics[4]
+    assert metrics[:3] == [("distill/loss/t2i", 0.5, 0), ("distill/t", 0.9, 0), ("distill/gradient_norm", 1.5, 0)]
+    name, loss, step = metrics[3]
     assert (name, step) == ("distill/loss/local_edit", 1) and loss != loss  # a diverged step stays visible
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("step,loss\n0,1\n", "columns"), ("", "not a table"), ("step,route,loss,t,gradient_norm,seconds\n0,a,b,c,d,e\n", "not a table")],
+    [("step,loss\n0,1\n", "columns"), ("", "not a table"), ("step,route,loss,t,gradient_norm\n0,a,b,c,d\n", "not a table")],
 )
 def test_a_damaged_steps_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "steps.csv").write_text(text)
@@ -71,8 +72,11 @@ def test_a_run_holds_more_than_one_batch_and_stays_inside_the_project(project: P
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    rows = "\n".join(f"{step},t2i,{step / 1000},0.5,1.0,0.1" for step in range(700))
-    (tmp_path / "steps.csv").write_text("step,route,loss,t,gradient_norm,seconds\n" + rows + "\n")
+    rows = "\n".join(f"{step},t2i,{step / 1000},0.5,1.0" for step in range(700))
+    (tmp_path / "steps.csv").write_text("step,route,loss,t,gradient_norm\n" + rows + "\n")
+    write_json(tmp_path / "student.json", {"stage": "distill", "fingerprint": "f" * 64})
+    (project / f"runs/distill-{'f' * 12}").mkdir(parents=True)
+    (project / f"runs/distill-{'f' * 12}/speed.jsonl").write_text('{"name": "seconds", "step": 1, "value": 0.25}\n')
     with tracking.run(project, "steps", {"kind": "test"}) as tracked:
         tracking.log_params(tracked, {f"key{index}": index for index in range(150)})
         tracking.log_steps(tracked, "distill", tmp_path / "steps.csv")
@@ -84,6 +88,7 @@ def test_a_run_holds_more_than_one_batch_and_stays_inside_the_project(project: P
     history = client.get_metric_history(tracked.run_id, "distill/loss/t2i")
     assert sorted(one.step for one in history) == list(range(700)) and found.data.metrics["distill/loss/t2i"] == pytest.approx(0.699)
     assert found.data.metrics["gedit/style_change"] == 8.0
+    assert found.data.metrics["distill/seconds"] == 0.25  # from beside the run's states: it is no part of what DVC hashes
     assert found.info.artifact_uri.startswith((project / "mlflow" / "artifacts").as_uri())
     assert list(elsewhere.iterdir()) == []  # nothing is written where the command happened to be started
 
