@@ -18,8 +18,8 @@ from data.errors import UserError
 
 # name -> (module with `cli(arguments) -> exit status`, what it is for); imported only when asked for: torch costs seconds
 COMMANDS = {
-    "geneval": ("benchmarks.geneval_cli", "GenEval: prompts, generate, detect, verdict, report"),
-    "gedit": ("benchmarks.gedit_cli", "GEdit-Bench: prompts, generate, judge, verdict, report"),
+    "geneval": ("benchmarks.geneval.cli", "GenEval: prompts, generate, detect, verdict, report"),
+    "gedit": ("benchmarks.gedit.cli", "GEdit-Bench: prompts, generate, judge, verdict, report"),
     "compare": ("benchmarks.compare", "a scorecard beside the paper's rows, with what differs"),
 }
 ENVIRONMENT = {  # read by libraries when they are imported; what the user has set stays

@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from benchmarks.gedit import GEDIT_CATEGORIES
-from benchmarks.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
+from benchmarks.scores.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
 from data.errors import UserError
 from data.files import write_text
+from data.records import GEDIT_CATEGORIES
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
 FORMATS = ("text", "markdown", "csv")

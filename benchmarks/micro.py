@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.detector import Detections, check_image, detect
-from benchmarks.gedit import overall
-from benchmarks.geneval import THRESHOLD, Detection, verdict
-from benchmarks.scorecard import ExampleScore
+from benchmarks.gedit.rules import overall
+from benchmarks.geneval.rules import THRESHOLD, Detection, verdict
+from benchmarks.geneval.shapes import Detections, check_image, detect
+from benchmarks.scores.scorecard import ExampleScore
 from data.errors import UserError, UserErrors
 from data.microworld import Scene, World, render
 from data.randomness import numpy_generator

@@ -30,17 +30,19 @@ from data.errors import UserError
 from data.files import write_json
 from model.backbones.sizes import random_network
 from model.checkpoint import Ema
-from model.distill import Accumulate, Bucket, LoopParams, Step, accumulate, distill
-from model.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks, rollout_ready
-from model.field import Condition, VelocityField
-from model.optimizer import build_optimizer
+from model.compute.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks, rollout_ready
+from model.compute.optimizer import build_optimizer
+from model.compute.settings import ExecutionParams
+from model.distill import Accumulate, accumulate, distill
+from model.examples import Bucket
+from model.fields.base import Condition, VelocityField
+from model.networks.network import NetworkField, adapter_parameters, add_adapter
+from model.networks.student import STUDENT, Student
 from model.plain import accumulate_plain, own_networks
 from model.randomness import torch_generator
 from model.rollout import euler_grid
 from model.route import Route, Router
-from model.settings import ExecutionParams
-from model.student import STUDENT, Student
-from model.teachers import NetworkField, adapter_parameters, add_adapter
+from model.step import LoopParams, Step
 
 ALTERNATIONS = 5
 MICRO, SD3_14M, SD35_M, ZIMAGE = "micro", "sd3-14m", "sd35-m", "zimage"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from data.errors import UserError
 from data.files import sha256_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # decoders that run no other program
@@ -115,3 +116,25 @@ def picture_of(image: Image.Image) -> tuple[Picture, bytes]:
     bits = fingerprint(image)
     weight = int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum())
     return Picture(sha256_bytes(content), image.width, image.height, bits, weight, bool((pixels == pixels[0, 0]).all())), content
+
+
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8, upright: EXIF orientation is applied. Raises UserError for a file that is missing or no image."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); run the curate stage again") from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in px as `read_picture` gives them, from the header alone. Raises UserError as it does."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # a quarter turn, mirrored or not
+            return (image.height, image.width) if turned else image.size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); run the curate stage again") from error

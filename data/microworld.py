@@ -352,3 +352,6 @@ def evaluation_examples(world: World, rng: np.random.Generator, category: str, c
             yield record, source, target
     if len(seen) < count:
         raise UserError(f"micro world: only {len(seen)} distinct held-out examples of {category}, {count} asked for; ask for fewer or enlarge the world")
+
+
+MICRO = "micro"  # the detector of the micro world's pictures, which needs no weights

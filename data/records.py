@@ -25,7 +25,6 @@ class Capability:
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 LOCAL_EDITS = ("subject-add", "subject-remove", "subject-replace", "color_alter")
 GLOBAL_EDITS = ("background_change", "style_change")
-
 CAPABILITIES: dict[str, Capability] = {
     "t2i": Capability("t2i", "geneval", GENEVAL_TAGS, is_edit=False),
     "local_edit": Capability("local_edit", "gedit", LOCAL_EDITS, is_edit=True),
@@ -88,3 +87,11 @@ def of_capability(examples: Sequence[Example], capability: str) -> list[Example]
     """The examples whose category belongs to the capability; "edit" takes those of both edit buckets."""
     categories = CAPABILITIES[capability].categories
     return [example for example in examples if example.category in categories]
+
+
+# task type -> rows of the official set in English (modelscope/evalscope, benchmarks/_meta/gedit.json); the six of the paper's tables come first, in its order
+OFFICIAL_COUNTS = {
+    "subject-add": 60, "subject-replace": 60, "background_change": 40, "style_change": 60, "color_alter": 40, "subject-remove": 57,
+    "material_alter": 40, "motion_change": 40, "ps_human": 70, "text_change": 99, "tone_transfer": 40,
+}  # fmt: skip
+GEDIT_CATEGORIES = tuple(OFFICIAL_COUNTS)

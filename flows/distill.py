@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--preset", default=None, metavar="NAME", help="put presets/NAME.yaml in force first")
     parser.add_argument("--promote", choices=["auto", "review"], default="review", help="auto: a passing candidate becomes champion (default: %(default)s)")
     arguments = parser.parse_args()
-    from tasks.outcome import failure_line, print_outcome
+    from flows.outcome import failure_line, print_outcome
 
     try:
         state = distill(preset=arguments.preset, promote=arguments.promote, return_state=True)

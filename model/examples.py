@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 
 from data.errors import UserError
-from model.field import Condition
+from data.files import read_json, sha256_file
+from data.records import CAPABILITIES
+from model.backbones.micro import read_tensors
+from model.fields.base import Condition
 
 Rows = torch.Tensor | Sequence[torch.Tensor]  # one tensor where all rows share a shape, else a tensor a row
 
@@ -71,3 +75,64 @@ def at_rows(latents: Rows, rows: Sequence[int]) -> torch.Tensor:
     if len(shapes) > 1:
         raise UserError(f"examples: rows of shapes {sorted(shapes)} in one batch; group rows by Bucket.shape_of")
     return torch.stack(picked)
+
+
+BUCKETS = ("t2i", "local_edit", "global_edit")
+PROMPTS, EDIT_PROMPTS = "prompts", "edit_prompts"  # the second where a family's edits read their prompts in another form
+
+
+def _rows(part: dict[str, torch.Tensor], name: str) -> Rows | None:
+    """The latents of a bucket's file, row by row as its `shapes` say; one tensor where all rows share a shape."""
+    stacks = {key.removeprefix(f"{name}."): value for key, value in part.items() if key.startswith(f"{name}.")}
+    if not stacks:
+        return None
+    if len(stacks) == 1:
+        return next(iter(stacks.values()))
+    taken = {key: iter(value) for key, value in stacks.items()}
+    return [next(taken[f"{height}x{width}"]) for _, height, width in part["shapes"].tolist()]
+
+
+def _joined(parts: list[Rows | None]) -> Rows | None:
+    rows = [part for part in parts if part is not None]
+    if len(rows) < len(parts):
+        return None
+    if all(isinstance(part, torch.Tensor) for part in rows) and len({tuple(part[0].shape) for part in rows}) == 1:
+        return torch.cat([part for part in rows if isinstance(part, torch.Tensor)])
+    return [row for part in rows for row in part]
+
+
+def load_buckets(encoded: Path, capabilities: Iterable[str], base_sha256: str) -> dict[str, Bucket]:
+    """The encoded training examples by capability; "edit" joins both edit buckets.
+
+    Raises UserError for a capability without examples, or encodings made with another base.
+    """
+    facts = read_json(encoded / "encoded.json")
+    if facts["base_sha256"] != base_sha256:
+        raise UserError(f"{encoded}: encoded with another base ({facts['base_sha256'][:12]}, now {base_sha256[:12]}); run the encode stage again")
+    tables = {name: read_tensors(encoded / f"{name}.safetensors") for name in (PROMPTS, EDIT_PROMPTS) if (encoded / f"{name}.safetensors").exists()}
+    buckets = {}
+    for capability in capabilities:
+        members = [name for name in BUCKETS if set(CAPABILITIES[name].categories) <= set(CAPABILITIES[capability].categories) and facts["examples"].get(name)]
+        if not members:
+            raise UserError(f"route {capability}: no training example of it in {encoded} (have {facts['examples']}); add examples or remove the route")
+        parts = [read_tensors(encoded / f"{name}.safetensors") for name in members]
+        table = tables[EDIT_PROMPTS if EDIT_PROMPTS in tables and CAPABILITIES[capability].is_edit else PROMPTS]
+        segments = table.get("segments")
+        buckets[capability] = Bucket(
+            torch.cat([part["prompts"] for part in parts]),
+            table["embeds"] if segments is None else table["embeds"].split(segments.sum(1).tolist()),
+            table["pooled"],
+            table["empty_embeds"],
+            table["empty_pooled"],
+            _joined([_rows(part, "source") for part in parts]),
+            _joined([_rows(part, "target") for part in parts]),
+            segments,
+            table.get("empty_segments"),
+            tuple((int(c), int(h), int(w)) for part in parts for c, h, w in part["shapes"].tolist()),
+        )
+    return buckets
+
+
+def encoded_fingerprint(encoded: Path) -> dict[str, str]:
+    """SHA-256 of every file, to bind a training state to its data."""
+    return {path.name: sha256_file(path) for path in sorted(encoded.glob("*.safetensors"))}

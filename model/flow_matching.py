@@ -12,8 +12,8 @@ from data.errors import UserError
 from data.randomness import numpy_generator
 from model.backbones import Backbone
 from model.checkpoint import Ema
-from model.field import Condition, velocity_mse
-from model.optimizer import Optimizers, warmup_then_linear
+from model.compute.optimizer import Optimizers, warmup_then_linear
+from model.fields.base import Condition, velocity_mse
 from model.randomness import noise_for
 
 

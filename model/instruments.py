@@ -13,13 +13,15 @@ from torch import nn
 
 from data.errors import UserError
 from data.randomness import numpy_generator
-from model.distill import Bucket, LoopParams, accumulate, parts, plan_step
-from model.execution import Execution, moved, precision
-from model.field import VelocityField, velocity_gaps
+from model.compute.execution import Execution, moved, precision
+from model.distill import accumulate, parts, plan_step
+from model.examples import Bucket
+from model.fields.base import VelocityField, velocity_gaps
+from model.networks.student import Student
 from model.randomness import noise_for
 from model.rollout import query_index, roll_out_to_query, sample
 from model.route import Router
-from model.student import Student
+from model.step import LoopParams
 
 T_BINS = 4  # [0, 1/4), [1/4, 1/2), ...; t0 is the low-noise end
 

@@ -23,13 +23,14 @@ import torch
 
 from data.errors import UserError
 from data.randomness import numpy_generator
-from model.distill import Accumulate, LoopParams, Plan, parts
+from model.compute.execution import Execution, moved, precision, rollout_ready
+from model.distill import Accumulate, parts
 from model.examples import Bucket
-from model.execution import Execution, moved, precision, rollout_ready
-from model.field import Condition, VelocityField, velocity_gaps
+from model.fields.base import Condition, VelocityField, velocity_gaps
+from model.networks.student import Student
 from model.randomness import noise_for
 from model.rollout import query_index
-from model.student import Student
+from model.step import LoopParams, Plan
 
 METHODS = ("danceopd", "offpolicy", "diffusionopd", "flowopd", "joint", "merge")
 QUERY_STATES = (1, 2, 4, 8, 16)  # K, the ablation's values

@@ -12,12 +12,15 @@ from itertools import pairwise
 
 import torch
 
-from model.distill import Bucket, LoopParams, Plan
-from model.execution import Execution, moved, precision
-from model.field import Guided, Mean, VelocityField, velocity_mse
+from model.compute.execution import Execution, moved, precision
+from model.examples import Bucket
+from model.fields.base import VelocityField, velocity_mse
+from model.fields.guided import Guided
+from model.fields.mean import Mean
+from model.networks.network import NetworkField
+from model.networks.student import Student
 from model.randomness import noise_for
-from model.student import Student
-from model.teachers import NetworkField
+from model.step import LoopParams, Plan
 
 
 def own_networks(teachers: Mapping[str, VelocityField]) -> dict[str, VelocityField]:

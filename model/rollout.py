@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from data.errors import UserError
-from model.execution import moved
-from model.field import Condition, VelocityField
+from model.compute.execution import moved
+from model.fields.base import Condition, VelocityField
 
 QUERY_BIAS: dict[str, tuple[float, float]] = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}  # Beta(a, b) over the step index
 

@@ -22,18 +22,19 @@ from typing import Any, NoReturn
 from data.errors import Terminated, UserError
 from data.files import explain, write_json, write_text
 from tasks.environment import prepare
-from tasks.params import PARAMS_FILE, load_params, read_yaml
-from tasks.stages import STAGES, load_stage
+from tasks.params.reading import PARAMS_FILE, load_params, read_yaml
+from tasks.stages.contract import STAGES, load_stage
 
 SUMMARIES = Path("runs/summaries")
 PRESETS = Path("presets")
 OTHERS = {"check": "check params.yaml, the routes and the teachers they name", "preset": "put presets/NAME.yaml in force as params.yaml"}
-TOOLS = {  # modules of tasks/ with a `cli(argv)` of their own
+TOOLS = {  # modules with a `cli(argv)` of their own
     "plan": "what params.yaml would run: stages, cache, evaluations, memory, time",
     "export": "write a student as diffusers pipeline, PEFT adapter, ComfyUI file or merged network",
     "sample": "draw images from a student",
     "sample-set": "sample a list of prompts with one model into a folder",
 }
+TOOL_ROOMS = {"plan": "checks", "export": "student", "sample": "student", "sample-set": "student"}
 REGISTRY = {
     "registry": "list the registered versions, their aliases and the ledger",
     "promote": "make a reviewed version the champion",
@@ -45,11 +46,11 @@ REGISTRY = {
 }
 SERVERS = {
     "secrets": ("credentials", "make the servers' passwords into a file"),
-    "rescore": ("rescore", "score one checkpoint again"),
-    "publish": ("publish", "publish the champion to S3 and point at it"),
-    "fetch": ("publish", "fetch what is published, every file verified"),
-    "lineage": ("lineage", "where a version comes from, verified; or which versions come from a digest"),
-    "doctor": ("doctor", "check this machine, the stores and the servers"),
+    "rescore": ("checks.rescore", "score one checkpoint again"),
+    "publish": ("release.publish", "publish the champion to S3 and point at it"),
+    "fetch": ("release.publish", "fetch what is published, every file verified"),
+    "lineage": ("checks.lineage", "where a version comes from, verified; or which versions come from a digest"),
+    "doctor": ("checks.doctor", "check this machine, the stores and the servers"),
 }
 TABLE_ROWS = 40
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
@@ -91,14 +92,14 @@ def _dispatch(arguments: list[str]) -> int:
         return _preset(arguments[1:])
     if command in TOOLS:
         signal.signal(signal.SIGTERM, _terminate)
-        return int(importlib.import_module(f"tasks.{command.replace('-', '_')}").cli(arguments[1:]) or 0)
+        return int(importlib.import_module(f"tasks.{TOOL_ROOMS[command]}.{command.replace('-', '_')}").cli(arguments[1:]) or 0)
     if command in REGISTRY:
-        from tasks import decisions
+        from tasks.release import decisions
 
         return int(decisions.cli(arguments) or 0)
     if command in SERVERS:
         module = importlib.import_module(f"tasks.{SERVERS[command][0]}")
-        return int(module.cli(arguments if SERVERS[command][0] == "publish" else arguments[1:]))
+        return int(module.cli(arguments if SERVERS[command][0] == "release.publish" else arguments[1:]))
     return _overview(command)
 
 
@@ -122,7 +123,7 @@ def _run_stage(name: str, arguments: list[str]) -> int:
 
 
 def _check(arguments: list[str]) -> int:
-    from tasks.preflight import preflight
+    from tasks.checks.preflight import preflight
 
     parser = argparse.ArgumentParser("python -m tasks check", description="Check every section of params.yaml, the routes and the teachers they name.")
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE")
@@ -140,7 +141,7 @@ def _preset(arguments: list[str]) -> int:
     if parsed.name not in _presets():
         given = "no preset named" if parsed.name is None else f"unknown preset {parsed.name!r}"
         raise UserError(f"{given}; choose of {', '.join(_presets()) or f'(there are none in {PRESETS})'}")
-    from tasks.stages import check_all
+    from tasks.checks.preflight import check_all
 
     source = PRESETS / f"{parsed.name}.yaml"
     check_all(source)
@@ -151,7 +152,7 @@ def _preset(arguments: list[str]) -> int:
     for key in changed:
         print(f"{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}")
     print(f"{parsed.params} is now {source}: {len(changed)} value{'s' if len(changed) != 1 else ''} changed. The old file is in git: git diff {parsed.params}")
-    from tasks.preflight import TEACHERS, folder_faults, teacher_faults
+    from tasks.checks.preflight import TEACHERS, folder_faults, teacher_faults
 
     document = read_yaml(parsed.params)
     for fault in [*teacher_faults(document, TEACHERS), *folder_faults(document, Path.cwd())]:
@@ -179,7 +180,7 @@ def _overview(command: str) -> int:
 
 def _first_line(name: str) -> str:
     """From the module's text: importing eight stages to list them would take half a minute."""
-    path = Path(__file__).with_name(f"{name}.py")
+    path = Path(__file__).with_name("stages") / f"{name}.py"
     if not path.exists():
         return ""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]

@@ -36,10 +36,10 @@ from prefect.runtime import flow_run
 from data.errors import UserError
 from data.files import read_json
 from tasks.environment import PROJECT
-from tasks.repro import Busy, StageFailed, Unavailable, failure, is_chatter, pull, reproduce, stream
-from tasks.workspace import Workspace, open_workspace, repository
-from tasks.workspace import close as close_workspace
-from tasks.workspace import push as push_workspace
+from tasks.running.repro import Busy, StageFailed, Unavailable, failure, is_chatter, pull, reproduce, stream
+from tasks.running.workspace import Workspace, open_workspace, repository
+from tasks.running.workspace import close as close_workspace
+from tasks.running.workspace import push as push_workspace
 
 SCORECARD = Path("reports/scorecard.json")
 REPORT = Path("reports/score/report.html")
@@ -54,8 +54,12 @@ HOUR = 3600.0
 TIMEOUTS = {"distill": 168 * HOUR, "absorb": 72 * HOUR, "teachers": 336 * HOUR}  # s; of the other stages: STAGE_TIMEOUT
 STAGE_TIMEOUT = 24 * HOUR
 SHORT_TIMEOUT = HOUR  # what talks to servers
-OUTAGES = ("no MLflow server answers", "stopped answering", "run the same command again when it")  # the words of tasks/tracking.py and tasks/s3.py
-PROGRESS = re.compile(r"^(?P<what>[^:]+(?:: [^:]+)?): (?P<done>\d+)/(?P<total>\d+)(?:,|$)")  # tasks/progress.py's lines
+OUTAGES = (
+    "no MLflow server answers",
+    "stopped answering",
+    "run the same command again when it",
+)  # the words of tasks/registry/tracking.py and tasks/s3/objects.py
+PROGRESS = re.compile(r"^(?P<what>[^:]+(?:: [^:]+)?): (?P<done>\d+)/(?P<total>\d+)(?:,|$)")  # data/progress.py's lines
 
 
 def _when_transient(task: Any, run: Any, state: Any) -> bool:
@@ -185,7 +189,7 @@ def preflight(work: Workspace) -> None:
 @retried
 def fetch_teachers(work: Workspace) -> None:
     """Fetches the trained teachers that dvc.lock names, from the remote inside the repository, and checks that the routes' teachers are among them."""
-    from tasks.preflight import require_teachers
+    from tasks.checks.preflight import require_teachers
 
     pull(TEACHERS, work.path, _into_log())
     require_teachers(work.path / "params.yaml", work.path / TEACHERS)
@@ -248,8 +252,8 @@ def _cell(value: Any) -> str:
 
 def _gate_params(work: Workspace) -> Any:
     """Section `gate`; where a checkout was run, what is registered comes from a clean, known revision whatever the params say."""
-    from tasks import gate as rules
-    from tasks.params import load_params
+    from tasks.params.reading import load_params
+    from tasks.release import gate as rules
 
     params = load_params(rules.Params, "gate", work.path / "params.yaml")
     return replace(params, allow_dirty=False, allow_unversioned=False) if work.is_checkout else params
@@ -261,9 +265,9 @@ def gate(work: Workspace) -> dict[str, Any]:
 
     Returns {"verdict": it, "champion": metric path -> mean of the champion it was compared with (empty if there is none)}.
     """
-    from tasks import gate as rules
-    from tasks import registry
-    from tasks.review import write_review
+    from tasks.registry import versions as registry
+    from tasks.release import gate as rules
+    from tasks.release.review import write_review
 
     champion = registry.champion(work.path)  # before this candidate may take its place
     params = _gate_params(work)
@@ -283,7 +287,7 @@ def gate(work: Workspace) -> dict[str, Any]:
 @asking
 def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, Any]:
     """Records the run; a passing candidate becomes a version, and with promote="auto" the champion."""
-    from tasks import submission
+    from tasks.release import submission
 
     reason = "promoted by the flow" if promote == "auto" else "submitted by the flow"
     result = dict(submission.submit_files(work.path, _gate_params(work), promote, actor(), reason))
@@ -296,7 +300,7 @@ def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, A
 
 def mlflow_links(registered: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Artifact key -> (address, text) of the version's and the run's page, where MLflow is a server."""
-    from tasks.tracking import for_browsers
+    from tasks.registry.server import for_browsers
 
     address = for_browsers(str(registered["tracking_uri"]))
     if address is None:
@@ -324,7 +328,7 @@ def actor() -> str:
 @asking
 def find_model(model: str) -> dict[str, Any]:
     """{"model", "version", "sha", "address"}: a registered version with its number and commit, or a checkpoint by address (s3:// or a folder)."""
-    from tasks import versions
+    from tasks.registry import versions
 
     if not versions.is_reference(model):
         return {"model": model, "version": None, "sha": None, "address": model}
@@ -335,7 +339,8 @@ def find_model(model: str) -> dict[str, Any]:
 @asking
 def find_champion() -> dict[str, Any] | None:
     """As `find_model` for the champion; None before the first promotion."""
-    from tasks import registry, versions
+    from tasks.registry import versions
+    from tasks.registry import versions as registry
 
     found = versions.find(PROJECT, f"models:/{registry.MODEL}@{registry.CHAMPION}")
     return None if found is None else {"model": registry.CHAMPION, "version": found.number, "sha": found.sha, "address": None}
@@ -350,17 +355,17 @@ def checkout_of(found: Mapping[str, Any], revision: str | None) -> Workspace:
 @retried(timeout_seconds=STAGE_TIMEOUT)
 def rescore(work: Workspace, found: Mapping[str, Any]) -> dict[str, Any]:
     """Scores the model's weights, after comparing them with the registered hashes. Returns {"model", "version", "metrics"}."""
-    from tasks import versions
+    from tasks.registry import versions
 
     folder = work.path / "runs" / "rescore"
     if found["address"] is None:
         checkpoint = work.path / ABSORBED
         versions.require_weights(versions.require(PROJECT, str(found["version"])), checkpoint)
     elif str(found["address"]).startswith("s3://"):
-        from tasks import s3
+        from tasks.s3 import transfer
 
         checkpoint = folder / "checkpoint"
-        s3.download_folder(str(found["address"]), checkpoint)
+        transfer.download_folder(str(found["address"]), checkpoint)
     else:
         checkpoint = Path(str(found["address"])).resolve()
     command = [sys.executable, "-m", "tasks", "rescore", "--checkpoint", str(checkpoint), "--out", str(folder / "scores")]
@@ -377,12 +382,14 @@ def report_drift(found: Mapping[str, Any], scored: Mapping[str, Any]) -> list[di
     """The metrics that left their registered interval, on the run's page and as the event `danceopd.champion.drifted`; empty when none did."""
     from tempfile import TemporaryDirectory
 
-    from tasks import registry, versions
+    from tasks.checks import rescore as checks_rescore
+    from tasks.registry import versions
+    from tasks.registry import versions as registry
 
     version = versions.require(PROJECT, str(found["version"]))
     with TemporaryDirectory() as temporary:
-        before = versions.registered_scorecard(PROJECT, version, Path(temporary))
-    rows = versions.drifted(before, scored)
+        before = checks_rescore.registered_scorecard(PROJECT, version, Path(temporary))
+    rows = checks_rescore.drifted(before, scored)
     if rows:
         create_table_artifact(table=rows, key="drift", description=f"version {version.number}: means outside the interval they were registered with")
         resource = {"prefect.resource.id": f"danceopd.model.{registry.MODEL}", "version": version.number}
@@ -393,7 +400,7 @@ def report_drift(found: Mapping[str, Any], scored: Mapping[str, Any]) -> list[di
 @asking
 def require_clean(version: str) -> None:
     """Refuses a version that was made from changed or unknown code."""
-    from tasks import versions
+    from tasks.registry import versions
 
     versions.require_clean(versions.require(PROJECT, version))
 
@@ -409,7 +416,7 @@ def _decided(result: Mapping[str, Any]) -> dict[str, Any]:
 @asking
 def promote(version: str, reviewer: str, reason: str) -> dict[str, Any]:
     """The reviewed version becomes the champion. Returns {"entry" (the ledger's), "changed"}."""
-    from tasks import decisions
+    from tasks.release import decisions
 
     return _decided(decisions.promote(PROJECT, version, reviewer, reason))
 
@@ -417,7 +424,7 @@ def promote(version: str, reviewer: str, reason: str) -> dict[str, Any]:
 @asking
 def rollback(reviewer: str, reason: str) -> dict[str, Any]:
     """Back to the previous champion. Returns as `promote`."""
-    from tasks import decisions
+    from tasks.release import decisions
 
     return _decided(decisions.rollback(PROJECT, reviewer, reason))
 
@@ -425,7 +432,7 @@ def rollback(reviewer: str, reason: str) -> dict[str, Any]:
 @asking
 def carry_out_reviews() -> list[dict[str, Any]]:
     """Reviews that were made in MLflow's pages become promotions and rejections. Returns one {"version", "status", "message"} for each."""
-    from tasks import decisions
+    from tasks.release import decisions
 
     decided = decisions.decide_reviews(PROJECT)
     if decided:
@@ -436,7 +443,7 @@ def carry_out_reviews() -> list[dict[str, Any]]:
 @asking
 def publish() -> dict[str, Any]:
     """What the ledger says is in service is published, and `latest` points to it; empty where DANCEOPD_PUBLISH is unset. Repeating it sends what is missing."""
-    from tasks import publish as publishing
+    from tasks.release import publish as publishing
 
     if publishing.destination() is None:
         return {}

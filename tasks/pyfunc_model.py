@@ -22,30 +22,13 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from data.errors import UserError
-from data.files import read_json
+from tasks.student.opening import DEFAULTS, STEPS
 
 if TYPE_CHECKING:
-    from tasks.inference import Model
+    from tasks.student.opening import Model
 
-CARRIED = "base"  # the folder of a registered model that holds the base of an adapter student
-STEPS = {"micro": 16}  # of the other families: 28, as the paper samples
-DEFAULTS: dict[str, Any] = {"steps": 0, "guidance": 1.0, "seed": 0, "resolution": 0}
+
 BATCH = 4
-
-
-def carried(project: Path, checkpoint: Path) -> dict[str, Path]:
-    """Name in the artifact -> file: the base's pipeline where the student is an adapter on it; nothing where the checkpoint is a whole pipeline.
-
-    Raises UserError when an adapter's base is not among the project's teachers.
-    """
-    record = read_json(checkpoint / "student.json") if (checkpoint / "student.json").is_file() else {"own_start": True}
-    if record.get("own_start"):
-        return {}
-    from tasks.inference import base_of  # loads torch, which a student that is whole does not need
-
-    base = base_of(checkpoint, record, project)
-    files = [base / "model_index.json", *(path for part in sorted(base.iterdir()) if part.is_dir() for path in sorted(part.rglob("*")) if path.is_file())]
-    return {f"{CARRIED}/{path.relative_to(base).as_posix()}": path for path in files}
 
 
 class Sampler:
@@ -56,7 +39,7 @@ class Sampler:
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """One PNG a row. Raises UserError for an input without prompts, or a source that is no image."""
-        from tasks.inference import draw
+        from tasks.student.opening import draw
 
         frame = model_input if isinstance(model_input, pd.DataFrame) else pd.DataFrame(model_input)
         if "prompt" not in frame.columns or not len(frame):
@@ -90,7 +73,7 @@ def png_of(picture: np.ndarray) -> str:
 
 def _load_pyfunc(path: str) -> Sampler:
     """The name that MLflow calls, with the artifact's folder."""
-    from tasks.inference import open_folder
-    from tasks.sources import Source
+    from tasks.student.opening import open_folder
+    from tasks.weights.sources import Source
 
     return Sampler(open_folder(Source(path, Path(path), "", "", {}), Path.cwd(), device="auto"))

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from data.files import digest, write_json
 from data.records import CAPABILITIES
-from tasks import gate, submission, tracking
+from tasks.registry import server, tracking
+from tasks.release import gate, submission
 
 PARAMS = gate.Params(
     capabilities=("t2i", "local_edit", "global_edit"),
@@ -50,7 +51,7 @@ def scorecard(geneval: float = 0.8, gedit: float = 8.0, retention: float = 0.95)
 
 def write_candidate(project: Path, *, card: dict[str, Any] | None = None, weights: float = 1.0) -> None:
     """What a whole `dvc repro` leaves behind, as far as gate and registry read it."""
-    from benchmarks.scorecard import ExampleScore, write_scores
+    from benchmarks.scores.scorecard import ExampleScore, write_scores
 
     card = card or scorecard()
     for folder in ("reports/score", "checkpoints/student", "checkpoints/absorbed"):
@@ -80,9 +81,9 @@ def write_candidate(project: Path, *, card: dict[str, Any] | None = None, weight
 
 def new_project(folder: Path, database: Path | None = None) -> Path:
     """An empty project; `database` is a fresh MLflow database to copy, since making one takes seconds."""
-    (folder / tracking.FOLDER).mkdir(parents=True)
+    (folder / server.FOLDER).mkdir(parents=True)
     if database is not None:
-        shutil.copyfile(database, folder / tracking.FOLDER / "mlflow.db")
+        shutil.copyfile(database, folder / server.FOLDER / "mlflow.db")
     write_candidate(folder)
     return folder
 

@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from benchmarks.gedit_data import EditTask, edited_path
-from benchmarks.judge import JudgeSettings
+from benchmarks.gedit.rows import EditTask, edited_path
+from benchmarks.judge.protocol import JudgeSettings
 from data.randomness import numpy_generator
 
 

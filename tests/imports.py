@@ -42,7 +42,7 @@ def files_of(name: str) -> Iterator[Path]:
             yield module
 
 
-CLIENTS = {Path("tasks/registry.py"), Path("tasks/s3.py")}  # of stores: loaded only for an address that names one, and what they bring is verified by its hash
+CLIENTS = {Path("tasks/registry"), Path("tasks/s3")}  # of stores: loaded only for an address that names one, and what they bring is verified by its hash
 
 
 def closure(path: Path) -> set[Path]:
@@ -53,5 +53,5 @@ def closure(path: Path) -> set[Path]:
         current = waiting.pop()
         if current not in found:
             found.add(current)
-            waiting += [file for name in imported(current) for file in files_of(name) if file not in CLIENTS]
+            waiting += [file for name in imported(current) for file in files_of(name) if not CLIENTS & {file, *file.parents}]
     return found

@@ -34,7 +34,7 @@ from typing import Any
 
 import pytest
 
-from tasks import tracking
+from tasks.registry import tracking
 
 START_SECONDS = 500  # MLflow takes 26 s on an idle machine, and minutes on one that is shared
 BUCKET = "danceopd"
@@ -116,11 +116,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     listen = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}={port}" for name, port in ports.items())]
     command = [str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder}", f"-bucket={BUCKET}", *off, *listen]
     with process_group(command, folder, {**os.environ, **server.environment}) as process:
-        from tasks import s3
+        from tasks.s3 import objects
 
         def ready() -> bool:
             with suppress(Exception):
-                s3.server_time(f"s3://{BUCKET}")
+                objects.server_time(f"s3://{BUCKET}")
                 return True
             return False
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS
-from tasks.params import read_yaml
+from tasks.params.reading import read_yaml
 
 # Dotted key -> value; a key that the file does not have is a mistake here. The teachers' section is left alone: their weights are fetched, not trained.
 OVERRIDES: dict[str, Any] = {

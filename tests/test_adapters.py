@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.errors import UserError
-from model.adapters import Adapter, adapter_file, concatenated, fused_names, linear_modules, read_adapter, write_comfyui, write_peft
+from model.networks.adapters import Adapter, adapter_file, concatenated, fused_names, linear_modules, read_adapter, write_comfyui, write_peft
 from model.randomness import torch_generator
 
 RANK, ALPHA = 3, 6

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.aspect import LONGEST, bucket_of, fit, size_buckets
 from data.errors import UserError
-from tasks.pictures import picture_size, read_picture
+from data.images import picture_size, read_picture
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(1024, 16), (512, 16), (768, 32), (24, 8), (16, 4)])

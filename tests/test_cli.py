@@ -16,9 +16,9 @@ import pytest
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
+from data.progress import callback, progress
 from tasks import __main__ as cli
 from tasks.environment import PROJECT
-from tasks.progress import callback, progress
 
 STAGE = '''"""Copies a number."""
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def test_help_comes_from_the_function(stage: Callable[..., int], capsys: pytest.
 
 
 def test_a_stage_that_breaks_the_convention_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.stages import load_stage
+    from tasks.stages.contract import load_stage
 
     module = types.ModuleType("tasks.copy")
     monkeypatch.setitem(sys.modules, "tasks.copy", module)
@@ -147,7 +147,7 @@ def test_unknown_commands_and_presets(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_preset_is_put_in_force_only_if_it_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from tasks import stages
+    from tasks.checks import preflight
 
     monkeypatch.chdir(tmp_path)
     Path("presets").mkdir()
@@ -157,10 +157,10 @@ def test_a_preset_is_put_in_force_only_if_it_is_valid(tmp_path: Path, monkeypatc
     def refuse(path: Path) -> None:
         raise UserErrors(f"{path}: 1 fault", ["distill.rate = 1: no"])
 
-    monkeypatch.setattr(stages, "check_all", refuse)
+    monkeypatch.setattr(preflight, "check_all", refuse)
     assert cli.main(["preset", "small"]) == 2
     assert Path("params.yaml").read_text(encoding="utf-8") == "distill: {steps: 9, rate: 1}\n"
-    monkeypatch.setattr(stages, "check_all", lambda path: None)
+    monkeypatch.setattr(preflight, "check_all", lambda path: None)
     assert cli.main(["preset", "small"]) == 0
     assert Path("params.yaml").read_text(encoding="utf-8") == "# small\ndistill: {steps: 2, rate: 1}\n"
     assert "distill.steps: 9 -> 2\n" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_termination_removes_temporary_files(tmp_path: Path) -> None:
 
 
 def test_routes_name_teachers_that_are_made_and_there(tmp_path: Path) -> None:
-    from tasks.preflight import require_teachers, teacher_faults
+    from tasks.checks.preflight import require_teachers, teacher_faults
 
     params, folder = tmp_path / "params.yaml", tmp_path / "teachers"
     routes = [{"capability": "t2i", "teacher": "base"}, {"capability": "local_edit", "teacher": "local"}, {"capability": "global_edit", "teacher": "gobal"}]

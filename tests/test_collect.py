@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.curation import Options, curate
+from data.curation.filters import Options
+from data.curation.pipeline import curate
 from data.errors import UserError, UserErrors
 from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
 from data.microworld import COLORS, Scene, render
 from data.records import CAPABILITIES, read_examples
-from tasks.collect import CATEGORIES, Params, collect, draw_examples
-from tasks.params import WorldParams
+from tasks.params.sections import WorldParams
+from tasks.stages.collect import CATEGORIES, Params, collect, draw_examples
 
 WORLD = WorldParams(("circle", "square", "triangle"), tuple(COLORS), ("white", "gray", "black"), ("plain", "inverted", "night", "outline"), 3, 8)
 PARAMS = Params("microworld", "", 0, {"t2i": 24, "local_edit": 12, "global_edit": 8}, dict.fromkeys(CATEGORIES, 3), WORLD)

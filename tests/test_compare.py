@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare import cli, columns_of, compare_text, differences, load_paper, overall_of_counts, paper_rows, scorecard_row
-from benchmarks.gedit import OFFICIAL_COUNTS, PAPER_CATEGORIES
-from benchmarks.scorecard import Scorecard, write_scorecard
-from benchmarks.statistics import Metric
+from benchmarks.gedit.rules import PAPER_CATEGORIES
+from benchmarks.scores.scorecard import Scorecard, write_scorecard
+from benchmarks.scores.statistics import Metric
 from data.errors import UserErrors
-from data.records import GENEVAL_TAGS
+from data.records import GENEVAL_TAGS, OFFICIAL_COUNTS
 
 PAPER = load_paper()
 SIZES = {**{f"geneval/{name}": n for name, n in PAPER["geneval"]["tasks"].items()}, **{f"gedit/{name}": n for name, n in OFFICIAL_COUNTS.items()}}

@@ -16,24 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.curation import (
-    Candidate,
-    Options,
-    balanced,
-    consistent_sources,
-    count_words,
-    curate,
-    decoded,
-    known_tasks,
-    normalise,
-    require_minimum,
-    scorable,
-    unique_ids,
-    usable_prompts,
-    without_exact_duplicates,
-    without_leakage,
-    without_near_duplicates,
-)
+from data.curation.duplicates import without_exact_duplicates, without_leakage, without_near_duplicates
+from data.curation.filters import Candidate, Options, consistent_sources, count_words, decoded, known_tasks, normalise, scorable, unique_ids, usable_prompts
+from data.curation.pipeline import balanced, curate, require_minimum
 from data.errors import UserErrors
 from data.files import sha256_file
 from data.images import ImageFault, decode_image, distances, encode_png, fingerprint, picture_of

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.detector import Detections, detect
+from benchmarks.geneval.shapes import Detections, detect
 from data.errors import UserError
 from data.microworld import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, Thing, World, example, render
 from data.randomness import numpy_generator

@@ -15,15 +15,17 @@ from torch import nn
 from data.errors import UserError
 from data.randomness import numpy_generator
 from model.checkpoint import Ema
-from model.distill import Bucket, LoopParams, Step, distill
-from model.field import Condition, Guided, VelocityField, velocity_mse
-from model.optimizer import build_optimizer
+from model.compute.optimizer import build_optimizer
+from model.distill import distill
+from model.examples import Bucket, load_buckets
+from model.fields.base import Condition, VelocityField, velocity_mse
+from model.fields.guided import Guided
+from model.networks.student import Student, start_student
+from model.networks.teachers import BASE, load_teachers, read_records
 from model.randomness import noise_for
 from model.rollout import euler_grid, query_index, roll_out_to_query
 from model.route import Route, Router
-from model.student import Student, start_student
-from model.teachers import BASE, load_teachers, read_records
-from tasks.encode import load_buckets
+from model.step import LoopParams, Step
 from tests.tiny import Tiny, build, loop_params
 
 LATENT = (2, 1, 1)

@@ -12,8 +12,9 @@ from typing import Any
 import candidates
 import pytest
 
-from tasks import doctor, ledger
-from tasks import s3 as store
+from tasks.checks import doctor
+from tasks.registry import ledger
+from tasks.s3 import objects as store
 from tests.servers import FaultyProxy, S3Server
 
 

@@ -17,8 +17,7 @@ from benchmarks.speed import CASES as SPEED_CASES
 from benchmarks.speed import Case, build, sd3_case
 from data.errors import UserError
 from model.checkpoint import Ema
-from model.distill import Bucket, LoopParams, NotFinite, Plan, accumulate, distill, parts, plan_step
-from model.execution import (
+from model.compute.execution import (
     WHOLE_BATCH,
     EvaluationCounter,
     Execution,
@@ -30,14 +29,18 @@ from model.execution import (
     prepare_networks,
     recompute_blocks,
 )
-from model.field import Guided, VelocityField
+from model.compute.optimizer import build_optimizer
+from model.compute.settings import ExecutionParams
+from model.distill import accumulate, distill, parts, plan_step
+from model.examples import Bucket
+from model.fields.base import VelocityField
+from model.fields.guided import Guided
 from model.instruments import gradient_cosines, held_out_gaps, weights_of
-from model.optimizer import build_optimizer
+from model.networks.student import Student
 from model.plain import accumulate_plain, own_networks
 from model.rollout import euler_grid
 from model.route import Route, Router
-from model.settings import ExecutionParams
-from model.student import Student
+from model.step import LoopParams, NotFinite, Plan
 from tests.tiny import EXECUTION, loop_params
 
 CPU = torch.device("cpu")
@@ -155,7 +158,7 @@ def test_a_merged_adapter_answers_as_the_unmerged_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_rollouts_change_rounding_alone_and_nothing_is_compiled_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch._dynamo.testing.CompileCounter()  # traces and guards as in earnest, and runs what was traced without making kernels of it
-    monkeypatch.setattr("model.execution.compiled_forward", cache(lambda kind: torch.compile(kind.forward, dynamic=True, backend=counter)))
+    monkeypatch.setattr("model.compute.execution.compiled_forward", cache(lambda kind: torch.compile(kind.forward, dynamic=True, backend=counter)))
     s, fast = setting(name), replace(WHOLE_BATCH, merged=True, compiled_rollout=True, rollout_batch=3)
     for index in range(2):
         same(one_step(s, fast, index=index), one_step(s, index=index))

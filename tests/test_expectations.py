@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.curation import Options
+from data.curation.expectations import expectations, validate_curated
+from data.curation.filters import Options
 from data.errors import UserErrors
-from data.expectations import expectations, validate_curated
 from data.files import sha256_bytes
 from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
 from data.records import Example, read_examples
-from tasks.collect import CATEGORIES, collect
-from tasks.collect import Params as CollectParams
-from tasks.curate import Params, curate
-from tasks.params import WorldParams
+from tasks.params.sections import WorldParams
+from tasks.stages.collect import CATEGORIES, collect
+from tasks.stages.collect import Params as CollectParams
+from tasks.stages.curate import Params, curate
 
 OPTIONS = Options(24, 24, 4096, False, 6, 6, 3.0, {"t2i": 2, "local_edit": 1}, {"t2i": 1})
 

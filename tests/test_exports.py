@@ -20,19 +20,20 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
-from model.adapters import Adapter, linear_modules, write_comfyui, write_peft
 from model.backbones import load_backbone, parts
-from model.field import Condition, condition_of
+from model.fields.base import Condition, condition_of
+from model.networks.adapters import Adapter, linear_modules, write_comfyui, write_peft
+from model.networks.network import NetworkField, own_layers
+from model.networks.student import RECORD as STUDENT_RECORD
+from model.networks.student import save_student, start_student
+from model.networks.teachers import ADAPTER_WEIGHTS, BASE, RECORD, load_base, load_teachers, read_records
 from model.randomness import noise_for, torch_generator
 from model.rollout import euler_grid
 from model.rollout import sample as sample_latents
-from model.student import RECORD as STUDENT_RECORD
-from model.student import save_student, start_student
-from model.teachers import ADAPTER_WEIGHTS, BASE, RECORD, NetworkField, load_base, load_teachers, own_layers, read_records
-from tasks import sample
-from tasks.assembly import SourceParams, assemble
-from tasks.export import COMFYUI_FILE, WRITERS, cli, export
-from tasks.inference import Model, draw, open_model
+from tasks.student import sample
+from tasks.student.export import COMFYUI_FILE, WRITERS, cli, export
+from tasks.student.opening import Model, draw, open_model
+from tasks.weights.assembly import SourceParams, assemble
 from tests.tiny import disturb, save_teachers
 from tests.tiny_families import CHANNELS, save_family
 

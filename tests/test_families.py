@@ -20,9 +20,10 @@ from data.errors import UserError
 from model.backbones import family_of, load_backbone
 from model.backbones.sd3 import widen_for_edits
 from model.backbones.sizes import latent_shape, random_backbone
-from model.field import Condition, Guided, VelocityField, condition_of
+from model.fields.base import Condition, VelocityField, condition_of
+from model.fields.guided import Guided
+from model.networks.network import NetworkField
 from model.rollout import euler_grid
-from model.teachers import NetworkField
 from tests.tiny_families import CHANNELS, MAX_TOKENS, SHIFT, edit_config, save_family
 
 PROMPTS = ["a red circle", "a photo of two blue squares on a white background and a green cross over it", "make it night"]

@@ -20,22 +20,23 @@ from data.files import read_json
 from data.records import Example, read_examples, write_examples
 from model.backbones import TRANSFORMER, load_backbone
 from model.checkpoint import Ema
+from model.compute.optimizer import build_optimizer
+from model.compute.settings import ExecutionParams
 from model.distill import distill
-from model.field import velocity_mse
-from model.optimizer import build_optimizer
+from model.examples import load_buckets
+from model.fields.base import velocity_mse
+from model.networks.network import NetworkField, add_adapter, visiting
+from model.networks.student import load_student, start_student
+from model.networks.teachers import BASE, load_base, load_teachers, read_records, save_teacher
 from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
 from model.route import Route, Router
-from model.settings import ExecutionParams
-from model.student import load_student, start_student
-from model.teachers import BASE, NetworkField, add_adapter, load_base, load_teachers, read_records, save_teacher, visiting
-from tasks import absorb as absorbing
-from tasks import distill as distilling
-from tasks import encode as encoding
-from tasks import validate as validating
-from tasks.encode import load_buckets
-from tasks.params import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams, WorldParams
-from tasks.sampling import draw_field, evaluation_set
+from tasks.params.sections import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams, WorldParams
+from tasks.scoring.sampling import draw_field, evaluation_set
+from tasks.stages import absorb as absorbing
+from tasks.stages import distill as distilling
+from tasks.stages import encode as encoding
+from tasks.stages import validate as validating
 from tests.tiny import EXECUTION, NOBODY, disturb, loop_params
 from tests.tiny_families import CHANNELS, MAX_TOKENS, PIXELS, edit_config, save_family
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.field import Condition, Guided, Mean, concatenate, evaluations, velocity_mse
+from model.fields.base import Condition, concatenate, velocity_mse
+from model.fields.cost import evaluations
+from model.fields.guided import Guided
+from model.fields.mean import Mean
 
 
 def condition(rows: int = 3, source: bool = True) -> Condition:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tasks.environment import PROJECT, defaults
-from tasks.stages import STAGES
+from tasks.stages.contract import STAGES
 from tests.short_params import shorten
 
 STARTUP = 240.0  # s, on a busy machine

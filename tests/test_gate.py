@@ -19,8 +19,8 @@ from candidates import PARAMS, metric, scorecard
 
 from data.errors import UserError
 from data.files import read_json, write_json
-from tasks import gate
-from tasks.provenance import git_state, md5_of, provenance
+from tasks.release import gate
+from tasks.release.provenance import git_state, md5_of, provenance
 
 CLEAN = {
     "git.known": True,
@@ -295,7 +295,7 @@ def test_a_folders_hash_is_dvcs_own_and_a_changed_weight_is_noticed(tmp_path: Pa
 
 
 def test_judging_writes_the_verdict_it_returns_and_a_missing_scorecard_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.registry.champion", lambda project: None)
+    monkeypatch.setattr("tasks.registry.versions.champion", lambda project: None)
     project = candidates.new_project(tmp_path / "project")
     verdict = gate.judge_files(project, PARAMS)
     assert verdict["passed"] is True and read_json(project / gate.VERDICT_FILE) == verdict
@@ -313,7 +313,7 @@ def test_the_same_examples_are_compared_in_pairs(tmp_path: Path, monkeypatch: py
         card["metrics"]["gedit/average"]["stderr"] = 0.4
     candidates.write_candidate(project, card=worse)
     known = {"version": "1", "scorecard": reigning, "scores": champion / gate.SCORES_FILE}
-    monkeypatch.setattr("tasks.registry.champion", lambda folder: known)
+    monkeypatch.setattr("tasks.registry.versions.champion", lambda folder: known)
     assert failing(gate.judge_files(project, PARAMS)) == {"regression/gedit/average"}
-    monkeypatch.setattr("tasks.registry.champion", lambda folder: {**known, "scores": None})
+    monkeypatch.setattr("tasks.registry.versions.champion", lambda folder: {**known, "scores": None})
     assert failing(gate.judge_files(project, PARAMS)) == set()

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.gedit import STATUSES, Sample, aggregate, overall
+from benchmarks.gedit.rules import Sample, aggregate, overall
 from benchmarks.micro import controls, judge_edit, nearest_style, score_images
+from benchmarks.scores.scorecard import STATUSES
 from data.errors import UserError, UserErrors
 from data.microworld import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, Thing, World, edit_example, render, t2i_example
 from data.randomness import numpy_generator

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from benchmarks.gedit import GEDIT_CATEGORIES, OFFICIAL_COUNTS, PAPER_CATEGORIES
-from benchmarks.gedit_data import EditTask, check_folder, check_official, edited_path, load_tasks, select, set_digest, source_path
+from benchmarks.gedit.rows import EditTask, check_folder, check_official, edited_path, load_tasks, select, set_digest, source_path
+from benchmarks.gedit.rules import PAPER_CATEGORIES
 from data.errors import UserError, UserErrors
 from data.files import sha256_bytes
-from data.records import GLOBAL_EDITS, LOCAL_EDITS
+from data.records import GEDIT_CATEGORIES, GLOBAL_EDITS, LOCAL_EDITS, OFFICIAL_COUNTS
 from tests.gedit_sets import png, row, write_edited, write_manifest, write_parquet
 
 ROWS = [

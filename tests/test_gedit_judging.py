@@ -16,17 +16,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.gedit import GEDIT_CATEGORIES, Sample, aggregate, overall
-from benchmarks.gedit_cli import cli
-from benchmarks.gedit_data import edited_path, load_tasks
-from benchmarks.gedit_judging import MadeEdit, jobs_of, judge_folder, patch_tokens, plan, preview, tile_tokens
-from benchmarks.gedit_report import notes_of
-from benchmarks.gedit_verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, score_made, summary
-from benchmarks.judge import Reply, fake_judge, load_wording
-from benchmarks.judge_access import Access
-from benchmarks.judge_endpoint import Endpoint, endpoint_judge
-from benchmarks.scorecard import read_scorecard, read_scores
+from benchmarks.gedit.cli import cli
+from benchmarks.gedit.judging import MadeEdit, judge_folder
+from benchmarks.gedit.price import patch_tokens, preview, tile_tokens
+from benchmarks.gedit.questions import jobs_of, plan
+from benchmarks.gedit.report import notes_of
+from benchmarks.gedit.rows import edited_path, load_tasks
+from benchmarks.gedit.rules import Sample, aggregate, overall
+from benchmarks.gedit.verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, score_made, summary
+from benchmarks.judge.access import Access
+from benchmarks.judge.endpoint import Endpoint, endpoint_judge
+from benchmarks.judge.protocol import Reply, fake_judge
+from benchmarks.judge.wording import load_wording
+from benchmarks.scores.scorecard import read_scorecard, read_scores
 from data.errors import UserError, UserErrors
+from data.records import GEDIT_CATEGORIES
 from tasks.environment import PROJECT
 from tests.gedit_sets import png, row, settings, write_edited, write_manifest
 from tests.judge_server import Server, judge_server
@@ -107,7 +111,7 @@ def test_the_macro_average_is_not_the_mean_over_samples(tmp_path: Path) -> None:
 
 
 def _png_of(task, tmp_path: Path) -> bytes:
-    from benchmarks.judge import prepare_images, read_rgb
+    from benchmarks.judge.protocol import prepare_images, read_rgb
 
     return prepare_images(None, read_rgb(edited_path(tmp_path / "student", task)), settings())[0]
 

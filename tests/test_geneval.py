@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.detector import detect
-from benchmarks.geneval import MAX_PER_CLASS, RELATIONS, Detection, parse_record, relation_table, relations, verdict
+from benchmarks.geneval.rules import MAX_PER_CLASS, RELATIONS, Detection, parse_record, relation_table, relations, verdict
+from benchmarks.geneval.shapes import detect
 from data.errors import UserError
 from data.microworld import World, render, t2i_example
 from data.randomness import numpy_generator

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.geneval_colors import BACKGROUND, TEMPLATES, Classifier, check_activation, classify, crop_of, head, load_classifier, transform
-from benchmarks.geneval_detector import Instance
-from benchmarks.geneval_prompts import COLORS
+from benchmarks.geneval.colors import BACKGROUND, TEMPLATES, Classifier, check_activation, classify, crop_of, head, load_classifier, transform
+from benchmarks.geneval.detector import Instance
+from benchmarks.geneval.prompts import COLORS
 from data.errors import UserError
 from data.randomness import numpy_generator
 from tests.tiny_evaluator import tiny_clip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.geneval_detector import (
+from benchmarks.geneval.detector import (
     LOWEST,
     PAIRS,
     Detector,
@@ -24,7 +24,7 @@ from benchmarks.geneval_detector import (
     resized,
     self_test,
 )
-from benchmarks.geneval_prompts import CLASSES
+from benchmarks.geneval.prompts import CLASSES
 from data.errors import UserError
 from data.randomness import numpy_generator
 from tests.tiny_evaluator import COCO, tiny_mask2former
@@ -118,8 +118,8 @@ def test_scores_at_the_boundary_are_stored() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the sides: what is tested does not depend on them."""
-    monkeypatch.setattr("benchmarks.geneval_detector.SHORT_SIDE", 80)
-    monkeypatch.setattr("benchmarks.geneval_detector.LONG_SIDE", 133)
+    monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 80)
+    monkeypatch.setattr("benchmarks.geneval.detector.LONG_SIDE", 133)
 
 
 # --- preprocessing ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.geneval_prompts import (
+from benchmarks.geneval.prompts import (
     CLASSES,
     COLORS,
     METADATA_MD5,

@@ -19,28 +19,17 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.geneval import OFFICIAL, Detection, Thresholds, overlap, surviving, verdict
-from benchmarks.geneval_images import image_path, image_seed, read_images, write_metadata
-from benchmarks.geneval_prompts import COLORS, as_jsonl, official_records
-from benchmarks.geneval_report import adjusted
-from benchmarks.geneval_run import (
-    DETECTIONS,
-    MICRO,
-    VERDICT,
-    Evaluator,
-    agreement,
-    detect_images,
-    expected_of,
-    judge_images,
-    judge_pictures,
-    summary_of,
-)
-from benchmarks.scorecard import ExampleScore, Scorecard, check_same_evaluator, compare, read_scorecard, read_scores, summarise
-from benchmarks.statistics import Comparison
+from benchmarks.geneval.images import image_path, image_seed, read_images, write_metadata
+from benchmarks.geneval.prompts import COLORS, as_jsonl, official_records
+from benchmarks.geneval.report import adjusted
+from benchmarks.geneval.rules import OFFICIAL, Detection, Thresholds, overlap, surviving, verdict
+from benchmarks.geneval.run import DETECTIONS, VERDICT, Evaluator, agreement, detect_images, expected_of, judge_images, judge_pictures, summary_of
+from benchmarks.scores.scorecard import ExampleScore, Scorecard, check_same_evaluator, compare, read_scorecard, read_scores, summarise
+from benchmarks.scores.statistics import Comparison
 from benchmarks.store import open_shard, read_results, shard_files
 from data.errors import UserError, UserErrors
 from data.images import encode_png
-from data.microworld import World, render, t2i_example
+from data.microworld import MICRO, World, render, t2i_example
 from data.randomness import numpy_generator
 from data.records import GENEVAL_TAGS
 from tasks.environment import PROJECT
@@ -168,7 +157,7 @@ def test_overlaps_are_dropped_only_where_asked() -> None:
     boxes = [(0, 0, 9, 9), (0, 0, 9, 8), (30, 0, 39, 9)]
     cats = {"cat": [Detection("cat", None, score, box) for score, box in zip((0.99, 0.95, 0.92), boxes, strict=True)]}
     assert not verdict(record, cats).correct and verdict(record, cats, replace(OFFICIAL, overlap=0.5)).correct
-    from benchmarks.geneval import parse_record
+    from benchmarks.geneval.rules import parse_record
 
     assert [one.box for one in surviving(parse_record(record), cats, replace(OFFICIAL, overlap=0.5))["cat"]] == [boxes[0], boxes[2]]
     assert verdict(record, cats, Thresholds(counting=0.93)).correct and not verdict(record, cats, Thresholds(counting=0.96)).correct
@@ -243,7 +232,7 @@ def test_shards_make_one_set_and_thresholds_need_no_detector(micro: tuple[Path, 
     assert len(shard_files(tmp_path / "parts" / DETECTIONS)) == 2
     judge_images(folder / "images", tmp_path / "parts", records, **HOW)
     assert bytes_of(tmp_path / "whole" / VERDICT) == bytes_of(tmp_path / "parts" / VERDICT)
-    monkeypatch.setattr("benchmarks.geneval_run.evaluate", None)
+    monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)
     strict = judge_images(folder / "images", tmp_path / "whole", records, to=tmp_path / "strict", thresholds=Thresholds(score=0.999, counting=0.999), **HOW)
     assert strict.identities["geneval"]["thresholds"]["score"] == 0.999
 
@@ -258,7 +247,7 @@ def test_a_stage_s_own_pictures_get_the_same_verdicts(micro: tuple[Path, list[di
     found, identity = judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)
     assert [(float(one.correct), one.reasons) for one in found] == [(score.values["correct"], score.reasons) for score in scores]
     assert identity["detector"]["architecture"] == MICRO
-    monkeypatch.setattr("benchmarks.geneval_run.evaluate", None)  # the second time nothing is looked at
+    monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # the second time nothing is looked at
     assert judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)[0] == found
 
 
@@ -392,7 +381,7 @@ def real_set(tmp_path: Path) -> tuple[list[dict[str, Any]], Evaluator]:
 
 
 def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.geneval_detector.SHORT_SIDE", 64)
+    monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
     records, evaluator = real_set(tmp_path)
     # the records ask for a class that this random network reports, so that a colour is asked of something
     detect_images(tmp_path / "images", tmp_path / "probe", records, evaluator, batch=4)

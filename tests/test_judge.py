@@ -9,25 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.judge import (
-    OWN_QUALITY,
-    OWN_SEMANTIC,
-    PLACEHOLDER,
-    QUALITY,
-    SEMANTIC,
+from benchmarks.judge.endpoint import Endpoint, endpoint_judge, retry_after
+from benchmarks.judge.protocol import (
     Question,
     Reply,
     ask_once_or_twice,
     declined,
     fake_judge,
     identity_of_judge,
-    load_wording,
     outcome,
     parse_reply,
     replay_judge,
     reply_to_json,
 )
-from benchmarks.judge_endpoint import Endpoint, endpoint_judge, retry_after
+from benchmarks.judge.wording import OWN_QUALITY, OWN_SEMANTIC, PLACEHOLDER, QUALITY, SEMANTIC, load_wording
 from data.errors import UserError
 from data.files import sha256_bytes
 from tests.gedit_sets import png, settings
@@ -147,7 +142,7 @@ def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> Non
 def test_texts_with_the_upstream_s_digests_are_official(tmp_path, monkeypatch) -> None:
     (tmp_path / "semantic.txt").write_text(f"S {PLACEHOLDER}", encoding="utf-8")
     (tmp_path / "quality.txt").write_text("Q", encoding="utf-8")
-    monkeypatch.setattr("benchmarks.judge.OFFICIAL", {SEMANTIC: sha256_bytes(f"S {PLACEHOLDER}".encode()), QUALITY: sha256_bytes(b"Q")})
+    monkeypatch.setattr("benchmarks.judge.wording.OFFICIAL", {SEMANTIC: sha256_bytes(f"S {PLACEHOLDER}".encode()), QUALITY: sha256_bytes(b"Q")})
     assert load_wording(tmp_path).name == "official"
 
 

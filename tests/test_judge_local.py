@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from benchmarks.judge import SEMANTIC, Question, Reply, ask_once_or_twice, outcome
-from benchmarks.judge_local import LocalModel, chat, inputs_of, load_local, local_judge
+from benchmarks.judge.local import LocalModel, chat, inputs_of, load_local, local_judge
+from benchmarks.judge.protocol import Question, Reply, ask_once_or_twice, outcome
+from benchmarks.judge.wording import SEMANTIC
 from data.errors import UserError
 from tests.gedit_sets import png, settings
 

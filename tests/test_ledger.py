@@ -12,8 +12,8 @@ import pytest
 
 from data.errors import UserError
 from data.files import digest
-from tasks import ledger
-from tasks import s3 as store
+from tasks.registry import ledger
+from tasks.s3 import objects as store
 from tests.servers import FaultyProxy, S3Server, first
 
 DECISION: dict[str, Any] = {"time": "t", "action": "promote", "actor": "ann", "reason": "r", "version": "1", "to_version": "1"}

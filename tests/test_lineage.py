@@ -14,9 +14,12 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError
 from data.files import sha256_file, write_json
-from tasks import lineage, submission, workspace
-from tasks import s3 as store
-from tasks.provenance import DVC_PATHS, md5_of
+from tasks.checks import lineage
+from tasks.release import submission
+from tasks.release.provenance import DVC_PATHS, md5_of
+from tasks.running import workspace
+from tasks.s3 import objects as store
+from tasks.s3 import transfer
 
 
 def git(project: Path, *arguments: str) -> str:
@@ -209,7 +212,7 @@ def test_a_remote_on_s3_is_looked_into(project: Path, s3: str, tmp_path: Path) -
     remote = project.parent / "remote"
     for path in (remote / "files").rglob("*"):
         if path.is_file():
-            store.upload(path, f"{s3}/dvc/{path.relative_to(remote).as_posix()}")
+            transfer.upload(path, f"{s3}/dvc/{path.relative_to(remote).as_posix()}")
     contents = lineage.Contents(tmp_path)
     assert contents.whole(md5) == f"{s3}/dvc (3 files)" and set(contents.listing(md5)) == {
         f"{name}/weights.safetensors" for name in ("base", "local", "global")

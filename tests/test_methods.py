@@ -12,19 +12,19 @@ from torch import nn
 
 from data.errors import UserError
 from model.checkpoint import Ema
-from model.distill import LoopParams, Plan, accumulate, distill
-from model.examples import Bucket
-from model.execution import WHOLE_BATCH
+from model.compute.execution import WHOLE_BATCH
+from model.compute.optimizer import build_optimizer
+from model.distill import accumulate, distill
+from model.examples import Bucket, load_buckets
 from model.methods import ETA, METHODS, compute_of, method_faults, transition
-from model.optimizer import build_optimizer
+from model.networks.student import load_student, merged_weights, plain_weights, start_student
+from model.networks.teachers import BASE, load_base, load_teachers, read_records
 from model.randomness import noise_for
 from model.rollout import euler_grid
 from model.route import Route, Router, router
-from model.student import load_student, merged_weights, plain_weights, start_student
-from model.teachers import BASE, load_base, load_teachers, read_records
-from tasks import distill as stage
-from tasks.encode import load_buckets
-from tasks.params import load_params
+from model.step import LoopParams, Plan
+from tasks.params.reading import load_params
+from tasks.stages import distill as stage
 from tests.tiny import Tiny, build, loop_params, write_params
 
 SHAPE = (2, 3, 3)

@@ -15,9 +15,11 @@ import candidates
 import pytest
 
 from data.errors import UserError
-from tasks import decisions, ledger, registry, submission, tracking
-from tasks import s3 as store
 from tasks.environment import PROJECT
+from tasks.registry import ledger, server, tracking
+from tasks.registry import versions as registry
+from tasks.release import decisions, submission
+from tasks.s3 import objects as store
 from tests.servers import FaultyProxy, MlflowServer
 
 pytestmark = pytest.mark.slow
@@ -28,7 +30,7 @@ def project(tmp_path: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: p
     """A model and an experiment of the test's own on the shared server; the ledger and what is published are on S3."""
     name = f"danceopd-{uuid.uuid4().hex[:8]}"
     monkeypatch.setattr(registry, "MODEL", name)
-    monkeypatch.setattr(tracking, "EXPERIMENT", name)
+    monkeypatch.setattr(server, "EXPERIMENT", name)
     for key, value in {**mlflow_server.environment, "DANCEOPD_LEDGER": f"{s3}/ledger", "DANCEOPD_PUBLISH": f"{s3}/models"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -39,7 +41,7 @@ def state(project: Path) -> tuple[Any, ...]:
     """All that strangers might change: versions with their tags and texts, aliases, runs with their tags and status."""
     opened = tracking.open_store(project)
     versions = [(one.version, sorted(one.tags.items()), one.description, one.source) for one in registry.versions_of(opened)]
-    experiment = opened.client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = opened.client.get_experiment_by_name(server.EXPERIMENT)
     runs = [(one.info.run_id, one.info.status, sorted(one.data.tags.items())) for one in opened.client.search_runs([experiment.experiment_id])]
     return versions, sorted(registry.aliases_of(opened).items()), runs, experiment.lifecycle_stage
 
@@ -50,7 +52,7 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
     candidates.submitted(project, weights=2.0, geneval=0.82)
     before = state(project)
     run = registry.champion(project)["run_id"]  # type: ignore[index]
-    experiment = tracking.open_store(project).client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    experiment = tracking.open_store(project).client.get_experiment_by_name(server.EXPERIMENT).experiment_id
     model, reader = registry.MODEL, f"reader-{uuid.uuid4().hex[:6]}"
     password = mlflow_server.new_user(reader)
     name = {"name": model, "version": "2"}
@@ -123,7 +125,7 @@ def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: Mlf
     assert (done["status"], done["version"]) == ("candidate", "1") and any(fault == "cut" for *_, fault in proxy.seen)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     opened = tracking.open_store(project)
-    experiment = opened.client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    experiment = opened.client.get_experiment_by_name(server.EXPERIMENT).experiment_id
     (run,) = opened.client.search_runs([experiment])
     assert run.info.status == "FINISHED" and run.data.params["distill.steps"] == "300"
     for metric in ("distill/loss/t2i", "absorb/loss/guided"):
@@ -153,7 +155,7 @@ def test_what_was_logged_while_the_server_was_away_is_sent_later(
             tracking.open_store(project)
         broken = iter(range(100))
         proxy.fault = lambda method, path: "cut" if method == "PUT" and next(broken) < 4 else None  # once more, in the middle of sending
-        with pytest.raises(tracking.Outage):
+        with pytest.raises(server.Outage):
             tracking.open_store(project)
         assert found[0].is_file()
         proxy.fault = lambda method, path: None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data.errors import UserError
-from model.optimizer import Muon, Optimizers, build_optimizer, orthogonalize, warmup_then_linear
+from model.compute.optimizer import Muon, Optimizers, build_optimizer, orthogonalize, warmup_then_linear
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -21,15 +21,19 @@ from PIL import Image
 from data.errors import UserError
 from data.files import read_json
 from data.records import LOCAL_EDITS
-from model.adapters import write_comfyui, write_peft
 from model.backbones import load_backbone
-from model.teachers import own_layers
-from tasks import export, gate, lineage, plan, registry, sample, submission, tracking
+from model.networks.adapters import write_comfyui, write_peft
+from model.networks.network import own_layers
+from tasks.checks import lineage, plan
+from tasks.checks.preflight import preflight
 from tasks.environment import for_children
-from tasks.params import load_params, read_yaml
-from tasks.preflight import preflight
+from tasks.params.reading import load_params, read_yaml
 from tasks.pyfunc_model import png_of
-from tasks.repro import pull
+from tasks.registry import server as registry_server
+from tasks.registry import versions
+from tasks.release import gate, submission
+from tasks.running.repro import pull
+from tasks.student import export, sample
 from tests.judge_server import MODEL, judge_server
 from tests.short_params import OVERRIDES
 from tests.test_exports import some_adapter
@@ -150,7 +154,7 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     submitted = submission.submit_files(project, load_params(gate.Params, "gate", project / "params.yaml"), "auto", "ann", "own weights")
     assert submitted["status"] == "champion"
 
-    uri = f"models:/{registry.MODEL}@{registry.CHAMPION}"
+    uri = f"models:/{versions.MODEL}@{versions.CHAMPION}"
     source = project / "data" / "examples" / "images" / "eval-1.png"
     assert sample.cli(["--model", uri, "--prompt", "a red circle", "--out", "drawn", "--steps", "2"]) == 0
     assert sample.cli(["--model", uri, "--prompt", "make it night", "--source", str(source), "--out", "edited", "--steps", "2"]) == 0
@@ -164,7 +168,7 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
                 export.cli(line)
         else:
             assert export.cli(line) == 0
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.local_uri(project))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry_server.local_uri(project))
     frame = pd.DataFrame({"prompt": ["a red circle", "make it night"], "source": ["", png_of(np.asarray(Image.open(source).convert("RGB")))]})
     answer = mlflow.pyfunc.load_model(uri).predict(frame, params={"steps": 2})
     assert [pixels(text).shape for text in answer["image"]] == [one.shape for one in pictures]

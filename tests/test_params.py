@@ -9,7 +9,8 @@ from typing import Any, Literal
 import pytest
 
 from data.errors import UserError, UserErrors
-from tasks.params import SHARED, SamplingParams, WorldParams, check_sections, load_params, read_yaml, shared_fields
+from tasks.params.reading import check_sections, load_params, read_yaml, shared_fields
+from tasks.params.sections import SHARED, SamplingParams, WorldParams
 
 VALID = """
 world: {shapes: [circle, square], colors: [red, green], backgrounds: [white, gray], styles: [plain, night], grid: 3, cell: 8}

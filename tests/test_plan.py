@@ -14,13 +14,13 @@ from data.errors import UserError, UserErrors
 from data.files import write_json, write_text
 from data.randomness import numpy_generator
 from model.rollout import QUERY_BIAS, query_index
-from tasks import plan as planning
+from tasks.checks import plan as planning
+from tasks.checks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
+from tasks.checks.preflight import other_teachers, preflight, teacher_faults
 from tasks.environment import PROJECT
-from tasks.params import read_yaml
-from tasks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
-from tasks.preflight import other_teachers, preflight, teacher_faults
-from tasks.repro import Ended
-from tasks.stages import STAGES
+from tasks.params.reading import read_yaml
+from tasks.running.repro import Ended
+from tasks.stages.contract import STAGES
 from tests.test_flow import free_port
 
 PRESETS = sorted(path.stem for path in (PROJECT / "presets").glob("*.yaml"))
@@ -68,7 +68,7 @@ def test_the_measured_rate_is_of_the_same_network_or_none(tmp_path: Path) -> Non
 
 
 def status(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
-    monkeypatch.setattr("tasks.repro.stream", lambda *_: Ended(0, ("WARNING: something", json.dumps(answer))))
+    monkeypatch.setattr("tasks.running.repro.stream", lambda *_: Ended(0, ("WARNING: something", json.dumps(answer))))
 
 
 def test_states_follow_dvc_and_pass_downstream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,18 +76,18 @@ def test_states_follow_dvc_and_pass_downstream(monkeypatch: pytest.MonkeyPatch, 
     status(monkeypatch, {})
     states = stage_states(tmp_path, same)
     assert states["collect"] == states["score"] == "cached" and states["teachers"] == "frozen: not fetched"
-    status(monkeypatch, {"encode": [{"changed deps": {"tasks/encode.py": "modified"}}]})
+    status(monkeypatch, {"encode": [{"changed deps": {"tasks/stages/encode.py": "modified"}}]})
     states = stage_states(tmp_path, same)
     assert states["curate"] == "cached" and states["encode"] == "runs: code" and states["score"] == "runs: after encode"
     status(monkeypatch, {})
     assert stage_states(tmp_path, {**same, "distill": False})["distill"] == "runs: params"
-    monkeypatch.setattr("tasks.repro.stream", lambda *_: Ended(255, ("ERROR: not a repository",)))
+    monkeypatch.setattr("tasks.running.repro.stream", lambda *_: Ended(255, ("ERROR: not a repository",)))
     assert set(stage_states(tmp_path, same).values()) == {"unknown: dvc status failed here"}
 
 
 def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status(monkeypatch, {})
-    monkeypatch.setattr("tasks.preflight._in_hub_cache", lambda _: False)
+    monkeypatch.setattr("tasks.checks.preflight._in_hub_cache", lambda _: False)
     made = plan(PROJECT / "params.yaml", tmp_path)
     rows = {row["stage"]: row for row in made["stages"]}
     assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
@@ -111,7 +111,7 @@ def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.Mo
 def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is not here is named in one answer, with the key that says where it is: own weights, public ones, GenEval's networks, the examples."""
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # nobody is there
-    monkeypatch.setattr("tasks.preflight._in_hub_cache", lambda _: False)
+    monkeypatch.setattr("tasks.checks.preflight._in_hub_cache", lambda _: False)
     monkeypatch.setenv("OPENAI_API_KEY", "a judge's")
     path = PROJECT / "presets" / f"{name}.yaml"
     with pytest.raises(UserErrors) as caught:

@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-import tasks.processes
-import tasks.training
+import tasks.training.processes
+import tasks.training.run
 from benchmarks.speed import build, sd3_case
 from data.files import read_json, write_json
 from model.checkpoint import Ema, write_tensors
+from model.compute.execution import WHOLE_BATCH, EvaluationCounter, Execution, blocks_of, recompute_blocks
+from model.compute.optimizer import build_optimizer
+from model.compute.parallel import ALONE, World, deal, joined, shard_frozen
 from model.distill import distill
-from model.execution import WHOLE_BATCH, EvaluationCounter, Execution, blocks_of, recompute_blocks
-from model.optimizer import build_optimizer
-from model.parallel import ALONE, World, deal, joined, shard_frozen
 from model.rollout import euler_grid
 from model.route import Route, Router
 from tasks.__main__ import main
-from tasks.training import run_training
+from tasks.training.run import run_training
 from tests.tiny import Tiny, loop_params, write_params
 from tests.tiny import build as build_tiny
 
@@ -181,7 +181,7 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int]
     original = run_training
 
     def dying(*arguments: Any, **named: Any) -> Any:
-        if tasks.processes.this_process().rank == 1:
+        if tasks.training.processes.this_process().rank == 1:
             noise = model_distill.noise_for
 
             def die(seed: int, index: int, *others: Any) -> torch.Tensor:
@@ -193,7 +193,7 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int]
         return original(*arguments, **named)
 
     import model.distill as model_distill
-    import tasks.distill
+    import tasks.stages.distill
 
     with monkeypatch.context() as context:
         context.setattr(tasks.distill, "run_training", dying)

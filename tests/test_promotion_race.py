@@ -10,7 +10,7 @@ from pathlib import Path
 import candidates
 import pytest
 
-from tasks import ledger, registry, tracking
+from tasks.registry import ledger, tracking, versions
 
 ROOT = Path(__file__).parents[1]
 PROMOTER = """
@@ -45,7 +45,7 @@ except UserError as error:
 def test_two_processes_promote_two_versions(
     tmp_path: Path, simultaneous: str, place: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """"yes": both reach the ledger having seen it empty. "no": they start together and run as they happen to."""
+    """ "yes": both reach the ledger having seen it empty. "no": they start together and run as they happen to."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DANCEOPD_LEDGER", raising=False)
     if place == "S3":
@@ -72,8 +72,8 @@ def test_two_processes_promote_two_versions(
     message = ended[int(loser) - 1][1]
     expected = "somebody else decided at the same moment" if simultaneous == "yes" else "error: "
     assert expected in message and "Traceback" not in message
-    entries = ledger.read(registry.ledger_place(tracking.open_store(project)))
+    entries = ledger.read(versions.ledger_place(tracking.open_store(project)))
     assert [(entry.to_version, entry.actor, entry.reason) for entry in entries] == [(winner, f"reviewer {winner}", "mine is better")]
     store = tracking.open_store(project)
-    assert registry.aliases_of(store)["champion"] == winner
-    assert registry.reconcile(project) == []
+    assert versions.aliases_of(store)["champion"] == winner
+    assert versions.reconcile(project) == []

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from data.errors import UserError, UserErrors
 from data.files import sha256_bytes
-from tasks import decisions, ledger, publish, registry, tracking
-from tasks import s3 as store
+from tasks.registry import ledger, tracking, versions
+from tasks.release import decisions, publish
+from tasks.s3 import objects as store
 from tests.servers import FaultyProxy, S3Server
 
 
@@ -145,7 +146,7 @@ def test_a_champion_whose_files_were_exchanged_is_not_published(project: Path, s
     save_file({"weight": np.zeros(4, np.float32)}, weights)
     with pytest.raises(UserErrors, match="not the ones that were judged"):
         publish.publish(project)
-    tracking.open_store(project).client.set_model_version_tag(registry.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
+    tracking.open_store(project).client.set_model_version_tag(versions.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
     with pytest.raises(UserError, match="not those of ledger entry 000001"):
         publish.publish(project)
     assert store.list_objects(f"{s3}/models") == []
@@ -170,8 +171,8 @@ def test_two_machines_share_one_ledger(project: Path, s3: str, tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setenv("DANCEOPD_LEDGER", f"{s3}/other")
         with pytest.raises(UserError, match="another ledger is meant"):
-            registry.champion(project)
+            versions.champion(project)
         patch.setenv("DANCEOPD_LEDGER", "/somewhere")
         with pytest.raises(UserError, match="not an S3 address"):
-            registry.champion(project)
-    assert registry.champion(project)["version"] == "1"  # type: ignore[index]
+            versions.champion(project)
+    assert versions.champion(project)["version"] == "1"  # type: ignore[index]

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from data.errors import UserError
-from model.student import save_student, start_student
-from model.teachers import BASE, load_teachers, read_records
-from tasks import registry, submission, tracking
-from tasks.inference import draw, open_model
-from tasks.pyfunc_model import carried, picture_of, png_of
+from model.networks.student import save_student, start_student
+from model.networks.teachers import BASE, load_teachers, read_records
+from tasks.pyfunc_model import picture_of, png_of
+from tasks.registry import server, versions
+from tasks.release import submission
+from tasks.student.opening import carried, draw, open_model
 from tests.candidates import PARAMS, fresh_database, judged, new_project
 from tests.tiny import disturb, save_teachers
 
@@ -52,8 +53,8 @@ def test_mlflow_draws_what_the_student_draws(project: Path, monkeypatch: pytest.
     assert all((project / "data" / "teachers" / name).exists() for name in (BASE, "local"))
     monkeypatch.chdir(tmp_path)  # neither teachers nor checkpoints there: the model carries its base
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.local_uri(project))
-    model = mlflow.pyfunc.load_model(f"models:/{registry.MODEL}@champion")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.local_uri(project))
+    model = mlflow.pyfunc.load_model(f"models:/{versions.MODEL}@champion")
     frame = pd.DataFrame({"prompt": PROMPTS, "source": ["", png_of(picture)]})
     answer = model.predict(frame, params={"steps": 2, "seed": 5})
     assert list(answer.columns) == ["image"]
@@ -65,13 +66,13 @@ def test_mlflow_draws_what_the_student_draws(project: Path, monkeypatch: pytest.
 
 
 def test_the_alias_is_followed_and_its_files_are_verified(project: Path) -> None:
-    model = open_model(f"models:/{registry.MODEL}@champion", project)
+    model = open_model(f"models:/{versions.MODEL}@champion", project)
     assert model.record["rank"] == 5
-    version, hashes = registry.registered(project, f"models:/{registry.MODEL}/1")
+    version, hashes = versions.registered(project, f"models:/{versions.MODEL}/1")
     assert version == "1" and "base/transformer/config.json" in hashes and "adapter_model.safetensors" in hashes
     for uri, words in (
-        (f"models:/{registry.MODEL}@nobody", "no such alias; have champion"),
-        (f"models:/{registry.MODEL}/9", "9"),
+        (f"models:/{versions.MODEL}@nobody", "no such alias; have champion"),
+        (f"models:/{versions.MODEL}/9", "9"),
         ("models:/other@x", "expected models:/danceopd"),
     ):
         with pytest.raises(UserError, match=words):

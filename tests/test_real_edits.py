@@ -19,21 +19,21 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks.judge_access import name_of_local
-from benchmarks.scorecard import ExampleScore, read_scorecard, read_scores
+from benchmarks.judge.access import name_of_local
+from benchmarks.scores.scorecard import ExampleScore, read_scorecard, read_scores
 from data.errors import UserError, UserErrors
 from data.records import read_examples, write_examples
 from model.route import Route
-from tasks import absorb as absorbing
-from tasks import distill as distilling
-from tasks import encode as encoding
-from tasks import rescore
-from tasks import score as scoring
-from tasks import validate as validating
+from tasks.checks import rescore
+from tasks.checks.preflight import judge_faults
 from tasks.environment import PROJECT
-from tasks.params import BenchmarkParams, JudgeParams, RequestParams, RoutingParams, SamplingParams, ServerParams
-from tasks.preflight import judge_faults
-from tasks.real_scores import check_judgeable, notes_of_scores, scored_examples
+from tasks.params.sections import BenchmarkParams, JudgeParams, RequestParams, RoutingParams, SamplingParams, ServerParams
+from tasks.scoring.real import check_judgeable, notes_of_scores, scored_examples
+from tasks.stages import absorb as absorbing
+from tasks.stages import distill as distilling
+from tasks.stages import encode as encoding
+from tasks.stages import score as scoring
+from tasks.stages import validate as validating
 from tests.judge_server import judge_server
 from tests.test_families_pipeline import LOOP, WORLD, Home, distil_params, save_curated, save_teachers
 from tests.test_judge_local import checkpoint as checkpoint
@@ -95,9 +95,9 @@ def benchmark_of(root: Path) -> BenchmarkParams:
 
 def run_validate(root: Path, project: Path, judge: JudgeParams) -> dict[str, Any]:
     """The stage, in `project`; the detector sees small pictures. A child process runs it, too."""
-    import benchmarks.geneval_detector
+    import benchmarks.geneval.detector
 
-    benchmarks.geneval_detector.SHORT_SIDE = 64
+    benchmarks.geneval.detector.SHORT_SIDE = 64
     project.mkdir(exist_ok=True)
     os.chdir(project)
     home = Home(FAMILY, root / "curated", root / "teachers", root / "encoded")
@@ -107,7 +107,7 @@ def run_validate(root: Path, project: Path, judge: JudgeParams) -> dict[str, Any
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.geneval_detector.SHORT_SIDE", 64)
+    monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
     monkeypatch.chdir(tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_a_category_of_one_example_is_refused_before_anything_is_drawn(home: Hom
 def test_a_judge_that_is_not_there_is_one_message_and_nothing_is_made(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = home.curated.parent
     drawn: list[int] = []
-    monkeypatch.setattr("tasks.sampling.sample", lambda *_: drawn.append(1))
+    monkeypatch.setattr("tasks.scoring.sampling.sample", lambda *_: drawn.append(1))
     with pytest.raises(UserError, match=r"judge judge: no server answers at http://127\.0\.0\.1:9/v1 .* nothing was asked or drawn"):
         run_validate(root, tmp_path, judge_params("http://127.0.0.1:9/v1"))
     unset = ServerParams("http://127.0.0.1:9/v1", "NO_SUCH_KEY", "", 5.0, 1, 0.0, 0.0, 0)

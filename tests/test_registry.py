@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file
-from tasks import decisions, ledger, registry, submission, tracking
+from tasks.registry import ledger, server, tracking, versions
+from tasks.release import card, decisions, submission
 
 
 @pytest.fixture
@@ -40,11 +41,11 @@ def seasoned(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) ->
 
 
 def aliases(project: Path) -> dict[str, str]:
-    return registry.aliases_of(tracking.open_store(project))
+    return versions.aliases_of(tracking.open_store(project))
 
 
 def version_of(project: Path, number: str) -> Any:
-    return tracking.open_store(project).client.get_model_version(registry.MODEL, number)
+    return tracking.open_store(project).client.get_model_version(versions.MODEL, number)
 
 
 def entries(project: Path) -> list[ledger.Entry]:
@@ -76,7 +77,7 @@ def test_the_run_holds_params_steps_scores_images_and_files_but_no_pickle(season
 
 def test_the_description_shows_a_reviewer_scores_rules_and_how_to_decide(seasoned: Path) -> None:
     text = version_of(seasoned, "2").description
-    assert len(text) < submission.LONGEST_DESCRIPTION
+    assert len(text) < card.LONGEST_DESCRIPTION
     assert "| geneval/overall | 0.820 [0.800, 0.840] | 0.800 [0.780, 0.820] | 0.850 [0.830, 0.870] |" in text
     assert "champion (v1)" in text and "--version 2" in text and "folder `report`" in text
     assert all(f"| {rule} |" in text for rule in ("floor/geneval/overall", "regression/gedit/average", "complete/metrics", "provenance/weights"))
@@ -84,15 +85,15 @@ def test_the_description_shows_a_reviewer_scores_rules_and_how_to_decide(seasone
 
 def test_a_long_description_says_what_it_leaves_out() -> None:
     rules = [{"rule": f"floor/{'x' * 60}{index}", "passed": index > 3, "value": 0.5, "bound": 0.4, "reason": "r"} for index in range(80)]
-    text = submission.description(scorecard(), {"passed": False, "rules": rules}, None, {f"teacher {index}": {} for index in range(4)}, "origin", None)
-    assert len(text) < submission.LONGEST_DESCRIPTION and "more rules are in verdict.json" in text
+    text = card.description(scorecard(), {"passed": False, "rules": rules}, None, {f"teacher {index}": {} for index in range(4)}, "origin", None)
+    assert len(text) < card.LONGEST_DESCRIPTION and "more rules are in verdict.json" in text
     assert [f"x{index} | **FAIL**" in text for index in range(4)] == [True] * 4  # failures come first
 
 
 def test_a_refused_candidate_is_kept_with_its_reasons_and_moves_nothing(seasoned: Path) -> None:
     client = tracking.open_store(seasoned).client
     assert {str(one.version) for one in client.search_model_versions("name='danceopd'")} == {"1", "2"}
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = client.get_experiment_by_name(server.EXPERIMENT)
     refused = [run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["gate.status"] == "refused"]
     assert len(refused) == 1 and "registered.version" not in refused[0].data.tags
     for rule in ("floor/geneval/overall", "regression/geneval/overall"):
@@ -103,7 +104,7 @@ def test_a_refused_candidate_is_kept_with_its_reasons_and_moves_nothing(seasoned
 
 
 def test_the_gate_gets_the_champions_own_files(seasoned: Path) -> None:
-    champion = registry.champion(seasoned)
+    champion = versions.champion(seasoned)
     assert champion is not None and champion["version"] == "1"
     assert champion["scorecard"]["metrics"]["geneval/overall"]["mean"] == 0.8
     assert sha256_file(champion["scores"]) == version_of(seasoned, "1").tags["scores.parquet.sha256"]
@@ -114,13 +115,13 @@ def test_the_champions_report_page_is_found_again(project: Path) -> None:
     (project / "reports/score/report.html").write_text("<!doctype html>the page")
     candidates.judged(project)
     submission.submit_files(project, PARAMS, "auto", "ann", "nightly run")
-    champion = registry.champion(project)
+    champion = versions.champion(project)
     assert champion is not None and champion["page"].startswith("file://") and champion["page"].endswith("/report/report.html")
     assert Path(unquote(urlsplit(champion["page"]).path)).read_text() == "<!doctype html>the page"
 
 
 def test_promotion_records_who_and_why_and_keeps_the_previous_for_rollback(project: Path) -> None:
-    assert registry.champion(project) is None
+    assert versions.champion(project) is None
     assert submitted(project, promote="auto")["status"] == "champion"
     assert submitted(project, geneval=0.82, weights=2.0)["status"] == "candidate"
     decisions.promote(project, "2", "eve", "better binding")
@@ -186,7 +187,7 @@ def test_a_verdict_exchanged_in_the_store_is_refused(project: Path) -> None:
 
 def test_a_version_without_a_passing_gate_is_refused(project: Path) -> None:
     submitted(project)
-    tracking.open_store(project).client.set_model_version_tag(registry.MODEL, "1", "gate.status", "refused")
+    tracking.open_store(project).client.set_model_version_tag(versions.MODEL, "1", "gate.status", "refused")
     with pytest.raises(UserError, match="did not pass the gate"):
         decisions.promote(project, "1", "eve", "go")
     with pytest.raises(UserError, match=r"no version 7; versions: 1"):
@@ -224,32 +225,32 @@ def test_all_faults_of_a_submission_are_named_at_once(project: Path) -> None:
 def test_a_crash_between_ledger_and_alias_is_repaired_from_the_ledger(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(project, promote="auto")
     submitted(project, geneval=0.82, weights=2.0)
-    follow = registry.follow
+    follow = versions.follow
     calls: list[int] = []
 
-    def dies_after_the_entry(store: tracking.Store) -> list[str]:
+    def dies_after_the_entry(store: server.Store) -> list[str]:
         calls.append(1)
         if len(calls) == 2:  # the first call comes before the decision
             raise KeyboardInterrupt
         return follow(store)
 
-    monkeypatch.setattr(registry, "follow", dies_after_the_entry)
+    monkeypatch.setattr(versions, "follow", dies_after_the_entry)
     with pytest.raises(KeyboardInterrupt):
         decisions.promote(project, "2", "eve", "better")
     monkeypatch.undo()
     assert aliases(project) == {"champion": "1", "candidate": "2"} and entries(project)[-1].to_version == "2"
-    champion = registry.champion(project)
+    champion = versions.champion(project)
     assert champion is not None and champion["version"] == "2"  # the ledger is the truth already
-    assert registry.reconcile(project) != []
+    assert versions.reconcile(project) != []
     assert aliases(project) == {"champion": "2", "previous": "1"} and version_of(project, "2").tags["review.by"] == "eve"
-    assert registry.reconcile(project) == []
+    assert versions.reconcile(project) == []
 
 
 def test_an_alias_moved_by_hand_is_put_back(project: Path) -> None:
     submitted(project, promote="auto")
     submitted(project, geneval=0.82, weights=2.0)
-    tracking.open_store(project).client.set_registered_model_alias(registry.MODEL, "champion", "2")
-    assert any("champion -> version 1" in line for line in registry.reconcile(project))
+    tracking.open_store(project).client.set_registered_model_alias(versions.MODEL, "champion", "2")
+    assert any("champion -> version 1" in line for line in versions.reconcile(project))
     assert aliases(project)["champion"] == "1"
 
 
@@ -269,7 +270,7 @@ def test_a_ledger_that_was_tampered_with_is_refused(project: Path, fault: str) -
         content = {**read_json(second), "actor": "bob"}
         content["hash"] = digest({key: value for key, value in content.items() if key != "hash"})
         second.write_text(json.dumps(content))
-    for call in (lambda: registry.champion(project), lambda: decisions.rollback(project, "eve", "x"), lambda: registry.reconcile(project)):
+    for call in (lambda: versions.champion(project), lambda: decisions.rollback(project, "eve", "x"), lambda: versions.reconcile(project)):
         with pytest.raises(UserError, match="tampered"):
             call()
 
@@ -312,7 +313,7 @@ def test_each_ledger_number_is_given_once(tmp_path: Path) -> None:
 
 
 def test_another_store_has_a_ledger_of_its_own(tmp_path: Path) -> None:
-    own = tracking.Store(None, tracking.local_uri(tmp_path), tmp_path.resolve())  # type: ignore[arg-type]
-    other = tracking.Store(None, "http://127.0.0.1:5000", tmp_path.resolve())  # type: ignore[arg-type]
-    assert registry.ledger_place(own) == tmp_path.resolve() / "mlflow" / "ledger"
-    assert registry.ledger_place(other).parent == registry.ledger_place(own)
+    own = server.Store(None, server.local_uri(tmp_path), tmp_path.resolve())  # type: ignore[arg-type]
+    other = server.Store(None, "http://127.0.0.1:5000", tmp_path.resolve())  # type: ignore[arg-type]
+    assert versions.ledger_place(own) == tmp_path.resolve() / "mlflow" / "ledger"
+    assert versions.ledger_place(other).parent == versions.ledger_place(own)

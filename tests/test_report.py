@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.confusion import color_confusion, count_confusion
-from benchmarks.geneval import Detection, verdict
-from benchmarks.geneval_prompts import official_records
-from benchmarks.report import add_champion, edit_strips, extremes, sample_grid, scorecard_plot, write_report
-from benchmarks.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard
+from benchmarks.geneval.confusion import color_confusion, count_confusion
+from benchmarks.geneval.prompts import official_records
+from benchmarks.geneval.rules import Detection, verdict
+from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot
+from benchmarks.scores.page import add_champion, extremes, write_report
+from benchmarks.scores.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard
 from data.errors import UserError
 from data.files import write_text
-from tasks.review import write_review
+from tasks.release.review import write_review
 from tests.candidates import PARAMS
 
 HOW = {"seed": 0, "resamples": 200, "confidence": 0.95}
@@ -118,7 +119,7 @@ def test_every_figure_leads_to_the_images_that_earned_it(results):
 def test_a_page_that_would_be_too_large_links_other_models_images_and_says_so(results, monkeypatch):
     others = {name: (results[0], [replace(score, model=name) for score in results[2]]) for name in ("base", "shuffled")}
     assert page(results, others=others).count('<div class="one"') == 72
-    monkeypatch.setattr("benchmarks.report.MOST_IMAGES", 48)
+    monkeypatch.setattr("benchmarks.scores.page.MOST_IMAGES", 48)
     text = page(results, others=others)
     assert text.count('<div class="one"') == 48 and "The values of shuffled are links to their images: the page would hold more than 48 images." in text
     places = anchored(text)
@@ -162,7 +163,10 @@ def test_the_champion_is_set_beside_the_candidate_later(results):
         assert f'id="{target}"' in found and f"<td>{theirs}<br>" in section
     assert 'href="images/' in text and 'href="images/' not in found and 'href="score/images/' in found and 'href="#figures"' in found
     theirs = cards["base"].metrics["geneval/overall"].mean
-    for page_of, expected in (("file:///runs/3/report.html", "file:///runs/3/report.html#m0-"), ("http://h/#/runs/3/report.html", 'http://h/#/runs/3/report.html"')):
+    for page_of, expected in (
+        ("file:///runs/3/report.html", "file:///runs/3/report.html#m0-"),
+        ("http://h/#/runs/3/report.html", 'http://h/#/runs/3/report.html"'),
+    ):
         linked = add_champion(text, cards["student"], cards["base"], "3", None, "score/", page_of)
         assert re.search(rf'<td><a href="{re.escape(expected)}[^>]*>{theirs:.3f}</a>', linked)
     assert "no paired difference" in add_champion(text, cards["student"], cards["base"], "3", None, "")

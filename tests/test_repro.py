@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.environment import PROJECT
-from tasks.repro import Busy, Ended, StageFailed, Unavailable, error_of, failure, is_chatter, stream
+from tasks.running.repro import Busy, Ended, StageFailed, Unavailable, error_of, failure, is_chatter, stream
 
 
 def test_lines_arrive_and_the_status_is_told(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def alive(number: int) -> bool:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_takes_its_whole_group_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool, error: type[BaseException]) -> None:
     """The grandchild stands for the stage below dvc: ending dvc alone would leave it writing."""
-    monkeypatch.setattr("tasks.repro.GRACE", 0.5)
+    monkeypatch.setattr("tasks.running.repro.GRACE", 0.5)
     trap = "trap '' TERM; " if deaf else ""
     script = f"{trap}bash -c '{trap}echo $$; while true; do sleep 0.1; done' & echo $$; wait; sleep 60"
     numbers: list[int] = []
@@ -97,7 +97,7 @@ def test_chatter_is_dvcs_own_and_nothing_else() -> None:
 def test_a_killed_run_takes_its_whole_group_along(tmp_path: Path) -> None:
     """SIGKILL leaves no time for anything: a guard beside the run asks the group to end, so that a stage saves its state."""
     stage = "trap 'echo saved > state; exit' TERM; echo $$ > number; while true; do sleep 0.1; done"
-    script = f"from pathlib import Path; from tasks.repro import stream; stream(['bash', '-c', {stage!r}], Path({str(tmp_path)!r}), print)"
+    script = f"from pathlib import Path; from tasks.running.repro import stream; stream(['bash', '-c', {stage!r}], Path({str(tmp_path)!r}), print)"
     run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT)
     try:
         deadline = time.monotonic() + 60

@@ -20,7 +20,7 @@ from data.files import read_json
 from model.checkpoint import TENSORS
 from model.randomness import noise_for
 from tasks.__main__ import main
-from tasks.metrics import read_metrics, speed_file
+from tasks.training.metrics import read_metrics, speed_file
 from tests.tiny import Tiny, build, write_params
 
 OUT = Path("student")
@@ -91,9 +91,7 @@ def in_a_child(arguments: list[str], folder: Path) -> int:
         os._exit(status)
 
 
-def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among them the pictures and gaps of validations; what a clock or the memory tells is beside the states."""
     changes = {"held_out": 2, "validate_every": 2, "cosine_every": 2}
     first = straight(tiny, tmp_path / "first", monkeypatch, **changes)

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from data.errors import UserError, UserErrors
 from data.files import sha256_file
-from tasks import decisions, ledger, registry, submission, tracking
+from tasks.registry import ledger, server, tracking, versions
+from tasks.release import decisions, submission
 
 
 @pytest.fixture
@@ -27,11 +28,11 @@ def project(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPat
 def click(project: Path, version: str, **tags: str) -> None:
     """What a person does on the version's page."""
     for key, value in tags.items():
-        tracking.open_store(project).client.set_model_version_tag(registry.MODEL, version, f"review.{key}", value)
+        tracking.open_store(project).client.set_model_version_tag(versions.MODEL, version, f"review.{key}", value)
 
 
 def tags_of(project: Path, version: str) -> dict[str, str]:
-    return dict(tracking.open_store(project).client.get_model_version(registry.MODEL, version).tags)
+    return dict(tracking.open_store(project).client.get_model_version(versions.MODEL, version).tags)
 
 
 def entries(project: Path) -> list[tuple[str, str, str]]:
@@ -57,7 +58,7 @@ def test_an_approval_on_the_page_is_followed_once_it_is_whole(project: Path, mon
     assert statuses(project) == [("1", "promoted")] and entries(project) == [("promote", "eve", "1")]
     assert statuses(project) == []  # once
     (entry,) = ledger.read(project / "mlflow" / "ledger")
-    assert entry.reason == "grids look right" and entry.account == tracking.account()
+    assert entry.reason == "grids look right" and entry.account == server.account()
 
 
 def test_a_review_after_the_champion_has_changed_is_void_for_good(project: Path) -> None:
@@ -87,7 +88,7 @@ def test_the_same_weights_are_no_new_version(project: Path) -> None:
     assert (first["status"], first["version"]) == ("champion", "1")
     assert (again["status"], again["version"]) == ("identical", "1") and "nothing new" in again["reasons"][0] and again["run_id"] != first["run_id"]
     store = tracking.open_store(project)
-    assert len(registry.versions_of(store)) == 1 and len(entries(project)) == 1
+    assert len(versions.versions_of(store)) == 1 and len(entries(project)) == 1
     assert store.client.get_run(again["run_id"]).data.tags["registered.identical"] == "1"
 
 
@@ -112,9 +113,9 @@ def test_a_submission_that_broke_off_is_finished_by_the_same_command(project: Pa
         done = submission.submit_files(project, PARAMS, "review", "ann", "x")
         assert (done["status"], done["version"]) == ("candidate", "1")
     store = tracking.open_store(project)
-    experiment = store.client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    experiment = store.client.get_experiment_by_name(server.EXPERIMENT).experiment_id
     (run,) = store.client.search_runs([experiment])
-    assert run.info.status == "FINISHED" and len(registry.versions_of(store)) == 1 and registry.aliases_of(store) == {"candidate": "1"}
+    assert run.info.status == "FINISHED" and len(versions.versions_of(store)) == 1 and versions.aliases_of(store) == {"candidate": "1"}
     assert len(store.client.get_metric_history(run.info.run_id, "distill/loss/t2i")) == 5  # nothing is there twice
     assert decisions.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
 
@@ -160,6 +161,6 @@ def test_tags_that_were_moved_along_with_the_files_do_not_help(project: Path) ->
     submitted(project)
     weights = next((project / "mlflow" / "artifacts").rglob("student.safetensors"))
     save_file({"weight": np.zeros(4, np.float32)}, weights)
-    tracking.open_store(project).client.set_model_version_tag(registry.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
+    tracking.open_store(project).client.set_model_version_tag(versions.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
     with pytest.raises(UserError, match="the verdict names others"):
         decisions.promote(project, "1", "eve", "go")

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from data.errors import UserError
-from model.field import Condition
+from model.fields.base import Condition
 from model.rollout import euler_grid, query_index, roll_out_to_query, sample
 
 Field = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]

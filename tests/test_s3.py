@@ -14,7 +14,8 @@ import pytest
 
 from data.errors import UserError, UserErrors
 from data.files import sha256_bytes, sha256_file
-from tasks import s3 as store
+from tasks.s3 import objects as store
+from tasks.s3 import transfer
 from tests.servers import FaultyProxy, S3Server, first
 
 PART = 256 * 1024
@@ -23,13 +24,13 @@ PART = 256 * 1024
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four parts of a file that a test can afford. What is downloaded may be cut as one likes."""
-    monkeypatch.setattr(store, "PART", PART)
+    monkeypatch.setattr(transfer, "PART", PART)
 
 
 @pytest.fixture
 def upload_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For uploads: S3 refuses parts under five mebibytes, but for the last."""
-    monkeypatch.setattr(store, "PART", 5 * 1024 * 1024)
+    monkeypatch.setattr(transfer, "PART", 5 * 1024 * 1024)
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def names(folder: Path) -> list[str]:
 def test_what_goes_up_comes_down(s3: str, tmp_path: Path, size: int) -> None:
     (tmp_path / "file").write_bytes(content(size))
     done: list[tuple[int, int, str]] = []
-    sent = store.upload(tmp_path / "file", f"{s3}/file")
-    got = store.download(f"{s3}/file", tmp_path / "down" / "file", progress=lambda *one: done.append(one))
+    sent = transfer.upload(tmp_path / "file", f"{s3}/file")
+    got = transfer.download(f"{s3}/file", tmp_path / "down" / "file", progress=lambda *one: done.append(one))
     assert sent == got == sha256_bytes(content(size)) == sha256_file(tmp_path / "down" / "file")
     assert done[-1] == (size, size, "file") and names(tmp_path / "down") == ["file"]
     assert [(one.uri, one.size) for one in store.list_objects(s3)] == [(f"{s3}/file", size)]
@@ -77,19 +78,19 @@ def test_what_goes_up_comes_down(s3: str, tmp_path: Path, size: int) -> None:
 
 def test_a_file_that_is_there_already_is_neither_sent_nor_fetched_again(proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path) -> None:
     done: list[tuple[int, int, str]] = []
-    hashed = store.upload(big, f"{s3}/big", progress=lambda *one: done.append(one))
+    hashed = transfer.upload(big, f"{s3}/big", progress=lambda *one: done.append(one))
     size = big.stat().st_size
     assert len(done) == 4 and done[-1] == (size, size, "big.bin")
-    assert store.download(f"{s3}/big", tmp_path / "down") == hashed == sha256_file(big)
+    assert transfer.download(f"{s3}/big", tmp_path / "down") == hashed == sha256_file(big)
     proxy.seen.clear()
-    assert store.upload(big, f"{s3}/big") == store.download(f"{s3}/big", tmp_path / "down", sha256=hashed) == hashed
+    assert transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down", sha256=hashed) == hashed
     assert [method for method, *_ in proxy.seen] == ["HEAD"]
 
 
 def test_other_content_than_expected_is_refused_and_leaves_nothing(s3: str, tmp_path: Path) -> None:
     store.put_new(f"{s3}/file", b"poisoned")
     with pytest.raises(UserError, match="not the one that was asked for"):
-        store.download(f"{s3}/file", tmp_path / "down" / "file", sha256="0" * 64)
+        transfer.download(f"{s3}/file", tmp_path / "down" / "file", sha256="0" * 64)
     assert names(tmp_path / "down") == []
 
 
@@ -97,9 +98,9 @@ def test_other_content_than_expected_is_refused_and_leaves_nothing(s3: str, tmp_
 def test_faults_that_pass_are_survived(proxy: FaultyProxy, stored: tuple[str, str], tmp_path: Path, fault: str) -> None:
     (tmp_path / "file").write_bytes(b"small")
     proxy.fault = first(2, fault)
-    store.upload(tmp_path / "file", stored[0] + ".small")
+    transfer.upload(tmp_path / "file", stored[0] + ".small")
     proxy.fault = first(2, fault, method="GET")
-    assert store.download(stored[0], tmp_path / "down") == stored[1] == sha256_file(tmp_path / "down")
+    assert transfer.download(stored[0], tmp_path / "down") == stored[1] == sha256_file(tmp_path / "down")
     assert [one for *_, one in proxy.seen].count(fault) == 4
 
 
@@ -108,7 +109,7 @@ def test_faults_during_the_parts_of_an_upload_are_survived(proxy: FaultyProxy, u
     faults = iter(["500", "lost", "cut", "503"])
     proxy.fault = lambda method, path: next(faults, None) if "partNumber=" in path else ended(method, path)
     ended = first(1, "lost", method="POST", containing="uploadId=")
-    store.upload(big, f"{s3}/big")
+    transfer.upload(big, f"{s3}/big")
     assert store.list_objects(s3)[0].size == big.stat().st_size
     assert [one for *_, one in proxy.seen].count("lost") == 2
 
@@ -122,11 +123,11 @@ def test_a_download_that_was_given_up_goes_on_where_it_ended(
     gets = iter(range(100))
     proxy.fault = lambda method, path: fault if method == "GET" and next(gets) >= 2 else None
     with pytest.raises(UserError, match=r"stored: .*run the same command again"):
-        store.download(stored[0], tmp_path / "down" / "file")
+        transfer.download(stored[0], tmp_path / "down" / "file")
     assert not (tmp_path / "down" / "file").exists()
     proxy.fault = lambda method, path: None
     proxy.seen.clear()
-    assert store.download(stored[0], tmp_path / "down" / "file") == stored[1]
+    assert transfer.download(stored[0], tmp_path / "down" / "file") == stored[1]
     assert [method for method, *_ in proxy.seen].count("GET") == 2  # of four
     assert names(tmp_path / "down") == ["file"]
 
@@ -137,11 +138,11 @@ def test_parts_that_were_noted_but_lost_are_fetched_anew(proxy: FaultyProxy, sto
     gets = iter(range(100))
     proxy.fault = lambda method, path: "500" if method == "GET" and next(gets) >= 2 else None
     with pytest.raises(UserError):
-        store.download(stored[0], tmp_path / "down" / "file", sha256=stored[1])
+        transfer.download(stored[0], tmp_path / "down" / "file", sha256=stored[1])
     proxy.fault = lambda method, path: None
     (partial,) = (path for path in (tmp_path / "down").iterdir() if path.suffix == ".tmp")
     partial.write_bytes(bytes(partial.stat().st_size))
-    assert store.download(stored[0], tmp_path / "down" / "file", sha256=stored[1]) == stored[1]
+    assert transfer.download(stored[0], tmp_path / "down" / "file", sha256=stored[1]) == stored[1]
     assert names(tmp_path / "down") == ["file"]
 
 
@@ -151,25 +152,25 @@ def test_an_upload_that_was_given_up_goes_on_with_the_parts_that_the_store_has(
     monkeypatch.setattr(store, "WORKERS", 1)
     proxy.fault = lambda method, path: "503" if "partNumber=2" in path else None
     with pytest.raises(UserError, match="run the same command again"):
-        store.upload(big, f"{s3}/big")
+        transfer.upload(big, f"{s3}/big")
     assert store.list_objects(s3) == []  # nothing is readable in part
     proxy.fault = lambda method, path: None
     proxy.seen.clear()
-    store.upload(big, f"{s3}/big")
+    transfer.upload(big, f"{s3}/big")
     sent = {path.split("partNumber=")[1][0] for method, path, _ in proxy.seen if method == "PUT"}
     assert {"2"} <= sent <= {"2", "3"}  # the third may have been under way when the second failed
-    assert store.download(f"{s3}/big", tmp_path / "down") == sha256_file(big)
+    assert transfer.download(f"{s3}/big", tmp_path / "down") == sha256_file(big)
 
 
 def test_parts_of_an_earlier_state_of_the_file_are_not_mixed_in(proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path) -> None:
     proxy.fault = lambda method, path: "503" if "partNumber=3" in path else None
     with pytest.raises(UserError):
-        store.upload(big, f"{s3}/big")
+        transfer.upload(big, f"{s3}/big")
     proxy.fault = lambda method, path: None
     changed = bytearray(big.read_bytes())
     changed[0] ^= 1
     big.write_bytes(changed)
-    assert store.upload(big, f"{s3}/big") == store.download(f"{s3}/big", tmp_path / "down") == sha256_bytes(bytes(changed))
+    assert transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down") == sha256_bytes(bytes(changed))
 
 
 def test_an_object_replaced_during_its_download_is_told(
@@ -186,9 +187,9 @@ def test_an_object_replaced_during_its_download_is_told(
 
     proxy.fault = replace  # type: ignore[assignment]
     with pytest.raises(UserError, match="replaced while it was downloaded"):
-        store.download(stored[0], tmp_path / "down" / "file")
+        transfer.download(stored[0], tmp_path / "down" / "file")
     assert names(tmp_path / "down") == []
-    assert store.download(stored[0], tmp_path / "down" / "file") == sha256_bytes(other)
+    assert transfer.download(stored[0], tmp_path / "down" / "file") == sha256_bytes(other)
 
 
 def test_a_slow_answer_is_waited_for_and_a_stalled_one_is_not(proxy: FaultyProxy, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +251,10 @@ def test_names_that_would_leave_the_folder_are_refused(s3: str, tmp_path: Path, 
     listed = [store.Object(f"{s3}/set/{name}", 1, "e") for name in ["good", *hostile]]
     monkeypatch.setattr(store, "list_objects", lambda uri: listed)
     with pytest.raises(UserErrors, match="cannot be downloaded") as error:
-        store.download_folder(f"{s3}/set", tmp_path / "down")
+        transfer.download_folder(f"{s3}/set", tmp_path / "down")
     assert len(error.value.faults) == len(hostile) and not (tmp_path / "down").exists()
     with pytest.raises(UserError, match="not a name"):
-        store.download_folder(f"{s3}/set", tmp_path / "down", hashes={"../up": "0" * 64})
+        transfer.download_folder(f"{s3}/set", tmp_path / "down", hashes={"../up": "0" * 64})
     for uri in ("s3://bucket/../other", "s3://bucket/a/..", "http://bucket/key", "s3:///key", "s3://Bad_Bucket/key"):
         with pytest.raises(UserError):
             store.split(uri)
@@ -263,12 +264,12 @@ def test_a_folder_comes_whole_and_with_its_hashes(s3: str, tmp_path: Path) -> No
     for name in ("a.txt", "b/c.txt"):
         store.put_new(f"{s3}/set/{name}", name.encode())
     store.put_new(f"{s3}/settings", b"not below")
-    hashes = store.download_folder(f"{s3}/set", tmp_path / "down")
+    hashes = transfer.download_folder(f"{s3}/set", tmp_path / "down")
     assert hashes == {name: sha256_bytes(name.encode()) for name in ("a.txt", "b/c.txt")}
     assert (tmp_path / "down/b/c.txt").read_text() == "b/c.txt"
-    assert store.download_folder(f"{s3}/set", tmp_path / "again", hashes={"b/c.txt": hashes["b/c.txt"]}) == {"b/c.txt": hashes["b/c.txt"]}
+    assert transfer.download_folder(f"{s3}/set", tmp_path / "again", hashes={"b/c.txt": hashes["b/c.txt"]}) == {"b/c.txt": hashes["b/c.txt"]}
     with pytest.raises(store.Missing, match="nothing below"):
-        store.download_folder(f"{s3}/none", tmp_path / "none")
+        transfer.download_folder(f"{s3}/none", tmp_path / "none")
 
 
 def test_every_refusal_is_one_line_that_says_what_to_do(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.geneval_images import image_path, image_seed, read_images
-from benchmarks.geneval_prompts import as_jsonl, official_records
-from benchmarks.scorecard import read_scores
+from benchmarks.geneval.images import image_path, image_seed, read_images
+from benchmarks.geneval.prompts import as_jsonl, official_records
+from benchmarks.scores.scorecard import read_scores
 from data.errors import UserError
 from data.records import Example
-from model.teachers import BASE, load_teachers
-from tasks import real_scores
+from model.networks.teachers import BASE, load_teachers
 from tasks.__main__ import main
-from tasks.params import BenchmarkParams, SamplingParams
-from tasks.sampling import EvaluationSet, score_field
-from tasks.sampling import image_seed as example_seed
+from tasks.params.sections import BenchmarkParams, SamplingParams
+from tasks.scoring import real
+from tasks.scoring.sampling import EvaluationSet, score_field
+from tasks.scoring.sampling import image_seed as example_seed
 from tests.tiny import NOBODY, WORLD, draw, save_teachers
 from tests.tiny_evaluator import tiny_clip, tiny_mask2former
 
@@ -98,8 +98,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_student_is_opened_with_its_base(teachers: Path, tmp_path: Path) -> None:
-    from model.student import save_student, start_student
-    from model.teachers import read_records
+    from model.networks.student import save_student, start_student
+    from model.networks.teachers import read_records
 
     backbone, fields = load_teachers(teachers, [BASE, "global"])
     student = start_student(backbone, fields, "global", "all", 4, 4, seed=0)
@@ -132,8 +132,8 @@ def test_generate_detect_and_verdict_of_a_model(teachers: Path, tmp_path: Path) 
 
 
 def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_scores, "STORE", tmp_path / "store")
-    monkeypatch.setattr("benchmarks.geneval_detector.SHORT_SIDE", 64)
+    monkeypatch.setattr(real, "STORE", tmp_path / "store")
+    monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
     tiny_mask2former(tmp_path / "detector")
     tiny_clip(tmp_path / "classifier")
     benchmark = BenchmarkParams(str(tmp_path / "detector"), str(tmp_path / "classifier"), "cpu", batch=4, workers=1, scheduler="")
@@ -158,9 +158,9 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     assert sum(advanced) == 12 and {score.values["correct"] for score in scores} <= {0.0, 1.0}
     assert all((score.values["correct"] == 1.0) is not bool(score.reasons) for score in scores)
     assert all((tmp_path / score.image).exists() for score in scores)
-    monkeypatch.setattr("benchmarks.geneval_run.evaluate", None)  # a stage that runs again looks at nothing twice
+    monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # a stage that runs again looks at nothing twice
     assert rows() == scores
-    identity = real_scores.identities_of_scores(scores, examples, benchmark, NOBODY)["geneval"]["evaluator"]
+    identity = real.identities_of_scores(scores, examples, benchmark, NOBODY)["geneval"]["evaluator"]
     assert identity["detector"]["architecture"] == "mask2former" and identity["classifier"]["architecture"] == "clip"
     with pytest.raises(UserError, match="no such folder"):
-        real_scores.check_judgeable(examples, replace(benchmark, detector="gone"), NOBODY)
+        real.check_judgeable(examples, replace(benchmark, detector="gone"), NOBODY)

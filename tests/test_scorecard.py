@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.gedit import Sample, aggregate
-from benchmarks.scorecard import (
+from benchmarks.gedit.rules import Sample, aggregate
+from benchmarks.scores.scorecard import (
     ExampleScore,
-    Metric,
     Scorecard,
     check_complete,
     compare,
@@ -22,7 +21,7 @@ from benchmarks.scorecard import (
     write_scorecard,
     write_scores,
 )
-from benchmarks.statistics import wilson
+from benchmarks.scores.statistics import Metric, wilson
 from data.errors import UserError, UserErrors
 from data.randomness import numpy_generator
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example

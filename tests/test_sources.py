@@ -18,8 +18,8 @@ from safetensors.numpy import save, save_file
 
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file
-from tasks import sources
-from tasks.sources import CACHE, LOCK, address_faults, availability, kind_of, missing_faults, resolve, resolve_all, unfetchable_faults
+from tasks.weights import sources
+from tasks.weights.sources import CACHE, LOCK, address_faults, availability, kind_of, missing_faults, resolve, resolve_all, unfetchable_faults
 from tests.test_flow import free_port
 
 COMMIT = "a" * 40
@@ -205,7 +205,8 @@ def test_addresses_are_checked_as_they_are_written() -> None:
 
 def test_objects_of_a_bucket(tmp_path: Path, s3: str) -> None:
     """From a real store: one file, a folder, the pins of what came first, and a pickle that is not taken."""
-    from tasks.s3 import put_new, upload
+    from tasks.s3.objects import put_new
+    from tasks.s3.transfer import upload
 
     (tmp_path / "a.safetensors").write_bytes(save(tensor()))
     for name in ("x.safetensors", "lora/a.safetensors"):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.statistics import (
+from benchmarks.scores.statistics import (
     category_metric,
     compare_paired,
     holm,

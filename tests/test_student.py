@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data.errors import UserError
-from model.student import STUDENT, Student, load_student, merged_weights, plain_weights, save_student, start_student, student_adapter
-from model.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, NetworkField, add_adapter, load_base, load_teachers, read_records
+from model.networks.network import NetworkField, add_adapter
+from model.networks.student import STUDENT, Student, load_student, merged_weights, plain_weights, save_student, start_student, student_adapter
+from model.networks.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, load_base, load_teachers, read_records
 from tests.tiny import LOCAL_ALPHA, LOCAL_RANK, Tiny, build, disturb, probe
 
 NAMES = [BASE, "local", "global"]

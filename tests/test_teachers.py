@@ -14,18 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError, UserErrors
 from data.files import sha256_file
-from model.teachers import (
+from model.networks.network import NetworkField, switch_adapter
+from model.networks.teachers import (
     ADAPTER_WEIGHTS,
     BASE,
     RECORD,
     WEIGHTS,
-    NetworkField,
     compatibility_faults,
     file_faults,
     load_base,
     load_teachers,
     read_records,
-    switch_adapter,
     weights_sha256,
 )
 from tests.tiny import Tiny, build, probe

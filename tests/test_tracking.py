@@ -14,7 +14,7 @@ import pytest
 
 from data.errors import UserError
 from data.files import write_json
-from tasks import registry, tracking
+from tasks.registry import server, tracking, versions
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,12 @@ def test_a_dead_server_is_one_clear_message_within_seconds(project: Path, monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{port}")
     started = time.monotonic()
     with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: no MLflow server answers") as error:
-        registry.champion(project)
+        versions.champion(project)
     assert time.monotonic() - started < 5 and "secret" not in str(error.value) and "unset MLFLOW_TRACKING_URI" in str(error.value)
 
 
 def test_a_server_that_accepts_and_never_answers_does_not_hang(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(server, "PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
@@ -133,10 +133,10 @@ def test_the_lock_lets_one_in_at_a_time(project: Path) -> None:
     order: list[str] = []
 
     def second() -> None:
-        with tracking.locked(project):
+        with server.locked(project):
             order.append("second")
 
-    with tracking.locked(project):
+    with server.locked(project):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.2)
@@ -147,5 +147,5 @@ def test_the_lock_lets_one_in_at_a_time(project: Path) -> None:
 
 def test_importing_tracking_registry_and_gate_does_not_load_mlflow() -> None:
     """The command line and the flow import them at every start; MLflow costs seconds."""
-    code = "import sys, tasks.tracking, tasks.registry, tasks.gate; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, tasks.registry.tracking, tasks.registry.versions, tasks.release.gate; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -17,12 +17,12 @@ from PIL import Image
 
 from data.files import read_json
 from model.checkpoint import save_state
-from model.settings import ExecutionParams
+from model.compute.settings import ExecutionParams
 from tasks.__main__ import main
-from tasks.metrics import read_metrics
-from tasks.params import read_yaml
-from tasks.tracking import named_metrics
-from tasks.training import Watch, differing, facts_of
+from tasks.params.reading import read_yaml
+from tasks.registry.tracking import named_metrics
+from tasks.training.metrics import read_metrics
+from tasks.training.states import Watch, differing, facts_of
 from tests.tiny import EXECUTION, Tiny, build, loop_params, write_params
 
 SMALL = {"batch": 4, "rollout_steps": 4, "optimizer": "adamw", "trainable": "adapter", "start": "base", "decay_from": 1.0, "warmup": 0}

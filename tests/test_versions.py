@@ -10,8 +10,11 @@ import candidates
 import pytest
 
 from data.errors import UserError, UserErrors
-from tasks import prefect_tasks, registry, tracking, versions
-from tasks.repro import Busy, StageFailed, Unavailable
+from tasks import prefect_tasks
+from tasks.checks import rescore
+from tasks.registry import files, tracking, versions
+from tasks.registry import versions as registry
+from tasks.running.repro import Busy, StageFailed, Unavailable
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_versions_are_found_by_number_and_alias(registered: Path) -> None:
     found = versions.require(registered, f"models:/{registry.MODEL}@champion")
     assert found == versions.find(registered, "1") == versions.find(registered, f"models:/{registry.MODEL}/1")
-    assert found.weights == registry.weight_hashes(registered / "checkpoints" / "absorbed")
+    assert found.weights == files.weight_hashes(registered / "checkpoints" / "absorbed")
     assert versions.find(registered, "7") is None and versions.find(registered, f"models:/{registry.MODEL}@nobody") is None
     with pytest.raises(UserError, match="no such version"):
         versions.require(registered, "7")
@@ -46,13 +49,13 @@ def test_only_the_registered_weights_are_scored(registered: Path) -> None:
 
 def test_the_registered_scorecard_is_the_judged_one(registered: Path, tmp_path: Path) -> None:
     found = versions.require(registered, "1")
-    card = versions.registered_scorecard(registered, found, tmp_path / "one")
+    card = rescore.registered_scorecard(registered, found, tmp_path / "one")
     assert card == candidates.scorecard()
     store = tracking.open_store(registered)
     (tmp_path / "scorecard.json").write_text("{}", encoding="utf-8")
     store.client.log_artifact(found.run_id, str(tmp_path / "scorecard.json"))
     with pytest.raises(UserError, match="is not the file that was judged"):
-        versions.registered_scorecard(registered, found, tmp_path / "two")
+        rescore.registered_scorecard(registered, found, tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_changed_or_unknown_code_is_not_promoted(tags: dict[str, str], words: st
 def test_drift_is_a_mean_outside_its_interval() -> None:
     before = {"metrics": {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("same", "edge", "low", "gone", "nan")}}
     now: dict[str, Any] = {"same": {"mean": 0.5}, "edge": {"mean": 0.6}, "low": {"mean": 0.399}, "nan": {"mean": float("nan")}}
-    rows = versions.drifted(before, {"metrics": now})
+    rows = rescore.drifted(before, {"metrics": now})
     assert [(row["metric"], row["now"]) for row in rows] == [("low", 0.399), ("gone", None), ("nan", None)]
 
 

@@ -25,13 +25,13 @@ ALLOWED = {
 EXCEPTIONS = {"benchmarks/speed.py": {"model"}}  # it measures the trainer itself, and knows nothing of stages
 HOMES = {
     "prefect": ("flows/", "tasks/prefect_tasks.py"),
-    "mlflow": ("tasks/tracking.py", "tasks/registry.py", "tasks/submission.py", "tasks/decisions.py"),
+    "mlflow": ("tasks/registry/", "tasks/release/submission.py", "tasks/release/decisions.py"),
     "diffusers": ("model/backbones/", "benchmarks/"),
     "transformers": ("model/backbones/", "benchmarks/"),
-    "great_expectations": ("data/expectations.py",),
+    "great_expectations": ("data/curation/expectations.py",),
     "torch": ("model/", "benchmarks/", "tasks/"),
-    "boto3": ("tasks/s3.py",),
-    "botocore": ("tasks/s3.py",),
+    "boto3": ("tasks/s3/",),
+    "botocore": ("tasks/s3/",),
     "dvc": (),  # a child process, never a library: its locks are per process
     "pickle": (),
     "cloudpickle": (),

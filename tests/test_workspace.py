@@ -13,8 +13,9 @@ import yaml
 
 from data.errors import UserError, UserErrors
 from data.files import write_json, write_text
-from tasks import provenance, workspace
-from tasks.repro import Busy, Unavailable
+from tasks.release import provenance
+from tasks.running import workspace
+from tasks.running.repro import Busy, Unavailable
 
 COMMAND = (sys.executable, "-m", "dvc")
 DVC = """stages:

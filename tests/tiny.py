@@ -18,14 +18,16 @@ from data.randomness import numpy_generator
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example, write_examples
 from model.backbones import Backbone
 from model.backbones.micro import MicroBackbone
-from model.distill import LoopParams
-from model.field import Condition
+from model.drawing import as_images
+from model.fields.base import Condition
+from model.networks.network import add_adapter
+from model.networks.teachers import BASE, read_records, save_teacher
 from model.randomness import noise_for, torch_generator
-from model.teachers import BASE, add_adapter, read_records, save_teacher
-from tasks import encode as encoding
+from model.step import LoopParams
 from tasks.environment import PROJECT
-from tasks.params import PARAMS_FILE, BackboneParams, JudgeParams, MicroParams, fill_section, read_yaml
-from tasks.sampling import as_images
+from tasks.params.reading import PARAMS_FILE, fill_section, read_yaml
+from tasks.params.sections import BackboneParams, JudgeParams, MicroParams
+from tasks.stages import encode as encoding
 
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
 WIDTH, LAYERS, HEADS, CHANNELS, SHIFT = 32, 2, 2, 8, 1.0

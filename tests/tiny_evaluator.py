@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.geneval_prompts import CLASSES, COLORS
+from benchmarks.geneval.prompts import CLASSES, COLORS
 
 # the labels as COCO itself spells them
 COCO = [{"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}.get(name, name) for name in CLASSES]

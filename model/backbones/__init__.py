@@ -1,4 +1,4 @@
-"""A backbone binds a network family to the conventions of model/field.py. It knows nothing of losses, optimizers, routes or checkpoints."""
+"""A backbone binds a network family to the conventions of model/fields/base.py. It knows nothing of losses, optimizers, routes or checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from data.errors import UserError
 from data.files import read_json
-from model.field import Condition, Prompts
+from model.fields.base import Condition, Prompts
 
 PARTS = ("transformer", "text", "vae")
 TRANSFORMER = ("transformer",)  # all that training reads

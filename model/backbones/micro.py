@@ -20,7 +20,7 @@ from torch import nn
 from data.errors import UserError
 from data.files import read_json, write_json
 from model.checkpoint import write_tensors
-from model.field import Condition, Prompts
+from model.fields.base import Condition, Prompts
 
 MAX_WORDS = 16
 PAD, UNKNOWN = 0, 1  # rows of the embedding table

@@ -18,7 +18,7 @@ from torch import nn
 from data.errors import UserError
 from data.files import read_json
 from model.backbones import parts
-from model.field import Condition, Prompts
+from model.fields.base import Condition, Prompts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

@@ -17,7 +17,7 @@ from model.backbones import Backbone
 from model.backbones.parts import SCHEDULER
 from model.backbones.sd3 import SD3Backbone
 from model.backbones.zimage import ZImageBackbone
-from model.field import Condition
+from model.fields.base import Condition
 from model.randomness import torch_generator
 
 SD35_MEDIUM: dict[str, Any] = {

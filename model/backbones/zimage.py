@@ -15,7 +15,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import nn
 
 from model.backbones import parts
-from model.field import Condition, Prompts
+from model.fields.base import Condition, Prompts
 
 DEFAULT_EDGE = 1024  # px
 

@@ -1,0 +1,1 @@
+"""GEdit-Bench: rows, questions to a judge, rules, verdict, report."""

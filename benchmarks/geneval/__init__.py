@@ -1,0 +1,1 @@
+"""GenEval: prompts, images, detector, colours, rules, verdict, report."""

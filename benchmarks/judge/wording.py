@@ -1,0 +1,109 @@
+"""The words of the questions: our own, or the official ones read from their source file."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import UserError, UserErrors
+from data.files import explain, sha256_bytes
+
+SEMANTIC, QUALITY = "semantic", "quality"
+KINDS = (SEMANTIC, QUALITY)
+PLACEHOLDER = "<instruction>"
+_REPLY = """Answer with one JSON object and nothing else, in this form:
+{"score": [a, b], "reasoning": "one or two short sentences"}
+where a and b are numbers from 0 to 10."""
+OWN_SEMANTIC = f"""You grade the work of an image editing program. Every picture was made by a computer, also where it shows people.
+
+You see two pictures: first the source, then the result. The program was told to apply this instruction to the source:
+
+{PLACEHOLDER}
+
+Give two grades.
+a: how well the instruction was carried out. 0 means that nothing of what was asked for is there, or that source and result look the same; 10 means that
+all of it is there.
+b: how well everything else was kept. 0 means that the result shows a different scene; 10 means that nothing changed beyond what the instruction needs.
+
+{_REPLY}"""
+OWN_QUALITY = f"""You grade the technical quality of a picture. It was made by a computer, also where it shows people.
+
+Give two grades.
+a: how natural it looks. 0 means that the scene cannot be believed at all: light, shadows, distances or proportions are wrong; 10 means that it looks natural
+throughout.
+b: how free of defects it is. 0 means that distortions, blurred faces, malformed bodies, watermarks, scratches or things that do not belong together
+dominate; 10 means that there are none.
+
+{_REPLY}"""
+REPAIR = "That reply cannot be used: <fault>. " + _REPLY
+OFFICIAL = {  # sha256 of the upstream texts before the instruction is put in: Step1X-Edit at 570eba6, read with `load_wording`
+    SEMANTIC: "8f529562c2f89f8db51a3f7cc4d487686f676909c21010b67b0e65ec78150de5",
+    QUALITY: "2473ff2c7406e06545c5c039ceb039ff2604ebacf150868a48f0bf07c9e733b0",
+}
+UPSTREAM_FILE = "vie_prompts.py"
+UPSTREAM_PARTS = {  # constants of that file, joined by newlines
+    SEMANTIC: ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
+    QUALITY: ("_context_no_delimit", "_prompts_0shot_rule_PQ"),
+}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The two questions' texts; `name` is "own", "official" or "custom"."""
+
+    semantic: str
+    quality: str
+    name: str
+
+    def text(self, kind: str, instruction: str) -> str:
+        return self.semantic.replace(PLACEHOLDER, instruction) if kind == SEMANTIC else self.quality
+
+    def identity(self) -> dict[str, str]:
+        """The name and both texts' SHA-256, which are stored with every result."""
+        return {"name": self.name, SEMANTIC: sha256_bytes(self.semantic.encode()), QUALITY: sha256_bytes(self.quality.encode())}
+
+
+def _constants(path: Path) -> dict[str, str]:
+    """Top-level string constants of a Python file, read without running it."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path}: not a readable Python file ({error})") from error
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    return {
+        target.id: node.value.value
+        for node in assignments
+        for target in node.targets
+        if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+
+
+def load_wording(path: str | Path | None) -> Wording:
+    """Our own texts for None; else a folder with `semantic.txt` and `quality.txt`, or the upstream's `vie_prompts.py` (or the folder that holds it).
+
+    The texts are used as they stand; the placeholder `<instruction>` in the semantic one receives the instruction. They count as "official" when their
+    SHA-256 is the upstream's. Raises UserError(s) for missing files, missing constants or a missing placeholder.
+    """
+    if path is None:
+        return Wording(OWN_SEMANTIC, OWN_QUALITY, "own")
+    path = Path(path)
+    upstream = path / UPSTREAM_FILE if path.is_dir() else path
+    try:
+        if upstream.is_file():
+            constants = _constants(upstream)
+            missing = sorted({name for names in UPSTREAM_PARTS.values() for name in names} - constants.keys())
+            if missing:
+                raise UserErrors(f"{upstream}: not the upstream's file of prompts; it lacks the texts:", missing)
+            texts = {kind: "\n".join(constants[name] for name in names) for kind, names in UPSTREAM_PARTS.items()}
+        else:
+            texts = {kind: (path / f"{kind}.txt").read_text(encoding="utf-8") for kind in KINDS}
+    except FileNotFoundError as error:
+        needs = f"give a folder with {SEMANTIC}.txt and {QUALITY}.txt, or the upstream's {UPSTREAM_FILE}"
+        raise UserError(f"{error.filename}: no such file; {needs}") from error
+    except OSError as error:
+        raise explain(error, path) from error
+    if PLACEHOLDER not in texts[SEMANTIC]:
+        raise UserError(f"{path}: the semantic text has no {PLACEHOLDER}; the judge would not know what was asked for")
+    official = all(sha256_bytes(texts[kind].encode()) == known for kind, known in OFFICIAL.items())
+    return Wording(texts[SEMANTIC], texts[QUALITY], "official" if official else "custom")

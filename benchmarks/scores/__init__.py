@@ -1,0 +1,1 @@
+"""Scores of any benchmark: the scorecard, its statistics, the page and its figures."""

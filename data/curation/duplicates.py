@@ -1,0 +1,122 @@
+"""Duplicates and leakage: exact ones by hash, near ones by perceptual distance, evaluation images among the training ones."""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.curation.filters import Candidate, normalise, reject, where
+from data.images import Picture, distances
+from data.manifests import RawRow, Rejection
+
+
+def without_exact_duplicates(rows: Sequence[Candidate]) -> tuple[list[Candidate], list[Rejection]]:
+    """The first of the rows of a split with equal prompt and equal pixels is kept."""
+    first: dict[tuple[str, str], RawRow] = {}
+    kept, rejected = [], []
+    for candidate in rows:
+        key = (candidate.row.split, candidate.sha256)
+        if key in first:
+            rejected.append(reject(candidate.row, "exact duplicate", f"of {where(first[key])}"))
+        else:
+            first[key] = candidate.row
+            kept.append(candidate)
+    return kept, rejected
+
+
+class _Neighbours:
+    """Finds a known item whose pictures are all within `limit` bits. Only items of nearly the same number of set bits are compared, which loses none."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.items: list[tuple[int, int]] = []  # (weight, index), sorted
+        self.rows: list[RawRow] = []
+        self.bits: list[np.ndarray] = []  # one row per picture
+
+    def find(self, pictures: Sequence[Picture]) -> tuple[RawRow, int] | None:
+        """The first item added that is near, and its distance in bits (that of the picture that differs most)."""
+        weight = sum(picture.weight for picture in pictures)
+        reach = self.limit * max(len(pictures), 1)
+        low, high = bisect.bisect_left(self.items, (weight - reach, -1)), bisect.bisect_right(self.items, (weight + reach, len(self.rows)))
+        nearby = sorted(index for _, index in self.items[low:high])
+        if not nearby:
+            return None
+        if not pictures:
+            return self.rows[nearby[0]], 0
+        stacked = np.stack([self.bits[index] for index in nearby])  # (N, pictures, bytes)
+        apart = np.max([distances(picture.fingerprint, stacked[:, i]) for i, picture in enumerate(pictures)], axis=0)  # (N,)
+        near = np.flatnonzero(apart <= self.limit)
+        return (self.rows[nearby[near[0]]], int(apart[near[0]])) if len(near) else None
+
+    def add(self, row: RawRow, pictures: Sequence[Picture]) -> None:
+        bisect.insort(self.items, (sum(picture.weight for picture in pictures), len(self.rows)))
+        self.rows.append(row)
+        self.bits.append(np.array([np.frombuffer(picture.fingerprint, np.uint8) for picture in pictures]))
+
+
+def _size(picture: Picture | None) -> tuple[int, int] | None:
+    return (picture.width, picture.height) if picture else None
+
+
+def without_near_duplicates(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
+    """The first of the rows of a split with the same normalised prompt and near-identical pictures is kept.
+
+    Near-identical: source and target each differ from the kept row's by at most `distance` bits of their fingerprints.
+    """
+    groups: defaultdict[tuple[Any, ...], _Neighbours] = defaultdict(lambda: _Neighbours(distance))
+    kept, rejected = [], []
+    for candidate in rows:
+        group = groups[candidate.row.split, normalise(candidate.row.prompt), _size(candidate.source), _size(candidate.target)]
+        pictures = [picture for picture in (candidate.source, candidate.target) if picture]
+        if found := group.find(pictures):
+            detail = f"{found[1]} bits from {where(found[0])}, more than {distance} wanted (near_duplicate_distance)"
+            rejected.append(reject(candidate.row, "near duplicate", detail))
+        else:
+            group.add(candidate.row, pictures)
+            kept.append(candidate)
+    return kept, rejected
+
+
+def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
+    """Training rows that give away what is scored are rejected; evaluation rows all stay.
+
+    A T2I row leaks when its normalised prompt is scored; an edit when an instruction and a near-identical source are scored together; any row when one of
+    its images is, pixel for pixel, an image of an evaluation row. Images of one flat colour (what remains when the only thing is removed) give nothing away.
+    """
+    prompts: dict[str, RawRow] = {}
+    images: dict[str, RawRow] = {}
+    edits: defaultdict[tuple[Any, ...], _Neighbours] = defaultdict(lambda: _Neighbours(distance))
+    for candidate in rows:
+        if candidate.row.split != "eval":
+            continue
+        for picture in (candidate.source, candidate.target):
+            if picture and not picture.flat:
+                images.setdefault(picture.sha256, candidate.row)
+        if candidate.source:
+            edits[normalise(candidate.row.prompt), _size(candidate.source)].add(candidate.row, [candidate.source])
+        else:
+            prompts.setdefault(normalise(candidate.row.prompt), candidate.row)
+    kept, rejected = [], []
+    for candidate in rows:
+        if candidate.row.split == "train" and (detail := _leak(candidate, prompts, images, edits)):
+            rejected.append(reject(candidate.row, "leakage", detail))
+        else:
+            kept.append(candidate)
+    return kept, rejected
+
+
+def _leak(candidate: Candidate, prompts: Mapping[str, RawRow], images: Mapping[str, RawRow], edits: Mapping[tuple[Any, ...], _Neighbours]) -> str | None:
+    prompt = normalise(candidate.row.prompt)
+    if not candidate.source and prompt in prompts:
+        return f"the prompt is scored in {where(prompts[prompt])}"
+    for name, picture in (("source", candidate.source), ("target", candidate.target)):
+        if picture and picture.sha256 in images:
+            return f"the {name} image is an image of {where(images[picture.sha256])}"
+    scored = edits.get((prompt, _size(candidate.source)))
+    if candidate.source and scored and (found := scored.find([candidate.source])):
+        return f"the instruction and a source {found[1]} bits away are scored in {where(found[0])}"
+    return None

@@ -1,0 +1,1 @@
+"""How a step is computed: batches, precision, kernels, processes, optimizers."""

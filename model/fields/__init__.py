@@ -1,0 +1,1 @@
+"""Velocity fields, one file a field."""

@@ -1,0 +1,1 @@
+"""Whose weights: networks as fields, adapters, teachers, the student."""

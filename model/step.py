@@ -1,0 +1,158 @@
+"""A step as data: its plan before it runs, its record afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from data.errors import UserError
+from model.compute.optimizer import OPTIMIZERS, SCHEDULES
+from model.rollout import QUERY_BIAS
+from model.route import Route
+
+STATES = ("on_policy", "off_policy")
+ROUTING = ("hard", "soft")
+
+
+@dataclass(frozen=True)
+class LoopParams:
+    """Numbers of one distillation. `rollout_steps` is N of the student's Euler grid, `query` the bias of the query index.
+
+    `states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data.
+    `routing`: "hard" takes one teacher a step, "soft" the mean of all.
+    `max_gradient_norm`: a larger norm (before clipping) stops the run as one that is not finite does; 0 sets no bound.
+    `held_out`: the last so many rows of every bucket are not trained on.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    optimizer: str
+    schedule: str
+    warmup: int
+    decay_from: float
+    ema: float
+    clip: float
+    max_gradient_norm: float
+    rollout_steps: int
+    query: str
+    states: str
+    routing: str
+    held_out: int
+
+    def faults(self) -> list[str]:
+        found = [f"{name} = {getattr(self, name)}: expected 1 or more" for name in ("steps", "batch", "rollout_steps") if getattr(self, name) < 1]
+        choices = (("optimizer", sorted(OPTIMIZERS)), ("schedule", sorted(SCHEDULES)), ("query", sorted(QUERY_BIAS)), ("states", STATES), ("routing", ROUTING))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                found.append(f"{name} = {getattr(self, name)!r}: choose one of {list(known)}")
+        if not 0 <= self.ema < 1:
+            found.append(f"ema = {self.ema}: expected 0 or more and below 1")
+        for name in ("learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                found.append(f"{name} = {getattr(self, name)}: expected above 0")
+        found += [f"{name} = {getattr(self, name)}: expected 0 or more" for name in ("max_gradient_norm", "held_out") if getattr(self, name) < 0]
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is random in one step but the noise: its route, and each slot's row of the bucket and query index."""
+
+    index: int
+    route: Route
+    rows: tuple[int, ...]
+    query: tuple[int, ...]
+
+
+class NotFinite(UserError):
+    """A step whose loss or gradient is not finite, or too large. It was not applied: weights, moments and averages are those before step `plan.index`.
+
+    `batch`: the step's samples by name, each (n, ...), as far as this process computed them.
+    """
+
+    def __init__(self, message: str, plan: Plan, batch: dict[str, torch.Tensor]) -> None:
+        super().__init__(message)
+        self.plan, self.batch = plan, batch
+
+
+class Measured:
+    """A few numbers on their way from the device; `read()` waits for them, and for nothing that was queued after them."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.host, self.arrived = values, None
+        if values.device.type == "cuda":
+            self.host = torch.empty(values.shape, pin_memory=True)
+            self.host.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [float(value) for value in self.host.tolist()]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; its numbers are read when asked for, and raise NotFinite where the step was withheld.
+
+    `t`: the mean queried t; `levels`: each slot's. `floor`: the network evaluations that the step's indices make necessary, counting single samples: rollout,
+    teacher's field and student, the backward not among them. `seconds`: since the step before.
+    """
+
+    plan: Plan
+    teacher: str
+    t: float
+    levels: tuple[float, ...]
+    floor: int
+    learning_rate: float
+    seconds: float
+    measured: Measured
+    batch: dict[str, torch.Tensor]
+    limits: LoopParams
+
+    @property
+    def index(self) -> int:
+        return self.plan.index
+
+    @property
+    def route(self) -> str:
+        return self.plan.route.capability
+
+    def _read(self) -> list[float]:
+        ok, loss, norm, *others = self.measured.read()
+        if not ok:
+            raise NotFinite(
+                f"step {self.index} (route {self.route}): loss {loss} or gradient norm {norm} is not finite"
+                + (f" or above max_gradient_norm = {self.limits.max_gradient_norm}" if self.limits.max_gradient_norm else "")
+                + f"; lower learning_rate = {self.limits.learning_rate} and run again",
+                self.plan,
+                self.batch,
+            )
+        return [loss, norm, *others]
+
+    @property
+    def loss(self) -> float:
+        return self._read()[0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping."""
+        return self._read()[1]
+
+    @property
+    def evaluations(self) -> int:
+        """Counted at the networks, over all processes."""
+        return round(self._read()[2])
+
+    @property
+    def stopped(self) -> bool:
+        """A process was asked to stop; all of them know it after the same step."""
+        return self._read()[3] > 0
+
+    @property
+    def losses(self) -> list[float]:
+        """Each slot's own."""
+        return self._read()[4:]

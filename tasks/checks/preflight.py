@@ -1,0 +1,151 @@
+"""Faults that can be known before anything expensive runs: the whole of params.yaml, and the teachers that its routes name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError, UserErrors
+from data.files import read_json
+from data.records import CAPABILITIES
+from tasks.params.reading import PARAMS_FILE, check_sections, read_yaml
+from tasks.stages.contract import STAGES, load_stage
+from tasks.weights.sources import HUB, address_faults, missing_faults, unfetchable_faults
+
+TEACHERS = Path("data/teachers")
+
+
+def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None:
+    """Raises UserErrors with every fault found: all sections and, once the teachers have been fetched, each teacher whose files are missing."""
+    faults: list[str] = []
+    try:
+        check_all(path)
+    except UserErrors as errors:
+        faults += errors.faults
+    document = read_yaml(path)
+    project = teachers.absolute().parents[1]
+    faults += teacher_faults(document, teachers) + folder_faults(document, project) + network_faults(document, project) + judge_faults(document)
+    if faults:
+        raise UserErrors(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults)
+
+
+def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
+    """The folder of examples that section `collect` names, where it is not there."""
+    collect = document.get("collect")
+    if not isinstance(collect, dict) or collect.get("source") != "folder" or not collect.get("folder") or (project / str(collect["folder"])).is_dir():
+        return []
+    return [f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"]
+
+
+def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro world's detector needs none."""
+    from data.microworld import MICRO
+
+    benchmark, found = document.get("benchmark"), {}
+    for key in ("detector", "classifier"):
+        name = str(benchmark.get(key) or "") if isinstance(benchmark, dict) else ""
+        if name and name != MICRO:
+            here = (project / name).is_dir() or _in_hub_cache(name)
+            found[f"benchmark.{key}"] = name, "here" if here else "to fetch" if HUB.fullmatch(f"hf://{name}") else "missing"
+    return found
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    model, _, revision = name.partition("@")
+    return HUB.fullmatch(f"hf://{name}") is not None and isinstance(try_to_load_from_cache(model, "config.json", revision=revision or None), str)
+
+
+def network_faults(document: dict[str, Any], project: Path) -> list[str]:
+    """Networks that look at the images and are nowhere, and what of them and of the teachers' weights the hub would have to give and does not."""
+    uris, known = _source_uris(document), evaluators(document, project)
+    faults = [
+        f"{label} = {name!r}: no such folder, and no name on the hub (owner/name); put the network there, or name where it is"
+        for label, (name, state) in known.items()
+        if state == "missing"
+    ]
+    uris |= {label: f"hf://{name}" for label, (name, state) in known.items() if state == "to fetch"}
+    return faults if address_faults(uris) else faults + unfetchable_faults(uris, project)
+
+
+def _source_uris(document: dict[str, Any]) -> dict[str, str]:
+    """The params' key -> address; none where the section is not written as it should be, which its own check names."""
+    try:
+        return {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in dict(document["teachers"].get("sources") or {}).items()}
+    except (KeyError, TypeError, AttributeError):
+        return {}
+
+
+def judge_faults(document: dict[str, Any]) -> list[str]:
+    """A judge that the routes will need, and that is not named or whose key is not in the environment."""
+    from data.microworld import MICRO  # here, as it loads pandas
+
+    try:
+        judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
+        edits = sorted({route["capability"] for route in document["routing"]["routes"] if CAPABILITIES[route["capability"]].is_edit})
+        variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
+    except (KeyError, TypeError):
+        return []  # the sections' own checks name what is wrong with them
+    if micro or not edits:
+        return []
+    if judge["kind"] == "none":
+        return [f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"]
+    if variable and not os.environ.get(variable):
+        return [f'judge.server.key_variable = {variable!r}: this variable is not set; export it, or write "" for a server that needs no key']
+    return []
+
+
+def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
+    """Teachers that `routing.routes` names and that section `teachers` does not make, or that have no files in the folder `teachers`, where it is there yet."""
+    try:
+        routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
+        sources = dict(document["teachers"].get("sources") or {})
+        made = [*document["teachers"]["teachers"], *sources]
+    except (KeyError, TypeError, AttributeError):
+        return []  # the sections' own checks name what is wrong with them
+    uris = _source_uris(document)
+    if sources:  # the folder is made from them when the run fetches its teachers
+        faults = [] if address_faults(uris) else missing_faults(uris, teachers.absolute().parents[1])
+        return faults + [
+            f"routing.routes[{index}].teacher = {name!r}: no such teacher in teachers.sources; choose of {', '.join(map(str, made))}"
+            for index, name in routed
+            if name not in made
+        ]
+    faults = []
+    for index, name in routed:
+        if name not in made:
+            faults.append(f"routing.routes[{index}].teacher = {name!r}: no such teacher in section teachers; choose of {', '.join(map(str, made))}")
+        elif teachers.is_dir() and not any((teachers / name).rglob("*.safetensors")):
+            faults.append(f"routing.routes[{index}].teacher = {name!r}: no weights in {teachers / name}; restore them with: dvc checkout --force {teachers}")
+    return faults
+
+
+def require_teachers(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None:
+    """Raises UserError(s) unless `teachers` is there and holds every teacher that a route names."""
+    if not teachers.is_dir():
+        raise UserError(f"{teachers}: no such folder; fetch the trained teachers with: dvc pull {teachers}")
+    document = read_yaml(path)
+    faults = teacher_faults(document, teachers) + other_teachers(document, teachers)
+    if faults:
+        raise UserErrors(f"{teachers}: not every routed teacher is there", faults)
+
+
+def other_teachers(document: dict[str, Any], teachers: Path) -> list[str]:
+    """Teachers of `teachers.sources` whose folder was made from another address, or not at all."""
+    faults = []
+    for name, source in (document["teachers"].get("sources") or {}).items():
+        record = teachers / name / "teacher.json"
+        made_from = read_json(record).get("source") if record.is_file() else None
+        if made_from != source["uri"]:
+            remedy = f"make it again: python -m tasks teachers --out {teachers}, then dvc commit --force teachers"
+            faults.append(f"{record.parent}: made from {made_from or 'nothing that is named'}, teachers.sources.{name}.uri is {source['uri']}; {remedy}")
+    return faults
+
+
+def check_all(path: str | Path = PARAMS_FILE) -> None:
+    """Checks every section of params.yaml against the code that reads it. Raises UserErrors with all faults at once."""
+    from tasks.release import gate
+
+    check_sections({**{name: load_stage(name).params for name in STAGES}, "gate": gate.Params}, path)

@@ -1,0 +1,100 @@
+"""`python -m tasks rescore`: one checkpoint scored again on the examples and with the noise of the run it came from.
+
+Not a stage: nothing of the pipeline depends on it. The same weights, examples and seeds give the same scores, so a difference comes from what changed around
+them: libraries, drivers, hardware, data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scores.scorecard import ExampleScore, expected_scores, read_scores, write_scorecard
+from benchmarks.scores.scorecard import scorecard as make_scorecard
+from data.errors import UserError
+from data.files import atomic_folder, read_json, sha256_file
+from data.microworld import MICRO
+from data.progress import progress
+from data.records import read_examples
+from model.networks.student import RECORD, load_student
+from model.networks.teachers import BASE, load_base, read_records
+from tasks.params.reading import PARAMS_FILE, load_params
+from tasks.registry import server, tracking
+from tasks.registry.versions import Version
+from tasks.release import gate
+from tasks.release.provenance import SCORECARD_FILE
+from tasks.scoring.real import identities_of_scores, scored_examples
+from tasks.scoring.sampling import evaluation_set, score_field
+from tasks.stages import score
+
+
+def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: Path, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Writes `out`: the images and scorecard.json. Returns metric path -> mean.
+
+    Raises UserError for weights that do not fit the base and for a teacher without scores.
+    """
+    routes, records = params.routing.routes, read_records(teachers)
+    loading = params.backbone.loading()
+    student = load_student(checkpoint, load_base(teachers, **loading), records[BASE].sha256)
+    evaluation = evaluation_set(scored_examples(read_examples(curated), params.benchmark, params.judge), curated)
+    expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
+    reference: dict[str, list[ExampleScore]] = {}
+    for row in read_scores(validated):
+        reference.setdefault(row.model, []).append(row)
+    missing = sorted({route.teacher for route in routes} - reference.keys())
+    if missing:
+        raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
+    own = {route.capability: reference[route.teacher] for route in routes}
+    identities: dict[str, Any] = {
+        "base": records[BASE].sha256, "teachers": {route.teacher: records[route.teacher].sha256 for route in routes},
+        "student": read_json(checkpoint / RECORD)["sha256"], "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
+    }  # fmt: skip
+    with atomic_folder(out) as folder:
+        with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
+            scores = score_field(
+                student.field, load_base(teachers, **loading), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
+                advance=advance, benchmark=params.benchmark, judge=params.judge,
+            )  # fmt: skip
+        if params.benchmark.detector != MICRO:
+            identities |= identities_of_scores(scores, evaluation.examples, params.benchmark, params.judge)
+        card = make_scorecard("rescored", scores, own, expected, identities, seed=params.seed, resamples=params.resamples, confidence=params.confidence)
+        write_scorecard(folder / "scorecard.json", card)
+    return {path: metric.mean for path, metric in card.metrics.items()}
+
+
+def cli(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m tasks rescore", description="Score one checkpoint again, on this folder's held-out examples.")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a student as the stages save it")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where images and scorecard.json go")
+    parsed = parser.parse_args(list(argv))
+    params = load_params(score.Params, "score", Path(PARAMS_FILE))
+    folders = {"curated": Path("data/curated"), "teachers": Path("data/teachers"), "validated": Path("data/validated")}
+    means = rescore(params, **folders, checkpoint=parsed.checkpoint, out=parsed.out)
+    for path, mean in means.items():
+        print(f"rescore: {path} = {mean:.4g}")
+    return 0
+
+
+def registered_scorecard(project: Path, version: Version, folder: Path) -> dict[str, Any]:
+    """The scorecard that the version was judged by. Raises UserError when it is not the one registered."""
+    store = tracking.open_store(project)
+    folder.mkdir(parents=True, exist_ok=True)
+    with server.explained(store.uri):
+        path = Path(store.client.download_artifacts(version.run_id, Path(SCORECARD_FILE).name, str(folder)))
+    if sha256_file(path) != version.tags.get("scorecard.json.sha256"):
+        raise UserError(f"version {version.number}: scorecard.json of run {version.run_id} is not the file that was judged")
+    scorecard: dict[str, Any] = read_json(path)
+    return scorecard
+
+
+def drifted(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Metrics whose new mean lies outside the interval it was registered with, or is missing: [{"metric", "registered", "low", "high", "now"}]."""
+    rows = []
+    for path, metric in before["metrics"].items():
+        now = gate.finite((after["metrics"].get(path) or {}).get("mean"))
+        if now is None or not metric["low"] <= now <= metric["high"]:
+            rows.append({"metric": path, "registered": metric["mean"], "low": metric["low"], "high": metric["high"], "now": now})
+    return rows

@@ -1,0 +1,235 @@
+"""params.yaml, read strictly: every number of a run is there once, and a mistake in it is found before anything runs.
+
+A stage's parameters are a frozen dataclass without defaults, filled from the stage's own section. A field that is named like a shared section (`SHARED`)
+and typed with its dataclass is filled from that top-level section instead, so that stages which must agree cannot be told different things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from data.errors import UserError, UserErrors
+from data.files import explain
+from tasks.params.sections import SHARED
+
+T = TypeVar("T")
+PARAMS_FILE = "params.yaml"
+
+
+# --- reading the file -------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, as DVC reads the same file: 1e-3 is a number, `on` and `no` are text; a key given twice is a mistake."""
+
+
+_Loader.yaml_implicit_resolvers = {}  # YAML 1.1's, which the base class has
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+.0123456789"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice; keep one", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The file as a mapping. Raises UserError when it is missing, unreadable, not YAML, or not a mapping of sections."""
+    try:
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; run from the project's folder, or name another with --params") from error
+    except OSError as error:
+        raise explain(error, Path(path)) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected sections (name: ...), found {_shown(value)}")
+    return value
+
+
+# --- filling a dataclass ----------------------------------------------------------------------------------------------------
+
+
+def load_params(cls: type[T], section: str, path: str | Path = PARAMS_FILE) -> T:
+    """A stage's parameters from `section` of the file, shared sections included.
+
+    Raises UserErrors with every fault at once: unknown key (with the nearest valid name), missing key, wrong type, a cross-field fault of the
+    dataclass's own `faults()`. `float` takes whole numbers, `int` takes no booleans, numbers are finite.
+    """
+    faults: list[str] = []
+    value = fill_section(cls, section, read_yaml(path), faults)
+    if faults:
+        raise UserErrors(f"{path}: {_count(faults)}", _once(faults))
+    return typing.cast(T, value)
+
+
+def check_sections(classes: Mapping[str, type], path: str | Path = PARAMS_FILE) -> None:
+    """Checks the whole file: every section of `classes` and of `SHARED` is there and valid, and there is no other.
+
+    Raises UserErrors with the faults of all sections.
+    """
+    document = read_yaml(path)
+    faults: list[str] = []
+    known = [*SHARED, *classes]
+    for name in document:
+        if name not in known:
+            faults.append(f"{name}: unknown section{_nearest(str(name), known)}")
+    for name in SHARED:
+        _shared_section(name, document, faults)
+    for name, cls in classes.items():
+        fill_section(cls, name, document, faults)
+    if faults:
+        raise UserErrors(f"{path}: {_count(_once(faults))}", _once(faults))
+
+
+def shared_fields(cls: type) -> dict[str, type]:
+    """The fields of a parameter class that are filled from shared sections: name -> dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: SHARED[field.name] for field in dataclasses.fields(cls) if SHARED.get(field.name) is hints[field.name]}
+
+
+def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: list[str]) -> Any:
+    """As `load_params` on a document already read; adds to `faults` (dotted keys) and returns None where there are any."""
+    shared = {name: _shared_section(name, document, faults) for name in shared_fields(cls)}
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in shared]
+    if section not in document and names:
+        faults.append(f"{section}: the section is missing; it needs the keys {', '.join(names)}")
+        return None
+    return _dataclass(cls, document.get(section, {}), section, faults, given=shared)
+
+
+def _shared_section(name: str, document: Mapping[str, Any], faults: list[str]) -> Any:
+    if name not in document:
+        faults.append(f"{name}: the section is missing; it needs the keys {', '.join(field.name for field in dataclasses.fields(SHARED[name]))}")
+        return None
+    return _dataclass(SHARED[name], document[name], name, faults)
+
+
+def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mapping[str, Any] | None = None) -> Any:
+    given = given or {}
+    before = len(faults)
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in given]
+    if not isinstance(value, dict):
+        faults.append(f"{key} = {_shown(value)}: expected a mapping with the keys {', '.join(names)}")
+        return None
+    for name in value:
+        if name in given:
+            faults.append(f"{key}.{name} = {_shown(value[name])}: this is the shared top-level section {name!r}; remove it here")
+        elif name not in names:
+            faults.append(f"{key}.{name} = {_shown(value[name])}: unknown key{_nearest(str(name), names)}")
+    hints = typing.get_type_hints(cls)
+    filled = dict(given)
+    for name in names:
+        if name in value:
+            filled[name] = _convert(hints[name], value[name], f"{key}.{name}", faults)
+        else:
+            faults.append(f"{key}.{name}: missing; expected {_expected(hints[name])}")
+    if len(faults) > before or any(part is None for part in given.values()):
+        return None
+    made = cls(**filled)
+    check = getattr(made, "faults", None)
+    if check is not None:
+        faults.extend(fault if fault.startswith(f"{key}.") else f"{key}.{fault}" for fault in check())
+    return made
+
+
+def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _dataclass(hint, value, key, faults)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(inner, value, key, faults)
+    if origin in (list, tuple) and isinstance(value, list):
+        fixed = origin is tuple and arguments[-1] is not Ellipsis
+        if not fixed or len(value) == len(arguments):
+            kinds = arguments if fixed else [arguments[0]] * len(value)
+            items = [_convert(kind, item, f"{key}[{index}]", faults) for index, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+            return items if origin is list else tuple(items)
+    elif origin is dict and isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                faults.append(f"{key}: key {_shown(name)}: expected text; put it in quotes")
+        return {name: _convert(arguments[1], item, f"{key}.{name}", faults) for name, item in value.items()}
+    elif origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        faults.append(f"{key} = {_shown(value)}: expected {_expected(hint)}{_nearest(value, arguments) if isinstance(value, str) else ''}")
+        return None
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif hint is Any or (isinstance(hint, type) and type(value) is hint):
+        return value
+    faults.append(f"{key} = {_shown(value)}: expected {_expected(hint)}")
+    return None
+
+
+# --- words ------------------------------------------------------------------------------------------------------------------
+
+
+def _expected(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if argument is type(None) else _expected(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} values ({', '.join(_expected(argument) for argument in arguments)})"
+    if origin in (list, tuple):
+        return f"a list, each item {_expected(arguments[0])}"
+    if origin is dict:
+        return f"a mapping from names to {_expected(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping with the keys {', '.join(field.name for field in dataclasses.fields(hint))}"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    return words.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(name: Any, valid: Any) -> str:
+    names = [str(item) for item in valid]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+
+
+def _once(faults: list[str]) -> list[str]:
+    return list(dict.fromkeys(faults))
+
+
+def _count(faults: list[str]) -> str:
+    number = len(_once(faults))
+    return "1 fault" if number == 1 else f"{number} faults"

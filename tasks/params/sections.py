@@ -1,0 +1,245 @@
+"""The shared sections of params.yaml as frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.errors import UserError
+from data.records import GLOBAL_EDITS, LOCAL_EDITS
+from model.compute.settings import ExecutionParams
+from model.route import Route, route_faults
+
+if TYPE_CHECKING:
+    from data.microworld import World
+
+
+EDITS = LOCAL_EDITS + GLOBAL_EDITS
+
+
+@dataclass(frozen=True)
+class WorldParams:
+    """Section `world`: which micro world every stage speaks of. `cell` is in pixels, `grid` in cells per edge."""
+
+    shapes: tuple[str, ...]
+    colors: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    styles: tuple[str, ...]
+    grid: int
+    cell: int
+
+    def world(self) -> World:
+        """Raises UserError for an unknown shape, colour, background or style, or an impossible grid."""
+        from data.microworld import World
+
+        return World(self.shapes, self.colors, self.backgrounds, self.styles, self.grid, self.cell)
+
+    def faults(self) -> list[str]:
+        try:
+            self.world()
+        except UserError as error:
+            return [str(error).removeprefix("micro world: ")]
+        return []
+
+
+@dataclass(frozen=True)
+class MicroParams:
+    """Key `backbone.micro`: the size of the network that stage `teachers` trains. `width` is the hidden size, split evenly over `heads`."""
+
+    width: int
+    layers: int
+    heads: int
+    latent_channels: int
+
+
+@dataclass(frozen=True)
+class PretrainedParams:
+    """Key `backbone.pretrained`: how a published checkpoint is loaded and fed.
+
+    `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is), `device` "auto", "cpu" or "cuda",
+    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut; stage `encode` counts them.
+    `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
+    """
+
+    precision: str
+    device: str
+    resolution: int
+    max_tokens: int
+    offload: bool
+
+
+@dataclass(frozen=True)
+class BackboneParams:
+    """Section `backbone`: the network all teachers and the student share. `name` "micro" takes the key `micro`, every other family `pretrained`."""
+
+    name: Literal["micro", "sd3", "zimage"]
+    micro: MicroParams | None
+    pretrained: PretrainedParams | None
+
+    def faults(self) -> list[str]:
+        wanted, other = ("micro", "pretrained") if self.name == "micro" else ("pretrained", "micro")
+        if getattr(self, wanted) is None:
+            return [f"{wanted} = null: name = {self.name!r} needs it"]
+        if getattr(self, other) is not None:
+            return [f"{other}: name = {self.name!r} does not read it; write {other}: null"]
+        if self.micro is not None:
+            faults = [f"micro.{fault}" for fault in _positive(self.micro, "width", "layers", "heads", "latent_channels")]
+            if not faults and self.micro.width % self.micro.heads:
+                faults.append(f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}")
+            return faults
+        assert self.pretrained is not None
+        faults = [f"pretrained.{fault}" for fault in _positive(self.pretrained, "resolution", "max_tokens")]
+        for name, known in (("precision", ("float32", "bfloat16")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self.pretrained, name) not in known:
+                faults.append(f"pretrained.{name} = {getattr(self.pretrained, name)!r}: choose one of {list(known)}")
+        return faults
+
+    @property
+    def offload(self) -> bool:
+        return self.pretrained is not None and self.pretrained.offload
+
+    def loading(self, device: str | None = None) -> dict[str, Any]:
+        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro backbone, which is what its folder says."""
+        if self.pretrained is None:
+            return {}
+        p = self.pretrained
+        return {"dtype": p.precision, "device": device or p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Section `sampling`: how images are drawn for every score, unguided.
+
+    `steps` Euler steps; `guidance` is the scale of the guided references (1 = unguided).
+    """
+
+    steps: int
+    guidance: float
+    images_per_prompt: int
+    seed: int
+    batch: int
+
+    def faults(self) -> list[str]:
+        faults = _positive(self, "steps", "images_per_prompt", "batch")
+        if self.guidance < 1:
+            faults.append(f"guidance = {self.guidance}: expected 1 (unguided) or more")
+        return faults
+
+
+@dataclass(frozen=True)
+class RoutingParams:
+    """Section `routing`: which teacher answers for which capability; the stages that validate, distil and score must agree on it."""
+
+    routes: tuple[Route, ...]
+
+    def faults(self) -> list[str]:
+        return route_faults(self.routes)
+
+
+@dataclass(frozen=True)
+class BenchmarkParams:
+    """Section `benchmark`: who looks at the images that validate and score draw.
+
+    `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on the hub), and `classifier` the CLIP
+    that tells colours. `batch` images pass them together on `device`, in `workers` processes of this machine, or in the workers of the dask `scheduler` named.
+    """
+
+    detector: str
+    classifier: str
+    device: str
+    batch: int
+    workers: int
+    scheduler: str
+
+    def faults(self) -> list[str]:
+        faults = _positive(self, "batch", "workers")
+        if not self.detector:
+            faults.append("detector is empty: write micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance")
+        return faults
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """Key `judge.request`: what is asked of the judge besides text and images; all of it may move a score. `seed` null sends none; `resize` acts on the images
+    ("match-source": the edited one to its source's size, "area512": both to the area of 512 x 512 px); `extra` are further fields of the request's body."""
+
+    temperature: float
+    seed: int | None
+    max_tokens: int
+    text_first: bool
+    image_format: Literal["png", "jpeg"]
+    resize: Literal["match-source", "area512", "none"]
+    json_schema: bool
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ServerParams:
+    """Key `judge.server`: how an OpenAI-compatible endpoint is reached. `key_variable` names the environment variable with the key ("": it wants none);
+    `provider` who serves the model ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin in a minute (0: no limit)."""
+
+    base_url: str
+    key_variable: str
+    provider: str
+    timeout_s: float
+    tries: int
+    wait_s: float
+    longest_wait_s: float
+    per_minute: int
+
+
+@dataclass(frozen=True)
+class JudgeParams:
+    """Section `judge`: who scores edits where section `benchmark` names GenEval's networks; the micro world's pictures are parsed.
+
+    `kind` "endpoint" asks the `server`; "local" is Qwen2.5-VL in the folder `model`, on benchmark.device in `dtype`; "none" refuses edits. `wording` is ""
+    (ours), or a file or folder with other texts. Edits in another `language`, or outside `categories` (none named: all), are left out. An image gets
+    `repeats` judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or by those of benchmark.scheduler.
+    `retry` names statuses whose questions a later run asks again. `prices` are per million prompt and completion tokens; a run estimated above
+    `highest_price` does not begin.
+    """
+
+    kind: Literal["none", "endpoint", "local"]
+    model: str
+    wording: str
+    language: Literal["en", "cn"]
+    categories: tuple[str, ...]
+    repeats: int
+    request: RequestParams
+    server: ServerParams
+    dtype: str
+    concurrency: int
+    workers: int
+    retry: tuple[Literal["api_error", "refused", "unparseable"], ...]
+    prices: tuple[float, float] | None
+    highest_price: float | None
+
+    def faults(self) -> list[str]:
+        faults = _positive(self, "repeats", "concurrency", "workers") + [f"request.{fault}" for fault in _positive(self.request, "max_tokens")]
+        faults += [f"server.{fault}" for fault in _positive(self.server, "tries")]
+        faults += [f"categories: {name!r} is no category of edits; choose of {', '.join(EDITS)}" for name in self.categories if name not in EDITS]
+        if self.kind != "none" and not self.model:
+            faults.append(f"model is empty, but kind = {self.kind!r}: name the model as the server does, with its date, or the checkpoint's folder")
+        if self.kind == "endpoint" and not self.server.base_url.startswith(("http://", "https://")):
+            faults.append(f"server.base_url = {self.server.base_url!r}: expected http://... or https://...")
+        if self.kind == "local" and self.request.temperature:
+            faults.append(f"request.temperature = {self.request.temperature}: a local judge decodes greedily, so it must be 0")
+        faults += [f"request.temperature = {self.request.temperature}: expected 0 or more"] if self.request.temperature < 0 else []
+        faults += [f"server.{name} = {getattr(self.server, name)}: expected more than 0" for name in ("timeout_s",) if getattr(self.server, name) <= 0]
+        negative = [name for name in ("wait_s", "longest_wait_s", "per_minute") if getattr(self.server, name) < 0]
+        return faults + [f"server.{name} = {getattr(self.server, name)}: expected 0 or more" for name in negative]
+
+
+SHARED: dict[str, type] = {
+    "world": WorldParams,
+    "backbone": BackboneParams,
+    "sampling": SamplingParams,
+    "routing": RoutingParams,
+    "execution": ExecutionParams,
+    "benchmark": BenchmarkParams,
+    "judge": JudgeParams,
+}
+
+
+def _positive(params: object, *names: str) -> list[str]:
+    return [f"{name} = {getattr(params, name)}: expected 1 or more" for name in names if getattr(params, name) < 1]

@@ -1,0 +1,1 @@
+"""MLflow: its server, runs, versions, files; and the ledger."""

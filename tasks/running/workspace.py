@@ -1,0 +1,251 @@
+"""Where a run works: this folder on a laptop; on a worker a fresh git checkout of the asked revision, with DVC's cache and remote behind it.
+
+A worker's run changes nothing but its own branch `runs/NAME`: the params it ran with are committed before anything runs, dvc.lock and the reports afterwards,
+and both are pushed. So the registered version names a commit that everybody can check out, where `dvc pull` restores every file of the run.
+
+    DANCEOPD_REPOSITORY   the git repository (address or path) that workers clone; unset: runs work in this folder
+    DANCEOPD_WORKSPACES   where checkouts and the DVC cache they share lie (default: runs/workspaces)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from data.errors import UserError, UserErrors
+from data.files import atomic_folder, digest, sha256_file, write_text
+from tasks.environment import PROJECT
+from tasks.params.reading import PARAMS_FILE, read_yaml
+from tasks.release.provenance import LOCK_FILES, git_state
+from tasks.running.repro import UNAVAILABLE, Busy, Ended, Unavailable, failure, stream
+
+REPOSITORY, WORKSPACES = "DANCEOPD_REPOSITORY", "DANCEOPD_WORKSPACES"
+DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
+REMOTE = "s3"  # in .dvc/config
+BRANCHES = "runs/"
+SKIPPED = "failed to transfer"  # DVC says so of a file of the run cache and then ends as if all were well
+RECORDS = ("dvc.lock", "reports/scorecard.json", "reports/validate.json")  # what a run leaves for git; everything else is DVC's or MLflow's
+IDENTITY = ("-c", "user.name=danceopd", "-c", "user.email=danceopd@localhost")
+Line = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder to run in. `branch` and `sha` (the commit that holds the run's params) are None where it is simply this folder."""
+
+    path: Path
+    branch: str | None
+    sha: str | None
+
+    @property
+    def is_checkout(self) -> bool:
+        return self.branch is not None
+
+
+def repository() -> str | None:
+    return os.environ.get(REPOSITORY, "").strip() or None
+
+
+def root() -> Path:
+    return Path(os.environ.get(WORKSPACES, "").strip() or PROJECT / "runs" / "workspaces").resolve()
+
+
+def mirror() -> Path:
+    """The bare copy of the repository that revisions are looked up in and checked out from."""
+    return root() / "mirror.git"
+
+
+def open_workspace(revision: str | None, preset: str | None, overrides: Mapping[str, Any], name: str, line: Line) -> Workspace:
+    """Makes the folder ready and puts preset and overrides (dotted key -> value) in force.
+
+    The same revision, preset and overrides lead to the same folder until the run is finished there, so that a run which was cut off is taken up where it
+    stopped. Raises UserError for an unknown revision, preset or key, or a revision made for another environment; Unavailable when git or S3 do not answer.
+    """
+    source = repository()
+    if source is None:
+        if revision is not None:
+            raise UserError(f"revision = {revision!r}: this worker runs in its own folder; set {REPOSITORY} to run revisions of a repository")
+        put_params(PROJECT, preset, overrides)
+        return Workspace(PROJECT, None, None)
+    branch = BRANCHES + re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    sha = resolve(source, revision or DEFAULT_REVISION)
+    folder = root() / f"{sha[:12]}-{digest({'preset': preset, 'overrides': dict(overrides)})[:8]}"
+    _hold(folder)
+    if not (folder / ".git").exists():
+        with atomic_folder(folder) as fresh:
+            _clone(source, sha, fresh)
+            _git(fresh, "checkout", "--quiet", "-B", branch)
+            put_params(fresh, preset, overrides)
+            _commit(fresh, f"Params of {branch}", (PARAMS_FILE,))
+    elif changed := _changed(folder):
+        _git(folder, "checkout", "--quiet", "HEAD", "--", *changed)  # half of a run that was killed; never somebody's work
+    _git(folder, "branch", "--force", "--move", branch)
+    _same_environment(folder)
+    _configure(folder)
+    fetch(folder, line)
+    return Workspace(folder, branch, _git(folder, "rev-parse", "HEAD"))
+
+
+def _changed(folder: Path) -> list[str]:
+    return list(git_state(folder)["git.changed"])
+
+
+_held: dict[Path, IO[str]] = {}  # folder -> its open lock file; the kernel frees it when this process ends, however it ends
+
+
+def _hold(folder: Path) -> None:
+    """One run a folder. Raises Busy while another process has it."""
+    if folder in _held:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 - held until the run's process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise Busy(f"{folder}: a run of the same revision and params is at work there; wait until it ends") from error
+    _held[folder] = file
+
+
+def resolve(source: str, revision: str) -> str:
+    """The full commit of a branch, tag or commit of the repository, through a mirror that is updated first. Raises UserError when it is not known there."""
+    copy = mirror()
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with open(root() / ".mirror.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            with atomic_folder(copy) as fresh:
+                _git(fresh, "init", "--quiet", "--bare")
+        _git(copy, "fetch", "--quiet", "--prune", "--tags", source, "+HEAD:refs/run/HEAD", "+refs/heads/*:refs/heads/*")
+    wanted = "refs/run/HEAD" if revision == DEFAULT_REVISION else revision
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", wanted) or ".." in wanted:
+        raise UserError(f"revision = {revision!r}: expected a branch, a tag or a commit")
+    try:
+        sha = _git(copy, "rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}")
+    except UserError:
+        sha = ""
+    if not sha or not _git(copy, "for-each-ref", "--contains", sha, "--count=1", "--format=%(refname)"):
+        raise UserError(f"revision = {revision!r}: not in the repository; push it first, unknown code is not run")
+    return sha
+
+
+def _clone(source: str, sha: str, folder: Path) -> None:
+    _git(folder, "init", "--quiet")
+    _git(folder, "fetch", "--quiet", str(mirror()), sha)
+    _git(folder, "checkout", "--quiet", "--detach", sha)
+    _git(folder, "remote", "add", "origin", source)
+
+
+def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) -> None:
+    """Rewrites params.yaml: a preset's whole file, then single values by dotted key. Raises UserErrors for a preset or keys that do not exist."""
+    path = project / PARAMS_FILE
+    if preset is not None:
+        known = sorted(file.stem for file in (project / "presets").glob("*.yaml"))
+        if preset not in known:
+            raise UserError(f"preset = {preset!r}: unknown; choose of {', '.join(known)}")
+        write_text(path, (project / "presets" / f"{preset}.yaml").read_text(encoding="utf-8"))
+    if not overrides:
+        return
+    document, faults = read_yaml(path), []
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        place: Any = document
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
+            faults.append(f"{key}: no such key in {PARAMS_FILE}")
+        else:
+            place[last] = value
+    if faults:
+        raise UserErrors("overrides: not every key exists", faults)
+    write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=160))
+
+
+def _same_environment(folder: Path) -> None:
+    """A revision is run with the packages that it names, or not at all."""
+    for name in LOCK_FILES:
+        here, there = PROJECT / name, folder / name
+        if here.is_file() and not (there.is_file() and sha256_file(here) == sha256_file(there)):
+            raise UserError(f"{name} of the asked revision is not the one that this worker was built from; build the worker's image from that revision")
+
+
+def _configure(folder: Path) -> None:
+    """The cache is shared by all checkouts of this machine: what one run made, the next does not fetch."""
+    write_text(folder / ".dvc" / "config.local", f"[core]\n    remote = {REMOTE}\n[cache]\n    dir = {root() / 'cache'}\n")
+
+
+def fetch(folder: Path, line: Line) -> None:
+    """Everything that the remote has of what dvc.lock names, and its record of earlier stages' runs. What it has not is made by the run."""
+    ended = stream([sys.executable, "-m", "dvc", "pull", "--run-cache", "--allow-missing", "--force"], folder, line)
+    if not ended.status:
+        return _nothing_skipped("dvc pull", ended)
+    error = failure("dvc pull", ended)
+    missing = any(sign in text for text in ended.lines for sign in ("failed to pull data from the cloud", "Checkout failed"))
+    if not missing or isinstance(error, (Unavailable, Busy)):
+        raise error
+
+
+def _nothing_skipped(what: str, ended: Ended) -> None:
+    """Raises Unavailable for a record of the run cache that was not transferred: without it another machine would train again what lies in the store."""
+    skipped = [text.strip() for text in ended.lines if SKIPPED in text]
+    if skipped:
+        raise Unavailable(f"{what}: files not transferred: {len(skipped)} ({skipped[0][:300]}); nothing is lost, the same command goes on from there")
+
+
+def push(work: Workspace, line: Line) -> dict[str, str]:
+    """Data and checkpoints to the DVC remote, then dvc.lock and the reports to the branch: a commit is never pushed before the data it names.
+
+    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Unavailable when S3 or git do not answer.
+    """
+    if not work.is_checkout:
+        return {}
+    ended = stream([sys.executable, "-m", "dvc", "push", "--run-cache"], work.path, line)
+    if ended.status:
+        raise failure("dvc push", ended)
+    _nothing_skipped("dvc push", ended)
+    _commit(work.path, f"Results of {work.branch}", tuple(name for name in RECORDS if (work.path / name).exists()))
+    _git(work.path, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
+    return {"branch": str(work.branch), "git.sha": _git(work.path, "rev-parse", "HEAD"), "repository": _without_credentials(str(repository()))}
+
+
+def close(work: Workspace) -> None:
+    """Removes a finished checkout: all of it is in git, S3 and MLflow. The shared cache stays."""
+    if work.is_checkout:
+        shutil.rmtree(work.path)
+        work.path.with_name(f".{work.path.name}.lock").unlink(missing_ok=True)
+        _held.pop(work.path).close()
+
+
+def _commit(folder: Path, message: str, names: tuple[str, ...]) -> None:
+    """Commits these files if they changed."""
+    _git(folder, "add", "--force", "--", *names)
+    if _git(folder, "status", "--porcelain", "--untracked-files=no"):
+        _git(folder, *IDENTITY, "commit", "--quiet", "--no-verify", "-m", message)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """git's output. Raises Unavailable when the other side does not answer, UserError otherwise; credentials in an address are not repeated."""
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    ended = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=1800, env=environment)
+    if ended.returncode == 0:
+        return ended.stdout.strip()
+    told = _without_credentials((ended.stderr or ended.stdout).strip()[-500:])
+    if any(sign in told for sign in UNAVAILABLE):
+        raise Unavailable(f"git {arguments[0]}: the repository does not answer ({told})")
+    if "index.lock" in told:
+        raise Busy(f"git {arguments[0]}: another run is at work in {folder}; if none is, remove {folder}/.git/index.lock")
+    raise UserError(f"git {arguments[0]} failed in {folder}: {told}")
+
+
+def _without_credentials(text: str) -> str:
+    return re.sub(r"(https?://)[^/@\s]+@", r"\1", text)

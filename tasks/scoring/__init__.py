@@ -1,0 +1,1 @@
+"""Examples to images to scores, for the stages that judge."""

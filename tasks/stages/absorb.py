@@ -1,0 +1,97 @@
+"""Stage `absorb`: classifier-free guidance into the student's own weights. The same loop, its teacher the frozen student under guidance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.files import read_json
+from data.records import CAPABILITIES
+from model.backbones import TRANSFORMER
+from model.compute.settings import ExecutionParams
+from model.examples import encoded_fingerprint, load_buckets
+from model.fields.base import VelocityField
+from model.fields.guided import Guided
+from model.networks.student import RECORD, load_student
+from model.networks.teachers import BASE, load_base, read_records
+from model.route import Route, route_faults, router
+from model.step import LoopParams
+from tasks.params.sections import BackboneParams
+from tasks.training.processes import in_processes, this_process
+from tasks.training.run import loop_params, run_training
+from tasks.training.states import Watch, facts_of, watch_params
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Examples of `capability` are answered by the frozen student under guidance `scale` (1 keeps it as it is); `weight` is the share of the steps."""
+
+    capability: str
+    scale: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Params:
+    """Section `absorb`. `fields`: what is absorbed, by capability; the rest is as in `distill`."""
+
+    backbone: BackboneParams
+    execution: ExecutionParams
+    fields: tuple[Guidance, ...]
+    seed: int
+    resume_from: str
+    accept_changed: tuple[str, ...]
+    save_every: int
+    keep_every: int
+    validate_every: int
+    patience: int
+    cosine_every: int
+    held_out: int
+    steps: int
+    batch: int
+    learning_rate: float
+    optimizer: str
+    schedule: str
+    warmup: int
+    decay_from: float
+    ema: float
+    clip: float
+    max_gradient_norm: float
+    rollout_steps: int
+    query: str
+
+    def loop(self) -> LoopParams:
+        return loop_params(self, states="on_policy", routing="hard")
+
+    def watch(self) -> Watch:
+        return watch_params(self)
+
+    def routes(self) -> list[Route]:
+        return [Route(field.capability, f"guided {field.capability}", field.weight) for field in self.fields]
+
+    def faults(self) -> list[str]:
+        found = self.loop().faults() + [fault.replace("routes", "fields") for fault in route_faults(self.routes())]
+        found += [f"fields[{index}].scale = {field.scale}: expected 1 or more" for index, field in enumerate(self.fields) if field.scale < 1]
+        return found + self.watch().faults(self.held_out)
+
+
+def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out: Path) -> dict[str, Any]:
+    """Trains the distilled student on towards its own guided field, and writes it to `out`."""
+    if params.execution.processes > this_process().size:
+        return in_processes("absorb", params, {"encoded": encoded, "teachers": teachers, "student": student, "out": out}, params.execution)
+    base = read_records(teachers)[BASE]
+    learner = load_student(student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading(params.execution.device)), base.sha256)
+    frozen = learner.frozen_copy()
+    guided: dict[str, VelocityField] = {f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields}
+    buckets = load_buckets(encoded, [field.capability for field in params.fields if field.capability in CAPABILITIES], base.sha256)
+    before = read_json(student / RECORD)
+    return run_training(
+        "absorb", learner, guided, buckets, router(params.routes()), params.loop(), seed=params.seed, watch=params.watch(), execution=params.execution,
+        facts=facts_of(
+            params.loop(), params.watch(), params.execution, seed=params.seed, fields=[asdict(field) for field in params.fields],
+            encoded=encoded_fingerprint(encoded), student=[before["sha256"], before["start_sha256"]],
+        ),
+        record={**{key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")}, "student": before["sha256"]},
+        out=out,
+    )  # fmt: skip

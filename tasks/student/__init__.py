@@ -1,0 +1,1 @@
+"""A student in use: opened, sampled, exported."""

@@ -1,0 +1,1 @@
+"""Weights by address, and how teachers that are brought along are put together."""
