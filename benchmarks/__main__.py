@@ -1,6 +1,8 @@
-"""`python -m benchmarks NAME STEP ...`: GenEval and GEdit-Bench step by step on any model or folder of images, and the table beside the paper's rows.
+"""`python -m benchmarks NAME STEP ...`: GenEval and GEdit-Bench step by step on any model or folder of images, and the
+table beside the paper's rows.
 
-A user's mistake is one clear message on stderr and exit status 2; Ctrl-C is one line and 130. Anything else is a defect and keeps its traceback.
+A user's mistake is one clear message on stderr and exit status 2; Ctrl-C is one line and 130. Anything else is a defect
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import NoReturn
 
 from data.errors import UserError
 
-# name -> (module with `cli(arguments) -> exit status`, what it is for); imported only when asked for: torch costs seconds
+# name -> (module with `cli(arguments) -> exit status`, what it is for); imported only when asked for: torch costs
+# seconds
 COMMANDS = {
     "geneval": ("benchmarks.geneval.cli", "GenEval: prompts, generate, detect, verdict, report"),
     "gedit": ("benchmarks.gedit.cli", "GEdit-Bench: prompts, generate, judge, verdict, report"),
@@ -63,7 +66,11 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
         return int(importlib.import_module(COMMANDS[name][0]).cli(arguments[1:]) or 0)
-    lines = ["usage: python -m benchmarks NAME STEP [--help]", "", *(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())]
+    lines = [
+        "usage: python -m benchmarks NAME STEP [--help]",
+        "",
+        *(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()),
+    ]
     if name in ("-h", "--help", "help"):
         print("\n".join(lines))
         return 0

@@ -1,6 +1,8 @@
-"""`python -m benchmarks compare`: scorecards beside the paper's rows, and under them what differs, because numbers of different protocols are not comparable.
+"""`python -m benchmarks compare`: scorecards beside the paper's rows, and under them what differs, because numbers of
+different protocols are not comparable.
 
-The paper's rows are data (`paper.yaml`). Its GEdit average is over six of the eleven categories, so a scorecard's average over the same six stands beside it.
+The paper's rows are data (`paper.yaml`). Its GEdit average is over six of the eleven categories, so a scorecard's
+average over the same six stands beside it.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def columns_of(paper: Mapping[str, Any]) -> list[str]:
 
 
 def paper_rows(paper: Mapping[str, Any]) -> list[Row]:
-    """The paper's rows. Averages are recomputed from the tasks where those are given; standard errors of shares are binomial."""
+    """The paper's rows. Averages are recomputed from the tasks where those are given; standard errors of shares are
+    binomial.
+    """
     sizes, tasks = paper["geneval"]["tasks"], paper["gedit"]["tasks"]
     rows = []
     for row in paper["rows"]:
@@ -84,7 +88,9 @@ def paper_rows(paper: Mapping[str, Any]) -> list[Row]:
 
 
 def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
-    """A scorecard's values in the paper's columns; an average stands there only where the card has every task that the paper averages over."""
+    """A scorecard's values in the paper's columns; an average stands there only where the card has every task that the
+    paper averages over.
+    """
     values: dict[str, Value] = {}
     for benchmark in ("gedit", "geneval"):
         tasks = [f"{benchmark}/{task}" for task in paper[benchmark]["tasks"]]
@@ -96,11 +102,13 @@ def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
     return Row(name, values)
 
 
-# --- what differs -----------------------------------------------------------------------------------------------------------
+# --- what differs -----------------------------------------------------------------------------------------------------
 
 
 def _identity(card: Scorecard, benchmark: str) -> Mapping[str, Any]:
-    """What a scorecard of real images says of its evaluation; empty for the micro world's, whose evaluation is exact."""
+    """What a scorecard of real images says of its evaluation; empty for the micro world's, whose evaluation is
+    exact.
+    """
     value = card.identities.get(benchmark)
     return value if isinstance(value, Mapping) else {}
 
@@ -119,7 +127,11 @@ def _sampling(card: Scorecard) -> tuple[Any, Any] | None:
     if sampler is not None:
         return sampler.get("steps", NOT_STATED), sampler.get("guidance", NOT_STATED)
     own = card.identities.get("sampling")
-    return (own.get("steps", NOT_STATED), card.identities.get("guidance", NOT_STATED)) if isinstance(own, Mapping) else None
+    return (
+        (own.get("steps", NOT_STATED), card.identities.get("guidance", NOT_STATED))
+        if isinstance(own, Mapping)
+        else None
+    )
 
 
 def _geneval_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
@@ -134,7 +146,9 @@ def _geneval_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]
     each = about["images"] / about["n"]
     if each != theirs["images_per_prompt"]:
         found.append(f"GenEval images per prompt: {each:g}, the paper {theirs['images_per_prompt']}")
-    found.append(f"GenEval detector: {_named(identity.get('evaluator'))}, the paper's {theirs['detector'] or NOT_STATED}")
+    found.append(
+        f"GenEval detector: {_named(identity.get('evaluator'))}, the paper's {theirs['detector'] or NOT_STATED}"
+    )
     return found
 
 
@@ -142,21 +156,34 @@ def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
     about, theirs = _identity(card, "gedit"), paper["gedit"]
     found = []
     mine = [category for category in GEDIT_CATEGORIES if f"gedit/{category}" in card.metrics]
-    extra, missing = [name for name in mine if name not in theirs["tasks"]], [name for name in theirs["tasks"] if name not in mine]
+    extra, missing = (
+        [name for name in mine if name not in theirs["tasks"]],
+        [name for name in theirs["tasks"] if name not in mine],
+    )
     if missing:
         found.append(f"GEdit categories: {missing} were not scored, so there is no average over the paper's six")
     if extra:
         own = f"the scorecard's own average is {card.metrics[MACRO['gedit']].mean:.3f}"
-        found.append(f"GEdit categories: {len(mine)}, the paper {len(theirs['tasks'])}; the table averages over the paper's, {own}")
+        found.append(
+            f"GEdit categories: {len(mine)}, the paper {len(theirs['tasks'])}; the table averages over the paper's, {own}"
+        )
     sizes = {task: card.metrics[f"gedit/{task}"].n for task in theirs["tasks"] if f"gedit/{task}" in card.metrics}
     if sizes != theirs["tasks"]:
-        found.append(f"GEdit samples in those categories: {sum(sizes.values())}, the paper {sum(theirs['tasks'].values())}")
+        found.append(
+            f"GEdit samples in those categories: {sum(sizes.values())}, the paper {sum(theirs['tasks'].values())}"
+        )
     if about.get("language", theirs["language"]) != theirs["language"]:
         found.append(f"GEdit language: {about['language']}, the paper {theirs['language']}")
-    rows = {"full": "full set", "paper": "full set", "intersection": "intersection"}.get(about.get("subset", ""), NOT_STATED)
+    rows = {"full": "full set", "paper": "full set", "intersection": "intersection"}.get(
+        about.get("subset", ""), NOT_STATED
+    )
     found.append(f"GEdit rows: {rows}, the paper's {theirs['subset'] or NOT_STATED}")
     judge = about.get("judge")
-    wording = f" (wording {judge['wording']['name']}, {about['repeats']} judgement(s) an image)" if isinstance(judge, Mapping) and "wording" in judge else ""
+    wording = (
+        f" (wording {judge['wording']['name']}, {about['repeats']} judgement(s) an image)"
+        if isinstance(judge, Mapping) and "wording" in judge
+        else ""
+    )
     found.append(f"GEdit judge: {_named(judge)}{wording}, the paper's {theirs['judge'] or NOT_STATED}")
     if about.get("coverage", 1.0) < 1.0:
         found.append(f"GEdit coverage: {about['coverage']:.1%} of the samples have a score")
@@ -164,7 +191,9 @@ def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
 
 
 def differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
-    """What in a scorecard's protocol differs from the paper's, or is not stated on either side; from the scorecard's own identities alone."""
+    """What in a scorecard's protocol differs from the paper's, or is not stated on either side; from the scorecard's
+    own identities alone.
+    """
     found = []
     if "geneval" in card.benchmarks:
         found += _geneval_differences(card, paper)
@@ -172,11 +201,13 @@ def differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
         found += _gedit_differences(card, paper)
     sampling, theirs = _sampling(card), paper["sampling"]
     mine = f"{sampling[0]} steps, guidance {sampling[1]}" if sampling else NOT_STATED
-    found.append(f"sampling: {mine}; the paper {theirs['steps']} steps, guidance {theirs['guidance_edit']:g} (edits) and {theirs['guidance_t2i']:g} (T2I)")
+    found.append(
+        f"sampling: {mine}; the paper {theirs['steps']} steps, guidance {theirs['guidance_edit']:g} (edits) and {theirs['guidance_t2i']:g} (T2I)"
+    )
     return found
 
 
-# --- the table --------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def _text(value: Value | None, column: str) -> str:
@@ -186,9 +217,16 @@ def _text(value: Value | None, column: str) -> str:
     return f"{value.mean:.{digits}f}" + ("" if value.stderr is None else f" ±{value.stderr:.{digits}f}")
 
 
-def render(rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequence[str]], style: str, source: str) -> str:
+def render(
+    rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequence[str]], style: str, source: str
+) -> str:
     """The table and the notes, as text for a terminal, Markdown or CSV (there the notes are comment lines)."""
-    heads = [column.split("/")[1] if column not in MACRO.values() else {"gedit": "GEdit avg", "geneval": "GenEval"}[column.split("/")[0]] for column in columns]
+    heads = [
+        column.split("/")[1]
+        if column not in MACRO.values()
+        else {"gedit": "GEdit avg", "geneval": "GenEval"}[column.split("/")[0]]
+        for column in columns
+    ]
     lines = [[row.name, *(_text(row.values.get(column), column) for column in columns)] for row in rows]
     remarks = [f"{name}: {note}" for name, found in notes.items() for note in found]
     intro = f"The paper's rows: {source}. ±: standard error over prompts; of the paper's shares the binomial one."
@@ -199,7 +237,16 @@ def render(rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequ
         for row in rows:
             cells = [row.values.get(column) for column in columns]
             writer.writerow(
-                [row.name, *(part for cell in cells for part in (("", "") if cell is None else (cell.mean, "" if cell.stderr is None else cell.stderr)))]
+                [
+                    row.name,
+                    *(
+                        part
+                        for cell in cells
+                        for part in (
+                            ("", "") if cell is None else (cell.mean, "" if cell.stderr is None else cell.stderr)
+                        )
+                    ),
+                ]
             )
         return buffer.getvalue() + "".join(f"# {line}\n" for line in (intro, *remarks))
     table = [["model", *heads], *lines]
@@ -213,7 +260,10 @@ def render(rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequ
         kept = [table[0], *(line for line in lines if any(line[place] != "-" for place in chosen[1:]))]
         widths = [max(len(line[place]) for line in kept) for place in chosen]
         for number, line in enumerate(kept):
-            padded = [line[place].ljust(width) if place == 0 else line[place].rjust(width) for place, width in zip(chosen, widths, strict=True)]
+            padded = [
+                line[place].ljust(width) if place == 0 else line[place].rjust(width)
+                for place, width in zip(chosen, widths, strict=True)
+            ]
             blocks.append("  ".join(padded).rstrip())
             if number == 0:
                 blocks.append("-" * (sum(widths) + 2 * len(widths) - 2))
@@ -222,7 +272,9 @@ def render(rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequ
 
 
 def compare_text(files: Sequence[Path], style: str) -> str:
-    """The whole text for some scorecards. Raises UserError(s) for unreadable scorecards, or such as may not share a table."""
+    """The whole text for some scorecards. Raises UserError(s) for unreadable scorecards, or such as may not share a
+    table.
+    """
     paper = load_paper()
     cards: dict[str, Scorecard] = {}
     for file in files:
@@ -231,14 +283,27 @@ def compare_text(files: Sequence[Path], style: str) -> str:
         cards[name] = card
     check_same_evaluator(cards)
     rows = [*paper_rows(paper), *(scorecard_row(name, card, paper) for name, card in cards.items())]
-    return render(rows, columns_of(paper), {name: differences(card, paper) for name, card in cards.items()}, style, paper["source"])
+    return render(
+        rows,
+        columns_of(paper),
+        {name: differences(card, paper) for name, card in cards.items()},
+        style,
+        paper["source"],
+    )
 
 
 def cli(arguments: Sequence[str]) -> int:
     """Prints the table, or writes it to a file; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks compare", description="Scorecards beside the paper's rows, with what differs.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks compare", description="Scorecards beside the paper's rows, with what differs."
+    )
     parser.add_argument(
-        "scorecards", type=Path, nargs="*", default=[Path("reports/scorecard.json")], metavar="SCORECARD", help="default: reports/scorecard.json"
+        "scorecards",
+        type=Path,
+        nargs="*",
+        default=[Path("reports/scorecard.json")],
+        metavar="SCORECARD",
+        help="default: reports/scorecard.json",
     )
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--out", type=Path, metavar="FILE")

@@ -1,7 +1,9 @@
-"""The micro twins of GenEval and GEdit-Bench: the detector's parse scored by GenEval's verdict, and a judge of edits that reads pixels and asks no model.
+"""The micro twins of GenEval and GEdit-Bench: the detector's parse scored by GenEval's verdict, and a judge of edits
+that reads pixels and asks no model.
 
-The judge answers on GEdit's scale (0 to 10): SC1 the share of the edit's predicates that hold, all of them false in the source; SC2 how much else stayed;
-PQ1 how much of the foreground is a thing; PQ2 how near the palette the pixels are. An unedited copy earns SC1 = 0 and SC2 = 10, the ground truth 10 everywhere.
+The judge answers on GEdit's scale (0 to 10): SC1 the share of the edit's predicates that hold, all of them false in the
+source; SC2 how much else stayed; PQ1 how much of the foreground is a thing; PQ2 how near the palette the pixels are. An
+unedited copy earns SC1 = 0 and SC2 = 10, the ground truth 10 everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from data.randomness import numpy_generator
 from data.records import CAPABILITIES, GLOBAL_EDITS, LOCAL_EDITS, Example
 
 INVISIBLE = 4.0  # levels of 255 by which a pixel may differ from the source and still be unchanged
-OVER_EDITED = 12.0  # mean visible change outside the edited place, in levels, that earns SC2 = 0; losing one other thing costs half of it or more
+# mean visible change outside the edited place, in levels, that earns SC2 = 0; losing one other thing costs half of it
+# or more
+OVER_EDITED = 12.0
 CONTROLS = ("ground_truth", "shuffled")  # the ends of the scale, whose images are the examples' own targets
 SAME_PLACE = 0.3  # box IoU from which a replacement stands where the old thing stood
 
@@ -48,7 +52,10 @@ def layout_of(scene: Scene) -> dict[int, tuple[str, str]]:
 
 def nearest_style(world: World, source: Scene, image: np.ndarray) -> str:
     """The style whose rendering of the source scene differs least (squared error) from the image."""
-    errors = {style: float(((image.astype(np.float64) - render(world, replace(source, style=style))) ** 2).mean()) for style in world.styles}
+    errors = {
+        style: float(((image.astype(np.float64) - render(world, replace(source, style=style))) ** 2).mean())
+        for style in world.styles
+    }
     return min(errors, key=errors.__getitem__)
 
 
@@ -60,7 +67,9 @@ def _box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _layout_f1(found: Mapping[int, tuple[str, str]], wanted: Mapping[int, tuple[str, str]]) -> float:
-    """F1 of things matched by place, shape and colour. A cell holds one thing, so the optimal matching is cell by cell."""
+    """F1 of things matched by place, shape and colour. A cell holds one thing, so the optimal matching is cell by
+    cell.
+    """
     if not found and not wanted:
         return 1.0
     return 2.0 * sum(found.get(cell) == look for cell, look in wanted.items()) / (len(found) + len(wanted))
@@ -77,14 +86,25 @@ def _preservation(world: World, source_image: np.ndarray, image: np.ndarray, edi
 
 def _thing_in(found: Detections, cell: int) -> Detection | None:
     """The confident thing in a cell, if any."""
-    return next((thing for index, thing in zip(found.cells, found.things, strict=True) if index == cell and thing.score > THRESHOLD), None)
+    return next(
+        (
+            thing
+            for index, thing in zip(found.cells, found.things, strict=True)
+            if index == cell and thing.score > THRESHOLD
+        ),
+        None,
+    )
 
 
 def _added(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
-    """The new thing may land in any free cell; the best one found is judged, anything else that appeared counts as over-editing."""
+    """The new thing may land in any free cell; the best one found is judged, anything else that appeared counts as
+    over-editing.
+    """
     new = layout_of(target)[touched]
     taken = set(layout_of(target)) - {touched}
-    free = [(cell, look) for cell, look in found.layout().items() if cell not in taken]  # most confident first, and max keeps the first of equals
+    free = [
+        (cell, look) for cell, look in found.layout().items() if cell not in taken
+    ]  # most confident first, and max keeps the first of equals
     place, look = max(free, key=lambda item: (item[1][0] == new[0]) + (item[1][1] == new[1]), default=(touched, None))
     return place, [
         ("a new thing stands on free ground", look is not None),
@@ -95,12 +115,17 @@ def _added(before: Detections, found: Detections, target: Scene, touched: int) -
 
 def _removed(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
     old = before.layout().get(touched)
-    return touched, [(f"no {' '.join(reversed(old or ()))} is left", old not in found.layout().values()), ("its place is empty", touched not in found.layout())]
+    return touched, [
+        (f"no {' '.join(reversed(old or ()))} is left", old not in found.layout().values()),
+        ("its place is empty", touched not in found.layout()),
+    ]
 
 
 def _replaced(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
     old, now, new = _thing_in(before, touched), _thing_in(found, touched), layout_of(target)[touched]
-    in_place = now is not None and old is not None and now.class_name == new[0] and _box_iou(now.box, old.box) >= SAME_PLACE
+    in_place = (
+        now is not None and old is not None and now.class_name == new[0] and _box_iou(now.box, old.box) >= SAME_PLACE
+    )
     return touched, [
         ("the old shape is gone", now is None or old is None or now.class_name != old.class_name),
         (f"a {new[0]} stands in its place", in_place),
@@ -110,10 +135,14 @@ def _replaced(before: Detections, found: Detections, target: Scene, touched: int
 
 def _recolored(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
     now, new = found.layout().get(touched), layout_of(target)[touched]
-    return touched, [(f"the thing in its place is {new[1]}", now is not None and now[1] == new[1]), (f"a {new[1]} {new[0]} stands in its place", now == new)]
+    return touched, [
+        (f"the thing in its place is {new[1]}", now is not None and now[1] == new[1]),
+        (f"a {new[1]} {new[0]} stands in its place", now == new),
+    ]
 
 
-# what a local edit did: (parse of the source, parse of the result, target scene, touched cell) -> (the cell that was edited, predicates false in the source)
+# what a local edit did: (parse of the source, parse of the result, target scene, touched cell) -> (the cell that was
+# edited, predicates false in the source)
 LOCAL_JUDGES: dict[str, Callable[[Detections, Detections, Scene, int], tuple[int, Predicates]]] = {
     "subject-add": _added,
     "subject-remove": _removed,
@@ -123,14 +152,19 @@ LOCAL_JUDGES: dict[str, Callable[[Detections, Detections, Scene, int], tuple[int
 
 
 def judge_edit(world: World, record: Mapping[str, Any], source_image: np.ndarray, image: np.ndarray) -> EditJudgement:
-    """Judges an edited picture against its record (as `data.microworld.edit_example` makes it); both pictures (size, size, 3) uint8.
+    """Judges an edited picture against its record (as `data.microworld.edit_example` makes it); both pictures (size,
+    size, 3) uint8.
 
     Raises UserError for a record without the keys that its category needs, or for a picture of another size or type.
     """
     check_image(world, source_image)
     check_image(world, image)
     try:
-        category, source, target = record["category"], Scene.from_json(record["source"]), Scene.from_json(record["target"])
+        category, source, target = (
+            record["category"],
+            Scene.from_json(record["source"]),
+            Scene.from_json(record["target"]),
+        )
         touched = int(record["touched"][0]) if category in LOCAL_JUDGES else -1
     except (KeyError, TypeError, IndexError, ValueError) as error:
         needs = "it needs category, source, target and, for local edits, one touched cell"
@@ -150,16 +184,24 @@ def judge_edit(world: World, record: Mapping[str, Any], source_image: np.ndarray
         predicates = [(f"the style is {target.style}", style == target.style)]
         sc2 = 10.0 * _layout_f1(found.layout(), layout_of(source))
     else:
-        raise UserError(f"edit record {record.get('prompt', '')!r}: category = {category!r}; choose one of {[*LOCAL_EDITS, *GLOBAL_EDITS]}")
+        raise UserError(
+            f"edit record {record.get('prompt', '')!r}: category = {category!r}; choose one of {[*LOCAL_EDITS, *GLOBAL_EDITS]}"
+        )
     exact = found.background == target.background and style == target.style and found.layout() == wanted
     sc1 = 10.0 * sum(held for _, held in predicates) / len(predicates)
     pq1, pq2 = 10.0 * (1.0 - found.unexplained), 10.0 * (1.0 - found.palette_distance)
     reasons = [f"not so: {name}" for name, held in predicates if not held]
-    reasons += [f"{name} = {value:.1f} of 10" for name, value in (("kept as it was", sc2), ("foreground explained", pq1), ("palette", pq2)) if value < 9.0]
+    reasons += [
+        f"{name} = {value:.1f} of 10"
+        for name, value in (("kept as it was", sc2), ("foreground explained", pq1), ("palette", pq2))
+        if value < 9.0
+    ]
     return EditJudgement(sc1, sc2, pq1, pq2, exact, tuple(reasons))
 
 
-def _score(world: World, example: Example, image: np.ndarray, source: np.ndarray | None) -> tuple[dict[str, float], tuple[str, ...]]:
+def _score(
+    world: World, example: Example, image: np.ndarray, source: np.ndarray | None
+) -> tuple[dict[str, float], tuple[str, ...]]:
     if source is None:
         outcome = verdict(example.record, detect(world, image).by_class())
         return {"correct": float(outcome.correct)}, outcome.reasons
@@ -181,37 +223,51 @@ def score_images(
 ) -> list[ExampleScore]:
     """One ExampleScore an image: values {"correct"} for T2I, {"O", "sc", "pq", "exact"} for edits.
 
-    `images[i]`, (size, size, 3) uint8, was made for `examples[i]` as its `k[i]`-th sample from `seeds[i]` and lies at `paths[i]`; `sources` holds every edit's
-    source image by example id. Raises UserError(s) for lists of unequal length, a missing source, or a malformed record.
+    `images[i]`, (size, size, 3) uint8, was made for `examples[i]` as its `k[i]`-th sample from `seeds[i]` and lies at
+    `paths[i]`; `sources` holds every edit's source image by example id. Raises UserError(s) for lists of unequal
+    length, a missing source, or a malformed record.
     """
     lengths = {"examples": len(examples), "images": len(images), "paths": len(paths), "seeds": len(seeds), "k": len(k)}
     if len(set(lengths.values())) > 1:
         raise UserError(f"scores of {model}: lists of unequal length {lengths}; give one entry an image")
-    missing = sorted({example.id for example in examples if CAPABILITIES[example.capability].is_edit and example.id not in sources})
+    missing = sorted(
+        {example.id for example in examples if CAPABILITIES[example.capability].is_edit and example.id not in sources}
+    )
     if missing:
         raise UserErrors(f"scores of {model}: {len(missing)} edits without a source image:", missing[:5])
     scores = []
     for example, image, path, seed, index in zip(examples, images, paths, seeds, k, strict=True):
         capability = CAPABILITIES[example.capability]
         values, reasons = _score(world, example, image, sources[example.id] if capability.is_edit else None)
-        scores.append(ExampleScore(model, capability.benchmark, example.category, example.id, index, seed, values, reasons, path))
+        scores.append(
+            ExampleScore(model, capability.benchmark, example.category, example.id, index, seed, values, reasons, path)
+        )
     return scores
 
 
 def controls(
-    world: World, examples: Sequence[Example], targets: Sequence[np.ndarray], *, paths: Sequence[str], sources: Mapping[str, np.ndarray], seed: int
+    world: World,
+    examples: Sequence[Example],
+    targets: Sequence[np.ndarray],
+    *,
+    paths: Sequence[str],
+    sources: Mapping[str, np.ndarray],
+    seed: int,
 ) -> dict[str, list[ExampleScore]]:
-    """The ends of the scale: "ground_truth" scores every target image against its own example, "shuffled" against another example of the same category.
+    """The ends of the scale: "ground_truth" scores every target image against its own example, "shuffled" against
+    another example of the same category.
 
-    `targets[i]` (size, size, 3) uint8 at `paths[i]` is the target of `examples[i]`. Shuffled targets are dealt round a seeded random circle, so that none meets
-    its own example. Raises UserError for a category with a single example.
+    `targets[i]` (size, size, 3) uint8 at `paths[i]` is the target of `examples[i]`. Shuffled targets are dealt round a
+    seeded random circle, so that none meets its own example. Raises UserError for a category with a single example.
     """
     donor = list(range(len(examples)))
     for category in dict.fromkeys(example.category for example in examples):
         members = [index for index, example in enumerate(examples) if example.category == category]
         if len(members) < 2:
             raise UserError(f"shuffled floor: {category} has a single example; score two or more of every category")
-        circle = [members[int(i)] for i in numpy_generator(seed, 0, 0, f"shuffled/{category}").permutation(len(members))]
+        circle = [
+            members[int(i)] for i in numpy_generator(seed, 0, 0, f"shuffled/{category}").permutation(len(members))
+        ]
         for taker, giver in zip(circle, circle[1:] + circle[:1], strict=True):
             donor[taker] = giver
     orders = dict(zip(CONTROLS, (list(range(len(examples))), donor), strict=True))

@@ -1,8 +1,9 @@
-"""Work spread over processes and machines by dask.distributed: the same results in the same order for any number of workers.
+"""Work spread over processes and machines by dask.distributed: the same results in the same order for any number of
+workers.
 
-A job must be a pure function's argument: what it yields may depend on the job alone, not on who runs it or what ran before. Torch's sums depend on the number
-of threads, so a job runs on one; more workers make it faster. Where items are batched, the batches must follow from the full list and not from what a killed
-run has left to do.
+A job must be a pure function's argument: what it yields may depend on the job alone, not on who runs it or what ran
+before. Torch's sums depend on the number of threads, so a job runs on one; more workers make it faster. Where items are
+batched, the batches must follow from the full list and not from what a killed run has left to do.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
 
 
 def _answer(function: Callable[[J], R], job: J) -> tuple[str, Any]:
-    """(kind, result): a user's mistake comes back as its text, since an exception may not survive the journey between processes."""
+    """(kind, result): a user's mistake comes back as its text, since an exception may not survive the journey between
+    processes.
+    """
     try:
         return "result", function(job)
     except UserError as error:
@@ -59,12 +62,19 @@ def _unwrapped(answer: tuple[str, Any]) -> Any:
 def code_digest() -> str:
     """SHA-256 (hex) of the source text of benchmarks/ and data/: workers on other machines must run the same."""
     root = Path(__file__).resolve().parents[1]
-    return digest({str(path.relative_to(root)): sha256_file(path) for room in ("benchmarks", "data") for path in sorted((root / room).glob("*.py"))})
+    return digest(
+        {
+            str(path.relative_to(root)): sha256_file(path)
+            for room in ("benchmarks", "data")
+            for path in sorted((root / room).glob("*.py"))
+        }
+    )
 
 
 @contextmanager
 def _client(workers: int, scheduler: str, threads: int = 1) -> Iterator[Any]:
-    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards. Nothing listens beyond loopback.
+    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards.
+    Nothing listens beyond loopback.
 
     `threads`: jobs that each process of such a cluster takes at once.
     """
@@ -81,7 +91,14 @@ def _client(workers: int, scheduler: str, threads: int = 1) -> Iterator[Any]:
             check_workers(client, scheduler, code_digest())
             yield client
         return
-    cluster = LocalCluster(n_workers=workers, threads_per_worker=threads, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0)
+    cluster = LocalCluster(
+        n_workers=workers,
+        threads_per_worker=threads,
+        processes=True,
+        host="127.0.0.1",
+        dashboard_address=None,
+        memory_limit=0,
+    )
     with cluster, Client(cluster) as client:
         yield client
 
@@ -91,9 +108,13 @@ def check_workers(client: Any, scheduler: str, own: str) -> None:
     try:
         found = client.run(code_digest)
     except Exception as error:  # whatever importing our code raises over there
-        raise UserError(f"scheduler {scheduler}: its workers cannot import this project ({error}); start them in its folder with its environment") from error
+        raise UserError(
+            f"scheduler {scheduler}: its workers cannot import this project ({error}); start them in its folder with its environment"
+        ) from error
     if not found:
-        raise UserError(f"scheduler {scheduler}: it has no worker; start some: `dask worker {scheduler}` in the project's folder")
+        raise UserError(
+            f"scheduler {scheduler}: it has no worker; start some: `dask worker {scheduler}` in the project's folder"
+        )
     other = sorted(address for address, value in found.items() if value != own)
     if other:
         raise UserError(
@@ -102,13 +123,19 @@ def check_workers(client: Any, scheduler: str, own: str) -> None:
 
 
 def each(
-    function: Callable[[P], R], jobs: Sequence[J], prepare: Callable[[J], P], done: Callable[[int, R], None], *, workers: int = 1, scheduler: str = ""
+    function: Callable[[P], R],
+    jobs: Sequence[J],
+    prepare: Callable[[J], P],
+    done: Callable[[int, R], None],
+    *,
+    workers: int = 1,
+    scheduler: str = "",
 ) -> None:
     """Calls `done(i, function(prepare(jobs[i])))` for every job, in the order of the jobs.
 
-    `prepare` and `done` run in this process, so that files are read and written by one machine alone; `function`, of a module's top level, runs in the workers
-    and is given all that it needs. One worker and no scheduler: everything happens in this process. Raises UserError for a mistake that a job reports, or a
-    scheduler that does not answer.
+    `prepare` and `done` run in this process, so that files are read and written by one machine alone; `function`, of a
+    module's top level, runs in the workers and is given all that it needs. One worker and no scheduler: everything
+    happens in this process. Raises UserError for a mistake that a job reports, or a scheduler that does not answer.
     """
     if workers < 1:
         raise UserError(f"workers = {workers}: expected 1 or more")
@@ -140,11 +167,13 @@ def as_they_come(
     workers: int = 1,
     scheduler: str = "",
 ) -> None:
-    """Calls `done(i, function(prepare(jobs[i], processes)))` for every job once it has ended, in any order: for jobs that wait rather than compute.
+    """Calls `done(i, function(prepare(jobs[i], processes)))` for every job once it has ended, in any order: for jobs
+    that wait rather than compute.
 
-    At most `at_once` jobs are under way in all workers together (None: one a worker), and none begins before `done` has returned for the one whose place it
-    takes. `processes` is the number of workers. After a mistake (a UserError of a job or of `done`) no further job begins; those under way are done as well,
-    then the first mistake is raised. A cluster on this machine where no `scheduler` is named, as for `each`.
+    At most `at_once` jobs are under way in all workers together (None: one a worker), and none begins before `done` has
+    returned for the one whose place it takes. `processes` is the number of workers. After a mistake (a UserError of a
+    job or of `done`) no further job begins; those under way are done as well, then the first mistake is raised. A
+    cluster on this machine where no `scheduler` is named, as for `each`.
     """
     if workers < 1 or (at_once is not None and at_once < 1):
         raise UserError(f"workers = {workers}, at once {at_once}: expected 1 or more")
@@ -177,7 +206,9 @@ def as_they_come(
 
 
 def device_of(device: str) -> str:
-    """The torch device that this process computes on: "cuda" in a dask worker is dealt out by the worker's number, "cpu" and "cuda:1" are taken as they are."""
+    """The torch device that this process computes on: "cuda" in a dask worker is dealt out by the worker's number,
+    "cpu" and "cuda:1" are taken as they are.
+    """
     if device != "cuda":
         return device
     import torch
@@ -188,4 +219,8 @@ def device_of(device: str) -> str:
         name = get_worker().name
     except (ImportError, ValueError):  # not inside a worker
         return device
-    return f"cuda:{int(name) % torch.cuda.device_count()}" if isinstance(name, int) and torch.cuda.device_count() else device
+    return (
+        f"cuda:{int(name) % torch.cuda.device_count()}"
+        if isinstance(name, int) and torch.cuda.device_count()
+        else device
+    )

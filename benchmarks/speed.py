@@ -1,10 +1,12 @@
 """How fast a distillation step is, beside the step without its savings: `python -m benchmarks.speed --case micro`.
 
-Both paths run in one process, in turn (plain, fast, plain, fast, ...), on the same weights, examples and draws, whole optimizer steps each; their losses are
-compared as they go. Peak memory, counted in tensors, is taken before that, of each path alone. Nothing passes or fails on time.
+Both paths run in one process, in turn (plain, fast, plain, fast, ...), on the same weights, examples and draws, whole
+optimizer steps each; their losses are compared as they go. Peak memory, counted in tensors, is taken before that, of
+each path alone. Nothing passes or fails on time.
 
-The plain path (model/plain.py) is what the method's reference implementation does: batches of one, all rollout steps, recomputation always, a network for every
-teacher. An evaluation is one network forward on one sample, the backward not counted.
+The plain path (model/plain.py) is what the method's reference implementation does: batches of one, all rollout steps,
+recomputation always, a network for every teacher. An evaluation is one network forward on one sample, the backward not
+counted.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ ROWS = 8  # distinct random examples
 
 @dataclass(frozen=True)
 class Shell:
-    """The part of a backbone that a step needs, around a network with random weights. `velocity_of` is the family's call."""
+    """The part of a backbone that a step needs, around a network with random weights. `velocity_of` is the family's
+    call.
+    """
 
     name: str
     network: Any
@@ -66,9 +70,11 @@ class Shell:
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `rank` 0 trains all parameters, with teachers that are networks of their own; else teachers and student are adapters on one base.
+    """One configuration. `rank` 0 trains all parameters, with teachers that are networks of their own; else teachers
+    and student are adapters on one base.
 
-    `budget`: bytes that the fast path may spend on a micro-batch's activations; None takes its share of the free memory.
+    `budget`: bytes that the fast path may spend on a micro-batch's activations; None takes its share of the free
+    memory.
     """
 
     name: str
@@ -91,9 +97,12 @@ class Case:
 def _sd3_velocity(network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
     dtype = next(value.dtype for name, value in network.named_parameters() if "lora_" not in name)
     answer: torch.Tensor = network(
-        hidden_states=x_t.to(dtype), timestep=1000.0 * t, encoder_hidden_states=condition.embeds.to(dtype), pooled_projections=condition.pooled.to(dtype),
+        hidden_states=x_t.to(dtype),
+        timestep=1000.0 * t,
+        encoder_hidden_states=condition.embeds.to(dtype),
+        pooled_projections=condition.pooled.to(dtype),
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     return answer.float()
 
 
@@ -109,27 +118,87 @@ BF16 = ExecutionParams("cuda", 1, 0, 8, "bf16", "none", "auto", "auto", "auto", 
 MB = 1 << 20
 
 
-def sd3_case(name: str, width: int, layers: int, edge: int, tokens: int, rank: int, batch: int, budget: int | None, steps: int = 16) -> Case:
-    """An SD3 of 16 latent channels, patches of 2 and heads of at most 64, on latents of edge x edge, with two adapter teachers."""
+def sd3_case(
+    name: str,
+    width: int,
+    layers: int,
+    edge: int,
+    tokens: int,
+    rank: int,
+    batch: int,
+    budget: int | None,
+    steps: int = 16,
+) -> Case:
+    """An SD3 of 16 latent channels, patches of 2 and heads of at most 64, on latents of edge x edge, with two adapter
+    teachers.
+    """
     heads = max(1, width // 64)
     config: dict[str, Any] = {
-        "sample_size": edge, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": layers, "attention_head_dim": width // heads,
-        "num_attention_heads": heads, "joint_attention_dim": width, "caption_projection_dim": width, "pooled_projection_dim": width, "pos_embed_max_size": edge,
+        "sample_size": edge,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": layers,
+        "attention_head_dim": width // heads,
+        "num_attention_heads": heads,
+        "joint_attention_dim": width,
+        "caption_projection_dim": width,
+        "pooled_projection_dim": width,
+        "pos_embed_max_size": edge,
         "qk_norm": "rms_norm",
-    }  # fmt: skip
+    }
     return Case(
-        name, lambda: SD3Transformer2DModel(**config), (16, edge, edge), tokens, (width, width), _sd3_velocity, ATTENTION_OF_SD3, rank, 2, batch, steps, "low",
-        "adamw", FP32, budget,
-    )  # fmt: skip
+        name,
+        lambda: SD3Transformer2DModel(**config),
+        (16, edge, edge),
+        tokens,
+        (width, width),
+        _sd3_velocity,
+        ATTENTION_OF_SD3,
+        rank,
+        2,
+        batch,
+        steps,
+        "low",
+        "adamw",
+        FP32,
+        budget,
+    )
 
 
 def _micro(_: int) -> Case:
     config: dict[str, Any] = {
-        "sample_size": 3, "patch_size": 1, "in_channels": 32, "out_channels": 32, "num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 3,
-        "joint_attention_dim": 96, "caption_projection_dim": 96, "pooled_projection_dim": 96, "pos_embed_max_size": 3, "qk_norm": "rms_norm",
-    }  # fmt: skip
+        "sample_size": 3,
+        "patch_size": 1,
+        "in_channels": 32,
+        "out_channels": 32,
+        "num_layers": 6,
+        "attention_head_dim": 32,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 96,
+        "caption_projection_dim": 96,
+        "pooled_projection_dim": 96,
+        "pos_embed_max_size": 3,
+        "qk_norm": "rms_norm",
+    }
     execution = replace(FP32, rollout_batch=0)
-    return Case(MICRO, lambda: SD3Transformer2DModel(**config), (32, 3, 3), 8, (96, 96), _sd3_velocity, (), 0, 2, 64, 8, "uniform", "muon", execution, None)
+    return Case(
+        MICRO,
+        lambda: SD3Transformer2DModel(**config),
+        (32, 3, 3),
+        8,
+        (96, 96),
+        _sd3_velocity,
+        (),
+        0,
+        2,
+        64,
+        8,
+        "uniform",
+        "muon",
+        execution,
+        None,
+    )
 
 
 def _sd3_14m(_: int) -> Case:
@@ -140,28 +209,67 @@ def _sd3_14m(_: int) -> Case:
 
 def _sd35_m(resolution: int) -> Case:
     config: dict[str, Any] = {
-        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
         "dual_attention_layers": tuple(range(13)),
-    }  # fmt: skip
+    }
     edge = resolution // 8
     return Case(
-        SD35_M, lambda: SD3Transformer2DModel(**config), (16, edge, edge), 333, (4096, 2048), _sd3_velocity, ATTENTION_OF_SD3, 128, 2, 8, 16, "low", "adamw",
-        BF16, None,
-    )  # fmt: skip
+        SD35_M,
+        lambda: SD3Transformer2DModel(**config),
+        (16, edge, edge),
+        333,
+        (4096, 2048),
+        _sd3_velocity,
+        ATTENTION_OF_SD3,
+        128,
+        2,
+        8,
+        16,
+        "low",
+        "adamw",
+        BF16,
+        None,
+    )
 
 
 def _zimage(resolution: int) -> Case:
     edge = resolution // 8
     targets = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
-    return Case(ZIMAGE, ZImageTransformer2DModel, (16, edge, edge), 128, (2560, 1), _zimage_velocity, targets, 128, 4, 8, 16, "low", "adamw", BF16, None)
+    return Case(
+        ZIMAGE,
+        ZImageTransformer2DModel,
+        (16, edge, edge),
+        128,
+        (2560, 1),
+        _zimage_velocity,
+        targets,
+        128,
+        4,
+        8,
+        16,
+        "low",
+        "adamw",
+        BF16,
+        None,
+    )
 
 
 CASES: dict[str, Callable[[int], Case]] = {MICRO: _micro, SD3_14M: _sd3_14m, SD35_M: _sd35_m, ZIMAGE: _zimage}
 ON_CUDA = (SD35_M, ZIMAGE)
 
 
-# --- one path of a case ---------------------------------------------------------------------------------------------------------
+# --- one path of a case -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +285,9 @@ class Running:
 @torch.no_grad()
 def _spread(values: Sequence[torch.Tensor], size: float, seed: int) -> None:
     for slot, value in enumerate(values):
-        value += moved(size * torch.randn(value.shape, generator=torch_generator(seed, 0, slot, "spread")), value.device).to(value.dtype)
+        value += moved(
+            size * torch.randn(value.shape, generator=torch_generator(seed, 0, slot, "spread")), value.device
+        ).to(value.dtype)
 
 
 def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[str, VelocityField], Bucket]:
@@ -213,9 +323,14 @@ def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[st
     def normal(*shape: int, purpose: str) -> torch.Tensor:
         return torch.randn(shape, generator=torch_generator(seed, 0, 0, purpose))
 
-    embeds, pooled = normal(ROWS, case.tokens, case.widths[0], purpose="embeds"), normal(ROWS, case.widths[1], purpose="pooled")
+    embeds, pooled = (
+        normal(ROWS, case.tokens, case.widths[0], purpose="embeds"),
+        normal(ROWS, case.widths[1], purpose="pooled"),
+    )
     target = torch.zeros(1, *case.latent_shape).expand(ROWS, -1, -1, -1)  # its shape is all that is asked of it
-    bucket = Bucket(torch.arange(ROWS), embeds, pooled, torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0]), None, target)
+    bucket = Bucket(
+        torch.arange(ROWS), embeds, pooled, torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0]), None, target
+    )
     return student, teachers, bucket
 
 
@@ -226,31 +341,73 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
     if path == "plain":
         teachers = own_networks(teachers)
         recompute_blocks(student.network, len(blocks_of(student.network)))
-        execution = replace(_fitted(case, student, bucket, device), merged=False, compiled_rollout=False, recompute=len(blocks_of(student.network)))
+        execution = replace(
+            _fitted(case, student, bucket, device),
+            merged=False,
+            compiled_rollout=False,
+            recompute=len(blocks_of(student.network)),
+        )
         recompute_blocks(student.network, len(blocks_of(student.network)))
     else:
         execution = _fitted(case, student, bucket, device)
     params = LoopParams(
-        steps=steps, batch=case.batch, learning_rate=2e-4, optimizer=case.optimizer, schedule="constant", warmup=0, decay_from=1.0, ema=0.0, clip=1.0,
-        max_gradient_norm=0.0, rollout_steps=case.rollout_steps, query=case.query, states="on_policy", routing="hard", held_out=0,
-    )  # fmt: skip
-    routes = Router(tuple(Route(capability, name, 1.0) for capability, name in zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)))
+        steps=steps,
+        batch=case.batch,
+        learning_rate=2e-4,
+        optimizer=case.optimizer,
+        schedule="constant",
+        warmup=0,
+        decay_from=1.0,
+        ema=0.0,
+        clip=1.0,
+        max_gradient_norm=0.0,
+        rollout_steps=case.rollout_steps,
+        query=case.query,
+        states="on_policy",
+        routing="hard",
+        held_out=0,
+    )
+    routes = Router(
+        tuple(
+            Route(capability, name, 1.0)
+            for capability, name in zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
+        )
+    )
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     compute: Accumulate = accumulate_plain if path == "plain" else accumulate
     buckets = {route.capability: bucket for route in routes.routes}
     loop = distill(
-        student, teachers, buckets, routes, optimizers, Ema(dict(student.parameters), 0.0), params, euler_grid(case.rollout_steps), seed, 0, execution,
+        student,
+        teachers,
+        buckets,
+        routes,
+        optimizers,
+        Ema(dict(student.parameters), 0.0),
+        params,
+        euler_grid(case.rollout_steps),
+        seed,
+        0,
+        execution,
         compute=compute,
-    )  # fmt: skip
+    )
     return Running(student, bucket, execution, loop)
 
 
 def _fitted(case: Case, student: Student, bucket: Bucket, device: torch.device) -> Execution:
-    return fit(case.execution, device, student.network, lambda: student.field(*_rows(case, bucket, 1, device)), case.batch, case.budget)
+    return fit(
+        case.execution,
+        device,
+        student.network,
+        lambda: student.field(*_rows(case, bucket, 1, device)),
+        case.batch,
+        case.budget,
+    )
 
 
 def _compile(case: Case, device: torch.device, seed: int) -> float:
-    """Seconds of the first rollouts, of many rows and of one, where they are compiled: a kernel made for one row serves no other number."""
+    """Seconds of the first rollouts, of many rows and of one, where they are compiled: a kernel made for one row serves
+    no other number.
+    """
     if case.execution.compile != "rollout":
         return 0.0
     running = start(case, "fast", device, seed, 0)
@@ -263,7 +420,11 @@ def _compile(case: Case, device: torch.device, seed: int) -> float:
 
 
 def _rows(case: Case, bucket: Bucket, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    return torch.zeros(rows, *case.latent_shape, device=device), torch.ones(rows, device=device), moved(bucket.at(list(range(rows))), device)
+    return (
+        torch.zeros(rows, *case.latent_shape, device=device),
+        torch.ones(rows, device=device),
+        moved(bucket.at(list(range(rows))), device),
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -280,7 +441,7 @@ def _take(path: Running, device: torch.device) -> tuple[Step, float]:
     return step, time.perf_counter() - begun
 
 
-# --- figures --------------------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def measure(case: Case, device: torch.device, seed: int, alternations: int) -> dict[str, Any]:
@@ -316,13 +477,21 @@ def measure(case: Case, device: torch.device, seed: int, alternations: int) -> d
             "recomputed_blocks": execution.recompute,
             "compile": case.execution.compile,
         },
-        "parameters": sum(value.numel() for name, value in paths["fast"].student.network.named_parameters() if "lora_" not in name),
-        **(_utilization(case, paths["fast"], device, samples / sum(seconds["fast"]), (floor / samples)) if device.type == "cuda" else {}),
+        "parameters": sum(
+            value.numel() for name, value in paths["fast"].student.network.named_parameters() if "lora_" not in name
+        ),
+        **(
+            _utilization(case, paths["fast"], device, samples / sum(seconds["fast"]), (floor / samples))
+            if device.type == "cuda"
+            else {}
+        ),
     }
 
 
 def _utilization(case: Case, path: Running, device: torch.device, rate: float, floor: float) -> dict[str, float]:
-    """Model FLOPs over the measured rate of a large bf16 matrix product. A step needs the floor's forwards and a backward, which costs one more."""
+    """Model FLOPs over the measured rate of a large bf16 matrix product. A step needs the floor's forwards and a
+    backward, which costs one more.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         path.student.field(*_rows(case, path.bucket, 1, device))
     size, repeats = 8192, 20
@@ -335,11 +504,16 @@ def _utilization(case: Case, path: Running, device: torch.device, rate: float, f
     _wait(device)
     matrix_rate = 2 * size**3 * repeats / (time.perf_counter() - begun)
     forward = float(counter.get_total_flops())
-    return {"flops_per_forward": forward, "matrix_flops_per_second": matrix_rate, "flops_utilization": rate * (floor + 1) * forward / matrix_rate}
+    return {
+        "flops_per_forward": forward,
+        "matrix_flops_per_second": matrix_rate,
+        "flops_utilization": rate * (floor + 1) * forward / matrix_rate,
+    }
 
 
 def peak_bytes(case: Case, path: str, device: torch.device, seed: int) -> int:
-    """The largest sum of all tensors alive in two steps of one path, networks included: on CUDA torch's own count, else all allocations on the CPU.
+    """The largest sum of all tensors alive in two steps of one path, networks included: on CUDA torch's own count, else
+    all allocations on the CPU.
 
     The plain path takes 4 samples a step: it holds one at a time.
     """
@@ -353,7 +527,11 @@ def peak_bytes(case: Case, path: str, device: torch.device, seed: int) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         _two_steps(case, path, device, seed)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     return max(itertools.accumulate(nbytes for _, nbytes in sorted(events, key=lambda event: event[0])), default=0)
 
 
@@ -366,20 +544,41 @@ def _two_steps(case: Case, path: str, device: torch.device, seed: int) -> None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"CPU ({models[0] if models else 'unknown'}), {torch.get_num_threads()} threads"
 
 
-# --- the command ----------------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, writes JSON on request; 0 done, 2 refused."""
-    parser = argparse.ArgumentParser("python -m benchmarks.speed", description="A distillation step beside the step without its savings.")
-    parser.add_argument("--case", nargs="+", required=True, choices=sorted(CASES), metavar="CASE", help=f"one or more of {', '.join(CASES)}")
-    parser.add_argument("--resolution", type=int, choices=(512, 1024), default=512, help=f"pixels of {' and '.join(ON_CUDA)} (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.speed", description="A distillation step beside the step without its savings."
+    )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        required=True,
+        choices=sorted(CASES),
+        metavar="CASE",
+        help=f"one or more of {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        choices=(512, 1024),
+        default=512,
+        help=f"pixels of {' and '.join(ON_CUDA)} (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too, by case")
-    parser.add_argument("--alternations", type=int, default=ALTERNATIONS, help="timed pairs of steps (default: %(default)s)")
+    parser.add_argument(
+        "--alternations", type=int, default=ALTERNATIONS, help="timed pairs of steps (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
     options = parser.parse_args(argv)
@@ -389,7 +588,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in options.case if name in ON_CUDA and device.type != "cuda"]
     try:
         if missing:
-            raise UserError(f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; choose {MICRO} or {SD3_14M}")
+            raise UserError(
+                f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; choose {MICRO} or {SD3_14M}"
+            )
         if options.alternations < 1:
             raise UserError(f"speed: --alternations {options.alternations}: expected 1 or more")
         results = {name: _figures(name, device, options) for name in options.case}
@@ -425,11 +626,17 @@ def _print(name: str, found: dict[str, Any]) -> None:
     rates, peaks = found["samples_per_second"], found["peak_memory_bytes"]
     rows = [
         ("device", found["device"]),
-        ("fast / plain", f"{found['ratio_median']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f}, {found['alternations']} alternations)"),
+        (
+            "fast / plain",
+            f"{found['ratio_median']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f}, {found['alternations']} alternations)",
+        ),
         ("samples a second", f"plain {rates['plain']:.3g}, fast {rates['fast']:.3g}"),
         ("evaluations a sample", f"{found['evaluations_per_sample']:.3f}, floor {found['floor']:.3f}"),
         ("largest loss gap", f"{found['largest_loss_gap']:.1e}"),
-        ("peak memory", f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})"),
+        (
+            "peak memory",
+            f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})",
+        ),
     ]
     if found["compile_seconds"]:
         rows.append(("rollouts compiled in", f"{found['compile_seconds']:.0f} s, not counted above"))

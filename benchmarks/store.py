@@ -1,8 +1,10 @@
-"""Results that survive a kill: one line a result, addressed by what it was made from, appended to a shard that has one writer.
+"""Results that survive a kill: one line a result, addressed by what it was made from, appended to a shard that has one
+writer.
 
-A folder of results holds `settings.json` (what every result in it was made with) and `shards/NAME.jsonl`, each line {"key", "value"}. A line counts from its
-newline on; what a killed writer left behind the last newline is ignored by readers and cut off by the next writer. So the same command, run again, goes on
-where it stopped, and a report, being a function of the results alone, does not change.
+A folder of results holds `settings.json` (what every result in it was made with) and `shards/NAME.jsonl`, each line
+{"key", "value"}. A line counts from its newline on; what a killed writer left behind the last newline is ignored by
+readers and cut off by the next writer. So the same command, run again, goes on where it stopped, and a report, being a
+function of the results alone, does not change.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ LOCKED = {errno.EAGAIN, errno.EACCES}
 
 
 def result_key(kind: str, **parts: Any) -> str:
-    """The address of a result: SHA-256 (hex) of its kind and of all that it depends on, as JSON values. Raises ValueError for NaN or infinity."""
+    """The address of a result: SHA-256 (hex) of its kind and of all that it depends on, as JSON values. Raises
+    ValueError for NaN or infinity.
+    """
     return digest({"kind": kind, **parts})
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,7 +47,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
     """Declares what the results of a folder are made with: written the first time, compared ever after.
 
-    Raises UserErrors, naming every setting that differs, for a folder of results made otherwise (another detector, judge, prompt set).
+    Raises UserErrors, naming every setting that differs, for a folder of results made otherwise (another detector,
+    judge, prompt set).
     """
     path = Path(folder) / SETTINGS_FILE
     given = json.loads(json.dumps(dict(settings), allow_nan=False))  # tuples as lists, as they will be read back
@@ -51,9 +56,15 @@ def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
         write_json(path, given)
         return
     old, new = _flat(read_json(path)), _flat(given)
-    faults = [f"{name}: the folder has {old.get(name)!r}, this command {new.get(name)!r}" for name in {**old, **new} if old.get(name) != new.get(name)]
+    faults = [
+        f"{name}: the folder has {old.get(name)!r}, this command {new.get(name)!r}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
     if faults:
-        raise UserErrors(f"{folder}: its results were made with other settings; choose another folder for these:", faults)
+        raise UserErrors(
+            f"{folder}: its results were made with other settings; choose another folder for these:", faults
+        )
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -63,11 +74,13 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; {folder} holds no results yet: run the step that makes them first")
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(value).__name__}; restore the file or choose another folder")
+        raise UserError(
+            f"{path}: expected a mapping, found {type(value).__name__}; restore the file or choose another folder"
+        )
     return value
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -90,7 +103,8 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """key -> value over all shards. Within a shard a later line replaces an earlier one of the same key: a retry that succeeded.
+    """key -> value over all shards. Within a shard a later line replaces an earlier one of the same key: a retry that
+    succeeded.
 
     Raises UserError for a damaged line, or for two shards that disagree about a key.
     """
@@ -100,12 +114,14 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         own = {key: value for _, key, value in _rows(path)}
         for key, value in own.items():
             if key in results and results[key] != value:
-                raise UserError(f"{path} and {home[key]} hold different results for the key {key[:16]}...; remove one of the two shards")
+                raise UserError(
+                    f"{path} and {home[key]} hold different results for the key {key[:16]}...; remove one of the two shards"
+                )
             results[key], home[key] = value, path
     return results
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 class Shard:
@@ -121,7 +137,10 @@ class Shard:
 
     def append_all(self, results: Mapping[str, Any]) -> None:
         """Several results with one wait for the disk. A kill may keep the first few of them."""
-        lines = [json.dumps({"key": key, "value": value}, separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n" for key, value in results.items()]
+        lines = [
+            json.dumps({"key": key, "value": value}, separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n"
+            for key, value in results.items()
+        ]
         content = "".join(lines).encode()
         with self._lock:
             length = os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -153,7 +172,9 @@ def _cut_torn_line(descriptor: int) -> None:
 
 @contextmanager
 def open_shard(folder: str | Path, name: str = "0-of-1") -> Iterator[Shard]:
-    """Opens `shards/NAME.jsonl` for appending, alone. Raises UserError while another process writes it, or where nothing can be written."""
+    """Opens `shards/NAME.jsonl` for appending, alone. Raises UserError while another process writes it, or where
+    nothing can be written.
+    """
     path = Path(folder) / SHARDS / f"{name}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +187,9 @@ def open_shard(folder: str | Path, name: str = "0-of-1") -> Iterator[Shard]:
         except OSError as error:
             if error.errno not in LOCKED:
                 raise explain(error, path) from error
-            raise UserError(f"{path}: another process is writing this shard; wait for it, or give this one a shard of its own (--shard 1/2)") from error
+            raise UserError(
+                f"{path}: another process is writing this shard; wait for it, or give this one a shard of its own (--shard 1/2)"
+            ) from error
         _cut_torn_line(descriptor)
         parent = os.open(path.parent, os.O_RDONLY)
         try:
@@ -179,7 +202,9 @@ def open_shard(folder: str | Path, name: str = "0-of-1") -> Iterator[Shard]:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """`I/N` of the option --shard: this process takes every N-th item, beginning with the I-th (from 0). Raises UserError for anything else."""
+    """`I/N` of the option --shard: this process takes every N-th item, beginning with the I-th (from 0). Raises
+    UserError for anything else.
+    """
     first, _, count = text.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, e.g. 0/4")

@@ -1,4 +1,6 @@
-"""Errors a user can cause and mend. The command line prints them in one line each; anything else is a defect of ours."""
+"""Errors a user can cause and mend. The command line prints them in one line each; anything else is a defect of
+ours.
+"""
 
 from __future__ import annotations
 
@@ -22,4 +24,6 @@ class UserErrors(UserError):
 
 
 class Terminated(UserError):
-    """The run was asked to end (SIGTERM) and did so with its state saved. Exit status 143, as of whatever SIGTERM ends: DVC sees no success."""
+    """The run was asked to end (SIGTERM) and did so with its state saved. Exit status 143, as of whatever SIGTERM ends:
+    DVC sees no success.
+    """

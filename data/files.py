@@ -19,7 +19,9 @@ from data.errors import UserError
 def explain(error: OSError, path: Path) -> UserError:
     """The user's words for an operating system's refusal."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: no space left on the device; free some space and run the same command again (nothing half-written was left)")
+        return UserError(
+            f"{path}: no space left on the device; free some space and run the same command again (nothing half-written was left)"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{path}: no permission to write here; change the folder's owner or choose another one")
     return UserError(f"{path}: {error.strerror or error}")
@@ -82,7 +84,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def link_or_copy(origin: Path, target: Path) -> None:
-    """`target` with the content of `origin`: a hard link where the file system allows, so that large files lie there once; folders are made."""
+    """`target` with the content of `origin`: a hard link where the file system allows, so that large files lie there
+    once; folders are made.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(origin.resolve(), target)

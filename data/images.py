@@ -1,4 +1,6 @@
-"""From an image file to RGB pixels or the reason why not; and a fingerprint by which near-identical pictures are found."""
+"""From an image file to RGB pixels or the reason why not; and a fingerprint by which near-identical pictures are
+found.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,20 @@ from data.errors import UserError
 from data.files import sha256_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # decoders that run no other program
-CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")  # eight bits a channel or fewer: nothing is clipped
+CONVERTIBLE_MODES = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGBA",
+    "CMYK",
+    "YCbCr",
+)  # eight bits a channel or fewer: nothing is clipped
 FINGERPRINT_GRID = 12  # cells a side
-FINGERPRINT_THRESHOLDS = np.arange(12, 256, 16)  # of a channel; black, white and the micro world's backgrounds lie at least 3 away from each
+FINGERPRINT_THRESHOLDS = np.arange(
+    12, 256, 16
+)  # of a channel; black, white and the micro world's backgrounds lie at least 3 away from each
 
 
 class ImageFault(Exception):
@@ -50,8 +63,8 @@ def _flatten(image: Image.Image) -> Image.Image:
 def decode_image(path: Path, *, max_pixels: int, convert_modes: bool) -> Image.Image:
     """The upright RGB image of a file, decoded to its last byte.
 
-    The header is judged before any pixel is decoded, so that a decompression bomb costs nothing. EXIF orientation is applied. Modes other than RGB are an
-    ImageFault unless `convert_modes`; 16-bit and floating-point modes always are.
+    The header is judged before any pixel is decoded, so that a decompression bomb costs nothing. EXIF orientation is
+    applied. Modes other than RGB are an ImageFault unless `convert_modes`; 16-bit and floating-point modes always are.
 
     Raises ImageFault with reason "unreadable image", "too many pixels", "animated image" or "wrong mode".
     """
@@ -63,9 +76,14 @@ def decode_image(path: Path, *, max_pixels: int, convert_modes: bool) -> Image.I
             with Image.open(file, formats=FORMATS) as header:
                 width, height = header.size
                 if width * height > max_pixels:
-                    raise ImageFault("too many pixels", f"{path.name}: {width}x{height}, at most {max_pixels} pixels are decoded (max_pixels)")
+                    raise ImageFault(
+                        "too many pixels",
+                        f"{path.name}: {width}x{height}, at most {max_pixels} pixels are decoded (max_pixels)",
+                    )
                 if getattr(header, "n_frames", 1) > 1:
-                    raise ImageFault("animated image", f"{path.name}: {getattr(header, 'n_frames', 0)} frames, one wanted")
+                    raise ImageFault(
+                        "animated image", f"{path.name}: {getattr(header, 'n_frames', 0)} frames, one wanted"
+                    )
                 header.verify()  # checksums; leaves the image unusable
             file.seek(0)
             with Image.open(file, formats=FORMATS) as opened:
@@ -73,10 +91,16 @@ def decode_image(path: Path, *, max_pixels: int, convert_modes: bool) -> Image.I
                 image = ImageOps.exif_transpose(opened)
                 plain = image.mode == "RGB" and not image.has_transparency_data
                 if not plain and image.mode not in (*CONVERTIBLE_MODES, "RGB"):
-                    raise ImageFault("wrong mode", f"{path.name}: mode {image.mode} cannot be turned into RGB without loss; save it as 8-bit RGB")
+                    raise ImageFault(
+                        "wrong mode",
+                        f"{path.name}: mode {image.mode} cannot be turned into RGB without loss; save it as 8-bit RGB",
+                    )
                 if not plain and not convert_modes:
                     alpha = " with transparency" if image.mode == "RGB" else ""
-                    raise ImageFault("wrong mode", f"{path.name}: mode {image.mode}{alpha}, RGB wanted (convert_modes: true converts it)")
+                    raise ImageFault(
+                        "wrong mode",
+                        f"{path.name}: mode {image.mode}{alpha}, RGB wanted (convert_modes: true converts it)",
+                    )
                 return _flatten(image)
     except (ImageFault, MemoryError):
         raise
@@ -96,11 +120,13 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def fingerprint(image: Image.Image) -> bytes:
     """Perceptual hash that sees colour: 12 x 12 cells x 3 channels x 16 bits.
 
-    Each cell's mean is written as a thermometer (one bit for every threshold reached, 16 grey values apart), so the number of bits in which two fingerprints
-    differ is the sum of the absolute differences of their cells' quantised means. A hash of gradients or of deviations from the mean would call a red and a
-    yellow disc on white equal.
+    Each cell's mean is written as a thermometer (one bit for every threshold reached, 16 grey values apart), so the
+    number of bits in which two fingerprints differ is the sum of the absolute differences of their cells' quantised
+    means. A hash of gradients or of deviations from the mean would call a red and a yellow disc on white equal.
     """
-    cells = np.asarray(image.resize((FINGERPRINT_GRID, FINGERPRINT_GRID), Image.Resampling.BOX), dtype=np.int16)  # (12, 12, 3)
+    cells = np.asarray(
+        image.resize((FINGERPRINT_GRID, FINGERPRINT_GRID), Image.Resampling.BOX), dtype=np.int16
+    )  # (12, 12, 3)
     return np.packbits(cells[..., None] >= FINGERPRINT_THRESHOLDS).tobytes()
 
 
@@ -115,14 +141,18 @@ def picture_of(image: Image.Image) -> tuple[Picture, bytes]:
     content = encode_png(pixels)
     bits = fingerprint(image)
     weight = int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum())
-    return Picture(sha256_bytes(content), image.width, image.height, bits, weight, bool((pixels == pixels[0, 0]).all())), content
+    return Picture(
+        sha256_bytes(content), image.width, image.height, bits, weight, bool((pixels == pixels[0, 0]).all())
+    ), content
 
 
 ORIENTATION = 0x0112  # EXIF tag
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, upright: EXIF orientation is applied. Raises UserError for a file that is missing or no image."""
+    """(H, W, 3) uint8, upright: EXIF orientation is applied. Raises UserError for a file that is missing or no
+    image.
+    """
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

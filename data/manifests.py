@@ -1,7 +1,8 @@
 """Raw input: a folder with manifests (CSV, JSON Lines or Parquet) and the images that they name.
 
-Columns `capability, category, prompt, split` are required; `id, source, target, record` are optional. Image paths are relative to the folder and stay inside
-it. A manifest whose structure is broken stops the reading; a broken row is rejected with its reason and the others are read.
+Columns `capability, category, prompt, split` are required; `id, source, target, record` are optional. Image paths are
+relative to the folder and stay inside it. A manifest whose structure is broken stops the reading; a broken row is
+rejected with its reason and the others are read.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class _ManifestFault(Exception):
 Fields = tuple[int, dict[str, Any] | _RowFault]
 
 
-# --- the three formats: each yields (row number, fields or the row's fault) ----------------------------------------------------
+# --- the three formats: each yields (row number, fields or the row's fault) -------------------------------------------
 
 
 def _strict_json(text: str) -> Any:
@@ -147,7 +148,9 @@ def _without_nulls(value: Any) -> Any:
 def _parquet_rows(path: Path) -> tuple[list[str], list[Fields]]:
     try:
         table = pq.read_table(path)
-        return list(table.column_names), [(number, _without_nulls(value)) for number, value in enumerate(table.to_pylist(), 1)]
+        return list(table.column_names), [
+            (number, _without_nulls(value)) for number, value in enumerate(table.to_pylist(), 1)
+        ]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _ManifestFault(f"not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
@@ -155,7 +158,7 @@ def _parquet_rows(path: Path) -> tuple[list[str], list[Fields]]:
 READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
-# --- one row -----------------------------------------------------------------------------------------------------------------
+# --- one row ----------------------------------------------------------------------------------------------------------
 
 
 def _is_empty(value: Any) -> bool:
@@ -179,7 +182,10 @@ def _identifier(fields: Mapping[str, Any], origin: str, row: int) -> str:
         return f"{origin}-{row:06d}"
     text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not ID_PATTERN.fullmatch(text):
-        raise _RowFault("bad id", f"id = {value!r}: up to 128 letters, digits, '.', '_' and '-' are allowed, the first a letter or digit")
+        raise _RowFault(
+            "bad id",
+            f"id = {value!r}: up to 128 letters, digits, '.', '_' and '-' are allowed, the first a letter or digit",
+        )
     return text
 
 
@@ -207,7 +213,9 @@ def _image_path(fields: Mapping[str, Any], column: str, folder: Path) -> str | N
         return None
     parts = PurePosixPath(value).parts
     if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or ".." in parts:
-        raise _RowFault("path outside the folder", f"{column} = {value!r}: give a path relative to the manifest, without '..'")
+        raise _RowFault(
+            "path outside the folder", f"{column} = {value!r}: give a path relative to the manifest, without '..'"
+        )
     if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in parts):
         raise _RowFault("unreadable image", f"{column} = {value[:40]!r}...: the name is too long for a file")
     try:
@@ -215,17 +223,29 @@ def _image_path(fields: Mapping[str, Any], column: str, folder: Path) -> str | N
     except (OSError, RuntimeError) as error:  # a loop of links, a folder that may not be entered
         raise _RowFault("unreadable image", f"{column} = {value!r}: {error}") from error
     if not inside:
-        raise _RowFault("path outside the folder", f"{column} = {value!r} is a link that leads out of the folder; put the file itself there")
+        raise _RowFault(
+            "path outside the folder",
+            f"{column} = {value!r} is a link that leads out of the folder; put the file itself there",
+        )
     return value
 
 
 def _raw_row(fields: Mapping[str, Any], origin: str, row: int, folder: Path) -> RawRow:
-    return RawRow(origin, row, _identifier(fields, origin, row), _text(fields, "split").strip(), _text(fields, "capability").strip(),
-                  _text(fields, "category").strip(), _text(fields, "prompt").strip(),
-                  _image_path(fields, "source", folder), _image_path(fields, "target", folder), _record(fields))
+    return RawRow(
+        origin,
+        row,
+        _identifier(fields, origin, row),
+        _text(fields, "split").strip(),
+        _text(fields, "capability").strip(),
+        _text(fields, "category").strip(),
+        _text(fields, "prompt").strip(),
+        _image_path(fields, "source", folder),
+        _image_path(fields, "target", folder),
+        _record(fields),
+    )
 
 
-# --- the folder --------------------------------------------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def _column_faults(header: Sequence[str]) -> Iterator[str]:
@@ -233,7 +253,9 @@ def _column_faults(header: Sequence[str]) -> Iterator[str]:
     if missing:
         yield f"columns {missing} are missing (it has {list(header)})"
     for name in header:
-        near = difflib.get_close_matches(name, [column for column in RAW_COLUMNS if column not in header], n=1, cutoff=0.75)
+        near = difflib.get_close_matches(
+            name, [column for column in RAW_COLUMNS if column not in header], n=1, cutoff=0.75
+        )
         if name not in RAW_COLUMNS and near:
             yield f"unknown column {name!r}: did you mean {near[0]!r}?"
 
@@ -242,17 +264,26 @@ def manifest_paths(folder: str | Path) -> list[Path]:
     """The manifests of a folder, by name. Raises UserError when there is no folder or no manifest in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it should hold manifests ({', '.join('*' + suffix for suffix in SUFFIXES)}) and their images")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."))
+        raise UserError(
+            f"{folder}: no such folder; it should hold manifests ({', '.join('*' + suffix for suffix in SUFFIXES)}) and their images"
+        )
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
     if not paths:
-        raise UserError(f"{folder}: no manifest in this folder; put one there: {', '.join('*' + suffix for suffix in SUFFIXES)}")
+        raise UserError(
+            f"{folder}: no manifest in this folder; put one there: {', '.join('*' + suffix for suffix in SUFFIXES)}"
+        )
     return paths
 
 
 def read_manifests(folder: str | Path) -> Manifests:
     """Every row of every manifest in `folder`, manifests in order of their names.
 
-    A row without an id gets `<manifest>-<row>`. Raises UserError for a missing folder or manifest, UserErrors (all at once) for manifests whose structure is
+    A row without an id gets `<manifest>-<row>`. Raises UserError for a missing folder or manifest, UserErrors (all at
+    once) for manifests whose structure is
     broken: not decodable, columns missing or misspelt, a line that is not JSON, no rows at all.
     """
     rows: list[RawRow] = []
@@ -286,21 +317,26 @@ def read_manifests(folder: str | Path) -> Manifests:
                 rows.append(_raw_row(fields, path.name, number, root))
             except _RowFault as error:
                 given = fields.get("id") if isinstance(fields, dict) else None
-                rejected.append(Rejection(path.name, number, "" if _is_empty(given) else str(given), error.reason, error.detail))
+                rejected.append(
+                    Rejection(path.name, number, "" if _is_empty(given) else str(given), error.reason, error.detail)
+                )
     if faults:
         raise UserErrors(f"{folder}: the manifests cannot be read", faults)
     return Manifests(rows, rejected, ignored)
 
 
 def write_manifest(folder: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows (keys of `RAW_COLUMNS`, `record` an object) as `folder/name`; the suffix chooses the format. Whole or not at all.
+    """Writes rows (keys of `RAW_COLUMNS`, `record` an object) as `folder/name`; the suffix chooses the format. Whole or
+    not at all.
 
     Raises UserError for another suffix or an unknown key.
     """
     suffix = Path(name).suffix
     unknown = sorted({key for row in rows for key in row if key not in RAW_COLUMNS})
     if suffix not in SUFFIXES or unknown:
-        raise UserError(f"{name}: unknown keys {unknown}" if unknown else f"{name}: a manifest ends in one of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{name}: unknown keys {unknown}" if unknown else f"{name}: a manifest ends in one of {', '.join(SUFFIXES)}"
+        )
     columns = [column for column in RAW_COLUMNS if any(column in row for row in rows)]
     with atomic_file(Path(folder) / name) as temporary:
         if suffix == ".jsonl":
@@ -308,7 +344,12 @@ def write_manifest(folder: str | Path, name: str, rows: Sequence[Mapping[str, An
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in given]
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             return
-        flat = [{**row, "record": json.dumps(row["record"], allow_nan=False)} if row.get("record") is not None else dict(row) for row in rows]
+        flat = [
+            {**row, "record": json.dumps(row["record"], allow_nan=False)}
+            if row.get("record") is not None
+            else dict(row)
+            for row in rows
+        ]
         if suffix == ".csv":
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, columns, restval="")

@@ -1,8 +1,9 @@
-"""The micro world: flat shapes on a flat background, whose ground truth is exact. The embedded default's source of examples.
+"""The micro world: flat shapes on a flat background, whose ground truth is exact. The embedded default's source of
+examples.
 
-A scene is a background and up to four things in distinct 8-pixel cells of a small grid. A style is an operator on the whole picture. Prompts follow GenEval's
-record schema (djghosh13/geneval), edits follow GEdit-Bench's task types (stepfun-ai/Step1X-Edit). A quarter of all attribute tuples is held out: what is
-scored was never trained on.
+A scene is a background and up to four things in distinct 8-pixel cells of a small grid. A style is an operator on the
+whole picture. Prompts follow GenEval's record schema (djghosh13/geneval), edits follow GEdit-Bench's task types
+(stepfun-ai/Step1X-Edit). A quarter of all attribute tuples is held out: what is scored was never trained on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,18 @@ from data.errors import UserError
 from data.records import GLOBAL_EDITS, LOCAL_EDITS
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLORS: dict[str, tuple[int, int, int]] = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 225), "yellow": (240, 210, 50)}
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "gray": (135, 135, 135), "black": (15, 15, 15), "pink": (240, 160, 200)}
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 225),
+    "yellow": (240, 210, 50),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "gray": (135, 135, 135),
+    "black": (15, 15, 15),
+    "pink": (240, 160, 200),
+}
 STYLES = ("plain", "inverted", "night", "outline")
 STYLE_WORDS = {"inverted": "invert the colors", "night": "make it night", "outline": "turn it into an outline drawing"}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -48,7 +59,14 @@ class Thing:
     radius: float = 3.5
 
     def to_json(self) -> dict[str, Any]:
-        return {"shape": self.shape, "color": self.color, "cell": self.cell, "dx": self.dx, "dy": self.dy, "radius": self.radius}
+        return {
+            "shape": self.shape,
+            "color": self.color,
+            "cell": self.cell,
+            "dx": self.dx,
+            "dy": self.dy,
+            "radius": self.radius,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,11 @@ class Scene:
     style: str = "plain"
 
     def to_json(self) -> dict[str, Any]:
-        return {"background": self.background, "style": self.style, "things": [thing.to_json() for thing in self.things]}
+        return {
+            "background": self.background,
+            "style": self.style,
+            "things": [thing.to_json() for thing in self.things],
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Scene:
@@ -117,7 +139,7 @@ class World:
         return tuple(sorted(words))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -134,7 +156,9 @@ def _coverage(shape: str, dx: float, dy: float, radius: float, outline: bool, ce
         distance = np.maximum((2.0 * np.abs(x) - (y + radius)) / slope, y - 0.9 * radius)
     elif shape == "cross":
         bar = 0.3 * radius
-        distance = np.minimum(np.maximum(np.abs(x) - radius, np.abs(y) - bar), np.maximum(np.abs(y) - radius, np.abs(x) - bar))
+        distance = np.minimum(
+            np.maximum(np.abs(x) - radius, np.abs(y) - bar), np.maximum(np.abs(y) - radius, np.abs(x) - bar)
+        )
     else:
         raise UserError(f"micro world: unknown shape {shape!r}; choose of {list(SHAPES)}")
     if outline:
@@ -158,13 +182,15 @@ def render(world: World, scene: Scene) -> np.ndarray:
     for thing in scene.things:
         row, column = divmod(thing.cell, world.grid)
         window = canvas[row * world.cell : (row + 1) * world.cell, column * world.cell : (column + 1) * world.cell]
-        alpha = _coverage(thing.shape, thing.dx, thing.dy, thing.radius, scene.style == "outline", world.cell)[..., None]
+        alpha = _coverage(thing.shape, thing.dx, thing.dy, thing.radius, scene.style == "outline", world.cell)[
+            ..., None
+        ]
         window *= 1.0 - alpha
         window += alpha * np.array(COLORS[thing.color], dtype=np.float64)
     return np.clip(np.rint(style_colors(scene.style, canvas)), 0, 255).astype(np.uint8)
 
 
-# --- which tuples are held out ----------------------------------------------------------------------------------------------
+# --- which tuples are held out ----------------------------------------------------------------------------------------
 
 
 def tuples_of(world: World, category: str) -> list[tuple[Any, ...]]:
@@ -206,10 +232,12 @@ def is_held_out(world: World, category: str, values: tuple[Any, ...]) -> bool:
 
 def split_tuples(world: World, category: str, split: str) -> list[tuple[Any, ...]]:
     """The tuples of one split, "train" or "eval"."""
-    return [values for values in tuples_of(world, category) if is_held_out(world, category, values) == (split == "eval")]
+    return [
+        values for values in tuples_of(world, category) if is_held_out(world, category, values) == (split == "eval")
+    ]
 
 
-# --- scenes, prompts and edits ----------------------------------------------------------------------------------------------
+# --- scenes, prompts and edits ----------------------------------------------------------------------------------------
 
 
 def _pick(rng: np.random.Generator, values: Any) -> Any:
@@ -222,11 +250,18 @@ def _place(rng: np.random.Generator, shape: str, color: str, cell: int) -> Thing
 
 @lru_cache(maxsize=64)
 def _cells_in_relation(grid: int, relation: str) -> tuple[tuple[int, int], ...]:
-    """All (subject, reference) cells on opposite edges for which the relation holds along the dominant axis, so that it is never in doubt."""
+    """All (subject, reference) cells on opposite edges for which the relation holds along the dominant axis, so that it
+    is never in doubt.
+    """
     found = []
     for a, b in permutations(range(grid * grid), 2):
         down, right = a // grid - b // grid, a % grid - b % grid
-        offset, across = {"left of": (-right, down), "right of": (right, down), "above": (-down, right), "below": (down, right)}[relation]
+        offset, across = {
+            "left of": (-right, down),
+            "right of": (right, down),
+            "above": (-down, right),
+            "below": (down, right),
+        }[relation]
         if offset == grid - 1 and offset > abs(across):
             found.append((a, b))
     return tuple(found)
@@ -251,14 +286,19 @@ def t2i_example(world: World, rng: np.random.Generator, tag: str, split: str) ->
         record["include"] = [{"class": shape, "count": number}]
         record["exclude"] = [{"class": shape, "count": number + 1}]
         words = f"{NUMBERS[number]} {plural(shape)}"
-        first = int(rng.integers(world.grid**2 - number + 1))  # a run in reading order: a small network can count what stands together
+        first = int(
+            rng.integers(world.grid**2 - number + 1)
+        )  # a run in reading order: a small network can count what stands together
         things = [_place(rng, shape, colors[0], cell) for cell in range(first, first + number)]
     elif tag == "colors":
         record["include"] = [{"class": values[0], "count": 1, "color": values[1]}]
         words, things = f"a {values[1]} {values[0]}", [_place(rng, values[0], values[1], cells[0])]
     elif tag == "position":
         subject, relation, reference = values
-        record["include"] = [{"class": reference, "count": 1}, {"class": subject, "count": 1, "position": [relation, 0]}]
+        record["include"] = [
+            {"class": reference, "count": 1},
+            {"class": subject, "count": 1, "position": [relation, 0]},
+        ]
         words = f"a {subject} {relation} a {reference}"
         a, b = _pick(rng, _cells_in_relation(world.grid, relation))
         things = [_place(rng, subject, colors[0], a), _place(rng, reference, colors[1], b)]
@@ -275,9 +315,15 @@ def t2i_example(world: World, rng: np.random.Generator, tag: str, split: str) ->
 
 
 def _source_scene(
-    world: World, rng: np.random.Generator, first: tuple[str, str] | None, ground: str | None = None, without: tuple[tuple[str, str], ...] = ()
+    world: World,
+    rng: np.random.Generator,
+    first: tuple[str, str] | None,
+    ground: str | None = None,
+    without: tuple[tuple[str, str], ...] = (),
 ) -> Scene:
-    """One to three things, no two alike in shape and colour, so that every description is unique; `first` is among them, `without` are not."""
+    """One to three things, no two alike in shape and colour, so that every description is unique; `first` is among
+    them, `without` are not.
+    """
     cells = [int(cell) for cell in rng.permutation(world.grid**2)]
     looks = [look for look in product(world.shapes, world.colors) if look != first and look not in without]
     number = int(rng.integers(1, 4))
@@ -286,7 +332,9 @@ def _source_scene(
     return Scene(ground or _pick(rng, world.backgrounds), things)
 
 
-def edit_example(world: World, rng: np.random.Generator, category: str, split: str) -> tuple[dict[str, Any], Scene, Scene]:
+def edit_example(
+    world: World, rng: np.random.Generator, category: str, split: str
+) -> tuple[dict[str, Any], Scene, Scene]:
     """An edit record (category, prompt = the instruction, source and target scene, touched cells) with both scenes."""
     values = _pick(rng, split_tuples(world, category, split))
     touched: list[int] = []
@@ -324,19 +372,31 @@ def edit_example(world: World, rng: np.random.Generator, category: str, split: s
         prompt = STYLE_WORDS[style]
     else:
         raise UserError(f"micro world: unknown GEdit category {category!r}")
-    record = {"category": category, "prompt": prompt, "source": source.to_json(), "target": target.to_json(), "touched": touched}
+    record = {
+        "category": category,
+        "prompt": prompt,
+        "source": source.to_json(),
+        "target": target.to_json(),
+        "touched": touched,
+    }
     return record, source, target
 
 
-def example(world: World, rng: np.random.Generator, category: str, split: str) -> tuple[dict[str, Any], Scene | None, Scene]:
-    """(record, source scene or None, target scene) of any GenEval tag or GEdit task type; `split` is "train" or "eval"."""
+def example(
+    world: World, rng: np.random.Generator, category: str, split: str
+) -> tuple[dict[str, Any], Scene | None, Scene]:
+    """(record, source scene or None, target scene) of any GenEval tag or GEdit task type; `split` is "train" or
+    "eval".
+    """
     if category in LOCAL_EDITS or category in GLOBAL_EDITS:
         return edit_example(world, rng, category, split)
     record, scene = t2i_example(world, rng, category, split)
     return record, None, scene
 
 
-def evaluation_examples(world: World, rng: np.random.Generator, category: str, count: int) -> Iterator[tuple[dict[str, Any], Scene | None, Scene]]:
+def evaluation_examples(
+    world: World, rng: np.random.Generator, category: str, count: int
+) -> Iterator[tuple[dict[str, Any], Scene | None, Scene]]:
     """`count` held-out examples that differ in prompt (T2I) or in prompt and source scene (edits).
 
     Raises UserError when the world has fewer of them.
@@ -351,7 +411,9 @@ def evaluation_examples(world: World, rng: np.random.Generator, category: str, c
             seen.add(key)
             yield record, source, target
     if len(seen) < count:
-        raise UserError(f"micro world: only {len(seen)} distinct held-out examples of {category}, {count} asked for; ask for fewer or enlarge the world")
+        raise UserError(
+            f"micro world: only {len(seen)} distinct held-out examples of {category}, {count} asked for; ask for fewer or enlarge the world"
+        )
 
 
 MICRO = "micro"  # the detector of the micro world's pictures, which needs no weights

@@ -28,9 +28,11 @@ def progress(label: str, total: int) -> Iterator[Advance]:
 
 
 def callback(label: str | None = None) -> Callable[[int, int, str], None]:
-    """Adapts plain lines to functions that report `(done, total, what)`, `done` counted from the start and `what` a part of the work.
+    """Adapts plain lines to functions that report `(done, total, what)`, `done` counted from the start and `what` a
+    part of the work.
 
-    Two parts may have one name (the files of two folders), one after the other: fewer done than before, or another total, is another part.
+    Two parts may have one name (the files of two folders), one after the other: fewer done than before, or another
+    total, is another part.
     """
     started: dict[str, tuple[Advance, int, list[int]]] = {}
 
@@ -50,7 +52,9 @@ def _bar(label: str, total: int) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     rate, shown = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[shown]}")
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), shown) as bar:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), shown
+    ) as bar:
         task = bar.add_task(label, total=total, rate="", shown="")
         begun = time.monotonic()
         done = 0
@@ -75,7 +79,9 @@ def _lines(label: str, total: int) -> Advance:
             return
         last = now
         seconds = now - begun
-        left = f"{_duration(seconds * (total - done) / done)} left" if 0 < done < total else f"took {_duration(seconds)}"
+        left = (
+            f"{_duration(seconds * (total - done) / done)} left" if 0 < done < total else f"took {_duration(seconds)}"
+        )
         parts = [f"{label}: {done}/{total}", _rate(done, seconds), left, _fields(fields)]
         print(", ".join(part for part in parts if part), flush=True)
 
@@ -96,4 +102,6 @@ def _duration(seconds: float) -> str:
 
 
 def _fields(fields: dict[str, object]) -> str:
-    return " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
+    return " ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
+    )

@@ -14,7 +14,9 @@ from data.files import atomic_file
 
 @dataclass(frozen=True)
 class Capability:
-    """A named ability of the student: which benchmark proves it, on which categories, and whether it edits a source image."""
+    """A named ability of the student: which benchmark proves it, on which categories, and whether it edits a source
+    image.
+    """
 
     name: str
     benchmark: str  # "geneval" or "gedit"
@@ -89,9 +91,19 @@ def of_capability(examples: Sequence[Example], capability: str) -> list[Example]
     return [example for example in examples if example.category in categories]
 
 
-# task type -> rows of the official set in English (modelscope/evalscope, benchmarks/_meta/gedit.json); the six of the paper's tables come first, in its order
+# task type -> rows of the official set in English (modelscope/evalscope, benchmarks/_meta/gedit.json); the six of the
+# paper's tables come first, in its order
 OFFICIAL_COUNTS = {
-    "subject-add": 60, "subject-replace": 60, "background_change": 40, "style_change": 60, "color_alter": 40, "subject-remove": 57,
-    "material_alter": 40, "motion_change": 40, "ps_human": 70, "text_change": 99, "tone_transfer": 40,
-}  # fmt: skip
+    "subject-add": 60,
+    "subject-replace": 60,
+    "background_change": 40,
+    "style_change": 60,
+    "color_alter": 40,
+    "subject-remove": 57,
+    "material_alter": 40,
+    "motion_change": 40,
+    "ps_human": 70,
+    "text_change": 99,
+    "tone_transfer": 40,
+}
 GEDIT_CATEGORIES = tuple(OFFICIAL_COUNTS)

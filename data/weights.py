@@ -1,4 +1,6 @@
-"""Weight files without loading them: headers of safetensors, hashes of files and folders, and the refusal of every format that can carry code."""
+"""Weight files without loading them: headers of safetensors, hashes of files and folders, and the refusal of every
+format that can carry code.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {"dtype", "shape"} of a safetensors file, from its header alone. Raises UserError when header or length are not whole."""
+    """Tensor name -> {"dtype", "shape"} of a safetensors file, from its header alone. Raises UserError when header or
+    length are not whole.
+    """
     try:
         with open(file, "rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -49,19 +53,31 @@ def pipeline_parts(index: dict[str, Any]) -> list[str]:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a file of a checkpoint is one that is read: by its suffix, and not a second copy in another precision (`model.fp16.safetensors`)."""
-    return Path(name).suffix in KEPT and ".fp16." not in name and not any(part.startswith(".") for part in Path(name).parts)
+    """Whether a file of a checkpoint is one that is read: by its suffix, and not a second copy in another precision
+    (`model.fp16.safetensors`).
+    """
+    return (
+        Path(name).suffix in KEPT
+        and ".fp16." not in name
+        and not any(part.startswith(".") for part in Path(name).parts)
+    )
 
 
 def weight_folder(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of the files that are read of a checkpoint folder; of a pipeline only the parts that its index names.
+    """Relative path -> SHA-256 of the files that are read of a checkpoint folder; of a pipeline only the parts that its
+    index names.
 
-    Raises UserError for a folder without safetensors, with a pickle file among its parts (which runs code when it is read), or with one that is damaged.
+    Raises UserError for a folder without safetensors, with a pickle file among its parts (which runs code when it is
+    read), or with one that is damaged.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     parts = pipeline_parts(read_json(folder / PIPELINE)) if (folder / PIPELINE).is_file() else []
     if parts and not (folder / STUDENT).is_file():
-        files = [path for path in files if path.relative_to(folder).as_posix() == PIPELINE or path.relative_to(folder).parts[0] in parts]
+        files = [
+            path
+            for path in files
+            if path.relative_to(folder).as_posix() == PIPELINE or path.relative_to(folder).parts[0] in parts
+        ]
     names = {path.relative_to(folder).as_posix(): path for path in files}
     pickled = [name for name in names if Path(name).suffix in PICKLES]
     if pickled:

@@ -1,7 +1,9 @@
-"""`python -m flows.bootstrap`: what the servers must know before the first run; done again, it changes nothing that is right already.
+"""`python -m flows.bootstrap`: what the servers must know before the first run; done again, it changes nothing that is
+right already.
 
-In Prefect the process pool with its queues, one concurrency limit for each device, the automation that ends runs whose process is gone, and the deployments
-of prefect.yaml. In MLflow the account of the workers and the registered model, which belongs to that account. `--reviewer NAME` makes an account for a person.
+In Prefect the process pool with its queues, one concurrency limit for each device, the automation that ends runs whose
+process is gone, and the deployments of prefect.yaml. In MLflow the account of the workers and the registered model,
+which belongs to that account. `--reviewer NAME` makes an account for a person.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ START_SECONDS = 300.0
 def make_pool(client: SyncPrefectClient) -> None:
     """The process pool and its queues: `cpu` and `gpu` by what a run needs."""
     with contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", description="Runs as processes of the worker that takes them"))
+        client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", description="Runs as processes of the worker that takes them")
+        )
     for name in QUEUES:
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_queue(name=name, work_pool_name=POOL)
@@ -56,7 +60,9 @@ def make_limits(client: SyncPrefectClient, slots: Sequence[str]) -> None:
 
 
 def make_automation(client: SyncPrefectClient) -> None:
-    """A run whose worker and engine were killed together sends nothing any more: without this it would stay Running for ever."""
+    """A run whose worker and engine were killed together sends nothing any more: without this it would stay Running for
+    ever.
+    """
     ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     automation = AutomationCore(
         name=ZOMBIES,
@@ -69,7 +75,12 @@ def make_automation(client: SyncPrefectClient) -> None:
             threshold=1,
             within=SILENCE,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat for 90 s: the process or its machine is gone; run it again, it goes on")],
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message="no heartbeat for 90 s: the process or its machine is gone; run it again, it goes on",
+            )
+        ],
     )
     if not client.read_automations_by_name(ZOMBIES):
         client.create_automation(automation)
@@ -78,16 +89,20 @@ def make_automation(client: SyncPrefectClient) -> None:
 def deploy() -> None:
     """Every deployment of prefect.yaml. Raises UserError with Prefect's own words."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    ended = subprocess.run(command, cwd=PROJECT, env=for_children(sys.executable), capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=PROJECT, env=for_children(sys.executable), capture_output=True, text=True, check=False
+    )
     if ended.returncode:
         raise UserError(f"prefect deploy failed: {(ended.stderr or ended.stdout).strip()[-2000:]}")
 
 
-# --- MLflow ------------------------------------------------------------------------------------------------------------------
+# --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
 class Mlflow:
-    """The few requests to MLflow's server that need an administrator, over HTTP: the flows' room does not load MLflow."""
+    """The few requests to MLflow's server that need an administrator, over HTTP: the flows' room does not load
+    MLflow.
+    """
 
     def __init__(self, address: str, user: str, password: str) -> None:
         self.address, self.login = address.rstrip("/"), (user, password)
@@ -104,14 +119,23 @@ class Mlflow:
 
 
 def make_accounts(address: str, admin: str, pipeline: str) -> None:
-    """The workers' account, and the registered model, which whoever creates it may change: the workers, and those an administrator adds."""
-    Mlflow(address, "admin", admin).post("2.0/mlflow/users/create", {"username": "pipeline", "password": pipeline}, exists_is_fine=True)
-    described = {"name": MODEL, "description": "Students distilled from several flow-matching teachers; alias champion is in service."}
+    """The workers' account, and the registered model, which whoever creates it may change: the workers, and those an
+    administrator adds.
+    """
+    Mlflow(address, "admin", admin).post(
+        "2.0/mlflow/users/create", {"username": "pipeline", "password": pipeline}, exists_is_fine=True
+    )
+    described = {
+        "name": MODEL,
+        "description": "Students distilled from several flow-matching teachers; alias champion is in service.",
+    }
     Mlflow(address, "pipeline", pipeline).post("2.0/mlflow/registered-models/create", described, exists_is_fine=True)
 
 
 def make_reviewer(address: str, admin: str, name: str) -> str:
-    """An account that may read everything and edit the registered model: descriptions, tags, aliases. Returns its password, shown once."""
+    """An account that may read everything and edit the registered model: descriptions, tags, aliases. Returns its
+    password, shown once.
+    """
     password = secrets.token_urlsafe(18)
     server = Mlflow(address, "admin", admin)
     server.post("2.0/mlflow/users/create", {"username": name, "password": password})
@@ -123,12 +147,17 @@ def make_reviewer(address: str, admin: str, name: str) -> str:
 def _secret(name: str) -> str:
     value = os.environ.get(name, "").strip()
     if not value:
-        raise UserError(f"{name} is not set; docker-compose.yml and scripts/stack.py take it from the file that python -m tasks secrets makes")
+        raise UserError(
+            f"{name} is not set; docker-compose.yml and scripts/stack.py take it from the file that python -m tasks secrets makes"
+        )
     return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m flows.bootstrap", description="Make pool, queues, limits, automation, deployments, accounts and the model.")
+    parser = argparse.ArgumentParser(
+        "python -m flows.bootstrap",
+        description="Make pool, queues, limits, automation, deployments, accounts and the model.",
+    )
     parser.add_argument("--reviewer", metavar="NAME", help="only make an MLflow account for this person")
     chosen = parser.parse_args(argv)
     begun = time.monotonic()

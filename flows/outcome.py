@@ -1,4 +1,6 @@
-"""How a run ended, for a person at a terminal: the scorecard beside the teachers, the verdict with every rule, and where to look."""
+"""How a run ended, for a person at a terminal: the scorecard beside the teachers, the verdict with every rule, and
+where to look.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,42 @@ from data.files import read_json
 
 LOG_WIDTH = 150  # columns where no terminal says otherwise
 HEADLINES = ("geneval/overall", "gedit/average")
-PLACES = {"report": "reports/score/report.html", "images": "reports/score", "scorecard": "reports/scorecard.json", "verdict": "reports/verdict.json"}
+PLACES = {
+    "report": "reports/score/report.html",
+    "images": "reports/score",
+    "scorecard": "reports/scorecard.json",
+    "verdict": "reports/verdict.json",
+}
 
 
 def failure_line(error: object, message: str | None) -> str:
     """One clear message for a flow that did not complete."""
-    return str(error) if isinstance(error, BaseException) and str(error) else message or "the flow failed; its log is above"
+    return (
+        str(error)
+        if isinstance(error, BaseException) and str(error)
+        else message or "the flow failed; its log is above"
+    )
 
 
 def print_outcome(
-    project: Path, *, verdict: dict[str, Any], registered: dict[str, Any], champion: dict[str, float | None], console: Console | None = None
+    project: Path,
+    *,
+    verdict: dict[str, Any],
+    registered: dict[str, Any],
+    champion: dict[str, float | None],
+    console: Console | None = None,
 ) -> None:
-    """Reads the reports of `project`; prints tables and paths. `champion`: metric path -> mean of the champion before this run, empty if there was none."""
+    """Reads the reports of `project`; prints tables and paths. `champion`: metric path -> mean of the champion before
+    this run, empty if there was none.
+    """
     console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     teachers = teacher_means(project / "reports" / "validate.json")
-    console.print(_scores(read_json(project / "reports" / "scorecard.json"), {"champion before": champion, **teachers} if champion else teachers))
+    console.print(
+        _scores(
+            read_json(project / "reports" / "scorecard.json"),
+            {"champion before": champion, **teachers} if champion else teachers,
+        )
+    )
     console.print(_rules(verdict))
     table = Table(title="registered", show_header=False)
     for key, value in registered.items():
@@ -44,7 +67,11 @@ def print_outcome(
 def teacher_means(path: Path) -> dict[str, dict[str, float | None]]:
     """Teacher -> metric path -> mean, from reports/validate.json."""
     teachers = read_json(path).get("teachers", {}) if path.exists() else {}
-    return {name: {key: metric["mean"] for key, metric in scored["metrics"].items()} for name, scored in teachers.items() if scored.get("metrics")}
+    return {
+        name: {key: metric["mean"] for key, metric in scored["metrics"].items()}
+        for name, scored in teachers.items()
+        if scored.get("metrics")
+    }
 
 
 def _scores(scorecard: dict[str, Any], others: dict[str, dict[str, float | None]]) -> Table:
@@ -57,7 +84,13 @@ def _scores(scorecard: dict[str, Any], others: dict[str, dict[str, float | None]
         metric = metrics[path]
         interval = f"{_number(metric['low'])} to {_number(metric['high'])}"
         beside = [_number(means.get(path)) for means in others.values()]
-        table.add_row(Text(path, style="bold" if path in HEADLINES else ""), _number(metric["mean"]), interval, str(metric["n"]), *beside)
+        table.add_row(
+            Text(path, style="bold" if path in HEADLINES else ""),
+            _number(metric["mean"]),
+            interval,
+            str(metric["n"]),
+            *beside,
+        )
     return table
 
 
@@ -67,7 +100,9 @@ def _rules(verdict: dict[str, Any]) -> Table:
         table.add_column(column)
     for rule in verdict["rules"]:
         mark = Text("passed", style="green") if rule["passed"] else Text("failed", style="bold red")
-        table.add_row(Text(str(rule["rule"])), mark, _number(rule["value"]), _number(rule["bound"]), Text(str(rule["reason"])))
+        table.add_row(
+            Text(str(rule["rule"])), mark, _number(rule["value"]), _number(rule["bound"]), Text(str(rule["reason"]))
+        )
     return table
 
 

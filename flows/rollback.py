@@ -1,4 +1,6 @@
-"""The flow `rollback`, deployed as `rollback/prod`: back to the previous champion, in the registry and in what is published."""
+"""The flow `rollback`, deployed as `rollback/prod`: back to the previous champion, in the registry and in what is
+published.
+"""
 
 from __future__ import annotations
 

@@ -39,8 +39,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.chmod(0o644)  # safetensors leaves it to the owner alone
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any], keep_every: int = 0) -> None:
-    """Writes `folder`/step-NNNNNNNN whole or not at all, then drops all but the last two and every `keep_every`-th step (0: none). `record` must be JSON."""
+def save_state(
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any], keep_every: int = 0
+) -> None:
+    """Writes `folder`/step-NNNNNNNN whole or not at all, then drops all but the last two and every `keep_every`-th step
+    (0: none). `record` must be JSON.
+    """
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         write_tensors(temporary / TENSORS, tensors)
         write_json(temporary / RECORD, {**record, "step": step, "sha256": sha256_file(temporary / TENSORS)})
@@ -76,7 +80,9 @@ def read_state(newest: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     record = read_json(newest / RECORD)
     unknown = [key for key in ("fingerprint", "sha256", "step") if not isinstance(record, dict) or key not in record]
     if unknown:
-        raise UserError(f"{newest / RECORD}: {unknown[0]!r} is missing; remove {newest} to go on from the state before it")
+        raise UserError(
+            f"{newest / RECORD}: {unknown[0]!r} is missing; remove {newest} to go on from the state before it"
+        )
     try:
         if sha256_file(newest / TENSORS) != record["sha256"]:
             raise UserError(
@@ -84,13 +90,16 @@ def read_state(newest: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             )
         return load_file(newest / TENSORS), record
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{newest}: not a whole checkpoint ({error}); remove {newest} to go on from the state before it in {folder}") from error
+        raise UserError(
+            f"{newest}: not a whole checkpoint ({error}); remove {newest} to go on from the state before it in {folder}"
+        ) from error
 
 
 class Ema:
     """Exponential moving average of named fp32 parameters; decay 0 keeps the parameters themselves.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are not averages of their start.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are not averages of their
+    start.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:

@@ -22,7 +22,9 @@ def as_pictures(images: torch.Tensor) -> list[np.ndarray]:
 
 
 def picture_bucket(backbone: Backbone, source: np.ndarray | None) -> tuple[int, int]:
-    """Width and height in px that this backbone draws: the bucket of a source's aspect, the usual square without one. Raises UserError as check_sizes."""
+    """Width and height in px that this backbone draws: the bucket of a source's aspect, the usual square without one.
+    Raises UserError as check_sizes.
+    """
     edge = backbone.latent_shape[1] * backbone.pixels_per_latent
     size = (edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple)
     check_sizes(backbone, [size])

@@ -22,8 +22,9 @@ Rows = torch.Tensor | Sequence[torch.Tensor]  # one tensor where all rows share 
 class Bucket:
     """A capability's encoded training examples.
 
-    Row i has the prompt prompts[i] of the tables embeds (P, L, D), or P tensors (L_p, D) where prompts differ in length, and pooled (P, D'). segments (P, S)
-    counts the tokens of each prompt's parts, None where all prompts have L tokens. source and target hold latents (C, H, W) a row, shapes[i] is row i's.
+    Row i has the prompt prompts[i] of the tables embeds (P, L, D), or P tensors (L_p, D) where prompts differ in
+    length, and pooled (P, D'). segments (P, S) counts the tokens of each prompt's parts, None where all prompts have L
+    tokens. source and target hold latents (C, H, W) a row, shapes[i] is row i's.
     """
 
     prompts: torch.Tensor
@@ -54,15 +55,34 @@ class Bucket:
         picked = self.prompts[list(rows)]
         source = None if self.source is None else at_rows(self.source, rows)
         if self.segments is None:
-            return Condition(cast(torch.Tensor, self.embeds)[picked], self.pooled[picked], self.empty_embeds, self.empty_pooled, source)
+            return Condition(
+                cast(torch.Tensor, self.embeds)[picked],
+                self.pooled[picked],
+                self.empty_embeds,
+                self.empty_pooled,
+                source,
+            )
         segments = self.segments[picked]
         embeds = torch.nn.utils.rnn.pad_sequence([self.embeds[int(prompt)] for prompt in picked], batch_first=True)
-        return Condition(embeds, self.pooled[picked], self.empty_embeds, self.empty_pooled, source, segments.sum(1), segments, self.empty_segments)
+        return Condition(
+            embeds,
+            self.pooled[picked],
+            self.empty_embeds,
+            self.empty_pooled,
+            source,
+            segments.sum(1),
+            segments,
+            self.empty_segments,
+        )
 
     def targets(self, rows: Sequence[int]) -> torch.Tensor:
-        """The clean target latents (B, C, H, W) of rows that share a shape. Raises UserError where the data has none."""
+        """The clean target latents (B, C, H, W) of rows that share a shape. Raises UserError where the data has
+        none.
+        """
         if self.target is None:
-            raise UserError("states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy")
+            raise UserError(
+                "states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy"
+            )
         return at_rows(self.target, rows)
 
 
@@ -78,7 +98,10 @@ def at_rows(latents: Rows, rows: Sequence[int]) -> torch.Tensor:
 
 
 BUCKETS = ("t2i", "local_edit", "global_edit")
-PROMPTS, EDIT_PROMPTS = "prompts", "edit_prompts"  # the second where a family's edits read their prompts in another form
+PROMPTS, EDIT_PROMPTS = (
+    "prompts",
+    "edit_prompts",
+)  # the second where a family's edits read their prompts in another form
 
 
 def _rows(part: dict[str, torch.Tensor], name: str) -> Rows | None:
@@ -108,13 +131,26 @@ def load_buckets(encoded: Path, capabilities: Iterable[str], base_sha256: str) -
     """
     facts = read_json(encoded / "encoded.json")
     if facts["base_sha256"] != base_sha256:
-        raise UserError(f"{encoded}: encoded with another base ({facts['base_sha256'][:12]}, now {base_sha256[:12]}); run the encode stage again")
-    tables = {name: read_tensors(encoded / f"{name}.safetensors") for name in (PROMPTS, EDIT_PROMPTS) if (encoded / f"{name}.safetensors").exists()}
+        raise UserError(
+            f"{encoded}: encoded with another base ({facts['base_sha256'][:12]}, now {base_sha256[:12]}); run the encode stage again"
+        )
+    tables = {
+        name: read_tensors(encoded / f"{name}.safetensors")
+        for name in (PROMPTS, EDIT_PROMPTS)
+        if (encoded / f"{name}.safetensors").exists()
+    }
     buckets = {}
     for capability in capabilities:
-        members = [name for name in BUCKETS if set(CAPABILITIES[name].categories) <= set(CAPABILITIES[capability].categories) and facts["examples"].get(name)]
+        members = [
+            name
+            for name in BUCKETS
+            if set(CAPABILITIES[name].categories) <= set(CAPABILITIES[capability].categories)
+            and facts["examples"].get(name)
+        ]
         if not members:
-            raise UserError(f"route {capability}: no training example of it in {encoded} (have {facts['examples']}); add examples or remove the route")
+            raise UserError(
+                f"route {capability}: no training example of it in {encoded} (have {facts['examples']}); add examples or remove the route"
+            )
         parts = [read_tensors(encoded / f"{name}.safetensors") for name in members]
         table = tables[EDIT_PROMPTS if EDIT_PROMPTS in tables and CAPABILITIES[capability].is_edit else PROMPTS]
         segments = table.get("segments")

@@ -1,4 +1,6 @@
-"""Training a teacher (or a base) on data: plain conditional flow matching, the loss that made the specialists the pipeline distils."""
+"""Training a teacher (or a base) on data: plain conditional flow matching, the loss that made the specialists the
+pipeline distils.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from model.randomness import noise_for
 
 @dataclass(frozen=True)
 class FlowMatchingParams:
-    """Numbers of one training. prompt_dropout is the share of rows trained on the empty prompt, which makes guidance possible."""
+    """Numbers of one training. prompt_dropout is the share of rows trained on the empty prompt, which makes guidance
+    possible.
+    """
 
     steps: int
     batch: int
@@ -52,7 +56,8 @@ def train(
     seed: int,
     start: int = 0,
 ) -> Iterator[TrainingStep]:
-    """Yields one record a step, after the step. `batch_at(rows)` gives the condition and the target latents x_0 (B, C, H, W) of data rows.
+    """Yields one record a step, after the step. `batch_at(rows)` gives the condition and the target latents x_0 (B, C,
+    H, W) of data rows.
 
     x_t = (1 - t) x_0 + t eps with t uniform, shifted as the sampler's grid is; loss = mean |v - (eps - x_0)|^2.
     Raises UserError when the gradient stops being finite.
@@ -68,11 +73,15 @@ def train(
             embeds=torch.where(dropped[:, None, None], empty.embeds, condition.embeds),
             pooled=torch.where(dropped[:, None], empty.pooled, condition.pooled),
         )
-        uniform = torch.from_numpy((rng.permutation(params.batch) + rng.random(params.batch)) / params.batch).float()  # stratified over the batch
+        uniform = torch.from_numpy(
+            (rng.permutation(params.batch) + rng.random(params.batch)) / params.batch
+        ).float()  # stratified over the batch
         t = params.time_shift * uniform / (1.0 + (params.time_shift - 1.0) * uniform)
         noise = noise_for(seed, index, range(params.batch), x_0.shape[1:])
         weight = t.reshape(-1, 1, 1, 1)
-        loss = velocity_mse(backbone.velocity(network, (1.0 - weight) * x_0 + weight * noise, t, condition), noise - x_0)
+        loss = velocity_mse(
+            backbone.velocity(network, (1.0 - weight) * x_0 + weight * noise, t, condition), noise - x_0
+        )
         optimizers.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(list(named.values()), params.clip)

@@ -1,4 +1,5 @@
-"""What is looked at while a student trains: its gap to the teachers on examples it never trains on, pictures of them, and how far teachers' gradients agree.
+"""What is looked at while a student trains: its gap to the teachers on examples it never trains on, pictures of them,
+and how far teachers' gradients agree.
 
 None of it changes the run: weights come back as they were, and draws have purposes of their own.
 """
@@ -52,7 +53,9 @@ def weights_of(student: Student, values: Mapping[str, torch.Tensor]) -> Iterator
 def _held_out(bucket: Bucket, params: LoopParams, capability: str, wanted: int) -> list[int]:
     rows = min(params.held_out, wanted)
     if rows < 1 or len(bucket) <= params.held_out:
-        raise UserError(f"held_out = {params.held_out}: {capability} has {len(bucket)} rows; choose 1 or more, and fewer than there are")
+        raise UserError(
+            f"held_out = {params.held_out}: {capability} has {len(bucket)} rows; choose 1 or more, and fewer than there are"
+        )
     return list(range(len(bucket) - params.held_out, len(bucket) - params.held_out + rows))
 
 
@@ -67,7 +70,8 @@ def held_out_gaps(
     seed: int,
     execution: Execution,
 ) -> dict[str, float]:
-    """Mean squared velocity gap to each route's teacher on its held-out rows, at queries of the student's own rollout; by capability.
+    """Mean squared velocity gap to each route's teacher on its held-out rows, at queries of the student's own rollout;
+    by capability.
 
     Noise and query indices are the same every time, so that two gaps of one run differ by the student alone.
     """
@@ -80,7 +84,12 @@ def held_out_gaps(
         for part in parts(range(len(rows)), shapes, execution.micro_batch):
             condition = moved(bucket.at([rows[slot] for slot in part]), execution.device)
             noise = moved(noise_for(seed, 0, part, shapes[part[0]], "held_out"), execution.device)
-            index = torch.tensor([query_index(params.rollout_steps, params.query, numpy_generator(seed, 0, slot, "held_out_query")) for slot in part])
+            index = torch.tensor(
+                [
+                    query_index(params.rollout_steps, params.query, numpy_generator(seed, 0, slot, "held_out_query"))
+                    for slot in part
+                ]
+            )
             with precision(execution.device, execution.dtype, execution.attention):
                 query = roll_out_to_query(student.field, noise, condition, grid, index)
                 target = teachers[route.teacher](query.x_t, query.t, condition)
@@ -91,9 +100,16 @@ def held_out_gaps(
 
 @torch.no_grad()
 def held_out_pictures(
-    student: Student, buckets: Mapping[str, Bucket], params: LoopParams, grid: torch.Tensor, seed: int, execution: Execution, count: int
+    student: Student,
+    buckets: Mapping[str, Bucket],
+    params: LoopParams,
+    grid: torch.Tensor,
+    seed: int,
+    execution: Execution,
+    count: int,
 ) -> dict[str, torch.Tensor]:
-    """By capability, up to `count` held-out examples as the student draws them: (rows, n, 3, H, W) in [0, 1]; an edit's first row holds the sources.
+    """By capability, up to `count` held-out examples as the student draws them: (rows, n, 3, H, W) in [0, 1]; an edit's
+    first row holds the sources.
 
     Rows of another latent shape than the first are left out.
     """
@@ -122,7 +138,8 @@ def gradient_cosines(
     index: int,
     execution: Execution,
 ) -> dict[tuple[str, str], float]:
-    """The cosine between the gradients that each pair of routes would give the student as it is, each from a batch of its own.
+    """The cosine between the gradients that each pair of routes would give the student as it is, each from a batch of
+    its own.
 
     Costs a whole step's evaluations for every route. The student's own gradients are left as they were.
     """
@@ -131,8 +148,20 @@ def gradient_cosines(
     for route in router.routes:
         plan = plan_step(params, router, buckets, seed, index, route)
         _clear(parameter for parameter, _ in kept)
-        accumulate(student, teachers[route.teacher], buckets[route.capability], plan, range(params.batch), params, grid, seed, execution)
-        vectors[route.capability] = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p, _ in kept])
+        accumulate(
+            student,
+            teachers[route.teacher],
+            buckets[route.capability],
+            plan,
+            range(params.batch),
+            params,
+            grid,
+            seed,
+            execution,
+        )
+        vectors[route.capability] = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p, _ in kept]
+        )
     for parameter, gradient in kept:
         parameter.grad = gradient
     names = list(vectors)

@@ -1,11 +1,15 @@
-"""The baselines and ablations of the paper that share the loop: each computes one step's losses and gradients in place of model.distill.accumulate.
+"""The baselines and ablations of the paper that share the loop: each computes one step's losses and gradients in place
+of model.distill.accumulate.
 
 | method | states | loss |
 |---|---|---|
-| danceopd | one state of the student's rollout (or `query_states` = K of them) | mean squared velocity gap to the routed teacher |
+| danceopd | one state of the student's rollout (or `query_states` = K of them) | mean squared velocity gap to the
+routed teacher |
 | offpolicy | the forward-noised target image | the same |
-| diffusionopd | all N states of the student's rollout | sum over k of dt_k^2 / 2 times the squared gap, with the grid's own dt_k |
-| flowopd | all N states of a stochastic rollout, groups of one prompt | PPO with the KL between transition means as detached reward |
+| diffusionopd | all N states of the student's rollout | sum over k of dt_k^2 / 2 times the squared gap, with the grid's
+own dt_k |
+| flowopd | all N states of a stochastic rollout, groups of one prompt | PPO with the KL between transition means as
+detached reward |
 | joint | the forward-noised target image | flow matching to the data, no teacher |
 | merge | none | none: the student is its start, the mean of the teachers |
 
@@ -38,7 +42,9 @@ GROUP = 16  # rollouts of one prompt in flowopd
 ETA = 0.7  # size of its noise
 RATIO_CLIP = 1e-4
 
-Losses = Callable[..., torch.Tensor]  # (_Part, backward) -> (n,): each slot's loss, its gradient added by `backward(loss of the slots, their count)`
+Losses = Callable[
+    ..., torch.Tensor
+]  # (_Part, backward) -> (n,): each slot's loss, its gradient added by `backward(loss of the slots, their count)`
 
 
 @dataclass(frozen=True)
@@ -76,33 +82,60 @@ def method_faults(method: str, states: str, query_states: int, start: str, batch
     if query_states not in QUERY_STATES:
         faults.append(f"query_states = {query_states}: choose one of {list(QUERY_STATES)}")
     elif query_states > 1 and (method != "danceopd" or states != "on_policy"):
-        faults.append(f"query_states = {query_states}: only method = 'danceopd' on its own rollout has a choice; set it to 1")
-    if (method == "offpolicy") != (states == "off_policy") and method in ("offpolicy", "diffusionopd", "flowopd", "joint"):
-        faults.append(f"states = {states!r}: method = {method!r} needs {'off_policy' if method == 'offpolicy' else 'on_policy'!r}")
+        faults.append(
+            f"query_states = {query_states}: only method = 'danceopd' on its own rollout has a choice; set it to 1"
+        )
+    if (method == "offpolicy") != (states == "off_policy") and method in (
+        "offpolicy",
+        "diffusionopd",
+        "flowopd",
+        "joint",
+    ):
+        faults.append(
+            f"states = {states!r}: method = {method!r} needs {'off_policy' if method == 'offpolicy' else 'on_policy'!r}"
+        )
     if method == "merge" and start != "merged":
         faults.append(f"start = {start!r}: method = 'merge' is the mean of the teachers; set start: merged")
     if method == "flowopd" and batch % min(batch, GROUP):
-        faults.append(f"batch = {batch}: method = 'flowopd' takes groups of {GROUP} rollouts; a multiple of it, or fewer")
+        faults.append(
+            f"batch = {batch}: method = 'flowopd' takes groups of {GROUP} rollouts; a multiple of it, or fewer"
+        )
     return faults
 
 
 def compute_of(method: str, query_states: int) -> Accumulate | None:
-    """What computes a step of the method; None where the loop's own does. Raises UserError for "merge", which has no step."""
+    """What computes a step of the method; None where the loop's own does. Raises UserError for "merge", which has no
+    step.
+    """
     if method == "merge":
         raise UserError("method = 'merge': nothing is trained")
     if method in ("danceopd", "offpolicy"):
         return partial(_accumulate, several_states(query_states)) if query_states > 1 else None
-    return partial(_accumulate, {"diffusionopd": all_states, "flowopd": policy_gradient, "joint": flow_matching}[method])
+    return partial(
+        _accumulate, {"diffusionopd": all_states, "flowopd": policy_gradient, "joint": flow_matching}[method]
+    )
 
 
 def _accumulate(
-    losses_of: Losses, student: Student, teacher: VelocityField, bucket: Bucket, plan: Plan, slots: Sequence[int], params: LoopParams, grid: torch.Tensor,
-    seed: int, execution: Execution,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """As model.distill.accumulate: adds the gradient of the step's mean loss, as far as `slots` go; returns every slot's loss (B,)."""
+    losses_of: Losses,
+    student: Student,
+    teacher: VelocityField,
+    bucket: Bucket,
+    plan: Plan,
+    slots: Sequence[int],
+    params: LoopParams,
+    grid: torch.Tensor,
+    seed: int,
+    execution: Execution,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As model.distill.accumulate: adds the gradient of the step's mean loss, as far as `slots` go; returns every
+    slot's loss (B,).
+    """
     if losses_of is policy_gradient:  # one prompt a group, many rollouts
         size = min(len(plan.rows), GROUP)
-        plan = Plan(plan.index, plan.route, tuple(plan.rows[slot - slot % size] for slot in range(len(plan.rows))), plan.query)
+        plan = Plan(
+            plan.index, plan.route, tuple(plan.rows[slot - slot % size] for slot in range(len(plan.rows))), plan.query
+        )
     shapes = {slot: bucket.shape_of(plan.rows[slot]) or student.backbone.latent_shape for slot in slots}
     losses = torch.zeros(len(plan.rows), device=execution.device)
     for part in parts(slots, shapes, execution.micro_batch):
@@ -117,7 +150,10 @@ def _rollout(part: _Part, last: int) -> list[torch.Tensor]:
     execution, student = part.execution, part.student
     x, condition, levels = part.noise(), part.condition(), part.grid.tolist()
     states = [x]
-    with rollout_ready(student.network, student.adapter, execution), precision(execution.device, execution.dtype, execution.attention):
+    with (
+        rollout_ready(student.network, student.adapter, execution),
+        precision(execution.device, execution.dtype, execution.attention),
+    ):
         for now, after in list(pairwise(levels))[:last]:
             x = x + (after - now) * student.field(x, part.at(now), condition).float()
             states.append(x)
@@ -134,7 +170,9 @@ def _gap(part: _Part, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) 
 
 
 def all_states(part: _Part, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """DiffusionOPD: sum over the N states of dt_k^2 / 2 times the squared gap. dt_k are the grid's own: at shift 3 and N = 16 they differ up to 7.7 times."""
+    """DiffusionOPD: sum over the N states of dt_k^2 / 2 times the squared gap. dt_k are the grid's own: at shift 3 and
+    N = 16 they differ up to 7.7 times.
+    """
     states, condition, levels = _rollout(part, len(part.grid) - 2), part.condition(), part.grid.tolist()
     total = torch.zeros(len(part.slots), device=part.execution.device)
     for x_t, (now, after) in zip(states, pairwise(levels), strict=True):
@@ -148,8 +186,14 @@ def several_states(count: int) -> Losses:
     """K query states of one rollout, each drawn as the one is: the mean of their losses (DanceOPD's ablation of K)."""
 
     def losses(part: _Part, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        drawn = [[part.plan.query[slot], *(_extra_index(part, slot, k) for k in range(1, count))] for slot in part.slots]
-        states, condition, total = _rollout(part, max(map(max, drawn))), part.condition(), torch.zeros(len(part.slots), device=part.execution.device)
+        drawn = [
+            [part.plan.query[slot], *(_extra_index(part, slot, k) for k in range(1, count))] for slot in part.slots
+        ]
+        states, condition, total = (
+            _rollout(part, max(map(max, drawn))),
+            part.condition(),
+            torch.zeros(len(part.slots), device=part.execution.device),
+        )
         for k in range(count):
             index = torch.tensor([each[k] for each in drawn])
             x_t = torch.stack([states[int(j)][row] for row, j in enumerate(index)])
@@ -162,26 +206,35 @@ def several_states(count: int) -> Losses:
 
 
 def _extra_index(part: _Part, slot: int, k: int) -> int:
-    return query_index(part.params.rollout_steps, part.params.query, numpy_generator(part.seed, part.plan.index, slot, f"query/{k}"))
+    return query_index(
+        part.params.rollout_steps, part.params.query, numpy_generator(part.seed, part.plan.index, slot, f"query/{k}")
+    )
 
 
 def flow_matching(part: _Part, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """Joint training on the data: x_t = (1 - t) x_0 + t eps with t uniform, target eps - x_0; no teacher. Buckets take turns by the routes' weights."""
+    """Joint training on the data: x_t = (1 - t) x_0 + t eps with t uniform, target eps - x_0; no teacher. Buckets take
+    turns by the routes' weights.
+    """
     draws = [numpy_generator(part.seed, part.plan.index, slot, "time").uniform() for slot in part.slots]
     t, noise = torch.tensor(draws, dtype=torch.float32, device=part.execution.device), part.noise()
     clean, weight = moved(part.bucket.targets(part.rows), part.execution.device), t.reshape(-1, 1, 1, 1)
     with precision(part.execution.device, part.execution.dtype, part.execution.attention):
-        loss = velocity_gaps(part.student.field((1.0 - weight) * clean + weight * noise, t, part.condition()), noise - clean)
+        loss = velocity_gaps(
+            part.student.field((1.0 - weight) * clean + weight * noise, t, part.condition()), noise - clean
+        )
     backward(loss)
     return loss.detach()
 
 
-def transition(x: torch.Tensor, velocity: torch.Tensor, now: float, after: float, highest: float) -> tuple[torch.Tensor, float]:
-    """Mean and standard deviation of one stochastic step from noise level `now` to `after`, with the marginals of the Euler path.
+def transition(
+    x: torch.Tensor, velocity: torch.Tensor, now: float, after: float, highest: float
+) -> tuple[torch.Tensor, float]:
+    """Mean and standard deviation of one stochastic step from noise level `now` to `after`, with the marginals of the
+    Euler path.
 
-    With s = eta sqrt(sigma / (1 - sigma)) and dt = after - now < 0: mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt, deviation
-    s sqrt(-dt) (Flow-GRPO, arXiv 2505.05470, equation 9, as Flow-OPD uses it). At sigma = 1, s has no value: `highest`, the level after the first step, is
-    taken for it there.
+    With s = eta sqrt(sigma / (1 - sigma)) and dt = after - now < 0: mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 -
+    sigma) / (2 sigma)) dt, deviation s sqrt(-dt) (Flow-GRPO, arXiv 2505.05470, equation 9, as Flow-OPD uses it). At
+    sigma = 1, s has no value: `highest`, the level after the first step, is taken for it there.
     """
     dt, inside = after - now, min(now, highest)
     s = ETA * (inside / (1.0 - inside)) ** 0.5
@@ -190,10 +243,12 @@ def transition(x: torch.Tensor, velocity: torch.Tensor, now: float, after: float
 
 
 def policy_gradient(part: _Part, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """Flow-OPD: at every state of a stochastic rollout the advantage -|mean_student - mean_teacher|^2 / (2 deviation^2), detached, and PPO's clipped ratio.
+    """Flow-OPD: at every state of a stochastic rollout the advantage -|mean_student - mean_teacher|^2 / (2
+    deviation^2), detached, and PPO's clipped ratio.
 
-    Norms and log-densities are means over the latent's elements, as in Flow-GRPO. The policy that rolls out is the one that learns, so the ratio is 1 and its
-    gradient that of the log-density. Returns the mean over the states of the KL (the advantage, negated).
+    Norms and log-densities are means over the latent's elements, as in Flow-GRPO. The policy that rolls out is the one
+    that learns, so the ratio is 1 and its gradient that of the log-density. Returns the mean over the states of the KL
+    (the advantage, negated).
     """
     execution, condition, levels = part.execution, part.condition(), part.grid.tolist()
     x, steps = part.noise(), list(pairwise(levels))

@@ -1,7 +1,9 @@
-"""The step without any of its savings: batches of one, the rollout run to its end and the query picked afterwards, a network of its own for every teacher.
+"""The step without any of its savings: batches of one, the rollout run to its end and the query picked afterwards, a
+network of its own for every teacher.
 
-This is how the method's reference implementation spends its time (performance: about 20 evaluations a sample at N = 16, counting backward and recomputation).
-It gives the loss and gradients that model/distill.py must give, and the time and memory that it is compared with.
+This is how the method's reference implementation spends its time (performance: about 20 evaluations a sample at N = 16,
+counting backward and recomputation). It gives the loss and gradients that model/distill.py must give, and the time and
+memory that it is compared with.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def accumulate_plain(
     seed: int,
     execution: Execution,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """As model.distill.accumulate, on-policy only: one slot after the other, N evaluations of the student for its rollout whatever its query index."""
+    """As model.distill.accumulate, on-policy only: one slot after the other, N evaluations of the student for its
+    rollout whatever its query index.
+    """
     if params.states != "on_policy":
         raise ValueError(f"states = {params.states!r}: the plain path is the on-policy method's")
     device = execution.device

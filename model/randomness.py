@@ -16,4 +16,6 @@ def torch_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Gene
 
 def noise_for(seed: int, step: int, slots: Sequence[int], shape: Sequence[int], purpose: str = "noise") -> torch.Tensor:
     """Standard normal noise, one independent draw a slot: (len(slots), *shape) float32."""
-    return torch.stack([torch.randn(tuple(shape), generator=torch_generator(seed, step, slot, purpose)) for slot in slots])
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=torch_generator(seed, step, slot, purpose)) for slot in slots]
+    )

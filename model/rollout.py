@@ -1,7 +1,8 @@
 """The student's own path, and the one state on it where student and teacher are compared.
 
-State j of an Euler rollout costs j evaluations, so the query index is drawn first and each row stops at its own: the same distribution as rolling out in full
-and picking afterwards (DanceOPD, section "low-noise query"), with E[j] evaluations instead of N.
+State j of an Euler rollout costs j evaluations, so the query index is drawn first and each row stops at its own: the
+same distribution as rolling out in full and picking afterwards (DanceOPD, section "low-noise query"), with E[j]
+evaluations instead of N.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from data.errors import UserError
 from model.compute.execution import moved
 from model.fields.base import Condition, VelocityField
 
-QUERY_BIAS: dict[str, tuple[float, float]] = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}  # Beta(a, b) over the step index
+QUERY_BIAS: dict[str, tuple[float, float]] = {
+    "low": (5.0, 2.0),
+    "mid": (5.0, 5.0),
+    "high": (2.0, 5.0),
+    "uniform": (1.0, 1.0),
+}  # Beta(a, b) over the step index
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Query:
 def euler_grid(steps: int, shift: float = 1.0) -> torch.Tensor:
     """The noise levels t_0 = 1 > t_1 > ... > t_N = 0: (steps + 1,) float32.
 
-    `shift` s maps t to s t / (1 + (s - 1) t), as diffusers' FlowMatchEulerDiscreteScheduler does; 1 leaves the grid uniform.
+    `shift` s maps t to s t / (1 + (s - 1) t), as diffusers' FlowMatchEulerDiscreteScheduler does; 1 leaves the grid
+    uniform.
     """
     if steps < 1 or shift <= 0:
         raise UserError(f"euler grid: steps = {steps} must be 1 or more and shift = {shift} above 0")
@@ -42,18 +49,23 @@ def euler_grid(steps: int, shift: float = 1.0) -> torch.Tensor:
 
 
 def query_index(uniform_steps: int, bias: str, rng: np.random.Generator) -> int:
-    """j = min(floor(u N), N - 1) with u ~ Beta(a, b) of the named bias; "low" is Beta(5, 2), the low-noise side (DanceOPD)."""
+    """j = min(floor(u N), N - 1) with u ~ Beta(a, b) of the named bias; "low" is Beta(5, 2), the low-noise side
+    (DanceOPD).
+    """
     if bias not in QUERY_BIAS:
         raise UserError(f"query = {bias!r}: choose one of {sorted(QUERY_BIAS)}")
     return min(int(rng.beta(*QUERY_BIAS[bias]) * uniform_steps), uniform_steps - 1)
 
 
 @torch.no_grad()
-def roll_out_to_query(field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor, index: torch.Tensor) -> Query:
-    """Euler steps from `noise` (B, C, H, W) until row b has taken index[b] steps; rows that have arrived leave the batch.
+def roll_out_to_query(
+    field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor, index: torch.Tensor
+) -> Query:
+    """Euler steps from `noise` (B, C, H, W) until row b has taken index[b] steps; rows that have arrived leave the
+    batch.
 
-    Costs sum(index) row evaluations. No gradient flows into the result. `grid` and `index` lie on the host, where every shape of the rollout is known before
-    its first step; latents and arithmetic are fp32 whatever the field computes in.
+    Costs sum(index) row evaluations. No gradient flows into the result. `grid` and `index` lie on the host, where every
+    shape of the rollout is known before its first step; latents and arithmetic are fp32 whatever the field computes in.
     """
     device, taken = noise.device, sorted(index.tolist(), reverse=True)  # the longest-running rows come first
     order = torch.argsort(index, descending=True, stable=True)
@@ -61,7 +73,10 @@ def roll_out_to_query(field: VelocityField, noise: torch.Tensor, condition: Cond
     rows, x = condition[moved(order, device)], noise[moved(order, device)]
     for step in range(taken[0]):
         active = bisect_left(taken, -step, key=operator.neg)  # rows that take more than `step` steps
-        x[:active] += float(grid[step + 1] - grid[step]) * field(x[:active], levels[step].expand(active), rows[slice(0, active)]).float()
+        x[:active] += (
+            float(grid[step + 1] - grid[step])
+            * field(x[:active], levels[step].expand(active), rows[slice(0, active)]).float()
+        )
     return Query(x[moved(torch.argsort(order), device)], moved(grid[index], device), index)
 
 

@@ -1,4 +1,6 @@
-"""Which teacher answers for which capability. Hard routing: every optimizer step follows one route, so that no target is ever a mixture (DanceOPD, G = 1)."""
+"""Which teacher answers for which capability. Hard routing: every optimizer step follows one route, so that no target
+is ever a mixture (DanceOPD, G = 1).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from data.records import CAPABILITIES
 
 @dataclass(frozen=True)
 class Route:
-    """Examples of `capability` are answered by `teacher`; `weight` is the route's relative share of the steps (above 0)."""
+    """Examples of `capability` are answered by `teacher`; `weight` is the route's relative share of the steps (above
+    0).
+    """
 
     capability: str
     teacher: str
@@ -30,11 +34,15 @@ class Router:
 
 
 def route_faults(routes: Sequence[Route], teachers: Sequence[str] | None = None) -> list[str]:
-    """Every fault of a list of routes, in words; empty when there is none. `teachers` None skips the check of their names."""
+    """Every fault of a list of routes, in words; empty when there is none. `teachers` None skips the check of their
+    names.
+    """
     faults = [] if routes else ["routes: empty; name at least one capability and its teacher"]
     for index, route in enumerate(routes):
         if route.capability not in CAPABILITIES:
-            faults.append(f"routes[{index}].capability = {route.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}")
+            faults.append(
+                f"routes[{index}].capability = {route.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}"
+            )
         if teachers is not None and route.teacher not in teachers:
             faults.append(f"routes[{index}].teacher = {route.teacher!r}: no such teacher; have {sorted(teachers)}")
         if not route.weight > 0:

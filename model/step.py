@@ -17,7 +17,8 @@ ROUTING = ("hard", "soft")
 
 @dataclass(frozen=True)
 class LoopParams:
-    """Numbers of one distillation. `rollout_steps` is N of the student's Euler grid, `query` the bias of the query index.
+    """Numbers of one distillation. `rollout_steps` is N of the student's Euler grid, `query` the bias of the query
+    index.
 
     `states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data.
     `routing`: "hard" takes one teacher a step, "soft" the mean of all.
@@ -42,8 +43,18 @@ class LoopParams:
     held_out: int
 
     def faults(self) -> list[str]:
-        found = [f"{name} = {getattr(self, name)}: expected 1 or more" for name in ("steps", "batch", "rollout_steps") if getattr(self, name) < 1]
-        choices = (("optimizer", sorted(OPTIMIZERS)), ("schedule", sorted(SCHEDULES)), ("query", sorted(QUERY_BIAS)), ("states", STATES), ("routing", ROUTING))
+        found = [
+            f"{name} = {getattr(self, name)}: expected 1 or more"
+            for name in ("steps", "batch", "rollout_steps")
+            if getattr(self, name) < 1
+        ]
+        choices = (
+            ("optimizer", sorted(OPTIMIZERS)),
+            ("schedule", sorted(SCHEDULES)),
+            ("query", sorted(QUERY_BIAS)),
+            ("states", STATES),
+            ("routing", ROUTING),
+        )
         for name, known in choices:
             if getattr(self, name) not in known:
                 found.append(f"{name} = {getattr(self, name)!r}: choose one of {list(known)}")
@@ -52,7 +63,11 @@ class LoopParams:
         for name in ("learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 found.append(f"{name} = {getattr(self, name)}: expected above 0")
-        found += [f"{name} = {getattr(self, name)}: expected 0 or more" for name in ("max_gradient_norm", "held_out") if getattr(self, name) < 0]
+        found += [
+            f"{name} = {getattr(self, name)}: expected 0 or more"
+            for name in ("max_gradient_norm", "held_out")
+            if getattr(self, name) < 0
+        ]
         return found
 
 
@@ -67,7 +82,8 @@ class Plan:
 
 
 class NotFinite(UserError):
-    """A step whose loss or gradient is not finite, or too large. It was not applied: weights, moments and averages are those before step `plan.index`.
+    """A step whose loss or gradient is not finite, or too large. It was not applied: weights, moments and averages are
+    those before step `plan.index`.
 
     `batch`: the step's samples by name, each (n, ...), as far as this process computed them.
     """
@@ -78,7 +94,9 @@ class NotFinite(UserError):
 
 
 class Measured:
-    """A few numbers on their way from the device; `read()` waits for them, and for nothing that was queued after them."""
+    """A few numbers on their way from the device; `read()` waits for them, and for nothing that was queued after
+    them.
+    """
 
     def __init__(self, values: torch.Tensor) -> None:
         self.host, self.arrived = values, None
@@ -98,8 +116,9 @@ class Measured:
 class Step:
     """One optimizer step; its numbers are read when asked for, and raise NotFinite where the step was withheld.
 
-    `t`: the mean queried t; `levels`: each slot's. `floor`: the network evaluations that the step's indices make necessary, counting single samples: rollout,
-    teacher's field and student, the backward not among them. `seconds`: since the step before.
+    `t`: the mean queried t; `levels`: each slot's. `floor`: the network evaluations that the step's indices make
+    necessary, counting single samples: rollout, teacher's field and student, the backward not among them. `seconds`:
+    since the step before.
     """
 
     plan: Plan
@@ -126,7 +145,11 @@ class Step:
         if not ok:
             raise NotFinite(
                 f"step {self.index} (route {self.route}): loss {loss} or gradient norm {norm} is not finite"
-                + (f" or above max_gradient_norm = {self.limits.max_gradient_norm}" if self.limits.max_gradient_norm else "")
+                + (
+                    f" or above max_gradient_norm = {self.limits.max_gradient_norm}"
+                    if self.limits.max_gradient_norm
+                    else ""
+                )
                 + f"; lower learning_rate = {self.limits.learning_rate} and run again",
                 self.plan,
                 self.batch,

@@ -1,7 +1,9 @@
-"""The production servers without Docker: `python scripts/stack.py up|down|status`, the same topology as docker-compose.yml from installed packages.
+"""The production servers without Docker: `python scripts/stack.py up|down|status`, the same topology as
+docker-compose.yml from installed packages.
 
-PostgreSQL (Debian's package) with one database each for MLflow and Prefect, SeaweedFS as the S3 store, MLflow with authentication and proxied artifacts,
-a Prefect server, a worker, and a bare git repository that runs are checked out from and pushed to. All of it lies in one folder and listens on 127.0.0.1.
+PostgreSQL (Debian's package) with one database each for MLflow and Prefect, SeaweedFS as the S3 store, MLflow with
+authentication and proxied artifacts, a Prefect server, a worker, and a bare git repository that runs are checked out
+from and pushed to. All of it lies in one folder and listens on 127.0.0.1.
 
     python scripts/stack.py up          # first start: makes folder, passwords, databases; later: goes on from there
     . .stack/client.sh                  # addresses and credentials for this shell
@@ -37,7 +39,19 @@ from tasks.environment import defaults  # noqa: E402
 
 FOLDER = Path(".stack")
 SERVICES = ("postgres", "seaweedfs", "mlflow", "prefect", "worker")  # in the order of their start
-PORTS = ("postgres", "mlflow", "prefect", "s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc")
+PORTS = (
+    "postgres",
+    "mlflow",
+    "prefect",
+    "s3",
+    "s3_grpc",
+    "master",
+    "master_grpc",
+    "volume",
+    "volume_grpc",
+    "filer",
+    "filer_grpc",
+)
 BUCKETS = ("danceopd", "mlflow")
 START_SECONDS = 300.0  # a server's start, on a busy machine
 STOP_SECONDS = {"postgres": 30.0, "seaweedfs": 15.0, "mlflow": 10.0, "prefect": 15.0, "worker": 15.0}
@@ -47,7 +61,9 @@ OWN_VARIABLES = ("PREFECT_", "MLFLOW_", "AWS_", "DANCEOPD_", "PG")  # not taken 
 
 @dataclass(frozen=True)
 class Service:
-    """How one server is started and when it counts as up: `health` is an address that answers 200, or None for a port that accepts connections."""
+    """How one server is started and when it counts as up: `health` is an address that answers 200, or None for a port
+    that accepts connections.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -55,7 +71,7 @@ class Service:
     user: str | None  # another account to run as; only root can
 
 
-# --- what is known of a stack ------------------------------------------------------------------------------------------------
+# --- what is known of a stack -----------------------------------------------------------------------------------------
 
 
 def postgres_bin() -> Path | None:
@@ -63,7 +79,14 @@ def postgres_bin() -> Path | None:
     found = shutil.which("initdb")
     places = [Path(found).parent] if found else []
     newest_first = sorted(POSTGRES_FOLDERS.glob("[0-9]*/bin"), key=lambda place: float(place.parent.name), reverse=True)
-    return next((place for place in [*places, *newest_first] if (place / "initdb").is_file() and (place / "postgres").is_file()), None)
+    return next(
+        (
+            place
+            for place in [*places, *newest_first]
+            if (place / "initdb").is_file() and (place / "postgres").is_file()
+        ),
+        None,
+    )
 
 
 def _free_ports(count: int) -> list[int]:
@@ -87,7 +110,9 @@ def ports(folder: Path) -> dict[str, int]:
 
 
 def client_environment(folder: Path) -> dict[str, str]:
-    """What workers and people need to reach the servers; the standard variables of each tool, and the project's own for git, ledger and publishing."""
+    """What workers and people need to reach the servers; the standard variables of each tool, and the project's own for
+    git, ledger and publishing.
+    """
     at, secret = ports(folder), credentials.read_file(folder / "secrets.env")
     where = {name: f"http://127.0.0.1:{at[name]}" for name in ("prefect", "mlflow", "s3")}
     return {
@@ -99,12 +124,18 @@ def client_environment(folder: Path) -> dict[str, str]:
 
 
 def _base_environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES) and name not in defaults()}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(OWN_VARIABLES) and name not in defaults()
+    }
     return {**kept, "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _s3_identities(secret: Mapping[str, str]) -> dict[str, object]:
-    """One key a user of the store, each for its own bucket: MLflow cannot touch the ledger, a worker cannot touch MLflow's artifacts."""
+    """One key a user of the store, each for its own bucket: MLflow cannot touch the ledger, a worker cannot touch
+    MLflow's artifacts.
+    """
     users = (("pipeline", "S3_PIPELINE", "danceopd"), ("mlflow", "S3_MLFLOW", "mlflow"))
     return {
         "identities": [
@@ -125,13 +156,39 @@ def services(folder: Path) -> dict[str, Service]:
     programs = postgres_bin()
     if programs is None:
         raise UserError("PostgreSQL's programs are not here; install them as root with: apt-get install postgresql")
-    postgres = ("-D", str(folder / "postgres"), "-p", str(at["postgres"]), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=")
-    weed = [f"-{name}={value}" for name, value in {
-        "dir": folder / "seaweedfs", "bucket": ",".join(BUCKETS), "s3.config": folder / "s3.json", "ip": "127.0.0.1", "ip.bind": "127.0.0.1",
-        "s3.port": at["s3"], "s3.port.grpc": at["s3_grpc"], "s3.port.iceberg": 0, "s3.port.lance": 0, "master.port": at["master"],
-        "master.port.grpc": at["master_grpc"], "volume.port": at["volume"], "volume.port.grpc": at["volume_grpc"], "filer.port": at["filer"],
-        "filer.port.grpc": at["filer_grpc"], "webdav": "false", "admin.ui": "false", "master.telemetry": "false",
-    }.items()]  # fmt: skip
+    postgres = (
+        "-D",
+        str(folder / "postgres"),
+        "-p",
+        str(at["postgres"]),
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        "unix_socket_directories=",
+    )
+    weed = [
+        f"-{name}={value}"
+        for name, value in {
+            "dir": folder / "seaweedfs",
+            "bucket": ",".join(BUCKETS),
+            "s3.config": folder / "s3.json",
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "s3.port": at["s3"],
+            "s3.port.grpc": at["s3_grpc"],
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "master.port": at["master"],
+            "master.port.grpc": at["master_grpc"],
+            "volume.port": at["volume"],
+            "volume.port.grpc": at["volume_grpc"],
+            "filer.port": at["filer"],
+            "filer.port.grpc": at["filer_grpc"],
+            "webdav": "false",
+            "admin.ui": "false",
+            "master.telemetry": "false",
+        }.items()
+    ]
     mlflow = {
         "PGPASSWORD": secret["MLFLOW_DATABASE_PASSWORD"],  # read by libpq: no password in the process list
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "mlflow.ini"),
@@ -141,7 +198,8 @@ def services(folder: Path) -> dict[str, Service]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_MODEL_CATALOG_URI": "",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_CREATE_MODEL_VERSION_SOURCE_VALIDATION_REGEX": "^(mlflow-artifacts:|models:/m-|runs:/)",  # else any bucket would do
+        # else any bucket would do
+        "MLFLOW_CREATE_MODEL_VERSION_SOURCE_VALIDATION_REGEX": "^(mlflow-artifacts:|models:/m-|runs:/)",
         "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{at['s3']}",
         "AWS_ACCESS_KEY_ID": secret["S3_MLFLOW_KEY"],
         "AWS_SECRET_ACCESS_KEY": secret["S3_MLFLOW_SECRET"],
@@ -156,7 +214,8 @@ def services(folder: Path) -> dict[str, Service]:
         "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",  # in memory, a restart would forget who holds what
+        # in memory, a restart would forget who holds what
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
     worker = {
@@ -167,31 +226,90 @@ def services(folder: Path) -> dict[str, Service]:
     }
     where = ("--host", "127.0.0.1", "--port")
     return {
-        "postgres": Service((str(programs / "postgres"), *postgres), {**base, "LC_ALL": "C.UTF-8"}, None, "postgres" if os.geteuid() == 0 else None),
-        "seaweedfs": Service((str(Path(python).with_name("weed")), "mini", *weed), {**base, "HOME": str(folder)}, f"http://127.0.0.1:{at['s3']}/healthz", None),
+        "postgres": Service(
+            (str(programs / "postgres"), *postgres),
+            {**base, "LC_ALL": "C.UTF-8"},
+            None,
+            "postgres" if os.geteuid() == 0 else None,
+        ),
+        "seaweedfs": Service(
+            (str(Path(python).with_name("weed")), "mini", *weed),
+            {**base, "HOME": str(folder)},
+            f"http://127.0.0.1:{at['s3']}/healthz",
+            None,
+        ),
         "mlflow": Service(
-            (python, "-m", "mlflow", "server", *where, str(at["mlflow"]), "--workers", "1", "--app-name", "basic-auth",
-             "--allowed-hosts", "localhost:*,127.0.0.1:*",
-             "--backend-store-uri", f"postgresql+psycopg2://mlflow@127.0.0.1:{at['postgres']}/mlflow",
-             "--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts"),
-            {**base, **mlflow}, f"http://127.0.0.1:{at['mlflow']}/health", None,
+            (
+                python,
+                "-m",
+                "mlflow",
+                "server",
+                *where,
+                str(at["mlflow"]),
+                "--workers",
+                "1",
+                "--app-name",
+                "basic-auth",
+                "--allowed-hosts",
+                "localhost:*,127.0.0.1:*",
+                "--backend-store-uri",
+                f"postgresql+psycopg2://mlflow@127.0.0.1:{at['postgres']}/mlflow",
+                "--serve-artifacts",
+                "--artifacts-destination",
+                "s3://mlflow/artifacts",
+            ),
+            {**base, **mlflow},
+            f"http://127.0.0.1:{at['mlflow']}/health",
+            None,
         ),
         "prefect": Service(
-            (python, "-m", "uvicorn", "--factory", "flows.server:make_app", "--app-dir", str(PROJECT), *where, str(at["prefect"]), "--log-level", "warning"),
-            {**base, **prefect}, f"http://127.0.0.1:{at['prefect']}/api/health", None,
+            (
+                python,
+                "-m",
+                "uvicorn",
+                "--factory",
+                "flows.server:make_app",
+                "--app-dir",
+                str(PROJECT),
+                *where,
+                str(at["prefect"]),
+                "--log-level",
+                "warning",
+            ),
+            {**base, **prefect},
+            f"http://127.0.0.1:{at['prefect']}/api/health",
+            None,
         ),
         "worker": Service(
-            (python, "-m", "prefect", "worker", "start", "--pool", "local", "--name", "cpu", "--type", "process", "--install-policy", "never"),
-            {**base, **defaults(PROJECT), **client_environment(folder), **worker}, None, None,
+            (
+                python,
+                "-m",
+                "prefect",
+                "worker",
+                "start",
+                "--pool",
+                "local",
+                "--name",
+                "cpu",
+                "--type",
+                "process",
+                "--install-policy",
+                "never",
+            ),
+            {**base, **defaults(PROJECT), **client_environment(folder), **worker},
+            None,
+            None,
         ),
-    }  # fmt: skip
+    }
 
 
-# --- processes: only those that this program started -------------------------------------------------------------------------
+# --- processes: only those that this program started ------------------------------------------------------------------
 
 
 def _started_at(number: int) -> str | None:
-    """The kernel's start time of a process, so that a number which was given out again is not taken for ours; None if it is gone (a zombie is)."""
+    """The kernel's start time of a process, so that a number which was given out again is not taken for ours; None if
+    it is gone (a zombie is).
+    """
     try:
         fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except OSError:
@@ -216,9 +334,17 @@ def start(folder: Path, name: str) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         child = subprocess.Popen(
-            service.command, cwd=PROJECT if name == "worker" else folder, env=dict(service.environment), stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True, user=service.user, group=service.user, extra_groups=[] if service.user else None,
-        )  # fmt: skip
+            service.command,
+            cwd=PROJECT if name == "worker" else folder,
+            env=dict(service.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            user=service.user,
+            group=service.user,
+            extra_groups=[] if service.user else None,
+        )
     write_json(folder / "processes" / f"{name}.json", {"pid": child.pid, "started": _started_at(child.pid)})
 
 
@@ -229,7 +355,9 @@ def wait(folder: Path, name: str) -> None:
         gone = running(folder, name) is None
         if gone or time.monotonic() > until:
             end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise UserError(f"{name} {'ended' if gone else f'did not answer within {START_SECONDS:.0f} s'}; the end of {log}:\n{end}")
+            raise UserError(
+                f"{name} {'ended' if gone else f'did not answer within {START_SECONDS:.0f} s'}; the end of {log}:\n{end}"
+            )
         time.sleep(0.25)
 
 
@@ -252,13 +380,17 @@ def _answers(folder: Path, name: str, service: Service) -> bool:
 
 
 def stop(folder: Path, name: str, *, kill: bool = False) -> None:
-    """Ends a service with its whole process group: asked first (PostgreSQL with a fast shutdown), killed after a while; with `kill` at once."""
+    """Ends a service with its whole process group: asked first (PostgreSQL with a fast shutdown), killed after a while;
+    with `kill` at once.
+    """
     number = running(folder, name)
     if number is None:
         return
     asked = signal.SIGKILL if kill else signal.SIGINT if name == "postgres" else signal.SIGTERM
     for one, seconds in ((asked, STOP_SECONDS[name]), (signal.SIGKILL, 10.0)):
-        _signal(number, one, whole=name != "postgres" or one == signal.SIGKILL)  # PostgreSQL's own children end with it, in its order
+        _signal(
+            number, one, whole=name != "postgres" or one == signal.SIGKILL
+        )  # PostgreSQL's own children end with it, in its order
         until = time.monotonic() + seconds
         while running(folder, name) is not None and time.monotonic() < until:
             _reap(number)
@@ -287,7 +419,7 @@ def _reap(number: int) -> None:
         os.waitpid(number, os.WNOHANG)
 
 
-# --- the first start ---------------------------------------------------------------------------------------------------------
+# --- the first start --------------------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path) -> None:
@@ -320,14 +452,22 @@ def _run(command: Sequence[str], **options: object) -> None:
 
 
 def _make_cluster(folder: Path) -> None:
-    """An empty database cluster with password authentication and its superuser's password; as root it belongs to the account `postgres`."""
+    """An empty database cluster with password authentication and its superuser's password; as root it belongs to the
+    account `postgres`.
+    """
     place, programs = folder / "postgres", postgres_bin()
     if (place / "PG_VERSION").exists():
         return
     if programs is None:
         raise UserError("PostgreSQL's programs are not here; install them as root with: apt-get install postgresql")
     place.mkdir(exist_ok=True)
-    options = ["--auth=scram-sha-256", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8", "--pwfile=/dev/stdin"]
+    options = [
+        "--auth=scram-sha-256",
+        "--username=postgres",
+        "--encoding=UTF8",
+        "--locale=C.UTF-8",
+        "--pwfile=/dev/stdin",
+    ]
     account = None
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         account = "postgres"
@@ -345,12 +485,20 @@ def _make_cluster(folder: Path) -> None:
 
 
 def _make_databases(folder: Path) -> None:
-    """One user and one database each for MLflow and Prefect; neither can reach the other's. Done again, it changes nothing."""
+    """One user and one database each for MLflow and Prefect; neither can reach the other's. Done again, it changes
+    nothing.
+    """
     import psycopg2  # type: ignore[import-untyped]
     from psycopg2 import sql  # type: ignore[import-untyped]
 
     secret = credentials.read_file(folder / "secrets.env")
-    address = {"host": "127.0.0.1", "port": ports(folder)["postgres"], "user": "postgres", "dbname": "postgres", "password": secret["POSTGRES_PASSWORD"]}
+    address = {
+        "host": "127.0.0.1",
+        "port": ports(folder)["postgres"],
+        "user": "postgres",
+        "dbname": "postgres",
+        "password": secret["POSTGRES_PASSWORD"],
+    }
     until = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -367,10 +515,14 @@ def _make_databases(folder: Path) -> None:
                 password = secret[f"{name.upper()}_DATABASE_PASSWORD"]
                 cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (name,))
                 verb = "ALTER" if cursor.fetchone() else "CREATE"
-                cursor.execute(sql.SQL(verb + " ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(name), sql.Literal(password)))
+                cursor.execute(
+                    sql.SQL(verb + " ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(name), sql.Literal(password))
+                )
                 cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,))
                 if not cursor.fetchone():
-                    cursor.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(name)))
+                    cursor.execute(
+                        sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(name))
+                    )
                 cursor.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(sql.Identifier(name)))
     finally:
         connection.close()
@@ -378,16 +530,21 @@ def _make_databases(folder: Path) -> None:
 
 def bootstrap(folder: Path) -> None:
     """Accounts, pool, queues, limits, automation, deployments: `python -m flows.bootstrap`, which can be repeated."""
-    admin = {"MLFLOW_ADMIN_PASSWORD": credentials.read_file(folder / "secrets.env")["MLFLOW_ADMIN_PASSWORD"], "DANCEOPD_SLOTS": "cpu"}
+    admin = {
+        "MLFLOW_ADMIN_PASSWORD": credentials.read_file(folder / "secrets.env")["MLFLOW_ADMIN_PASSWORD"],
+        "DANCEOPD_SLOTS": "cpu",
+    }
     environment = {**_base_environment(), **defaults(PROJECT), **client_environment(folder), **admin}
     _run([sys.executable, "-m", "flows.bootstrap"], cwd=PROJECT, env=environment)
 
 
-# --- commands ----------------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def up(folder: Path, names: Sequence[str] = SERVICES) -> None:
-    """Starts what is not running, in order; the two slow servers start beside each other. A failed first start leaves what it made, for another try."""
+    """Starts what is not running, in order; the two slow servers start beside each other. A failed first start leaves
+    what it made, for another try.
+    """
     folder = folder.resolve()
     prepare(folder)
     _make_cluster(folder)
@@ -416,18 +573,25 @@ def status(folder: Path) -> dict[str, str]:
         return dict.fromkeys(SERVICES, "down")
     known = services(folder)
     return {
-        name: "down" if running(folder, name) is None else "up" if _answers(folder, name, known[name]) else "starting" for name in SERVICES
+        name: "down" if running(folder, name) is None else "up" if _answers(folder, name, known[name]) else "starting"
+        for name in SERVICES
     }
 
 
 def addresses(folder: Path) -> dict[str, str]:
     """Where a browser goes."""
     at = ports(folder.resolve())
-    return {"MLflow": f"http://127.0.0.1:{at['mlflow']}", "Prefect": f"http://127.0.0.1:{at['prefect']}", "S3": f"http://127.0.0.1:{at['s3']}"}
+    return {
+        "MLflow": f"http://127.0.0.1:{at['mlflow']}",
+        "Prefect": f"http://127.0.0.1:{at['prefect']}",
+        "S3": f"http://127.0.0.1:{at['s3']}",
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python scripts/stack.py", description="The production servers on this machine, without Docker.")
+    parser = argparse.ArgumentParser(
+        "python scripts/stack.py", description="The production servers on this machine, without Docker."
+    )
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything lies (default: %(default)s)")
     chosen = parser.parse_args(argv)

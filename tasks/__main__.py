@@ -1,6 +1,8 @@
-"""`python -m tasks COMMAND ...`: every stage by its name, the check of params.yaml, presets, and the reviewer's commands.
+"""`python -m tasks COMMAND ...`: every stage by its name, the check of params.yaml, presets, and the reviewer's
+commands.
 
-A user's mistake is one clear message on stderr and exit status 2; Ctrl-C is one line and 130. Anything else is a defect and keeps its traceback.
+A user's mistake is one clear message on stderr and exit status 2; Ctrl-C is one line and 130. Anything else is a defect
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from tasks.stages.contract import STAGES, load_stage
 
 SUMMARIES = Path("runs/summaries")
 PRESETS = Path("presets")
-OTHERS = {"check": "check params.yaml, the routes and the teachers they name", "preset": "put presets/NAME.yaml in force as params.yaml"}
+OTHERS = {
+    "check": "check params.yaml, the routes and the teachers they name",
+    "preset": "put presets/NAME.yaml in force as params.yaml",
+}
 TOOLS = {  # modules with a `cli(argv)` of their own
     "plan": "what params.yaml would run: stages, cache, evaluations, memory, time",
     "export": "write a student as diffusers pipeline, PEFT adapter, ComfyUI file or merged network",
@@ -53,7 +58,16 @@ SERVERS = {
     "doctor": ("checks.doctor", "check this machine, the stores and the servers"),
 }
 TABLE_ROWS = 40
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,11 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error), 2)
     except KeyboardInterrupt as error:
-        return _refuse(str(error) or "interrupted; nothing half-written was left, the same command goes on from there", 130)
+        return _refuse(
+            str(error) or "interrupted; nothing half-written was left, the same command goes on from there", 130
+        )
     except _Terminated:
         return _refuse("terminated; nothing half-written was left, the same command goes on from there", 143)
     except MemoryError:
-        return _refuse("not enough memory; lower the batch or the model's size in params.yaml, or close other programs", 2)
+        return _refuse(
+            "not enough memory; lower the batch or the model's size in params.yaml, or close other programs", 2
+        )
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -79,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "allocate memory" not in str(error) and "out of memory" not in str(error):  # how torch says MemoryError
             raise
-        return _refuse(f"not enough memory ({str(error).splitlines()[0]}); lower the batch or the model's size in params.yaml", 2)
+        return _refuse(
+            f"not enough memory ({str(error).splitlines()[0]}); lower the batch or the model's size in params.yaml", 2
+        )
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -92,7 +112,9 @@ def _dispatch(arguments: list[str]) -> int:
         return _preset(arguments[1:])
     if command in TOOLS:
         signal.signal(signal.SIGTERM, _terminate)
-        return int(importlib.import_module(f"tasks.{TOOL_ROOMS[command]}.{command.replace('-', '_')}").cli(arguments[1:]) or 0)
+        return int(
+            importlib.import_module(f"tasks.{TOOL_ROOMS[command]}.{command.replace('-', '_')}").cli(arguments[1:]) or 0
+        )
     if command in REGISTRY:
         from tasks.release import decisions
 
@@ -103,16 +125,24 @@ def _dispatch(arguments: list[str]) -> int:
     return _overview(command)
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def _run_stage(name: str, arguments: list[str]) -> int:
     stage = load_stage(name)
     text = inspect.getdoc(stage.function) or inspect.getdoc(sys.modules[stage.function.__module__]) or ""
-    parser = argparse.ArgumentParser(f"python -m tasks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        f"python -m tasks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for path in stage.paths:
         parser.add_argument(f"--{path.replace('_', '-')}", dest=path, type=Path, required=True, metavar="PATH")
-    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="the parameters' file (default: %(default)s)")
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path(PARAMS_FILE),
+        metavar="FILE",
+        help="the parameters' file (default: %(default)s)",
+    )
     parsed = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     params: Any = load_params(stage.params, name, parsed.params)
@@ -125,7 +155,10 @@ def _run_stage(name: str, arguments: list[str]) -> int:
 def _check(arguments: list[str]) -> int:
     from tasks.checks.preflight import preflight
 
-    parser = argparse.ArgumentParser("python -m tasks check", description="Check every section of params.yaml, the routes and the teachers they name.")
+    parser = argparse.ArgumentParser(
+        "python -m tasks check",
+        description="Check every section of params.yaml, the routes and the teachers they name.",
+    )
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE")
     path = parser.parse_args(arguments).params
     preflight(path)
@@ -134,9 +167,17 @@ def _check(arguments: list[str]) -> int:
 
 
 def _preset(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m tasks preset", description="Put presets/NAME.yaml in force as params.yaml, after checking it.")
+    parser = argparse.ArgumentParser(
+        "python -m tasks preset", description="Put presets/NAME.yaml in force as params.yaml, after checking it."
+    )
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of: {', '.join(_presets()) or 'none found'}")
-    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="the file to replace (default: %(default)s)")
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path(PARAMS_FILE),
+        metavar="FILE",
+        help="the file to replace (default: %(default)s)",
+    )
     parsed = parser.parse_args(arguments)
     if parsed.name not in _presets():
         given = "no preset named" if parsed.name is None else f"unknown preset {parsed.name!r}"
@@ -151,7 +192,9 @@ def _preset(arguments: list[str]) -> int:
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     for key in changed:
         print(f"{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}")
-    print(f"{parsed.params} is now {source}: {len(changed)} value{'s' if len(changed) != 1 else ''} changed. The old file is in git: git diff {parsed.params}")
+    print(
+        f"{parsed.params} is now {source}: {len(changed)} value{'s' if len(changed) != 1 else ''} changed. The old file is in git: git diff {parsed.params}"
+    )
     from tasks.checks.preflight import TEACHERS, folder_faults, teacher_faults
 
     document = read_yaml(parsed.params)
@@ -168,7 +211,11 @@ def _overview(command: str) -> int:
     servers = {name: text for name, (_, text) in SERVERS.items()}
     lines = ["usage: python -m tasks COMMAND [--help]", "", "stages, in order:"]
     lines += [f"  {name:10}{_first_line(name)}" for name in STAGES]
-    lines += ["", "other commands:", *(f"  {name:12}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY, **servers}.items())]
+    lines += [
+        "",
+        "other commands:",
+        *(f"  {name:12}{text}" for name, text in {**OTHERS, **TOOLS, **REGISTRY, **servers}.items()),
+    ]
     if command in ("-h", "--help", "help"):
         print("\n".join(lines))
         return 0
@@ -186,7 +233,7 @@ def _first_line(name: str) -> str:
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
-# --- what is shown and kept -------------------------------------------------------------------------------------------------
+# --- what is shown and kept -------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
@@ -206,7 +253,11 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; lists stay whole."""
     if not isinstance(value, dict):
         return {key: value}
-    return {inner: item for name, part in value.items() for inner, item in flatten(part, f"{key}.{name}" if key else str(name)).items()}
+    return {
+        inner: item
+        for name, part in value.items()
+        for inner, item in flatten(part, f"{key}.{name}" if key else str(name)).items()
+    }
 
 
 def print_table(title: str, summary: dict[str, Any]) -> None:
@@ -229,7 +280,7 @@ def print_table(title: str, summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-# --- endings ----------------------------------------------------------------------------------------------------------------
+# --- endings ----------------------------------------------------------------------------------------------------------
 
 
 class _Terminated(BaseException):

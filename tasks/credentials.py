@@ -1,6 +1,8 @@
-"""`python -m tasks secrets`: the passwords of the servers, made once, strong and random, into a file that only its owner reads.
+"""`python -m tasks secrets`: the passwords of the servers, made once, strong and random, into a file that only its
+owner reads.
 
-Nothing in the project has a default password: docker-compose.yml and scripts/stack.py take every one of them from this file.
+Nothing in the project has a default password: docker-compose.yml and scripts/stack.py take every one of them from this
+file.
 """
 
 from __future__ import annotations
@@ -50,13 +52,17 @@ MADE: dict[str, Callable[[], str]] = {
 
 
 def make_file(path: Path = FILE) -> Path:
-    """Writes `path` with mode 600. Raises UserError when it exists: servers that run already know the old values, so it is never overwritten."""
+    """Writes `path` with mode 600. Raises UserError when it exists: servers that run already know the old values, so it
+    is never overwritten.
+    """
     text = "".join(f"{name}={make()}\n" for name, make in MADE.items())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # the mode from the first byte on
     except FileExistsError as error:
-        raise UserError(f"{path}: exists already and is not overwritten; to change secrets of running servers see docs/operations.md") from error
+        raise UserError(
+            f"{path}: exists already and is not overwritten; to change secrets of running servers see docs/operations.md"
+        ) from error
     except OSError as error:
         raise explain(error, path) from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -67,7 +73,9 @@ def make_file(path: Path = FILE) -> Path:
 
 
 def read_file(path: Path = FILE) -> dict[str, str]:
-    """Name -> value. Raises UserErrors naming each line that is not NAME=VALUE and each secret that is missing or short."""
+    """Name -> value. Raises UserErrors naming each line that is not NAME=VALUE and each secret that is missing or
+    short.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
@@ -88,8 +96,12 @@ def read_file(path: Path = FILE) -> dict[str, str]:
     return values
 
 
-def client_settings(secret: Mapping[str, str], *, prefect: str = PREFECT, mlflow: str = MLFLOW, s3: str = S3) -> dict[str, str]:
-    """The standard variables of each tool, and the project's own, for servers at these addresses (default: those of docker-compose.yml)."""
+def client_settings(
+    secret: Mapping[str, str], *, prefect: str = PREFECT, mlflow: str = MLFLOW, s3: str = S3
+) -> dict[str, str]:
+    """The standard variables of each tool, and the project's own, for servers at these addresses (default: those of
+    docker-compose.yml).
+    """
     return {
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_API_AUTH_STRING": secret["PREFECT_AUTH_STRING"],
@@ -108,12 +120,23 @@ def client_settings(secret: Mapping[str, str], *, prefect: str = PREFECT, mlflow
 
 
 def cli(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m tasks secrets", description="Make the servers' passwords into a file that only you can read.")
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="the file to make (default: %(default)s)")
-    parser.add_argument("--exports", action="store_true", help='print what this shell needs to reach the servers: eval "$(python -m tasks secrets --exports)"')
+    parser = argparse.ArgumentParser(
+        "python -m tasks secrets", description="Make the servers' passwords into a file that only you can read."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FILE, metavar="FILE", help="the file to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--exports",
+        action="store_true",
+        help='print what this shell needs to reach the servers: eval "$(python -m tasks secrets --exports)"',
+    )
     parsed = parser.parse_args(list(argv))
     if parsed.exports:
-        print("".join(f"export {name}='{value}'\n" for name, value in client_settings(read_file(parsed.out)).items()), end="")
+        print(
+            "".join(f"export {name}='{value}'\n" for name, value in client_settings(read_file(parsed.out)).items()),
+            end="",
+        )
         return 0
     path = make_file(parsed.out)
     print(f"{path}: {len(MADE)} secrets, mode 600. It is in .gitignore; keep a copy where you keep passwords")

@@ -1,9 +1,12 @@
-"""What MLflow loads from a registered student: `mlflow.pyfunc.load_model("models:/danceopd@champion").predict(frame)` draws images.
+"""What MLflow loads from a registered student: `mlflow.pyfunc.load_model("models:/danceopd@champion").predict(frame)`
+draws images.
 
-The artifact holds safetensors and JSON only; its MLmodel names this module as the loader, so the code is the project's own and nothing is unpickled or carried
-along to be run. Load and serve from the project's folder and environment (`mlflow models serve --env-manager local`).
+The artifact holds safetensors and JSON only; its MLmodel names this module as the loader, so the code is the project's
+own and nothing is unpickled or carried along to be run. Load and serve from the project's folder and environment
+(`mlflow models serve --env-manager local`).
 
-    frame    one row a picture: column `prompt`; optional column `source`, the image to edit as base64 of a PNG or JPEG (empty: draw anew)
+    frame    one row a picture: column `prompt`; optional column `source`, the image to edit as base64 of a PNG or JPEG
+(empty: draw anew)
     params   steps (0: the family's own), guidance, seed, resolution (px, 0: the model's own)
     answer   a frame with column `image`: base64 of a PNG
 """
@@ -43,16 +46,27 @@ class Sampler:
 
         frame = model_input if isinstance(model_input, pd.DataFrame) else pd.DataFrame(model_input)
         if "prompt" not in frame.columns or not len(frame):
-            raise UserError(f"expected one row a picture with a column 'prompt', found {len(frame)} rows with the columns {list(frame.columns)}")
+            raise UserError(
+                f"expected one row a picture with a column 'prompt', found {len(frame)} rows with the columns {list(frame.columns)}"
+            )
         given = {**DEFAULTS, **(params or {})}
         prompts = [str(prompt) for prompt in frame["prompt"]]
         encoded = list(frame["source"]) if "source" in frame.columns else [None] * len(frame)
-        sources = [None if text is None or pd.isna(text) or not text else picture_of(str(text), row) for row, text in enumerate(encoded)]
+        sources = [
+            None if text is None or pd.isna(text) or not text else picture_of(str(text), row)
+            for row, text in enumerate(encoded)
+        ]
         steps = int(given["steps"]) or STEPS.get(self.model.backbone.name, 28)
         pictures = draw(
-            self.model, prompts, sources, steps=steps, guidance=float(given["guidance"]), seed=int(given["seed"]), batch=BATCH,
+            self.model,
+            prompts,
+            sources,
+            steps=steps,
+            guidance=float(given["guidance"]),
+            seed=int(given["seed"]),
+            batch=BATCH,
             resolution=int(given["resolution"]) or None,
-        )  # fmt: skip
+        )
         return pd.DataFrame({"image": [png_of(picture) for picture in pictures]})
 
 

@@ -1,4 +1,6 @@
-"""Made-up candidates for the tests of gate, tracking and registry: a project folder with the files that the stages would have left."""
+"""Made-up candidates for the tests of gate, tracking and registry: a project folder with the files that the stages
+would have left.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def scorecard(geneval: float = 0.8, gedit: float = 8.0, retention: float = 0.95)
     return {
         "model": "student",
         "benchmarks": {"geneval": {"n": 320, "digest": "g" * 64}, "gedit": {"n": 336, "digest": "e" * 64}},
-        "identities": {"base": "b" * 64, "teachers": {name: digest(name) for name in ("base", "local", "global")}, "student": "s" * 64, "sampling": "p" * 64},
+        "identities": {
+            "base": "b" * 64,
+            "teachers": {name: digest(name) for name in ("base", "local", "global")},
+            "student": "s" * 64,
+            "sampling": "p" * 64,
+        },
         "metrics": metrics,
     }
 
@@ -64,7 +71,9 @@ def write_candidate(project: Path, *, card: dict[str, Any] | None = None, weight
     write_json(project / "reports/validate.json", {"teachers": teachers})
     for stage, route in (("student", "t2i"), ("absorbed", "guided")):
         rows = [f"{step},{route},{1 / (step + 1)},0.5,0.1" for step in range(5)]
-        (project / f"checkpoints/{stage}/steps.csv").write_text("step,route,loss,t,gradient_norm\n" + "\n".join(rows) + "\n")
+        (project / f"checkpoints/{stage}/steps.csv").write_text(
+            "step,route,loss,t,gradient_norm\n" + "\n".join(rows) + "\n"
+        )
     save_file({"weight": np.full(4, weights, np.float32)}, project / "checkpoints/absorbed/student.safetensors")
     write_json(project / "checkpoints/absorbed/checkpoint.json", {"trains": "all"})
     Image.fromarray(np.full((24, 24, 3), 128, np.uint8)).save(project / "reports/score/samples.png")
@@ -74,7 +83,11 @@ def write_candidate(project: Path, *, card: dict[str, Any] | None = None, weight
             level = card["metrics"][f"{one.benchmark}/{category}"]["mean"]
             for index in range(10):
                 value = float(index < round(10 * level)) if one.benchmark == "geneval" else level
-                values = {"correct": value} if one.benchmark == "geneval" else {"O": value, "sc": value, "pq": value, "exact": 0.0}
+                values = (
+                    {"correct": value}
+                    if one.benchmark == "geneval"
+                    else {"O": value, "sc": value, "pq": value, "exact": 0.0}
+                )
                 scores.append(ExampleScore("student", one.benchmark, category, f"{category}-{index}", 0, index, values))
     write_scores(project / "reports/score", scores)
 
@@ -98,7 +111,14 @@ def fresh_database(folder: Path) -> Path:
     return folder / "mlflow.db"
 
 
-def submitted(project: Path, *, geneval: float = 0.8, gedit: float = 8.0, weights: float = 1.0, promote: submission.Promote = "review") -> dict[str, Any]:
+def submitted(
+    project: Path,
+    *,
+    geneval: float = 0.8,
+    gedit: float = 8.0,
+    weights: float = 1.0,
+    promote: submission.Promote = "review",
+) -> dict[str, Any]:
     """Writes, judges and submits one candidate."""
     write_candidate(project, card=scorecard(geneval, gedit), weights=weights)
     judged(project)

@@ -1,4 +1,6 @@
-"""What every test stands on: nothing is reported home, nothing is written into the project, and commands run with this very interpreter."""
+"""What every test stands on: nothing is reported home, nothing is written into the project, and commands run with this
+very interpreter.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,8 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs this interpreter in the project: python("-m", "tasks", ...)."""
 
     def run(*arguments: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        )
 
     return run

@@ -26,13 +26,20 @@ def png(name: str, size: tuple[int, int] = (32, 32)) -> bytes:
     return buffer.getvalue()
 
 
-def row(key: str, instruction: str, category: str = "subject-add", language: str = "en", intersection: bool = True) -> dict[str, Any]:
+def row(
+    key: str, instruction: str, category: str = "subject-add", language: str = "en", intersection: bool = True
+) -> dict[str, Any]:
     """A row in the hub's schema."""
     image = {"bytes": png(f"source {key}"), "path": None}
     return {
-        "task_type": category, "key": key, "instruction": instruction, "instruction_language": language, "input_image": image, "input_image_raw": image,
+        "task_type": category,
+        "key": key,
+        "instruction": instruction,
+        "instruction_language": language,
+        "input_image": image,
+        "input_image_raw": image,
         "Intersection_exist": intersection,
-    }  # fmt: skip
+    }
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -56,14 +63,29 @@ def write_manifest(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
     lines = []
     for entry in rows:
         (folder / f"{entry['key']}.png").write_bytes(entry["input_image"]["bytes"])
-        lines.append({**{name: value for name, value in entry.items() if name != "input_image_raw"}, "input_image": f"{entry['key']}.png"})
+        lines.append(
+            {
+                **{name: value for name, value in entry.items() if name != "input_image_raw"},
+                "input_image": f"{entry['key']}.png",
+            }
+        )
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
 
 def settings(**changes: Any) -> JudgeSettings:
     values: dict[str, Any] = {
-        "kind": "endpoint", "model": "judge", "provider": "test", "temperature": 0.0, "seed": 0, "max_tokens": 64, "text_first": True, "image_format": "png",
-        "resize": "match-source", "json_schema": False, "repeats": 1, "extra": {},
-    }  # fmt: skip
+        "kind": "endpoint",
+        "model": "judge",
+        "provider": "test",
+        "temperature": 0.0,
+        "seed": 0,
+        "max_tokens": 64,
+        "text_first": True,
+        "image_format": "png",
+        "resize": "match-source",
+        "json_schema": False,
+        "repeats": 1,
+        "extra": {},
+    }
     return JudgeSettings(**{**values, **changes})

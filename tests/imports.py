@@ -42,16 +42,23 @@ def files_of(name: str) -> Iterator[Path]:
             yield module
 
 
-CLIENTS = {Path("tasks/registry"), Path("tasks/s3")}  # of stores: loaded only for an address that names one, and what they bring is verified by its hash
+CLIENTS = {
+    Path("tasks/registry"),
+    Path("tasks/s3"),
+}  # of stores: loaded only for an address that names one, and what they bring is verified by its hash
 
 
 def closure(path: Path) -> set[Path]:
-    """The file and every file of ours that it imports, directly or through others, at any depth; clients of stores left out: their code changes no result."""
+    """The file and every file of ours that it imports, directly or through others, at any depth; clients of stores left
+    out: their code changes no result.
+    """
     found: set[Path] = set()
     waiting = [path]
     while waiting:
         current = waiting.pop()
         if current not in found:
             found.add(current)
-            waiting += [file for name in imported(current) for file in files_of(name) if not CLIENTS & {file, *file.parents}]
+            waiting += [
+                file for name in imported(current) for file in files_of(name) if not CLIENTS & {file, *file.parents}
+            ]
     return found

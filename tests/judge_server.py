@@ -1,4 +1,6 @@
-"""A judge on loopback that plays whatever a test names: good replies in many dresses, refusals, and the ways in which a server can fail."""
+"""A judge on loopback that plays whatever a test names: good replies in many dresses, refusals, and the ways in which a
+server can fail.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ TEXTS = {  # action -> the text of an HTTP 200 completion
 
 
 class Server:
-    """What the server has seen: `calls` counts requests by script name ("quality" for questions without an instruction)."""
+    """What the server has seen: `calls` counts requests by script name ("quality" for questions without an
+    instruction).
+    """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -52,7 +56,9 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *args: Any) -> None:
             pass
 
-        def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        def send(
+            self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None
+        ) -> None:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body) if length is None else length))
@@ -61,13 +67,26 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
 
-        def error(self, status: int, code: str, text: str = "no", headers: dict[str, str] | None = None, **more: Any) -> None:
-            self.send(status, json.dumps({"error": {"message": text, "code": code, "type": "error", **more}}).encode(), headers)
+        def error(
+            self, status: int, code: str, text: str = "no", headers: dict[str, str] | None = None, **more: Any
+        ) -> None:
+            self.send(
+                status,
+                json.dumps({"error": {"message": text, "code": code, "type": "error", **more}}).encode(),
+                headers,
+            )
 
         def completion(self, text: str | None, finish: str = "stop", **message: Any) -> None:
             choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
             usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-            body = {"id": "1", "object": "chat.completion", "created": 0, "model": server.model, "choices": [choice], "usage": usage}
+            body = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": server.model,
+                "choices": [choice],
+                "usage": usage,
+            }
             self.send(200, json.dumps(body).encode())
 
         def do_POST(self) -> None:
@@ -100,7 +119,9 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             elif action == "bad_request":
                 self.error(400, "invalid_value")
             elif action == "no_key":
-                self.error(401, "invalid_api_key", text=f"Incorrect API key provided: {self.headers.get('Authorization')}")
+                self.error(
+                    401, "invalid_api_key", text=f"Incorrect API key provided: {self.headers.get('Authorization')}"
+                )
             elif action == "unknown_model":
                 self.error(404, "model_not_found")
             elif action == "no_schema":
@@ -141,7 +162,9 @@ class _Quiet(ThreadingHTTPServer):
 
 @contextmanager
 def judge_server(scripts: dict[str, list[str]]) -> Iterator[Server]:
-    """Serves on a free port of loopback; `scripts` maps a name to the actions of its first, second, ... request, the last of which is repeated."""
+    """Serves on a free port of loopback; `scripts` maps a name to the actions of its first, second, ... request, the
+    last of which is repeated.
+    """
     server = Server()
     server.scripts = scripts
     http = _Quiet(("127.0.0.1", 0), _handler(server))

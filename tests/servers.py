@@ -1,5 +1,5 @@
-"""Real servers for tests, on free loopback ports, each ended with its whole process group: an S3 store (SeaweedFS), MLflow with authentication, and a proxy
-that puts faults between a client and one of them.
+"""Real servers for tests, on free loopback ports, each ended with its whole process group: an S3 store (SeaweedFS),
+MLflow with authentication, and a proxy that puts faults between a client and one of them.
 
     s3_server (session)   the store; S3Server.environment are the settings that a child process needs
     s3 (function)         "s3://BUCKET/PREFIX" of the test's own, with the settings in force
@@ -92,7 +92,9 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The standard settings that point a client at this store; few attempts, so that a test of a dead store ends."""
+        """The standard settings that point a client at this store; few attempts, so that a test of a dead store
+        ends.
+        """
         return {
             "AWS_ENDPOINT_URL_S3": self.url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -109,12 +111,23 @@ class S3Server:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """`weed mini` with one bucket; up in about five seconds."""
     folder = tmp_path_factory.mktemp("seaweedfs")
-    names = [f"{part}{kind}" for part in ("master", "filer", "volume", "s3", "admin") for kind in (".port", ".port.grpc")]
+    names = [
+        f"{part}{kind}" for part in ("master", "filer", "volume", "s3", "admin") for kind in (".port", ".port.grpc")
+    ]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", f"key-{secrets.token_hex(6)}", f"secret-{secrets.token_hex(16)}")
+    server = S3Server(
+        f"http://127.0.0.1:{ports['s3.port']}", f"key-{secrets.token_hex(6)}", f"secret-{secrets.token_hex(16)}"
+    )
     off = ["-admin.ui=false", "-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     listen = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}={port}" for name, port in ports.items())]
-    command = [str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder}", f"-bucket={BUCKET}", *off, *listen]
+    command = [
+        str(Path(sys.executable).with_name("weed")),
+        "mini",
+        f"-dir={folder}",
+        f"-bucket={BUCKET}",
+        *off,
+        *listen,
+    ]
     with process_group(command, folder, {**os.environ, **server.environment}) as process:
         from tasks.s3 import objects
 
@@ -148,8 +161,9 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 class FaultyProxy:
     """Passes requests on to `upstream`, unless `fault(method, path)` names a fault:
 
-    "500", "503": answered at once. "cut": the connection is closed before the request is passed on. "lost": passed on, and closed without an answer.
-    "half": half of the answer's body, then closed. "slow": passed on after `delay` seconds. None: passed on.
+    "500", "503": answered at once. "cut": the connection is closed before the request is passed on. "lost": passed on,
+    and closed without an answer. "half": half of the answer's body, then closed. "slow": passed on after `delay`
+    seconds. None: passed on.
     """
 
     def __init__(self, upstream: str, fault: Callable[[str, str], str | None] = lambda method, path: None) -> None:
@@ -252,7 +266,9 @@ def _close(handler: BaseHTTPRequestHandler) -> None:
         handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-def first(count: int, fault: str, *, method: str | None = None, containing: str = "") -> Callable[[str, str], str | None]:
+def first(
+    count: int, fault: str, *, method: str | None = None, containing: str = ""
+) -> Callable[[str, str], str | None]:
     """The fault for the first `count` requests of that method whose path contains the text."""
     left = [count]
 
@@ -288,16 +304,24 @@ class MlflowServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"MLFLOW_TRACKING_URI": self.url, "MLFLOW_TRACKING_USERNAME": self.admin, "MLFLOW_TRACKING_PASSWORD": self.password}
+        return {
+            "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_USERNAME": self.admin,
+            "MLFLOW_TRACKING_PASSWORD": self.password,
+        }
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None, account: tuple[str, str] | None = None) -> tuple[int, bytes]:
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, account: tuple[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """(status, content) of one request, anonymous unless an account (name, password) is given."""
         headers = {"Content-Type": "application/json"}
         if account is not None:
             headers["Authorization"] = "Basic " + base64.b64encode(":".join(account).encode()).decode()
         data = json.dumps(body or {}).encode() if method != "GET" else None
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method), timeout=60) as answer:
+            with urllib.request.urlopen(
+                urllib.request.Request(self.url + path, data, headers, method=method), timeout=60
+            ) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -305,7 +329,12 @@ class MlflowServer:
     def new_user(self, name: str) -> str:
         """A new account with the default rights (it may read); returns its password."""
         password = secrets.token_urlsafe(18)
-        status, content = self.request("POST", "/api/2.0/mlflow/users/create", {"username": name, "password": password}, (self.admin, self.password))
+        status, content = self.request(
+            "POST",
+            "/api/2.0/mlflow/users/create",
+            {"username": name, "password": password},
+            (self.admin, self.password),
+        )
         assert status == 200, content
         return password
 
@@ -318,7 +347,9 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     admin, password = "admin", secrets.token_urlsafe(18)
     accounts = f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder / 'accounts.db'}\n"
     accounts += "auth_cache_ttl_seconds = 60\n"  # a password costs tens of milliseconds to verify, at every request
-    (folder / "auth.ini").write_text(accounts + "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n")
+    (folder / "auth.ini").write_text(
+        accounts + "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
     environment = {
         **os.environ,
         **tracking.SWITCHES,
@@ -328,8 +359,23 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     }
     environment |= {"MLFLOW_AUTH_ADMIN_USERNAME": admin, "MLFLOW_AUTH_ADMIN_PASSWORD": password}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    options = ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")]
+    options = [
+        "--app-name",
+        "basic-auth",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--serve-artifacts",
+    ]
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'server.db'}",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
     with process_group([sys.executable, "-m", "mlflow", "server", *options, *stores], folder, environment) as process:
         wait_for(process, lambda: answers(f"http://127.0.0.1:{port}/health"), folder)
         yield MlflowServer(f"http://127.0.0.1:{port}", folder, process, admin, password)

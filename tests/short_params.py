@@ -1,4 +1,6 @@
-"""The project's params.yaml cut down until every stage takes seconds: the wiring is what is tested with it, not what is learned."""
+"""The project's params.yaml cut down until every stage takes seconds: the wiring is what is tested with it, not what is
+learned.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import yaml
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS
 from tasks.params.reading import read_yaml
 
-# Dotted key -> value; a key that the file does not have is a mistake here. The teachers' section is left alone: their weights are fetched, not trained.
+# Dotted key -> value; a key that the file does not have is a mistake here. The teachers' section is left alone: their
+# weights are fetched, not trained.
 OVERRIDES: dict[str, Any] = {
     "sampling.steps": 2,
     "collect.train": {"t2i": 48, "local_edit": 32, "global_edit": 24},

@@ -1,4 +1,6 @@
-"""Property: a picture lands in the size whose aspect is nearest its own, of about the wanted area, and loses only a thin even margin."""
+"""Property: a picture lands in the size whose aspect is nearest its own, of about the wanted area, and loses only a
+thin even margin.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ def test_sizes_fit_latents_and_area(resolution: int, multiple: int) -> None:
 
 
 def test_the_nearest_aspect_is_chosen_and_little_is_lost() -> None:
-    for width, height in [(1024, 1024), (1920, 1080), (1080, 1920), (4000, 3000), (600, 800), (1333, 1000), (1500, 1000)]:
+    for width, height in [
+        (1024, 1024),
+        (1920, 1080),
+        (1080, 1920),
+        (4000, 3000),
+        (600, 800),
+        (1333, 1000),
+        (1500, 1000),
+    ]:
         size = bucket_of(width, height, 1024, 16)
         kept = min(size[0] / size[1], width / height) / max(size[0] / size[1], width / height)
         assert kept > 0.92, (width, height, size)
@@ -52,6 +62,13 @@ def test_pictures_are_read_upright_and_their_size_is_known_from_the_header(orien
     Image.fromarray(pixels).save(path, exif=exif)
     upright = read_picture(path)
     assert picture_size(path) == (upright.shape[1], upright.shape[0]) == ((3, 2) if orientation < 5 else (2, 3))
-    turned = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}
+    turned = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        6: np.rot90(pixels, -1),
+        8: np.rot90(pixels),
+    }
     if orientation in turned:
         np.testing.assert_array_equal(upright, turned[orientation])

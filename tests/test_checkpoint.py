@@ -1,4 +1,6 @@
-"""Property: a training state is on disk whole or not at all, the last two are kept, and one that is damaged or foreign is refused in one clear message."""
+"""Property: a training state is on disk whole or not at all, the last two are kept, and one that is damaged or foreign
+is refused in one clear message.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from model.checkpoint import Ema, load_state, save_state
 
 def tensors(seed: int = 0, size: int = 100) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"weight": torch.randn(size, generator=generator), "step": torch.tensor(3.0), "matrix": torch.randn(4, 6, generator=generator).T}
+    return {
+        "weight": torch.randn(size, generator=generator),
+        "step": torch.tensor(3.0),
+        "matrix": torch.randn(4, 6, generator=generator).T,
+    }
 
 
 def everything(folder: Path) -> list[str]:
@@ -35,7 +41,9 @@ def test_a_state_comes_back_bit_for_bit_and_the_newest_one(tmp_path: Path) -> No
     assert found is not None
     values, record = found
     assert record["step"] == 100 and record["rows"] == [{"loss": 0.1 + 0.2}]
-    assert values.keys() == tensors().keys() and all(torch.equal(value, tensors(100)[name]) for name, value in values.items())
+    assert values.keys() == tensors().keys() and all(
+        torch.equal(value, tensors(100)[name]) for name, value in values.items()
+    )
 
 
 def test_the_last_two_are_kept_and_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
@@ -86,7 +94,9 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     assert found is not None and found[1]["step"] == 1
 
 
-def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_state(tmp_path, 1, tensors(), {"fingerprint": "f"})
     before = everything(tmp_path)
 

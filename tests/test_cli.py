@@ -1,4 +1,6 @@
-"""`python -m tasks`: flags come from the function, a user's mistake is one message and status 2, and nothing half-written stays behind."""
+"""`python -m tasks`: flags come from the function, a user's mistake is one message and status 2, and nothing
+half-written stays behind.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_each_ending_has_one_message_and_a_status(
 ) -> None:
     assert stage(action=raising(error)) == status
     told = capsys.readouterr().err
-    assert told.startswith("error: ") and words in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
+    assert (
+        told.startswith("error: ") and words in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
+    )
     assert not Path("out").exists() and not Path("runs").exists()
 
 
@@ -108,7 +112,9 @@ def test_a_typo_in_params_names_the_nearest_key(stage: Callable[..., int], capsy
     assert "copy.nubmer = 4: unknown key; did you mean 'number'?" in capsys.readouterr().err
 
 
-def test_a_summary_that_cannot_be_written_is_told(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_summary_that_cannot_be_written_is_told(
+    stage: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("runs").write_text("a file where the folder should be", encoding="utf-8")
     assert stage() == 2
     told = capsys.readouterr().err
@@ -120,7 +126,10 @@ def test_help_comes_from_the_function(stage: Callable[..., int], capsys: pytest.
         stage("--help")
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    assert all(part in text for part in ("Copies a number.", "More about numbers.", "--source PATH", "--made-file PATH", "--params FILE"))
+    assert all(
+        part in text
+        for part in ("Copies a number.", "More about numbers.", "--source PATH", "--made-file PATH", "--params FILE")
+    )
 
 
 def test_a_stage_that_breaks_the_convention_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +142,9 @@ def test_a_stage_that_breaks_the_convention_is_a_defect(monkeypatch: pytest.Monk
         load_stage("copy")
 
 
-def test_unknown_commands_and_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_commands_and_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["distil"]) == 2
     assert "unknown command 'distil'; did you mean 'distill'?" in capsys.readouterr().err
@@ -146,7 +157,9 @@ def test_unknown_commands_and_presets(tmp_path: Path, monkeypatch: pytest.Monkey
     assert capsys.readouterr().err == "error: unknown preset 'smal'; choose of small\n"
 
 
-def test_a_preset_is_put_in_force_only_if_it_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preset_is_put_in_force_only_if_it_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tasks.checks import preflight
 
     monkeypatch.chdir(tmp_path)
@@ -180,18 +193,24 @@ def test_termination_removes_temporary_files(tmp_path: Path) -> None:
     )
     command, environment = [sys.executable, "-c", program, str(tmp_path)], {**os.environ, "PYTHONPATH": str(PROJECT)}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert ended.returncode == 143 and ended.stderr.startswith("error: terminated") and len(ended.stderr.splitlines()) == 1
+    assert (
+        ended.returncode == 143 and ended.stderr.startswith("error: terminated") and len(ended.stderr.splitlines()) == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-# --- routes and teachers, before anything runs ------------------------------------------------------------------------------
+# --- routes and teachers, before anything runs ------------------------------------------------------------------------
 
 
 def test_routes_name_teachers_that_are_made_and_there(tmp_path: Path) -> None:
     from tasks.checks.preflight import require_teachers, teacher_faults
 
     params, folder = tmp_path / "params.yaml", tmp_path / "teachers"
-    routes = [{"capability": "t2i", "teacher": "base"}, {"capability": "local_edit", "teacher": "local"}, {"capability": "global_edit", "teacher": "gobal"}]
+    routes = [
+        {"capability": "t2i", "teacher": "base"},
+        {"capability": "local_edit", "teacher": "local"},
+        {"capability": "global_edit", "teacher": "gobal"},
+    ]
     document = {"routing": {"routes": routes}, "teachers": {"teachers": {"base": {}, "local": {}, "global": {}}}}
     params.write_text(json.dumps(document), encoding="utf-8")
     unknown = "routing.routes[2].teacher = 'gobal': no such teacher in section teachers; choose of base, local, global"
@@ -209,10 +228,12 @@ def test_routes_name_teachers_that_are_made_and_there(tmp_path: Path) -> None:
     assert teacher_faults({"routing": "nonsense"}, folder) == []
 
 
-# --- progress ---------------------------------------------------------------------------------------------------------------
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_plain_progress_is_rare_but_always_ends_with_the_total(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_progress_is_rare_but_always_ends_with_the_total(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
     monkeypatch.setattr("data.progress.time.monotonic", lambda: now[0])
     with progress("distill", 40) as advance:
@@ -228,7 +249,9 @@ def test_plain_progress_is_rare_but_always_ends_with_the_total(capsys: pytest.Ca
     ]
 
 
-def test_the_adaptor_takes_counts_from_the_start(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adaptor_takes_counts_from_the_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr("data.progress.time.monotonic", lambda: now[0])
     report = callback("curate")
@@ -248,4 +271,6 @@ def test_files_of_one_name_are_counted_apart(capsys: pytest.CaptureFixture[str])
     report = callback("publish")
     for done, total in ((5, 5), (7, 9), (9, 9), (4, 9), (9, 9)):
         report(done, total, "weights")
-    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [f"publish: weights: {total}/{total}" for total in (5, 9, 9)]
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"publish: weights: {total}/{total}" for total in (5, 9, 9)
+    ]

@@ -1,4 +1,6 @@
-"""Property: the micro world's raw folder is a function of its parameters, holds what was asked for, and passes curation; a user's folder arrives unchanged."""
+"""Property: the micro world's raw folder is a function of its parameters, holds what was asked for, and passes
+curation; a user's folder arrives unchanged.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,17 @@ from data.records import CAPABILITIES, read_examples
 from tasks.params.sections import WorldParams
 from tasks.stages.collect import CATEGORIES, Params, collect, draw_examples
 
-WORLD = WorldParams(("circle", "square", "triangle"), tuple(COLORS), ("white", "gray", "black"), ("plain", "inverted", "night", "outline"), 3, 8)
-PARAMS = Params("microworld", "", 0, {"t2i": 24, "local_edit": 12, "global_edit": 8}, dict.fromkeys(CATEGORIES, 3), WORLD)
+WORLD = WorldParams(
+    ("circle", "square", "triangle"),
+    tuple(COLORS),
+    ("white", "gray", "black"),
+    ("plain", "inverted", "night", "outline"),
+    3,
+    8,
+)
+PARAMS = Params(
+    "microworld", "", 0, {"t2i": 24, "local_edit": 12, "global_edit": 8}, dict.fromkeys(CATEGORIES, 3), WORLD
+)
 OPTIONS = Options(24, 24, 4096, False, 24, 6, 100.0, {"t2i": 12, "local_edit": 6, "global_edit": 4}, {})
 
 
@@ -41,12 +52,19 @@ def test_the_folder_holds_what_was_asked_for(tmp_path: Path) -> None:
     for capability in PARAMS.train:
         counts = [spread[category] for category in CAPABILITIES[capability].categories]
         assert max(counts) - min(counts) <= 1
-    assert (summary["train"], summary["eval"], summary["images"]) == (44, 36, len(list((tmp_path / "raw" / "images").iterdir())))
+    assert (summary["train"], summary["eval"], summary["images"]) == (
+        44,
+        36,
+        len(list((tmp_path / "raw" / "images").iterdir())),
+    )
     world = WORLD.world()
     for row in found.rows:
         assert (row.source is not None) == CAPABILITIES[row.capability].is_edit and row.target is not None
         if row.source:
-            with Image.open(tmp_path / "raw" / row.source) as source, Image.open(tmp_path / "raw" / row.target) as target:
+            with (
+                Image.open(tmp_path / "raw" / row.source) as source,
+                Image.open(tmp_path / "raw" / row.target) as target,
+            ):
                 np.testing.assert_array_equal(np.asarray(source), render(world, Scene.from_json(row.record["source"])))
                 np.testing.assert_array_equal(np.asarray(target), render(world, Scene.from_json(row.record["target"])))
 
@@ -74,13 +92,18 @@ def test_collected_examples_pass_curation(tmp_path: Path) -> None:
     assert set(summary["reasons"]) <= {"exact duplicate", "near duplicate", "leakage"}
     examples = read_examples(tmp_path / "out")
     assert Counter(example.category for example in examples if example.split == "eval") == PARAMS.evaluation
-    prompts = {split: {example.prompt for example in examples if example.split == split and example.capability == "t2i"} for split in ("train", "eval")}
+    prompts = {
+        split: {example.prompt for example in examples if example.split == split and example.capability == "t2i"}
+        for split in ("train", "eval")
+    }
     assert prompts["train"] and prompts["eval"] and not prompts["train"] & prompts["eval"]
 
 
 def test_a_world_too_small_for_its_evaluation_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="single_object"):
-        collect(replace(PARAMS, evaluation={"single_object": 17}), out=tmp_path / "raw")  # 4 openings, 2 grounds, 2 held-out tuples
+        collect(
+            replace(PARAMS, evaluation={"single_object": 17}), out=tmp_path / "raw"
+        )  # 4 openings, 2 grounds, 2 held-out tuples
     with pytest.raises(UserErrors, match=r"two_object: .* held out"):
         collect(replace(PARAMS, world=replace(WORLD, shapes=("circle", "square"))), out=tmp_path / "raw")
     assert list(tmp_path.iterdir()) == []
@@ -91,7 +114,15 @@ def user_folder(folder: Path) -> Path:
     (folder / "pictures" / "a.png").write_bytes(encode_png(np.zeros((24, 24, 3), np.uint8)))
     (folder / "pictures" / "unused.png").write_bytes(b"x")
     row = {"capability": "t2i", "category": "colors", "prompt": "a red circle", "split": "train"}
-    write_manifest(folder, "mine.csv", [{**row, "target": "pictures/a.png"}, {**row, "target": "pictures/gone.png"}, {**row, "target": "../secret.png"}])
+    write_manifest(
+        folder,
+        "mine.csv",
+        [
+            {**row, "target": "pictures/a.png"},
+            {**row, "target": "pictures/gone.png"},
+            {**row, "target": "../secret.png"},
+        ],
+    )
     return folder
 
 

@@ -1,4 +1,6 @@
-"""docker-compose.yml is what compose accepts, and keeps its promises: secrets from a file, ports on this machine alone, health before dependence, limits."""
+"""docker-compose.yml is what compose accepts, and keeps its promises: secrets from a file, ports on this machine alone,
+health before dependence, limits.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,25 @@ ONCE = {"volumes", "bootstrap"}  # services that end
 
 
 def compose(secrets: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(COMPOSE), "--env-file", str(secrets), "--file", str(PROJECT / "docker-compose.yml"), "--profile", "gpu", "config", *arguments]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "HOME": str(secrets.parent)})
+    command = [
+        str(COMPOSE),
+        "--env-file",
+        str(secrets),
+        "--file",
+        str(PROJECT / "docker-compose.yml"),
+        "--profile",
+        "gpu",
+        "config",
+        *arguments,
+    ]
+    return subprocess.run(
+        command,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(secrets.parent)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +71,56 @@ def test_without_secrets_nothing_starts(tmp_path: Path, secrets: Path) -> None:
 
 
 def test_every_service_keeps_the_rules(services: dict[str, dict[str, Any]]) -> None:
-    assert set(services) == {"postgres", "seaweedfs", "volumes", "mlflow", "prefect", "bootstrap", "worker", "worker-gpu"}
+    assert set(services) == {
+        "postgres",
+        "seaweedfs",
+        "volumes",
+        "mlflow",
+        "prefect",
+        "bootstrap",
+        "worker",
+        "worker-gpu",
+    }
     for name, service in services.items():
-        assert service["user"] == "postgres" if name == "postgres" else service["user"] == ("root" if name == "volumes" else "10001:10001"), name
+        assert (
+            service["user"] == "postgres"
+            if name == "postgres"
+            else service["user"] == ("root" if name == "volumes" else "10001:10001")
+        ), name
         assert service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"], name
         assert {"cpus", "memory"} <= set(service["deploy"]["resources"]["limits"]), name
-        assert name == "worker-gpu" or float(service["deploy"]["resources"]["limits"]["cpus"]) <= 2, name  # an engine refuses more than the machine has
-        assert service["restart"] == ("no" if name == "volumes" else "on-failure:3" if name == "bootstrap" else "unless-stopped"), name
+        assert name == "worker-gpu" or float(service["deploy"]["resources"]["limits"]["cpus"]) <= 2, (
+            name
+        )  # an engine refuses more than the machine has
+        assert service["restart"] == (
+            "no" if name == "volumes" else "on-failure:3" if name == "bootstrap" else "unless-stopped"
+        ), name
         assert ("healthcheck" in service) == (name not in ONCE), name
         assert re.search(r":[0-9]+\.[0-9.]+[a-z0-9.-]*$", service["image"]), f"{name}: {service['image']} is not pinned"
         assert {port["host_ip"] for port in service.get("ports", [])} <= {"127.0.0.1"}, name
         for needed, how in service.get("depends_on", {}).items():
-            assert how["condition"] == ("service_completed_successfully" if needed in ONCE else "service_healthy"), (name, needed)
+            assert how["condition"] == ("service_completed_successfully" if needed in ONCE else "service_healthy"), (
+                name,
+                needed,
+            )
 
 
-def test_no_text_has_to_be_written_into_a_read_only_container(secrets: Path, services: dict[str, dict[str, Any]]) -> None:
-    """Compose copies a config's `content` into the container, and refuses to start where it cannot; a file is mounted."""
+def test_no_text_has_to_be_written_into_a_read_only_container(
+    secrets: Path, services: dict[str, dict[str, Any]]
+) -> None:
+    """Compose copies a config's `content` into the container, and refuses to start where it cannot; a file is
+    mounted.
+    """
     configs = json.loads(compose(secrets, "--format", "json").stdout)["configs"]
-    mounted = [(name, use["source"]) for name, service in services.items() if service.get("read_only") for use in service.get("configs", [])]
-    assert mounted and all("content" not in configs[source] and Path(configs[source]["file"]).is_file() for _, source in mounted), mounted
+    mounted = [
+        (name, use["source"])
+        for name, service in services.items()
+        if service.get("read_only")
+        for use in service.get("configs", [])
+    ]
+    assert mounted and all(
+        "content" not in configs[source] and Path(configs[source]["file"]).is_file() for _, source in mounted
+    ), mounted
 
 
 def test_scripts_and_compose_start_the_same_servers(services: dict[str, dict[str, Any]]) -> None:
@@ -83,7 +133,11 @@ def test_scripts_and_compose_start_the_same_servers(services: dict[str, dict[str
         assert flag.lstrip("-").partition("=")[0] in text, flag
     of_the_machine = {"HOME", "DVC_SITE_CACHE_DIR", "DANCEOPD_MLFLOW_URL", "OPENAI_API_KEY"}
     worker = {variable for variable in services["worker"]["environment"] if variable not in of_the_machine}
-    assert worker <= {*credentials.client_settings(dict.fromkeys(credentials.MADE, "x" * 32)), *re.findall(r"[A-Z][A-Z0-9_]+", text), *defaults()}
+    assert worker <= {
+        *credentials.client_settings(dict.fromkeys(credentials.MADE, "x" * 32)),
+        *re.findall(r"[A-Z][A-Z0-9_]+", text),
+        *defaults(),
+    }
 
 
 def test_secrets_are_strong_and_only_their_owners(tmp_path: Path) -> None:
@@ -105,7 +159,11 @@ def test_faults_of_a_secrets_file_are_told_without_the_secrets(tmp_path: Path) -
     path.write_text("\n".join(["MLFLOW_ADMIN_PASSWORD=short", "no line hunter2", *lines[5:]]), encoding="utf-8")
     with pytest.raises(UserErrors) as told:
         credentials.read_file(path)
-    assert "line 2" in str(told.value) and "POSTGRES_PASSWORD" in str(told.value) and "MLFLOW_ADMIN_PASSWORD" in str(told.value)
+    assert (
+        "line 2" in str(told.value)
+        and "POSTGRES_PASSWORD" in str(told.value)
+        and "MLFLOW_ADMIN_PASSWORD" in str(told.value)
+    )
     assert "hunter2" not in str(told.value) and "short\n" not in str(told.value)
     with pytest.raises(UserError, match="python -m tasks secrets"):
         credentials.read_file(tmp_path / "none")

@@ -1,4 +1,6 @@
-"""Property: every row read is kept or rejected with its reason, nothing scored leaks into training, and equal input gives equal bytes."""
+"""Property: every row read is kept or rejected with its reason, nothing scored leaks into training, and equal input
+gives equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ import pytest
 from PIL import Image
 
 from data.curation.duplicates import without_exact_duplicates, without_leakage, without_near_duplicates
-from data.curation.filters import Candidate, Options, consistent_sources, count_words, decoded, known_tasks, normalise, scorable, unique_ids, usable_prompts
+from data.curation.filters import (
+    Candidate,
+    Options,
+    consistent_sources,
+    count_words,
+    decoded,
+    known_tasks,
+    normalise,
+    scorable,
+    unique_ids,
+    usable_prompts,
+)
 from data.curation.pipeline import balanced, curate, require_minimum
 from data.errors import UserErrors
 from data.files import sha256_file
@@ -59,14 +72,25 @@ def reasons(rejected: Sequence[Any]) -> list[tuple[str, str]]:
     return [(rejection.id, rejection.reason) for rejection in rejected]
 
 
-# --- text --------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_tasks_and_splits() -> None:
-    rows = [row(1), row(2, capability="video"), row(3, capability="edit", category="color_alter"), row(4, category="color_alter"), row(5, split="test")]
+    rows = [
+        row(1),
+        row(2, capability="video"),
+        row(3, capability="edit", category="color_alter"),
+        row(4, category="color_alter"),
+        row(5, split="test"),
+    ]
     kept, rejected = known_tasks(rows)
     assert kept == rows[:1]
-    assert reasons(rejected) == [("row-2", "unknown capability"), ("row-3", "unknown capability"), ("row-4", "unknown task"), ("row-5", "unknown split")]
+    assert reasons(rejected) == [
+        ("row-2", "unknown capability"),
+        ("row-3", "unknown capability"),
+        ("row-4", "unknown task"),
+        ("row-5", "unknown split"),
+    ]
     assert "color_alter" in rejected[2].detail and "single_object" in rejected[2].detail
 
 
@@ -82,7 +106,13 @@ def test_prompts() -> None:
     rows = [row(number, prompt=prompt) for number, prompt in enumerate(prompts, 1)]
     kept, rejected = usable_prompts(rows, max_words=4, vocabulary={"a", "red", "circle"})
     assert kept == rows[:1]
-    assert [rejection.reason for rejection in rejected] == ["empty prompt", "empty prompt", "over-long prompt", "unknown words", "over-long prompt"]
+    assert [rejection.reason for rejection in rejected] == [
+        "empty prompt",
+        "empty prompt",
+        "over-long prompt",
+        "unknown words",
+        "over-long prompt",
+    ]
     assert "crimson" in rejected[3].detail and "5 words, at most 4" in rejected[2].detail
     assert usable_prompts([row(prompt=long)], max_words=5)[1] == []
 
@@ -106,10 +136,14 @@ def test_scored_prompts_need_their_metadata() -> None:
     records = [good, {}, {**good, "tag": "counting"}, {**good, "include": []}, {**good, "include": ["circle"]}]
     rows = [row(number, split="eval", record=record) for number, record in enumerate(records)]
     kept, rejected = scorable([*rows, row(9)])
-    assert [item.id for item in kept] == ["row-0", "row-9"] and {rejection.reason for rejection in rejected} == {"unscorable record"} and len(rejected) == 4
+    assert (
+        [item.id for item in kept] == ["row-0", "row-9"]
+        and {rejection.reason for rejection in rejected} == {"unscorable record"}
+        and len(rejected) == 4
+    )
 
 
-# --- images ------------------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def picture_file(path: Path) -> Path:
@@ -143,7 +177,9 @@ def bomb(path: Path) -> None:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
 
 
 def animate(path: Path) -> None:
@@ -163,7 +199,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "animated": (animate, "animated image"),
     "too small": (lambda path: Image.new("RGB", (24, 23)).save(path), "wrong size"),
     "too large": (lambda path: Image.new("RGB", (25, 24)).save(path), "wrong size"),
-    **{mode: (lambda path, mode=mode: Image.new(mode, (24, 24)).save(path), "wrong mode") for mode in ("1", "L", "LA", "P", "RGBA", "I;16")},
+    **{
+        mode: (lambda path, mode=mode: Image.new(mode, (24, 24)).save(path), "wrong mode")
+        for mode in ("1", "L", "LA", "P", "RGBA", "I;16")
+    },
 }
 
 
@@ -173,7 +212,9 @@ def test_unusable_images_are_rejected(tmp_path: Path, kind: str) -> None:
     make(tmp_path / "bad.png")
     picture_file(tmp_path / "good.png")
     saved: dict[str, bytes] = {}
-    kept, rejected = decoded([row(1, target="bad.png"), row(2, target="good.png"), row(3)], tmp_path, OPTIONS, save=saved.__setitem__)
+    kept, rejected = decoded(
+        [row(1, target="bad.png"), row(2, target="good.png"), row(3)], tmp_path, OPTIONS, save=saved.__setitem__
+    )
     assert reasons(rejected) == [("row-1", reason)] and "bad.png" in rejected[0].detail
     assert [item.row.id for item in kept] == ["row-2", "row-3"] and len(saved) == 1
 
@@ -183,7 +224,9 @@ def test_modes_are_converted_on_request_where_nothing_is_lost(tmp_path: Path, mo
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (24, 24)).save(path)
     kept, rejected = decoded([row(target=path.name)], tmp_path, replace(OPTIONS, convert_modes=True))
-    assert (len(kept), [rejection.reason for rejection in rejected]) == ((0, ["wrong mode"]) if mode == "I;16" else (1, []))
+    assert (len(kept), [rejection.reason for rejection in rejected]) == (
+        (0, ["wrong mode"]) if mode == "I;16" else (1, [])
+    )
 
 
 def test_transparent_pixels_become_white(tmp_path: Path) -> None:
@@ -211,7 +254,12 @@ def test_source_and_target_have_one_size(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     edit = row(source="a.png", target="b.png", capability="local_edit", category="color_alter")
     kept, rejected = decoded([edit], tmp_path, replace(OPTIONS, max_edge=32))
-    assert not kept and rejected[0].reason == "wrong size" and "24x24" in rejected[0].detail and "32x32" in rejected[0].detail
+    assert (
+        not kept
+        and rejected[0].reason == "wrong size"
+        and "24x24" in rejected[0].detail
+        and "32x32" in rejected[0].detail
+    )
 
 
 def test_other_decoders_are_never_started(tmp_path: Path) -> None:
@@ -220,7 +268,7 @@ def test_other_decoders_are_never_started(tmp_path: Path) -> None:
         decode_image(tmp_path / "a.png", max_pixels=4096, convert_modes=True)
 
 
-# --- duplicates --------------------------------------------------------------------------------------------------------------
+# --- duplicates -------------------------------------------------------------------------------------------------------
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> int:
@@ -233,7 +281,10 @@ def test_scenes_that_differ_in_one_shape_or_colour_are_no_near_duplicates(backgr
     """Over every shape, colour, jitter and radius; a thing covers its own cell only, so other things change nothing."""
     looks = list(product(SHAPES, COLORS))
     for dx, dy, radius in product(JITTER, JITTER, RADII):
-        codes = [fingerprint(Image.fromarray(render(WORLD, Scene(background, (Thing(shape, color, 4, dx, dy, radius),))))) for shape, color in looks]
+        codes = [
+            fingerprint(Image.fromarray(render(WORLD, Scene(background, (Thing(shape, color, 4, dx, dy, radius),)))))
+            for shape, color in looks
+        ]
         table = np.array([np.frombuffer(code, np.uint8) for code in codes])
         for index, code in enumerate(codes[:-1]):
             assert distances(code, table[index + 1 :]).min() > OPTIONS.near_duplicate_distance
@@ -284,23 +335,33 @@ def test_near_duplicates_need_the_same_prompt_and_both_pictures() -> None:
 def test_the_search_for_neighbours_equals_comparing_all_pairs() -> None:
     rng = np.random.Generator(np.random.PCG64(2))
     base = rng.integers(0, 256, (12, 12, 3))
-    images = [np.clip(base + rng.integers(-3, 4) + rng.integers(-1, 2, base.shape), 0, 255).astype(np.uint8) for _ in range(60)]
+    images = [
+        np.clip(base + rng.integers(-3, 4) + rng.integers(-1, 2, base.shape), 0, 255).astype(np.uint8)
+        for _ in range(60)
+    ]
     rows = [Candidate(row(number), None, picture_of(Image.fromarray(image))[0]) for number, image in enumerate(images)]
     expected: list[int] = []
     for number, image in enumerate(images):
         if all(apart(image, images[other]) > 60 for other in expected):
             expected.append(number)
     kept, rejected = without_near_duplicates(rows, distance=60)
-    assert [item.row.row for item in kept] == expected and 1 < len(expected) < 60 and len(rejected) == 60 - len(expected)
+    assert (
+        [item.row.row for item in kept] == expected and 1 < len(expected) < 60 and len(rejected) == 60 - len(expected)
+    )
 
 
-# --- leakage and balance -----------------------------------------------------------------------------------------------------
+# --- leakage and balance ----------------------------------------------------------------------------------------------
 
 
 def test_leakage_removes_the_training_row() -> None:
-    one, two, three, four = (scene((shape, "red", cell)) for shape, cell in (("circle", 0), ("square", 1), ("triangle", 2), ("cross", 3)))
+    one, two, three, four = (
+        scene((shape, "red", cell)) for shape, cell in (("circle", 0), ("square", 1), ("triangle", 2), ("cross", 3))
+    )
     nudged = replace(one, things=(replace(one.things[0], dx=0.02),))
-    evaluation = [candidate(1, target=four, split="eval", prompt="A red circle"), candidate(2, one, two, split="eval", prompt="make it blue")]
+    evaluation = [
+        candidate(1, target=four, split="eval", prompt="A red circle"),
+        candidate(2, one, two, split="eval", prompt="make it blue"),
+    ]
     train = [
         candidate(3, target=three),  # a scored T2I prompt
         candidate(4, target=two, prompt="a square"),  # a scored target image
@@ -319,14 +380,20 @@ def test_leakage_removes_the_training_row() -> None:
 
 def test_a_flat_image_gives_nothing_away() -> None:
     empty = scene()
-    rows = [candidate(1, scene(("circle", "red", 0)), empty, split="eval"), candidate(2, scene(("square", "red", 1)), empty, prompt="remove it")]
+    rows = [
+        candidate(1, scene(("circle", "red", 0)), empty, split="eval"),
+        candidate(2, scene(("square", "red", 1)), empty, prompt="remove it"),
+    ]
     assert without_leakage(rows, distance=6) == (rows, [])
 
 
 def counted(**counts: int) -> list[Candidate]:
     category = {"t2i": "colors", "local_edit": "color_alter", "global_edit": "style_change"}
     names = [(name, f"{name}-{number}") for name, count in counts.items() for number in range(count)]
-    return [Candidate(row(id=identifier, capability=name, category=category[name], prompt=identifier), None, None) for name, identifier in names]
+    return [
+        Candidate(row(id=identifier, capability=name, category=category[name], prompt=identifier), None, None)
+        for name, identifier in names
+    ]
 
 
 def test_balance_caps_training_rows_by_their_content() -> None:
@@ -344,7 +411,9 @@ def test_balance_caps_training_rows_by_their_content() -> None:
 
 def test_too_few_rows_are_an_error_that_names_them() -> None:
     with pytest.raises(UserErrors) as caught:
-        require_minimum(counted(t2i=3, local_edit=2), unique_ids([row(1), row(1)])[1], {"t2i": 3, "local_edit": 5, "global_edit": 1})
+        require_minimum(
+            counted(t2i=3, local_edit=2), unique_ids([row(1), row(1)])[1], {"t2i": 3, "local_edit": 5, "global_edit": 1}
+        )
     assert len(caught.value.faults) == 3
     assert "local_edit: 2 training rows" in caught.value.faults[0] and "minimum is 5" in caught.value.faults[0]
     assert "global_edit: 0 training rows" in caught.value.faults[1] and "duplicate id: 1 rows" in caught.value.faults[2]
@@ -369,7 +438,7 @@ def test_options_name_their_faults(change: dict[str, Any], key: str) -> None:
     assert fault.startswith(f"{key} = ")
 
 
-# --- the whole chain ---------------------------------------------------------------------------------------------------------
+# --- the whole chain --------------------------------------------------------------------------------------------------
 
 
 def raw_folder(folder: Path) -> Path:
@@ -382,7 +451,11 @@ def raw_folder(folder: Path) -> Path:
 
     t2i = {"capability": "t2i", "category": "colors", "split": "train"}
     edit = {"capability": "local_edit", "category": "color_alter", "split": "train", "prompt": "make it blue"}
-    a, b, c = save("a.png", scene(("circle", "red", 0))), save("b.png", scene(("circle", "blue", 0))), save("c.png", scene(("square", "red", 5)))
+    a, b, c = (
+        save("a.png", scene(("circle", "red", 0))),
+        save("b.png", scene(("circle", "blue", 0))),
+        save("c.png", scene(("square", "red", 5))),
+    )
     cut(folder / "cut.png")
     record = {"tag": "colors", "include": [{"class": "square", "count": 1, "color": "red"}]}
     rows = [
@@ -400,7 +473,14 @@ def raw_folder(folder: Path) -> Path:
         {**t2i, "id": "scored", "split": "eval", "prompt": "a red square", "target": c, "record": record},
     ]
     write_manifest(folder, "a.jsonl", rows)
-    write_manifest(folder, "b.csv", [{**edit, "id": "fromcsv", "prompt": "make it blue now", "source": b, "target": a}, {**edit, "id": "good", "source": b}])
+    write_manifest(
+        folder,
+        "b.csv",
+        [
+            {**edit, "id": "fromcsv", "prompt": "make it blue now", "source": b, "target": a},
+            {**edit, "id": "good", "source": b},
+        ],
+    )
     return folder
 
 
@@ -431,11 +511,16 @@ def test_everything_read_is_kept_or_listed(tmp_path: Path) -> None:
     assert [example.id for example in examples] == ["good", "edit", "scored", "fromcsv"]
     assert {line["id"]: line["reason"] for line in rejected} == EXPECTED and all(line["detail"] for line in rejected)
     assert list(rejected[0]) == ["origin", "row", "id", "reason", "detail"]
-    assert (summary["rows"], summary["kept"], summary["rejected"]) == (14, len(examples), len(rejected)) and len(examples) + len(rejected) == 14
+    assert (summary["rows"], summary["kept"], summary["rejected"]) == (14, len(examples), len(rejected)) and len(
+        examples
+    ) + len(rejected) == 14
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert sum(summary["reasons"].values()) == len(rejected) == sum(step["rejected"] for step in summary["filters"])
     assert all(step["kept"] + step["rejected"] == step["rows"] for step in summary["filters"])
-    assert summary["capabilities"]["local_edit"] == {"train": 2, "eval": 0} and summary["categories"]["colors"] == {"train": 1, "eval": 1}
+    assert summary["capabilities"]["local_edit"] == {"train": 2, "eval": 0} and summary["categories"]["colors"] == {
+        "train": 1,
+        "eval": 1,
+    }
     assert summary["manifests"] == {"a.jsonl": 12, "b.csv": 2}
     assert calls[-1] == (calls[-1][1], calls[-1][1], "decode")
     assert examples[3].origin == "b.csv" and examples[3].row == 1 and examples[2].record["tag"] == "colors"
@@ -468,7 +553,13 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, failure: str) -> None:
     def refuse(folder: Path, examples: Sequence[Any]) -> dict[str, Any]:
         raise UserErrors("refused", ["because"])
 
-    options = {"minimum": replace(OPTIONS, minimum_train={"t2i": 5}), "nothing left": replace(OPTIONS, max_prompt_words=0)}.get(failure, OPTIONS)
-    with pytest.raises(UserErrors, match={"minimum": "t2i: 1 training rows", "accept": "refused", "nothing left": "no row of 14"}[failure]):
+    options = {
+        "minimum": replace(OPTIONS, minimum_train={"t2i": 5}),
+        "nothing left": replace(OPTIONS, max_prompt_words=0),
+    }.get(failure, OPTIONS)
+    with pytest.raises(
+        UserErrors,
+        match={"minimum": "t2i: 1 training rows", "accept": "refused", "nothing left": "no row of 14"}[failure],
+    ):
         curate(raw, out, options, accept=refuse if failure == "accept" else None)
     assert contents(tmp_path) == before

@@ -1,4 +1,6 @@
-"""Defends: the detector reads every rendered scene without an error, still does under noise, blur and a linear codec, and doubts half-formed things."""
+"""Defends: the detector reads every rendered scene without an error, still does under noise, blur and a linear codec,
+and doubts half-formed things.
+"""
 
 import time
 from dataclasses import replace
@@ -18,11 +20,16 @@ WORLD = World()
 def scenes(world: World, count: int, purpose: str) -> list[Scene]:
     rng = numpy_generator(0, 0, 0, purpose)
     categories = (*GENEVAL_TAGS, *LOCAL_EDITS, *GLOBAL_EDITS)
-    return [example(world, rng, categories[index % len(categories)], ("train", "eval")[index // len(categories) % 2])[2] for index in range(count)]
+    return [
+        example(world, rng, categories[index % len(categories)], ("train", "eval")[index // len(categories) % 2])[2]
+        for index in range(count)
+    ]
 
 
 def reads(found: Detections, scene: Scene) -> bool:
-    return found.background == scene.background and found.layout() == {thing.cell: (thing.shape, thing.color) for thing in scene.things}
+    return found.background == scene.background and found.layout() == {
+        thing.cell: (thing.shape, thing.color) for thing in scene.things
+    }
 
 
 def accuracy(disturb, style: str, count: int = 300) -> float:
@@ -51,7 +58,12 @@ def patches(image: np.ndarray) -> np.ndarray:
 
 def linear_codec(components: int):
     """Principal components of rendered 8-pixel patches of all styles: the error that a linear codec makes."""
-    data = np.concatenate([patches(render(WORLD, replace(scene, style=STYLES[index % 4]))) for index, scene in enumerate(scenes(WORLD, 600, "codec"))])
+    data = np.concatenate(
+        [
+            patches(render(WORLD, replace(scene, style=STYLES[index % 4])))
+            for index, scene in enumerate(scenes(WORLD, 600, "codec"))
+        ]
+    )
     mean = data.mean(0)
     basis = np.linalg.eigh(np.cov(data, rowvar=False))[1][:, ::-1][:, :components].T
 
@@ -109,12 +121,18 @@ def test_half_formed_things_stay_below_the_threshold(ground, color):
     other = next(name for name in COLORS if name != color)
     for shape in SHAPES:
         whole, empty = Scene(ground, (Thing(shape, color, 4),)), Scene(ground)
-        halves = [mixture(whole, empty, 0.5), mixture(whole, empty, 0.6), mixture(whole, Scene(ground, (Thing(shape, other, 4),)), 0.5)]
+        halves = [
+            mixture(whole, empty, 0.5),
+            mixture(whole, empty, 0.6),
+            mixture(whole, Scene(ground, (Thing(shape, other, 4),)), 0.5),
+        ]
         if shape == "circle":
             halves.append(mixture(whole, Scene(ground, (Thing("square", color, 4),)), 0.5))
         for image in (*halves, *(blurred(render(WORLD, whole), sigma) for sigma in (1.5, 2.0, 3.0))):
             assert all(thing.score < 0.3 for thing in detect(WORLD, image).things)
-        assert [thing.class_name for thing in detect(WORLD, mixture(whole, empty, 0.9)).things if thing.score > 0.9] == [shape]
+        assert [
+            thing.class_name for thing in detect(WORLD, mixture(whole, empty, 0.9)).things if thing.score > 0.9
+        ] == [shape]
 
 
 def test_boxes_are_tight_and_in_pixels():

@@ -1,5 +1,5 @@
-"""A disk that fills up while a checkpoint is written costs that checkpoint and nothing else: one clear line, the state before it stays whole, and with space
-again the same command ends as if nothing had been."""
+"""A disk that fills up while a checkpoint is written costs that checkpoint and nothing else: one clear line, the state
+before it stays whole, and with space again the same command ends as if nothing had been."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB in memory, where the state of the run is kept."""
     folder = tmp_path / "run" / "runs"
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", SIZE, "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", SIZE, "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here ({mounted.stderr.strip()})")
     yield folder
@@ -39,7 +41,9 @@ def fill(path: Path) -> None:
         assert error.errno == errno.ENOSPC
 
 
-def test_a_full_disk_costs_one_checkpoint(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_one_checkpoint(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,6 @@
-"""Property: the loop asks the routed teacher alone, at the states that the student itself visits; ablations share the loop and are other algorithms."""
+"""Property: the loop asks the routed teacher alone, at the states that the student itself visits; ablations share the
+loop and are other algorithms.
+"""
 
 from __future__ import annotations
 
@@ -79,17 +81,40 @@ def toy_student(network: nn.Module) -> Student:
 def toy_bucket(rows: int = 5, target: float | None = 4.0) -> Bucket:
     table = torch.arange(float(rows))
     return Bucket(
-        torch.arange(rows), table.reshape(-1, 1, 1), table.reshape(-1, 1), torch.zeros(1, 1), torch.zeros(1), None,
+        torch.arange(rows),
+        table.reshape(-1, 1, 1),
+        table.reshape(-1, 1),
+        torch.zeros(1, 1),
+        torch.zeros(1),
+        None,
         None if target is None else target + torch.arange(float(rows)).reshape(-1, 1, 1, 1).expand(-1, *LATENT),
-    )  # fmt: skip
+    )
 
 
-def toy_run(student: Student, teachers: Mapping[str, VelocityField], params: LoopParams, start: int = 0, seed: int = 7, **bucket: Any) -> Iterator[Step]:
+def toy_run(
+    student: Student,
+    teachers: Mapping[str, VelocityField],
+    params: LoopParams,
+    start: int = 0,
+    seed: int = 7,
+    **bucket: Any,
+) -> Iterator[Step]:
     routes = tuple(Route(capability, name, 1.0) for capability, name in zip(CAPABILITIES, teachers, strict=False))
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     buckets = {capability: toy_bucket(**bucket) for capability in CAPABILITIES}
     grid = euler_grid(params.rollout_steps)
-    return distill(student, teachers, buckets, Router(routes), optimizers, Ema(dict(student.parameters), params.ema), params, grid, seed, start)
+    return distill(
+        student,
+        teachers,
+        buckets,
+        Router(routes),
+        optimizers,
+        Ema(dict(student.parameters), params.ema),
+        params,
+        grid,
+        seed,
+        start,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +130,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# --- the algorithm, on fields whose answer is known ---------------------------------------------------------------------------
+# --- the algorithm, on fields whose answer is known -------------------------------------------------------------------
 
 
 def test_on_policy_states_lie_on_the_students_own_path() -> None:
@@ -114,7 +139,9 @@ def test_on_policy_states_lie_on_the_students_own_path() -> None:
     for step in toy_run(toy_student(Affine(bias=slope)), {"a": teacher}, params):
         x_t, t, _ = teacher.asked[step.index]
         noise = noise_for(7, step.index, range(6), LATENT)
-        torch.testing.assert_close(x_t, noise + (t.reshape(-1, 1, 1, 1) - 1.0) * slope)  # Euler's method is exact on a constant field
+        torch.testing.assert_close(
+            x_t, noise + (t.reshape(-1, 1, 1, 1) - 1.0) * slope
+        )  # Euler's method is exact on a constant field
         assert step.loss == pytest.approx((slope - 1.0) ** 2) and step.t == pytest.approx(float(t.mean()))
         assert step.gradient_norm > 0
 
@@ -137,17 +164,25 @@ def test_off_policy_needs_targets() -> None:
 
 def test_a_step_asks_one_teacher_and_routes_take_their_shares() -> None:
     teachers = {"a": Constant(1.0), "b": Constant(-1.0)}
-    steps = list(toy_run(toy_student(Affine()), teachers, loop_params(steps=300, batch=1, rollout_steps=2, learning_rate=0.0)))
+    steps = list(
+        toy_run(toy_student(Affine()), teachers, loop_params(steps=300, batch=1, rollout_steps=2, learning_rate=0.0))
+    )
     assert len(teachers["a"].asked) + len(teachers["b"].asked) == 300
     for name, capability in (("a", "t2i"), ("b", "local_edit")):
         assert len(teachers[name].asked) == sum(step.teacher == name and step.route == capability for step in steps)
     assert abs(len(teachers["a"].asked) - 150) < 45  # five standard deviations
-    picks = [Router((Route("t2i", "a", 1.0), Route("local_edit", "b", 1.0))).pick(numpy_generator(7, step, 0, "route")).teacher for step in range(300)]
+    picks = [
+        Router((Route("t2i", "a", 1.0), Route("local_edit", "b", 1.0)))
+        .pick(numpy_generator(7, step, 0, "route"))
+        .teacher
+        for step in range(300)
+    ]
     assert [step.teacher for step in steps] == picks
 
 
 def test_soft_routing_pulls_to_the_mean_and_hard_routing_to_one_teacher() -> None:
-    # Two teachers that disagree exactly: their mean is where the student already is, so soft routing learns nothing and hard routing does.
+    # Two teachers that disagree exactly: their mean is where the student already is, so soft routing learns nothing and
+    # hard routing does.
     params = loop_params(steps=6, batch=4, learning_rate=0.1)
     soft_student, hard_student = toy_student(Affine()), toy_student(Affine())
     teachers = {"a": Constant(1.0), "b": Constant(-1.0)}
@@ -162,12 +197,15 @@ def test_soft_routing_pulls_to_the_mean_and_hard_routing_to_one_teacher() -> Non
 
 
 def test_the_gradient_is_that_of_the_velocity_gap_alone() -> None:
-    # With v = bias and target 1 the derivative of the mean square is 2 (bias - 1); nothing flows through the rollout, whose states depend on bias too.
+    # With v = bias and target 1 the derivative of the mean square is 2 (bias - 1); nothing flows through the rollout,
+    # whose states depend on bias too.
     step = next(toy_run(toy_student(Affine(bias=0.25)), {"a": Constant(1.0)}, loop_params(batch=3, clip=1e9)))
     bias = 2.0 * (0.25 - 1.0)
     network = Affine(bias=0.25)
     index = torch.tensor([query_index(8, "low", numpy_generator(7, 0, slot, "query")) for slot in range(3)])
-    query = roll_out_to_query(toy_student(network).field, noise_for(7, 0, range(3), LATENT), toy_bucket().at([0, 0, 0]), euler_grid(8), index)
+    query = roll_out_to_query(
+        toy_student(network).field, noise_for(7, 0, range(3), LATENT), toy_bucket().at([0, 0, 0]), euler_grid(8), index
+    )
     weight = float((2.0 * (0.25 - 1.0) * query.x_t).mean())
     assert step.gradient_norm == pytest.approx((bias**2 + weight**2) ** 0.5, rel=1e-5)
 
@@ -185,19 +223,27 @@ def test_evaluations_are_counted_at_the_floor() -> None:
     indices = [query_index(16, "low", numpy_generator(7, 0, slot, "query")) for slot in range(5)]
     assert sum(calls) == sum(indices) + 5  # the rollout, then the student's own answer
     assert step.evaluations == sum(calls) + 5
-    guided = next(toy_run(toy_student(Affine()), {"a": Guided(Constant(1.0), 2.0)}, loop_params(batch=5, rollout_steps=16)))
+    guided = next(
+        toy_run(toy_student(Affine()), {"a": Guided(Constant(1.0), 2.0)}, loop_params(batch=5, rollout_steps=16))
+    )
     assert guided.evaluations == sum(indices) + 3 * 5
 
 
 def test_draws_depend_on_seed_step_and_slot_only() -> None:
     def asked(batch: int, start: int = 0, seed: int = 7) -> list[tuple[torch.Tensor, torch.Tensor, Condition]]:
         teacher = Constant(1.0)
-        list(toy_run(toy_student(Affine(bias=0.5)), {"a": teacher}, loop_params(batch=batch, learning_rate=0.0), start, seed))
+        list(
+            toy_run(
+                toy_student(Affine(bias=0.5)), {"a": teacher}, loop_params(batch=batch, learning_rate=0.0), start, seed
+            )
+        )
         return teacher.asked
 
     small, large, late, other = asked(3), asked(6), asked(3, start=2), asked(3, seed=8)
     for (x, t, c), (larger_x, larger_t, larger_c) in zip(small, large, strict=True):
-        assert torch.equal(x, larger_x[:3]) and torch.equal(t, larger_t[:3]) and torch.equal(c.pooled, larger_c.pooled[:3])
+        assert (
+            torch.equal(x, larger_x[:3]) and torch.equal(t, larger_t[:3]) and torch.equal(c.pooled, larger_c.pooled[:3])
+        )
     for (x, t, c), (later_x, later_t, later_c) in zip(small[2:], late, strict=True):
         assert torch.equal(x, later_x) and torch.equal(t, later_t) and torch.equal(c.pooled, later_c.pooled)
     assert not torch.equal(small[0][0], small[1][0]) and not torch.equal(small[0][0], other[0][0])
@@ -228,7 +274,17 @@ def test_the_learning_rate_follows_the_schedule_and_ema_the_weights() -> None:
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     ema = Ema(dict(student.parameters), 0.0)
     rates = []
-    for _ in distill(student, {"a": Constant(1.0)}, {"t2i": toy_bucket()}, Router((Route("t2i", "a", 1.0),)), optimizers, ema, params, euler_grid(8), 7):
+    for _ in distill(
+        student,
+        {"a": Constant(1.0)},
+        {"t2i": toy_bucket()},
+        Router((Route("t2i", "a", 1.0),)),
+        optimizers,
+        ema,
+        params,
+        euler_grid(8),
+        7,
+    ):
         rates.append(optimizers.optimizers[0].param_groups[0]["lr"])
         assert all(torch.equal(ema.shadow[name], value) for name, value in student.parameters.items())
     np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.06, 0.04, 0.02])
@@ -242,11 +298,15 @@ def test_faults_of_the_loops_numbers_are_named_together() -> None:
     assert loop_params().faults() == []
 
 
-# --- the algorithm, on real networks ------------------------------------------------------------------------------------------
+# --- the algorithm, on real networks ----------------------------------------------------------------------------------
 
 
-def tiny_run(tiny: Tiny, student: Student, fields: Mapping[str, VelocityField], routes: list[Route], params: LoopParams) -> list[Step]:
-    buckets = load_buckets(tiny.encoded, [route.capability for route in routes], read_records(tiny.teachers)[BASE].sha256)
+def tiny_run(
+    tiny: Tiny, student: Student, fields: Mapping[str, VelocityField], routes: list[Route], params: LoopParams
+) -> list[Step]:
+    buckets = load_buckets(
+        tiny.encoded, [route.capability for route in routes], read_records(tiny.teachers)[BASE].sha256
+    )
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     ema, grid = Ema(dict(student.parameters), params.ema), euler_grid(params.rollout_steps)
     return list(distill(student, fields, buckets, Router(tuple(routes)), optimizers, ema, params, grid, seed=3))
@@ -256,12 +316,16 @@ def gap(tiny: Tiny, student: Student, field: VelocityField, capability: str) -> 
     """Mean squared velocity gap on the student's own states, at draws that training does not use."""
     bucket = load_buckets(tiny.encoded, [capability], read_records(tiny.teachers)[BASE].sha256)[capability]
     condition, index = bucket.at(list(range(8))), torch.arange(8)
-    query = roll_out_to_query(student.field, noise_for(99, 0, range(8), student.backbone.latent_shape), condition, euler_grid(8), index)
+    query = roll_out_to_query(
+        student.field, noise_for(99, 0, range(8), student.backbone.latent_shape), condition, euler_grid(8), index
+    )
     with torch.no_grad():
         return float(velocity_mse(student.field(query.x_t, query.t, condition), field(query.x_t, query.t, condition)))
 
 
-@pytest.mark.parametrize(("start", "trainable"), [(BASE, "all"), (BASE, "adapter"), ("global", "all"), ("global", "adapter")])
+@pytest.mark.parametrize(
+    ("start", "trainable"), [(BASE, "all"), (BASE, "adapter"), ("global", "all"), ("global", "adapter")]
+)
 def test_a_student_equal_to_its_teacher_has_loss_exactly_zero(tiny: Tiny, start: str, trainable: str) -> None:
     backbone, fields = load_teachers(tiny.teachers, [BASE, "local", "global"])
     student = start_student(backbone, fields, start, trainable, 4, 4, seed=0)
@@ -273,7 +337,9 @@ def test_a_student_equal_to_its_teacher_has_loss_exactly_zero(tiny: Tiny, start:
 
 
 @pytest.mark.parametrize(("trainable", "rate"), [("all", 2e-3), ("adapter", 1e-2)])
-def test_distilling_closes_the_gap_to_the_teacher_on_the_students_own_states(tiny: Tiny, trainable: str, rate: float) -> None:
+def test_distilling_closes_the_gap_to_the_teacher_on_the_students_own_states(
+    tiny: Tiny, trainable: str, rate: float
+) -> None:
     backbone, fields = load_teachers(tiny.teachers, [BASE, "local"])
     student = start_student(backbone, fields, BASE, trainable, 8, 8, seed=0)
     before = gap(tiny, student, fields["local"], "local_edit")
@@ -298,7 +364,9 @@ def test_absorbing_guidance_moves_the_unguided_student_to_the_guided_field(tiny:
 def test_teachers_do_not_move_while_a_student_on_the_same_base_trains(tiny: Tiny) -> None:
     backbone, fields = load_teachers(tiny.teachers, [BASE, "local", "global"])
     student = start_student(backbone, fields, BASE, "adapter", 4, 4, seed=0)
-    before = {name: value.detach().clone() for name, value in backbone.network.state_dict().items() if ".student." not in name}
+    before = {
+        name: value.detach().clone() for name, value in backbone.network.state_dict().items() if ".student." not in name
+    }
     routes = [Route("t2i", BASE, 1.0), Route("local_edit", "local", 1.0), Route("global_edit", "global", 1.0)]
     steps = tiny_run(tiny, student, fields, routes, loop_params(steps=12, batch=2))
     assert len({step.teacher for step in steps}) > 1

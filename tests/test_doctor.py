@@ -43,7 +43,14 @@ def test_what_is_well_is_said_in_one_line_each(project: Path, s3: str, capsys: p
     assert lines[-1] == "nothing failed" and all(line.startswith(("ok ", "warning ")) for line in lines[:-1])
     found = findings(project)
     assert found["ledger"] == ("ok", f"{s3}/ledger: reads, writes, conditional writes")
-    assert found["published"][0] == found["dvc s3"][0] == found["clock, bucket danceopd"][0] == found["rights"][0] == found["python"][0] == "ok"
+    assert (
+        found["published"][0]
+        == found["dvc s3"][0]
+        == found["clock, bucket danceopd"][0]
+        == found["rights"][0]
+        == found["python"][0]
+        == "ok"
+    )
     assert "inside the project" in found["mlflow"][1] and "PREFECT_API_URL is not set" in found["prefect"][1]
     assert found["code"][0] == found["teachers"][0] == "warning"
     assert store.list_objects(s3) == []  # no probe is left
@@ -79,7 +86,14 @@ def without_rights(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
 
 
 def with_a_tampered_ledger(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
-    decision: dict[str, Any] = {"time": "t", "action": "promote", "actor": "ann", "reason": "r", "version": "1", "to_version": "1"}
+    decision: dict[str, Any] = {
+        "time": "t",
+        "action": "promote",
+        "actor": "ann",
+        "reason": "r",
+        "version": "1",
+        "to_version": "1",
+    }
     ledger.append(f"{s3}/ledger", [], **decision, **dict.fromkeys(("from_version", "previous", "verdict", "weights")))
     content, etag = store.read(f"{s3}/ledger/000001.json")
     store.replace(f"{s3}/ledger/000001.json", content.replace(b"ann", b"bob"), etag)
@@ -109,7 +123,13 @@ CASES: list[tuple[Harm, str, str]] = [
 
 @pytest.mark.parametrize(("harm", "what", "words"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_what_would_break_a_run_is_named(
-    project: Path, s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: Harm, what: str, words: str
+    project: Path,
+    s3: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    harm: Harm,
+    what: str,
+    words: str,
 ) -> None:
     harm(monkeypatch, s3)
     assert doctor.cli([]) == 1
@@ -118,7 +138,9 @@ def test_what_would_break_a_run_is_named(
     assert "hidden" not in line
 
 
-def test_a_store_that_keeps_its_objects_for_good_suits_the_ledger(project: Path, s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_keeps_its_objects_for_good_suits_the_ledger(
+    project: Path, s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An append-only ledger needs no right to remove, so its lack is no fault."""
 
     def refuse(uri: str) -> None:
@@ -131,7 +153,10 @@ def test_a_store_that_keeps_its_objects_for_good_suits_the_ledger(project: Path,
 
 def test_a_prefect_server_is_asked_with_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers as of 3.8, from a stand-in: the real one takes half a minute to start."""
-    answers = {"/api/admin/version": b'"3.8.8"', "/api/work_pools/filter": b'[{"name": "local", "status": "NOT_READY"}]'}
+    answers = {
+        "/api/admin/version": b'"3.8.8"',
+        "/api/work_pools/filter": b'[{"name": "local", "status": "NOT_READY"}]',
+    }
 
     def get(url: str, authorization: str | None = None, body: Any = None) -> tuple[int, bytes, str]:
         path = url.removeprefix("http://127.0.0.1:4200")
@@ -140,7 +165,9 @@ def test_a_prefect_server_is_asked_with_its_password(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "_get", get)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     monkeypatch.delenv("PREFECT_API_AUTH_STRING", raising=False)
-    assert [(one.status, "set PREFECT_API_AUTH_STRING" in one.text) for one in doctor._prefect(Path())] == [("FAILED", True)]
+    assert [(one.status, "set PREFECT_API_AUTH_STRING" in one.text) for one in doctor._prefect(Path())] == [
+        ("FAILED", True)
+    ]
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:pass")
     version, pools = doctor._prefect(Path())
     assert version.status == "ok" and "server 3.8.8" in version.text

@@ -1,4 +1,6 @@
-"""Property: batches, merging, recomputation and late reading change no result beyond rounding; the plain path is the step that all must equal."""
+"""Property: batches, merging, recomputation and late reading change no result beyond rounding; the plain path is the
+step that all must equal.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +60,28 @@ def micro_case() -> Case:
 def zimage_case() -> Case:
     """Z-Image's class and call, small."""
     config = {
-        "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 24, "axes_dims": [4, 6, 6], "axes_lens": [64, 16, 16],
-    }  # fmt: skip
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 24,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [64, 16, 16],
+    }
     real, tiny = SPEED_CASES["zimage"](512), CASES["sd3"]
-    shapes = {"latent_shape": (16, 4, 4), "tokens": 3, "widths": (24, 1), "rank": 4, "teachers": 2, "batch": 5, "rollout_steps": 6}
-    return replace(real, name="tiny zimage", network=lambda: ZImageTransformer2DModel(**config), execution=tiny.execution, **shapes)  # type: ignore[arg-type]
+    shapes = {
+        "latent_shape": (16, 4, 4),
+        "tokens": 3,
+        "widths": (24, 1),
+        "rank": 4,
+        "teachers": 2,
+        "batch": 5,
+        "rollout_steps": 6,
+    }
+    return replace(
+        real, name="tiny zimage", network=lambda: ZImageTransformer2DModel(**config), execution=tiny.execution, **shapes
+    )  # type: ignore[arg-type]
 
 
 CASES = {"micro": micro_case(), "sd3": sd3_case("tiny sd3", 32, 2, 4, 3, 4, 5, None, 6)}
@@ -91,19 +110,39 @@ def gradients(student: Student) -> dict[str, torch.Tensor]:
 
 
 def one_step(
-    s: Setting, execution: Execution = WHOLE_BATCH, compute: Any = accumulate, params: LoopParams = PARAMS, index: int = 0
+    s: Setting,
+    execution: Execution = WHOLE_BATCH,
+    compute: Any = accumulate,
+    params: LoopParams = PARAMS,
+    index: int = 0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     for parameter in s.student.parameters.values():
         parameter.grad = None
     plan = plan_step(params, ROUTER, s.buckets, 3, index)
-    losses, _ = compute(s.student, s.teachers[plan.route.teacher], s.buckets[plan.route.capability], plan, range(params.batch), params, GRID, 3, execution)
+    losses, _ = compute(
+        s.student,
+        s.teachers[plan.route.teacher],
+        s.buckets[plan.route.capability],
+        plan,
+        range(params.batch),
+        params,
+        GRID,
+        3,
+        execution,
+    )
     return losses, gradients(s.student)
 
 
-def same(a: tuple[torch.Tensor, dict[str, torch.Tensor]], b: tuple[torch.Tensor, dict[str, torch.Tensor]], tolerance: float = 1e-6) -> None:
+def same(
+    a: tuple[torch.Tensor, dict[str, torch.Tensor]],
+    b: tuple[torch.Tensor, dict[str, torch.Tensor]],
+    tolerance: float = 1e-6,
+) -> None:
     torch.testing.assert_close(a[0], b[0], rtol=tolerance, atol=tolerance)
     for name, gradient in a[1].items():
-        torch.testing.assert_close(gradient, b[1][name], rtol=10 * tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, b[1][name], rtol=10 * tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +179,11 @@ def test_batches_merging_and_recomputation_change_rounding_alone(name: str) -> N
 def test_a_merged_adapter_answers_as_the_unmerged_and_leaves_no_trace() -> None:
     s = setting("sd3")
     before = {name: value.clone() for name, value in s.student.network.state_dict().items()}
-    x, t, condition = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((3,), 0.5), s.buckets["t2i"].at([0, 1, 2])
+    x, t, condition = (
+        torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.full((3,), 0.5),
+        s.buckets["t2i"].at([0, 1, 2]),
+    )
     with torch.no_grad():
         expected = s.student.field(x, t, condition)
         with merged_adapter(s.student.network, s.student.adapter):
@@ -156,9 +199,16 @@ def test_a_merged_adapter_answers_as_the_unmerged_and_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_rollouts_change_rounding_alone_and_nothing_is_compiled_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = torch._dynamo.testing.CompileCounter()  # traces and guards as in earnest, and runs what was traced without making kernels of it
-    monkeypatch.setattr("model.compute.execution.compiled_forward", cache(lambda kind: torch.compile(kind.forward, dynamic=True, backend=counter)))
+def test_compiled_rollouts_change_rounding_alone_and_nothing_is_compiled_twice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = (
+        torch._dynamo.testing.CompileCounter()
+    )  # traces and guards as in earnest, and runs what was traced without making kernels of it
+    monkeypatch.setattr(
+        "model.compute.execution.compiled_forward",
+        cache(lambda kind: torch.compile(kind.forward, dynamic=True, backend=counter)),
+    )
     s, fast = setting(name), replace(WHOLE_BATCH, merged=True, compiled_rollout=True, rollout_batch=3)
     for index in range(2):
         same(one_step(s, fast, index=index), one_step(s, index=index))
@@ -182,7 +232,9 @@ def test_in_bf16_equal_weights_give_loss_zero_and_the_rest_is_near() -> None:
     s = setting("sd3")
     half = replace(WHOLE_BATCH, dtype=torch.bfloat16)
     exact, rounded = one_step(s), one_step(s, half)
-    torch.testing.assert_close(rounded[0], exact[0], rtol=0.1, atol=0.02)  # bfloat16 has 8 bits; a rollout of 6 steps adds them up
+    torch.testing.assert_close(
+        rounded[0], exact[0], rtol=0.1, atol=0.02
+    )  # bfloat16 has 8 bits; a rollout of 6 steps adds them up
     with torch.no_grad():
         for key, value in s.student.parameters.items():
             if "lora_B" in key:
@@ -190,22 +242,31 @@ def test_in_bf16_equal_weights_give_loss_zero_and_the_rest_is_near() -> None:
     own = replace(s, teachers=dict.fromkeys(s.teachers, s.student.field))
     for execution in (half, replace(half, micro_batch=2)):
         losses, found = one_step(own, execution)
-        assert torch.equal(losses, torch.zeros_like(losses)) and all(torch.equal(g, torch.zeros_like(g)) for g in found.values())
+        assert torch.equal(losses, torch.zeros_like(losses)) and all(
+            torch.equal(g, torch.zeros_like(g)) for g in found.values()
+        )
 
 
 def test_evaluations_are_counted_at_the_networks_and_equal_the_floor() -> None:
     s = setting("sd3")
     guided: dict[str, VelocityField] = {name: Guided(field, 2.0) for name, field in s.teachers.items()}
     for teachers, each in ((s.teachers, 1), (guided, 2)):
-        optimizers, ema = build_optimizer("adamw", s.student.parameters.items(), 1e-3), Ema(dict(s.student.parameters), 0.0)
+        optimizers, ema = (
+            build_optimizer("adamw", s.student.parameters.items(), 1e-3),
+            Ema(dict(s.student.parameters), 0.0),
+        )
         execution = replace(WHOLE_BATCH, micro_batch=2, rollout_batch=3, merged=True)
         for step in distill(s.student, teachers, s.buckets, ROUTER, optimizers, ema, PARAMS, GRID, 3, 0, execution):
             assert step.evaluations == step.floor == sum(step.plan.query) + PARAMS.batch * (1 + each)
-            s.student.field(torch.zeros(1, 16, 4, 4), torch.ones(1), s.buckets["t2i"].at([0]))  # the caller's own question is not the step's
+            s.student.field(
+                torch.zeros(1, 16, 4, 4), torch.ones(1), s.buckets["t2i"].at([0])
+            )  # the caller's own question is not the step's
     counter = EvaluationCounter([s.student.network])
     recompute_blocks(s.student.network, 2)
     one_step(s, compute=accumulate_plain)
-    assert counter.take() == PARAMS.batch * (6 + 2)  # the plain path: all rollout steps, teacher and student; recomputed blocks are no evaluations
+    assert counter.take() == PARAMS.batch * (
+        6 + 2
+    )  # the plain path: all rollout steps, teacher and student; recomputed blocks are no evaluations
     counter.close()
     recompute_blocks(s.student.network, 0)
 
@@ -237,7 +298,9 @@ def test_rows_of_several_shapes_are_computed_apart_and_weigh_the_same() -> None:
     torch.testing.assert_close(together[0], one_step(s, replace(WHOLE_BATCH, micro_batch=1))[0], rtol=1e-6, atol=1e-6)
     shapes = {slot: mixed.shape_of(plan.rows[slot]) for slot in range(5)}
     found = list(parts(range(5), shapes, 2, lambda slot: -plan.query[slot]))
-    assert sorted(slot for part in found for slot in part) == list(range(5)) and all(len({shapes[slot] for slot in part}) == 1 for part in found)
+    assert sorted(slot for part in found for slot in part) == list(range(5)) and all(
+        len({shapes[slot] for slot in part}) == 1 for part in found
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -245,7 +308,10 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
     def run(deferred: bool, poisoned: int | None) -> tuple[Setting, Ema, Any, int | None]:
         s = setting("sd3")
         params = replace(PARAMS, steps=5, learning_rate=1e-2, optimizer=optimizer, ema=0.9)
-        optimizers, ema = build_optimizer(optimizer, s.student.parameters.items(), 1e-2), Ema(dict(s.student.parameters), 0.9)
+        optimizers, ema = (
+            build_optimizer(optimizer, s.student.parameters.items(), 1e-2),
+            Ema(dict(s.student.parameters), 0.9),
+        )
 
         def compute(student: Student, teacher: Any, bucket: Any, plan: Plan, *others: Any) -> Any:
             losses, batch = accumulate(student, teacher, bucket, plan, *others)
@@ -254,7 +320,20 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
                 parameter.grad.fill_(float("nan"))
             return losses, batch
 
-        loop = distill(s.student, s.teachers, s.buckets, ROUTER, optimizers, ema, params, GRID, 3, 0, replace(WHOLE_BATCH, deferred=deferred), compute=compute)
+        loop = distill(
+            s.student,
+            s.teachers,
+            s.buckets,
+            ROUTER,
+            optimizers,
+            ema,
+            params,
+            GRID,
+            3,
+            0,
+            replace(WHOLE_BATCH, deferred=deferred),
+            compute=compute,
+        )
         try:
             for step in loop:
                 if step.index + 1 == poisoned and not deferred:
@@ -280,7 +359,19 @@ def test_an_exploding_gradient_stops_as_one_that_is_not_finite_does() -> None:
     optimizers, ema = build_optimizer("adamw", s.student.parameters.items(), 1e-3), Ema(dict(s.student.parameters), 0.0)
     before = {name: value.detach().clone() for name, value in s.student.parameters.items()}
     with pytest.raises(NotFinite, match=r"step 0 .*max_gradient_norm = 1e-09") as caught:
-        next(distill(s.student, s.teachers, s.buckets, ROUTER, optimizers, ema, replace(PARAMS, max_gradient_norm=1e-9), GRID, 3))
+        next(
+            distill(
+                s.student,
+                s.teachers,
+                s.buckets,
+                ROUTER,
+                optimizers,
+                ema,
+                replace(PARAMS, max_gradient_norm=1e-9),
+                GRID,
+                3,
+            )
+        )
     assert all(torch.equal(value, before[name]) for name, value in s.student.parameters.items())
     assert {"x_t.000", "target.004", "rows", "query"} <= set(caught.value.batch)
 
@@ -306,15 +397,22 @@ def test_what_fits_follows_the_memory_and_recomputes_only_when_it_must() -> None
     assert chosen(10**12).micro_batch == 64 and chosen(10 * whole, micro_batch=3).micro_batch == 3
     tight = chosen(whole // 2)
     assert tight.micro_batch >= 1 and tight.recompute == len(blocks_of(s.student.network)) == 2
-    assert chosen(whole // 2, checkpointing="never").recompute == 0 and chosen(10**12, checkpointing="always").recompute == 2
-    assert not chosen(10**12, precision="bf16").merged and chosen(10**12, precision="bf16", merge_rollout="always").merged
+    assert (
+        chosen(whole // 2, checkpointing="never").recompute == 0
+        and chosen(10**12, checkpointing="always").recompute == 2
+    )
+    assert (
+        not chosen(10**12, precision="bf16").merged and chosen(10**12, precision="bf16", merge_rollout="always").merged
+    )
     assert chosen(10**12, rollout_batch=7).rollout_batch == 7
     recompute_blocks(s.student.network, 0)
 
 
 def test_faults_of_the_execution_are_named_together() -> None:
     assert ExecutionParams(**EXECUTION).faults() == []
-    found = ExecutionParams(**{**EXECUTION, "device": "tpu", "precision": "fp8", "micro_batch": -1, "processes": 0, "attention": "fast"}).faults()
+    found = ExecutionParams(
+        **{**EXECUTION, "device": "tpu", "precision": "fp8", "micro_batch": -1, "processes": 0, "attention": "fast"}
+    ).faults()
     assert len(found) == 5 and any("'tpu'" in fault and "cuda" in fault for fault in found)
 
 
@@ -324,17 +422,28 @@ def test_instruments_leave_the_run_as_it_was() -> None:
     losses, before = one_step(s)
     values = {name: value.detach().clone() for name, value in s.student.parameters.items()}
     cosines = gradient_cosines(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, 0, WHOLE_BATCH)
-    own = gradient_cosines(s.student, dict.fromkeys(s.teachers, s.teachers["teacher0"]), s.buckets, ROUTER, params, GRID, 3, 0, WHOLE_BATCH)
+    own = gradient_cosines(
+        s.student, dict.fromkeys(s.teachers, s.teachers["teacher0"]), s.buckets, ROUTER, params, GRID, 3, 0, WHOLE_BATCH
+    )
     assert set(cosines) == {("t2i", "local_edit")} and -1 <= cosines["t2i", "local_edit"] < 0.999
     assert own["t2i", "local_edit"] == pytest.approx(1.0, abs=1e-5)  # one teacher, one batch: one gradient
     gaps = held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH)
-    assert gaps == held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH) and min(gaps.values()) > 0
+    assert (
+        gaps == held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH)
+        and min(gaps.values()) > 0
+    )
     with weights_of(s.student, {name: torch.zeros_like(value) for name, value in values.items()}):
         assert held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH) != gaps
     for name, parameter in s.student.parameters.items():
-        assert torch.equal(parameter, values[name]) and parameter.grad is not None and torch.equal(parameter.grad, before[name])
+        assert (
+            torch.equal(parameter, values[name])
+            and parameter.grad is not None
+            and torch.equal(parameter.grad, before[name])
+        )
     plans = [plan_step(params, ROUTER, s.buckets, 3, index) for index in range(40)]
-    assert max(row for plan in plans for row in plan.rows) == len(s.buckets["t2i"]) - 3 - 1  # held-out rows are never trained on
+    assert (
+        max(row for plan in plans for row in plan.rows) == len(s.buckets["t2i"]) - 3 - 1
+    )  # held-out rows are never trained on
     assert len(losses) == 5
 
 
@@ -342,7 +451,9 @@ def test_what_is_moved_keeps_its_values() -> None:
     condition = setting("sd3").buckets["t2i"].at([0, 1])
     there = moved(condition, torch.device("meta"))
     assert there.embeds.device.type == "meta" and there.source is None and there.embeds.shape == condition.embeds.shape
-    assert copy.copy(moved(condition.embeds, CPU)) is condition.embeds or torch.equal(moved(condition.embeds, CPU), condition.embeds)
+    assert copy.copy(moved(condition.embeds, CPU)) is condition.embeds or torch.equal(
+        moved(condition.embeds, CPU), condition.embeds
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -351,9 +462,18 @@ def test_no_step_waits_for_the_device() -> None:
     student, teachers, bucket = build(CASES["sd3"], device, 0)
     optimizers, ema = build_optimizer("adamw", student.parameters.items(), 1e-3), Ema(dict(student.parameters), 0.0)
     loop = distill(
-        student, teachers, {"t2i": bucket, "local_edit": bucket}, ROUTER, optimizers, ema, PARAMS, GRID, 3, 0,
+        student,
+        teachers,
+        {"t2i": bucket, "local_edit": bucket},
+        ROUTER,
+        optimizers,
+        ema,
+        PARAMS,
+        GRID,
+        3,
+        0,
         replace(WHOLE_BATCH, device=device, deferred=True),
-    )  # fmt: skip
+    )
     next(loop)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,6 +1,8 @@
-"""Property: every promise about the curated set is really checked, a broken one is named with its rows, and a failing suite fails the stage.
+"""Property: every promise about the curated set is really checked, a broken one is named with its rows, and a failing
+suite fails the stage.
 
-Great Expectations takes many seconds to import and a second or more per suite, so few suites are run and each shows several things.
+Great Expectations takes many seconds to import and a second or more per suite, so few suites are run and each shows
+several things.
 """
 
 from __future__ import annotations
@@ -36,13 +38,20 @@ def example(name: str, pixels: int | None, folder: Path, **change: object) -> Ex
         target = f"images/{sha256_bytes(content)}.png"
         (folder / "images").mkdir(exist_ok=True)
         (folder / target).write_bytes(content)
-    base = Example(name, "train", "t2i", "colors", f"prompt {name}", None, target, {}, "a.jsonl", 1, sha256_bytes(name.encode()))
+    base = Example(
+        name, "train", "t2i", "colors", f"prompt {name}", None, target, {}, "a.jsonl", 1, sha256_bytes(name.encode())
+    )
     return replace(base, **change)  # type: ignore[arg-type]
 
 
 def good_set(folder: Path) -> list[Example]:
     edit = example("edit", 24, folder, capability="local_edit", category="color_alter")
-    return [example("one", 24, folder), example("two", None, folder), replace(edit, source=edit.target), example("scored", 24, folder, split="eval")]
+    return [
+        example("one", 24, folder),
+        example("two", None, folder),
+        replace(edit, source=edit.target),
+        example("scored", 24, folder, split="eval"),
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -51,14 +60,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def loaded(page: str) -> list[str]:
     """What a browser would fetch for this page by itself."""
-    sources = re.findall(r"<(?:script|img|source|iframe)\b[^>]*\bsrc=[\"']?([^\"'\s>]+)", page) + re.findall(r"<link\b[^>]*\bhref=[\"']?([^\"'\s>]+)", page)
+    sources = re.findall(r"<(?:script|img|source|iframe)\b[^>]*\bsrc=[\"']?([^\"'\s>]+)", page) + re.findall(
+        r"<link\b[^>]*\bhref=[\"']?([^\"'\s>]+)", page
+    )
     return sources + re.findall(r"url\(([^)]*)\)|@import ([^;]*)", page)
 
 
 def test_a_good_set_passes_and_its_pages_need_no_network(tmp_path: Path) -> None:
     found = validate_curated(good_set(tmp_path), OPTIONS, tmp_path / "docs", folder=tmp_path)
     names = [outcome["name"] for outcome in found["expectations"]]
-    assert found["success"] and found["evaluated"] == found["successful"] == len(names) == len(expectations(OPTIONS)) > 0
+    assert (
+        found["success"] and found["evaluated"] == found["successful"] == len(names) == len(expectations(OPTIONS)) > 0
+    )
     assert {"count_t2i_train", "count_local_edit_train", "count_t2i_eval"} <= set(names)
     pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "docs").iterdir()}
     assert set(pages) == {"index.html", "index.md", "validation.html", "suite.html"}
@@ -102,15 +115,34 @@ def test_every_broken_promise_is_named_with_its_rows(tmp_path: Path) -> None:
     faults = {fault.split(" ")[0]: fault for fault in caught.value.faults}
     assert set(faults) == set(expectations(options)) - {"columns"}
     named = {
-        "id_form": "../escape", "id_unique": "again", "sha256_form": "digest", "provenance": "manifest", "provenance_row": "manifest", "split_known": "split",
-        "capability_known": "capability", "category_known": "capability", "category_fits": "category", "prompt_given": "prompt", "prompt_length": "long",
-        "source_as_needed": "nosource", "images_intact": "altered!", "image_size_min": "small", "image_size_max": "large", "no_leakage": "scored2",
+        "id_form": "../escape",
+        "id_unique": "again",
+        "sha256_form": "digest",
+        "provenance": "manifest",
+        "provenance_row": "manifest",
+        "split_known": "split",
+        "capability_known": "capability",
+        "category_known": "capability",
+        "category_fits": "category",
+        "prompt_given": "prompt",
+        "prompt_length": "long",
+        "source_as_needed": "nosource",
+        "images_intact": "altered!",
+        "image_size_min": "small",
+        "image_size_max": "large",
+        "no_leakage": "scored2",
         "sha256_unique": "twin",
-    }  # fmt: skip
+    }
     for name, identifier in named.items():
-        assert re.search(r": \d+ rows, the first ", faults[name]) and identifier in faults[name].split("the first ")[1], faults[name]
+        assert (
+            re.search(r": \d+ rows, the first ", faults[name]) and identifier in faults[name].split("the first ")[1]
+        ), faults[name]
     assert "id_unique" in faults and ": 2 rows, the first again, again" in faults["id_unique"]
-    assert "observed 20" in faults["row_count"] and "at least 101" in faults["row_count"] and "observed 0" in faults["count_global_edit_eval"]
+    assert (
+        "observed 20" in faults["row_count"]
+        and "at least 101" in faults["row_count"]
+        and "observed 0" in faults["count_global_edit_eval"]
+    )
     assert "FAILS" in (tmp_path / "docs" / "index.md").read_text() and (tmp_path / "docs" / "validation.html").is_file()
 
 
@@ -122,9 +154,18 @@ def test_an_empty_set_does_not_pass_vacuously(tmp_path: Path) -> None:
 
 def test_the_stage_writes_only_what_passes(tmp_path: Path) -> None:
     styles = ("plain", "inverted", "night", "outline")
-    world = WorldParams(("circle", "square", "cross"), ("red", "green", "blue", "yellow"), ("white", "gray", "black"), styles, 3, 8)
-    collect(CollectParams("microworld", "", 0, {"t2i": 12, "local_edit": 8, "global_edit": 4}, dict.fromkeys(CATEGORIES, 1), world), out=tmp_path / "raw")
-    params = Params(24, 24, 4096, False, 24, 6, 10.0, {"t2i": 4}, {"t2i": 6, "local_edit": 4, "global_edit": 2}, "world", world)
+    world = WorldParams(
+        ("circle", "square", "cross"), ("red", "green", "blue", "yellow"), ("white", "gray", "black"), styles, 3, 8
+    )
+    collect(
+        CollectParams(
+            "microworld", "", 0, {"t2i": 12, "local_edit": 8, "global_edit": 4}, dict.fromkeys(CATEGORIES, 1), world
+        ),
+        out=tmp_path / "raw",
+    )
+    params = Params(
+        24, 24, 4096, False, 24, 6, 10.0, {"t2i": 4}, {"t2i": 6, "local_edit": 4, "global_edit": 2}, "world", world
+    )
     paths = {"raw": tmp_path / "raw", "out": tmp_path / "curated", "docs": tmp_path / "docs"}
     with pytest.raises(UserErrors, match="count_t2i_eval"):
         curate(replace(params, minimum_eval={"t2i": 7}), **paths)
@@ -138,5 +179,9 @@ def test_the_stage_writes_only_what_passes(tmp_path: Path) -> None:
     assert summary["validation"]["success"] and summary["kept"] == len(read_examples(tmp_path / "curated"))
     assert summary["rows"] == read_manifests(tmp_path / "raw").count == summary["kept"] + summary["rejected"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curated", "docs", "raw"]
-    write_manifest(tmp_path / "raw", "more.jsonl", [{"capability": "t2i", "category": "colors", "prompt": "a crimson circle", "split": "train"}])
+    write_manifest(
+        tmp_path / "raw",
+        "more.jsonl",
+        [{"capability": "t2i", "category": "colors", "prompt": "a crimson circle", "split": "train"}],
+    )
     assert curate(params, **paths)["reasons"]["unknown words"] == 1

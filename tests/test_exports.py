@@ -1,5 +1,6 @@
-"""Property: an exported student, loaded by the library concerned, answers as the student does; a form that would not be the student is refused; and it can be
-drawn from wherever it lies. Teachers that are brought along are checked against the base they are put on."""
+"""Property: an exported student, loaded by the library concerned, answers as the student does; a form that would not be
+the student is refused; and it can be drawn from wherever it lies. Teachers that are brought along are checked against
+the base they are put on."""
 
 from __future__ import annotations
 
@@ -40,13 +41,19 @@ from tests.tiny_families import CHANNELS, save_family
 RANK, ALPHA = 3, 6
 SIZE = (CHANNELS, 6, 4)  # of latents: no square
 PROMPTS = ["a red circle", "make it night and a blue cross on the background"]
-FAMILIES = {"sd3": ("sd3", False), "sd3-edit": ("sd3", True), "zimage": ("zimage", True)}  # name -> family, whether it edits
+FAMILIES = {
+    "sd3": ("sd3", False),
+    "sd3-edit": ("sd3", True),
+    "zimage": ("zimage", True),
+}  # name -> family, whether it edits
 STEPS = 4
 
 
 @dataclass(frozen=True)
 class Project:
-    """A project folder: weights/ as a user would bring them, data/teachers, and the students adapter/ (from an adapter) and whole/ (all parameters)."""
+    """A project folder: weights/ as a user would bring them, data/teachers, and the students adapter/ (from an adapter)
+    and whole/ (all parameters).
+    """
 
     root: Path
     family: str
@@ -65,7 +72,9 @@ def some_adapter(network: Any, layers: set[str], seed: int) -> Adapter:
     shapes, tensors = linear_modules(network), {}
     for slot, name in enumerate(sorted(layers)):
         out, into = shapes[name]
-        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, into, generator=torch_generator(seed, 0, slot, "A")) / into**0.5
+        tensors[f"{name}.lora_A.weight"] = (
+            torch.randn(RANK, into, generator=torch_generator(seed, 0, slot, "A")) / into**0.5
+        )
         tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, RANK, generator=torch_generator(seed, 0, slot, "B"))
     return Adapter(tensors, tuple(sorted(layers)), RANK, ALPHA, "config")
 
@@ -86,7 +95,11 @@ def bring(root: Path, family: str, edits: bool = True) -> None:
     backbone = load_backbone(root / "weights" / "base", need=("transformer",))
     write_peft(root / "weights" / "local", some_adapter(backbone.network, own_layers(backbone), seed=1))
     (root / "weights" / "global").mkdir()
-    write_comfyui(root / "weights" / "global" / "lora.safetensors", some_adapter(backbone.network, own_layers(backbone), seed=2), family)
+    write_comfyui(
+        root / "weights" / "global" / "lora.safetensors",
+        some_adapter(backbone.network, own_layers(backbone), seed=2),
+        family,
+    )
     tensors = parts.plain_state(backbone.network)
     disturb(tensors, 0.02, seed=3)
     parts.save_pipeline(root / "weights" / "whole", root / "weights" / "base", backbone.network, tensors)
@@ -98,7 +111,11 @@ def make_students(root: Path) -> None:
         backbone, fields = load_teachers(teachers, [BASE, "local"], need=("transformer",))
         student = start_student(backbone, fields, start, trainable, RANK + 1, ALPHA, seed=4)
         disturb({key: value.detach() for key, value in student.parameters.items()}, 0.02, seed=5)
-        save_student(root / name, student, {"base_sha256": read_records(teachers)[BASE].sha256, "rank": RANK + 1, "alpha": ALPHA, "teachers": {}})
+        save_student(
+            root / name,
+            student,
+            {"base_sha256": read_records(teachers)[BASE].sha256, "rank": RANK + 1, "alpha": ALPHA, "teachers": {}},
+        )
 
 
 @torch.no_grad()
@@ -113,8 +130,12 @@ def made(root: Path, family: str) -> Project:
     conditions = []
     for edits in (False, True)[: 1 + backbone.supports_edits]:
         source = noise_for(7, 0, [0, 1], shape, "source") if edits else None
-        conditions.append(condition_of(backbone.encode_prompts(PROMPTS, edits), backbone.encode_prompts([""], edits), source))
-    return Project(root, family, backbone.supports_edits, conditions, answers(conditions, NetworkField(backbone, backbone.network)))
+        conditions.append(
+            condition_of(backbone.encode_prompts(PROMPTS, edits), backbone.encode_prompts([""], edits), source)
+        )
+    return Project(
+        root, family, backbone.supports_edits, conditions, answers(conditions, NetworkField(backbone, backbone.network))
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -137,7 +158,9 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def assert_same(project: Project, model: Model, network: Any) -> None:
     """The library's network answers as the student does, and not as the base does."""
     expected = project.answers(model.student.field)
-    for found, wanted in zip(project.answers(lambda *state: model.backbone.velocity(network.eval(), *state)), expected, strict=True):
+    for found, wanted in zip(
+        project.answers(lambda *state: model.backbone.velocity(network.eval(), *state)), expected, strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert max(float((one - other).abs().max()) for one, other in zip(project.base, expected, strict=True)) > 1e-3
 
@@ -151,11 +174,20 @@ def assert_same_pictures(model: Model, pipeline: Any) -> None:
     unguided = {"sd3": 1.0, "zimage": 0.0}[model.backbone.name]
     levels = torch.linspace(1.0, 1.0 / STEPS, STEPS).tolist()
     found = pipeline(
-        prompt=list(PROMPTS), num_inference_steps=STEPS, sigmas=levels, guidance_scale=unguided, height=per * height, width=per * width, latents=noise.clone(),
-        output_type="latent", max_sequence_length=model.backbone.max_tokens,
-    ).images  # fmt: skip
+        prompt=list(PROMPTS),
+        num_inference_steps=STEPS,
+        sigmas=levels,
+        guidance_scale=unguided,
+        height=per * height,
+        width=per * width,
+        latents=noise.clone(),
+        output_type="latent",
+        max_sequence_length=model.backbone.max_tokens,
+    ).images
     condition = condition_of(model.backbone.encode_prompts(PROMPTS), model.backbone.encode_prompts([""]))
-    expected = sample_latents(model.student.field, noise, condition, euler_grid(STEPS, float(model.backbone.scheduler["shift"])))
+    expected = sample_latents(
+        model.student.field, noise, condition, euler_grid(STEPS, float(model.backbone.scheduler["shift"]))
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert float((found - noise).abs().max()) > 0.1
 
@@ -180,9 +212,16 @@ def test_diffusers_loads_the_pipeline(project: Project, student: str, tmp_path: 
     assert_same(project, model, pipeline.transformer)
     assert_same_pictures(model, pipeline)
     files = read_json(tmp_path / "out" / "export.json")["files"]
-    assert len(files) == made["files"] and "model_index.json" in files and files.keys() == {
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "export.json"
-    }  # fmt: skip
+    assert (
+        len(files) == made["files"]
+        and "model_index.json" in files
+        and files.keys()
+        == {
+            path.relative_to(tmp_path / "out").as_posix()
+            for path in (tmp_path / "out").rglob("*")
+            if path.is_file() and path.name != "export.json"
+        }
+    )
 
 
 @pytest.mark.parametrize("student", ["adapter", "whole"])
@@ -195,7 +234,11 @@ def test_diffusers_loads_the_merged_network(project: Project, student: str, tmp_
 def test_peft_loads_the_adapter(project: Project, tmp_path: Path) -> None:
     model = project.model("adapter")
     export(model, "peft", tmp_path / "out")
-    assert_same(project, model, PeftModel.from_pretrained(load_backbone(model.origin, need=("transformer",)).network, str(tmp_path / "out")))
+    assert_same(
+        project,
+        model,
+        PeftModel.from_pretrained(load_backbone(model.origin, need=("transformer",)).network, str(tmp_path / "out")),
+    )
 
 
 def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: Path) -> None:
@@ -224,10 +267,16 @@ def test_the_micro_student_is_exported_too(micro: Project, tmp_path: Path) -> No
         assert_same(micro, model, SD3Transformer2DModel.from_pretrained(str(tmp_path / "merged")))
         assert_same(micro, model, load_backbone(tmp_path / "diffusers").network)
     model = micro.model("adapter")
-    assert_same(micro, model, PeftModel.from_pretrained(load_base(micro.root / "data" / "teachers").network, str(tmp_path / "peft")))
+    assert_same(
+        micro,
+        model,
+        PeftModel.from_pretrained(load_base(micro.root / "data" / "teachers").network, str(tmp_path / "peft")),
+    )
 
 
-def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_drawn_and_depend_on_seed_and_row_alone(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = project.model("adapter", parts=("text", "vae"))
     if not project.edits:
         with pytest.raises(UserError, match="reads no source image"):
@@ -239,22 +288,50 @@ def test_images_are_drawn_and_depend_on_seed_and_row_alone(project: Project, tmp
     together = draw(model, prompts, given, batch=4, **numbers)
     assert [one.shape for one in together][::2] == [(16, 16, 3)] * 2 and together[1].shape[0] < together[1].shape[1]
     alone = draw(model, prompts, given, batch=1, **numbers)
-    assert all(int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1 for one, other in zip(together, alone, strict=True))
+    assert all(
+        int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1 for one, other in zip(together, alone, strict=True)
+    )
     assert not np.array_equal(together[0], draw(model, prompts[:1], given[:1], batch=1, **{**numbers, "seed": 4})[0])
     monkeypatch.chdir(project.root)
     Image.fromarray(picture).save(tmp_path / "source.png")
-    line = ["--model", "adapter", "--prompt", "make it night", "--source", str(tmp_path / "source.png"), "--count", "2", "--steps", "2", "--resolution", "16"]
+    line = [
+        "--model",
+        "adapter",
+        "--prompt",
+        "make it night",
+        "--source",
+        str(tmp_path / "source.png"),
+        "--count",
+        "2",
+        "--steps",
+        "2",
+        "--resolution",
+        "16",
+    ]
     assert sample.cli([*line, "--out", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.png", "001.png", "grid.png", "samples.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000.png",
+        "001.png",
+        "grid.png",
+        "samples.json",
+    ]
     with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "000.png") as first:
         assert grid.width > 3 * first.width and grid.height > first.height  # source and two answers, with their titles
 
 
 def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: Path) -> None:
-    """At its own resolution and prompt length, whatever the family's usual ones are; a size without positions is one message."""
-    backbone, fields = load_teachers(project.root / "data" / "teachers", [BASE], need=("transformer",), resolution=16, max_tokens=40)
+    """At its own resolution and prompt length, whatever the family's usual ones are; a size without positions is one
+    message.
+    """
+    backbone, fields = load_teachers(
+        project.root / "data" / "teachers", [BASE], need=("transformer",), resolution=16, max_tokens=40
+    )
     student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
-    save_student(tmp_path / "small", student, {"base_sha256": read_records(project.root / "data" / "teachers")[BASE].sha256, "rank": RANK, "alpha": ALPHA})
+    save_student(
+        tmp_path / "small",
+        student,
+        {"base_sha256": read_records(project.root / "data" / "teachers")[BASE].sha256, "rank": RANK, "alpha": ALPHA},
+    )
     model = open_model(str(tmp_path / "small"), project.root)
     assert model.backbone.max_tokens == 40
     (picture,) = draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1)
@@ -264,10 +341,28 @@ def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: P
             draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1, resolution=resolution)
 
 
-def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_exports_and_samples_the_micro_student(
+    micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(micro.root)
     assert cli(["--model", "adapter", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
-    assert sample.cli(["--model", "whole", "--prompt", "a red circle", "--prompt", "a blue square", "--out", str(tmp_path / "out"), "--steps", "2"]) == 0
+    assert (
+        sample.cli(
+            [
+                "--model",
+                "whole",
+                "--prompt",
+                "a red circle",
+                "--prompt",
+                "a blue square",
+                "--out",
+                str(tmp_path / "out"),
+                "--steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert len(read_json(tmp_path / "out" / "samples.json")["images"]) == 2
     with pytest.raises(UserError, match=r"--count = 0.*--source is given 3 times"):
         sample.cli(["--model", "whole", "--prompt", "a", "--out", "x", "--count", "0", *["--source", "s.png"] * 3])
@@ -277,10 +372,24 @@ def test_the_command_line_exports_and_samples_the_micro_student(micro: Project, 
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="this student lies on the base .* which is not here"):
         cli(["--model", "adapter", "--format", "peft", "--out", str(tmp_path / "no")])
-    assert cli(["--model", "adapter", "--format", "peft", "--out", str(tmp_path / "peft"), "--base", str(micro.root / "data/teachers/base")]) == 0
+    assert (
+        cli(
+            [
+                "--model",
+                "adapter",
+                "--format",
+                "peft",
+                "--out",
+                str(tmp_path / "peft"),
+                "--base",
+                str(micro.root / "data/teachers/base"),
+            ]
+        )
+        == 0
+    )
 
 
-# --- teachers that are brought along ----------------------------------------------------------------------------------------
+# --- teachers that are brought along ----------------------------------------------------------------------------------
 
 
 def test_teachers_brought_along_are_loaded_on_one_base(project: Project) -> None:
@@ -289,10 +398,18 @@ def test_teachers_brought_along_are_loaded_on_one_base(project: Project) -> None
     assert fields["local"].network is fields["global"].network is backbone.network is not fields["whole"].network
     records = read_records(folder)
     assert {name: (record.kind, record.rank, record.alpha) for name, record in records.items()} == {
-        BASE: ("base", 0, 0), "local": ("adapter", RANK, ALPHA), "global": ("adapter", RANK, RANK), "whole": ("full", 0, 0),
-    }  # fmt: skip
-    assert all(record.base_id == "weights/base" and record.scheduler["shift"] == 3.0 and record.precision == "float32" for record in records.values())
-    assert "vae/config.json" in records[BASE].files and not any(name.startswith("transformer/diffusion") for name in records[BASE].files)
+        BASE: ("base", 0, 0),
+        "local": ("adapter", RANK, ALPHA),
+        "global": ("adapter", RANK, RANK),
+        "whole": ("full", 0, 0),
+    }
+    assert all(
+        record.base_id == "weights/base" and record.scheduler["shift"] == 3.0 and record.precision == "float32"
+        for record in records.values()
+    )
+    assert "vae/config.json" in records[BASE].files and not any(
+        name.startswith("transformer/diffusion") for name in records[BASE].files
+    )
 
 
 def refusal(project: Project, tmp_path: Path, **changes: Any) -> str:
@@ -303,7 +420,9 @@ def refusal(project: Project, tmp_path: Path, **changes: Any) -> str:
 
 
 def test_weights_of_another_model_are_refused_with_every_fault(project: Project, tmp_path: Path) -> None:
-    """Another family's adapter, another scheduler, another base by record and by name, a lost key, a pickle, a bad hash: each one message, all at once."""
+    """Another family's adapter, another scheduler, another base by record and by name, a lost key, a pickle, a bad
+    hash: each one message, all at once.
+    """
     other = "zimage" if project.family == "sd3" else "sd3"
     save_family(tmp_path / "other", other)
     foreign = load_backbone(tmp_path / "other", need=("transformer",))
@@ -317,7 +436,9 @@ def test_weights_of_another_model_are_refused_with_every_fault(project: Project,
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, weights)
     shutil.copytree(project.root / "data" / "teachers" / "local", tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / RECORD).write_text(json.dumps({**read_json(tmp_path / "elsewhere" / RECORD), "base_sha256": "0" * 64}))
+    (tmp_path / "elsewhere" / RECORD).write_text(
+        json.dumps({**read_json(tmp_path / "elsewhere" / RECORD), "base_sha256": "0" * 64})
+    )
     kinds = {"foreign": "adapter", "short": "full", "elsewhere": "adapter", "shifted": "full"}
     wrong = {name: SourceParams("edit", kind, str(tmp_path / name), "") for name, kind in kinds.items()}
     told = refusal(project, tmp_path, **{name: wrong[name] for name in ("foreign", "short", "elsewhere")})
@@ -327,7 +448,9 @@ def test_weights_of_another_model_are_refused_with_every_fault(project: Project,
     shifted = refusal(project, tmp_path, shifted=wrong["shifted"])
     assert "shifted: scheduler" in shifted and "5.0" in shifted
     (tmp_path / "short" / "transformer" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    told = refusal(project, tmp_path, short=wrong["short"], local=SourceParams("local_edit", "adapter", "weights/local", "0" * 64))
+    told = refusal(
+        project, tmp_path, short=wrong["short"], local=SourceParams("local_edit", "adapter", "weights/local", "0" * 64)
+    )
     assert "a pickle file" in told and "the params say 0000" in told
 
 
@@ -338,8 +461,14 @@ def test_what_is_missing_is_listed_before_anything_loads(project: Project, tmp_p
 
 
 def test_a_student_can_teach_the_next_one(project: Project, tmp_path: Path) -> None:
-    """An adapter student is an adapter with its rank and alpha from student.json; one that trained all its parameters is a full checkpoint."""
-    again = {BASE: sources()[BASE], "first": SourceParams("edit", "adapter", "adapter", ""), "second": SourceParams("edit", "full", "whole", "")}
+    """An adapter student is an adapter with its rank and alpha from student.json; one that trained all its parameters
+    is a full checkpoint.
+    """
+    again = {
+        BASE: sources()[BASE],
+        "first": SourceParams("edit", "adapter", "adapter", ""),
+        "second": SourceParams("edit", "full", "whole", ""),
+    }
     assemble(again, tmp_path / "teachers", project.root)
     record = read_records(tmp_path / "teachers")["first"]
     assert (record.rank, record.alpha) == (RANK + 1, ALPHA)

@@ -1,4 +1,6 @@
-"""Property: with the same checkpoint, prompt and noise, our rollout is the library's own pipeline, step for step, for SD3 and Z-Image, T2I and edits."""
+"""Property: with the same checkpoint, prompt and noise, our rollout is the library's own pipeline, step for step, for
+SD3 and Z-Image, T2I and edits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ from model.networks.network import NetworkField
 from model.rollout import euler_grid
 from tests.tiny_families import CHANNELS, MAX_TOKENS, SHIFT, edit_config, save_family
 
-PROMPTS = ["a red circle", "a photo of two blue squares on a white background and a green cross over it", "make it night"]
+PROMPTS = [
+    "a red circle",
+    "a photo of two blue squares on a white background and a green cross over it",
+    "make it night",
+]
 STEPS = 6
 SIZE = (16, 12)  # latent, not square
 LIBRARY = {"sd3": StableDiffusion3Pipeline, "zimage": ZImagePipeline}
@@ -74,16 +80,25 @@ def theirs(pipeline: Any, **given: Any) -> list[torch.Tensor]:
 
     sigmas = torch.linspace(1.0, 1.0 / STEPS, STEPS).tolist()
     pipeline(
-        num_inference_steps=STEPS, sigmas=sigmas, height=2 * SIZE[0], width=2 * SIZE[1], latents=noise(), output_type="latent", max_sequence_length=MAX_TOKENS,
-        callback_on_step_end=keep, **given,
-    )  # fmt: skip
+        num_inference_steps=STEPS,
+        sigmas=sigmas,
+        height=2 * SIZE[0],
+        width=2 * SIZE[1],
+        latents=noise(),
+        output_type="latent",
+        max_sequence_length=MAX_TOKENS,
+        callback_on_step_end=keep,
+        **given,
+    )
     return found
 
 
 def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
     assert len(one) == len(other) == STEPS
     for step in range(STEPS):
-        torch.testing.assert_close(one[step], other[step], rtol=0, atol=1e-5, msg=lambda text, step=step: f"after step {step + 1}: {text}")
+        torch.testing.assert_close(
+            one[step], other[step], rtol=0, atol=1e-5, msg=lambda text, step=step: f"after step {step + 1}: {text}"
+        )
     assert float((one[-1] - noise()).abs().max()) > 0.1  # it went somewhere
 
 
@@ -95,7 +110,9 @@ def test_our_rollout_is_the_pipelines(folders: dict[str, Path], family: str, sca
     # Z-Image's pipeline writes guidance as pos + s (pos - neg), so its s is ours less one.
     given = scale if family == "sd3" else scale - 1.0
     pipeline = LIBRARY[family].from_pretrained(folders[family], torch_dtype=torch.float32)
-    assert_same(states(Guided(field, scale), condition, noise()), theirs(pipeline, prompt=list(PROMPTS), guidance_scale=given))
+    assert_same(
+        states(Guided(field, scale), condition, noise()), theirs(pipeline, prompt=list(PROMPTS), guidance_scale=given)
+    )
 
 
 def test_z_images_edit_is_the_multi_image_pipelines(folders: dict[str, Path]) -> None:
@@ -116,7 +133,10 @@ def test_z_images_edit_is_the_multi_image_pipelines(folders: dict[str, Path]) ->
     given = {"image": Image.new("RGB", (2 * SIZE[1], 2 * SIZE[0]))}
     _, field, condition = ours(folders["zimage"], source)
     for scale in (1.0, 3.0):
-        assert_same(states(Guided(field, scale), condition, noise()), theirs(pipeline, prompt=list(PROMPTS), guidance_scale=scale - 1.0, **given))
+        assert_same(
+            states(Guided(field, scale), condition, noise()),
+            theirs(pipeline, prompt=list(PROMPTS), guidance_scale=scale - 1.0, **given),
+        )
 
 
 def test_sd3s_edit_reads_the_source_beside_the_noise(folders: dict[str, Path]) -> None:
@@ -124,7 +144,9 @@ def test_sd3s_edit_reads_the_source_beside_the_noise(folders: dict[str, Path]) -
     source = noise(seed=1)
     _, field, condition = ours(folders["sd3-edit"], source)
     pipeline = StableDiffusion3Pipeline.from_pretrained(folders["sd3-edit"], torch_dtype=torch.float32)
-    embeds, _, pooled, _ = pipeline.encode_prompt(list(PROMPTS), None, None, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS)
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        list(PROMPTS), None, None, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS
+    )
     pipeline.scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / STEPS, STEPS).tolist())
     x, found = noise(), []
     with torch.no_grad():
@@ -146,7 +168,7 @@ def test_a_batch_of_unequal_prompts_is_its_rows(folders: dict[str, Path], family
             torch.testing.assert_close(field(x[one], t[one], condition[one]), together[one], rtol=1e-5, atol=1e-5)
 
 
-# --- refused --------------------------------------------------------------------------------------------------------------------
+# --- refused ----------------------------------------------------------------------------------------------------------
 
 
 def tensors_of(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -156,7 +178,9 @@ def tensors_of(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def lose_a_key(folder: Path) -> None:
     path, tensors = tensors_of(folder)
-    save_file({name: value for name, value in tensors.items() if "proj_out" not in name and "x_pad_token" not in name}, path)
+    save_file(
+        {name: value for name, value in tensors.items() if "proj_out" not in name and "x_pad_token" not in name}, path
+    )
 
 
 def add_a_key(folder: Path) -> None:
@@ -196,7 +220,9 @@ def hide_a_shard(folder: Path) -> None:
 
 def lead_outside(folder: Path) -> None:
     path, _ = tensors_of(folder)
-    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}))
+    path.with_name(f"{path.name}.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}})
+    )
 
 
 def change(part: str, file: str, **values: Any) -> Callable[[Path], None]:
@@ -212,17 +238,28 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle": (pickle_it, "a pickle file"),
     "shard": (hide_a_shard, "part-2.safetensors: no such file"),
     "index": (lead_outside, "beside the index"),
-    "scheduler": (change("scheduler", "scheduler_config.json", _class_name="DDIMScheduler"), "_class_name = 'DDIMScheduler'"),
-    "dynamic shift": (change("scheduler", "scheduler_config.json", use_dynamic_shifting=True), "use_dynamic_shifting = True is not followed"),
+    "scheduler": (
+        change("scheduler", "scheduler_config.json", _class_name="DDIMScheduler"),
+        "_class_name = 'DDIMScheduler'",
+    ),
+    "dynamic shift": (
+        change("scheduler", "scheduler_config.json", use_dynamic_shifting=True),
+        "use_dynamic_shifting = True is not followed",
+    ),
     "shift": (change("scheduler", "scheduler_config.json", shift=0), "shift = 0"),
     "latent channels": (change("vae", "config.json", latent_channels=CHANNELS + 1), "latent channels"),
-    "another network": (change("transformer", "config.json", _class_name="FluxTransformer2DModel"), "another family's network"),
+    "another network": (
+        change("transformer", "config.json", _class_name="FluxTransformer2DModel"),
+        "another family's network",
+    ),
     "another pipeline": (change("", "model_index.json", _class_name="FluxPipeline"), "choose a checkpoint of one of"),
 }
 
 
 @pytest.mark.parametrize("family", ["sd3-edit", "zimage"])
-def test_a_checkpoint_that_cannot_be_meant_is_refused_in_one_message(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_meant_is_refused_in_one_message(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
     """Nothing is built on it: the error comes from loading."""
     for name, (damage, message) in FAULTS.items():
         folder = tmp_path / name
@@ -237,7 +274,10 @@ def test_a_checkpoint_that_cannot_be_meant_is_refused_in_one_message(folders: di
 
 
 def test_a_widened_network_answers_as_before_and_reads_a_source(folders: dict[str, Path]) -> None:
-    narrow, wide = load_backbone(folders["sd3"], need=("transformer",)), load_backbone(folders["sd3-edit"], need=("transformer",))
+    narrow, wide = (
+        load_backbone(folders["sd3"], need=("transformer",)),
+        load_backbone(folders["sd3-edit"], need=("transformer",)),
+    )
     network, source = widen_for_edits(narrow.network), noise(seed=1)
     condition = ours(folders["sd3"])[2]
     x, t = noise(), torch.tensor([1.0, 0.6, 0.1])
@@ -266,16 +306,24 @@ def test_half_precision_networks_take_and_give_fp32(folders: dict[str, Path], fa
     assert v.dtype == torch.float32 and float(gap) < 0.05
     images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     latents = backbone.encode_image(images)
-    assert latents.dtype == torch.float32 and latents.shape == (2, CHANNELS, 8, 12) and backbone.decode(latents).shape == images.shape
+    assert (
+        latents.dtype == torch.float32
+        and latents.shape == (2, CHANNELS, 8, 12)
+        and backbone.decode(latents).shape == images.shape
+    )
     vae = backbone.vae
     raw = vae.encode(2 * images - 1).latent_dist.mode()
     torch.testing.assert_close(latents, (raw - vae.config.shift_factor) * vae.config.scaling_factor)
-    torch.testing.assert_close(backbone.decode(latents), (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        backbone.decode(latents), (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_published_sizes_are_the_published_sizes() -> None:
     """On the meta device: shapes alone. Parameters as method and model cards give them, in billions."""
     for name, billions in (("sd35-m", 2.243), ("sd35-l", 8.057), ("zimage", 6.155)):
         backbone = random_backbone(name, device="meta", edits=True)
-        assert sum(parameter.numel() for parameter in backbone.network.parameters()) / 1e9 == pytest.approx(billions, abs=1e-2)
+        assert sum(parameter.numel() for parameter in backbone.network.parameters()) / 1e9 == pytest.approx(
+            billions, abs=1e-2
+        )
         assert backbone.supports_edits and backbone.latent_shape == latent_shape(1024)

@@ -1,4 +1,5 @@
-"""Property: a tiny real checkpoint of either family goes through encode, validate, distill, absorb and sampling, T2I and edits, on one base in memory.
+"""Property: a tiny real checkpoint of either family goes through encode, validate, distill, absorb and sampling, T2I
+and edits, on one base in memory.
 
 And the student learns what its teacher does on the student's own states.
 """
@@ -31,7 +32,14 @@ from model.networks.teachers import BASE, load_base, load_teachers, read_records
 from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
 from model.route import Route, Router
-from tasks.params.sections import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params.sections import (
+    BackboneParams,
+    BenchmarkParams,
+    PretrainedParams,
+    RoutingParams,
+    SamplingParams,
+    WorldParams,
+)
 from tasks.scoring.sampling import draw_field, evaluation_set
 from tasks.stages import absorb as absorbing
 from tasks.stages import distill as distilling
@@ -85,8 +93,14 @@ def save_curated(folder: Path) -> None:
                     image, exif[0x0112] = image.rotate(90, expand=True), 6  # stored on its side
                 paths[part] = f"images/{name}-{part}.png"
                 image.save(folder / paths[part], exif=exif)
-            prompt = LONG if row == 0 else f"a {['red', 'green', 'blue'][row % 3]} circle" + " on a white background" * (row % 2)
-            examples.append(Example(name, split, capability, category, prompt, **paths, record={}, origin="tiny", row=row + 1))
+            prompt = (
+                LONG
+                if row == 0
+                else f"a {['red', 'green', 'blue'][row % 3]} circle" + " on a white background" * (row % 2)
+            )
+            examples.append(
+                Example(name, split, capability, category, prompt, **paths, record={}, origin="tiny", row=row + 1)
+            )
     write_examples(folder, examples)
 
 
@@ -98,7 +112,17 @@ def save_teachers(folder: Path, family: str, pipeline: Path) -> None:
     for name, capability, seed in (("realism", "t2i", 3), ("local", "local_edit", 4)):
         adapter = add_adapter(backbone, network, name, RANK, ALPHA, seed=seed)
         disturb({key: value for key, value in adapter.items() if "lora_B" in key}, 0.3, seed=seed)
-        save_teacher(folder / name, backbone, network, name=name, capability=capability, kind="adapter", base_sha256=base, rank=RANK, alpha=ALPHA)
+        save_teacher(
+            folder / name,
+            backbone,
+            network,
+            name=name,
+            capability=capability,
+            kind="adapter",
+            base_sha256=base,
+            rank=RANK,
+            alpha=ALPHA,
+        )
     whole = load_backbone(pipeline).network
     disturb(dict(whole.named_parameters()), 0.02, seed=5)
     save_teacher(folder / "whole", backbone, whole, name="whole", capability="t2i", kind="full", base_sha256=base)
@@ -115,33 +139,67 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def encoded(home: Home) -> dict[str, Any]:
-    return encoding.encode(encoding.Params(home.backbone, batch=3, cache=False), curated=home.curated, teachers=home.teachers, out=home.encoded)
+    return encoding.encode(
+        encoding.Params(home.backbone, batch=3, cache=False),
+        curated=home.curated,
+        teachers=home.teachers,
+        out=home.encoded,
+    )
 
 
 ROUTES = RoutingParams((Route("t2i", "realism", 1.0), Route("local_edit", "local", 1.0)))
 LOOP: dict[str, Any] = {
-    "execution": ExecutionParams(**EXECUTION), "seed": 0, "save_every": 1000, "batch": 4, "optimizer": "adamw", "schedule": "linear", "warmup": 0,
-    "decay_from": 0.5, "ema": 0.0, "clip": 1.0, "query": "low", "resume_from": "", "accept_changed": (), "keep_every": 0, "validate_every": 0, "patience": 0,
-    "cosine_every": 0, "held_out": 0, "max_gradient_norm": 0.0,
-}  # fmt: skip
+    "execution": ExecutionParams(**EXECUTION),
+    "seed": 0,
+    "save_every": 1000,
+    "batch": 4,
+    "optimizer": "adamw",
+    "schedule": "linear",
+    "warmup": 0,
+    "decay_from": 0.5,
+    "ema": 0.0,
+    "clip": 1.0,
+    "query": "low",
+    "resume_from": "",
+    "accept_changed": (),
+    "keep_every": 0,
+    "validate_every": 0,
+    "patience": 0,
+    "cosine_every": 0,
+    "held_out": 0,
+    "max_gradient_norm": 0.0,
+}
 
 
 def distil_params(home: Home, **changes: Any) -> distilling.Params:
     numbers = {
-        **LOOP, "start": BASE, "trainable": "adapter", "rank": RANK, "alpha": ALPHA, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 4,
-        "states": "on_policy", "routes_taken": "hard", "routing": ROUTES, "method": "danceopd", "query_states": 1,
-    }  # fmt: skip
+        **LOOP,
+        "start": BASE,
+        "trainable": "adapter",
+        "rank": RANK,
+        "alpha": ALPHA,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "rollout_steps": 4,
+        "states": "on_policy",
+        "routes_taken": "hard",
+        "routing": ROUTES,
+        "method": "danceopd",
+        "query_states": 1,
+    }
     return distilling.Params(backbone=home.backbone, **{**numbers, **changes})
 
 
-# --- encoded once -----------------------------------------------------------------------------------------------------------
+# --- encoded once -----------------------------------------------------------------------------------------------------
 
 
 def test_examples_keep_their_aspect_and_stand_upright(home: Home, encoded: dict[str, Any]) -> None:
     buckets = load_buckets(home.encoded, ["t2i", "local_edit"], read_records(home.teachers)[BASE].sha256)
     for bucket in buckets.values():
         shapes = [bucket.shape_of(row) for row in range(len(bucket))]
-        assert [height / width for _, height, width in shapes] == [1.0, 0.5, 2.0, 1.0] and all(channels == CHANNELS for channels, _, _ in shapes)
+        assert [height / width for _, height, width in shapes] == [1.0, 0.5, 2.0, 1.0] and all(
+            channels == CHANNELS for channels, _, _ in shapes
+        )
         assert all(height * width <= (EDGE // PIXELS) ** 2 for _, height, width in shapes)
     bucket, backbone = buckets["local_edit"], load_base(home.teachers, need=("vae",), resolution=EDGE)
     for row in (0, 2):
@@ -167,7 +225,9 @@ def test_prompts_are_what_the_backbone_reads_and_the_cut_ones_are_counted(home: 
         assert (fresh.lengths is None) == (condition.lengths is None) == (home.family == "sd3")
         if fresh.lengths is not None and fresh.segments is not None:
             assert condition.lengths is not None and condition.lengths.tolist() == fresh.lengths.tolist()
-            assert fresh.segments.shape[1] == (3 if edits else 1) and int(fresh.segments.sum()) == int(fresh.lengths.sum())
+            assert fresh.segments.shape[1] == (3 if edits else 1) and int(fresh.segments.sum()) == int(
+                fresh.lengths.sum()
+            )
     table = encoded["truncated prompts"]
     assert table["text_encoder_3" if home.family == "sd3" else "text_encoder"] >= 1
     assert encoded["aspect buckets"] == 3
@@ -183,10 +243,13 @@ def test_changed_data_encodes_only_what_is_new(home: Home, tmp_path: Path, monke
     for file in (tmp_path / "one").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     picture("another", 32, 32).save(curated / "images" / "t2i-0-target.png")
-    assert encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "three")["encoded anew"] == {"prompts": 0, "images": 1}
+    assert encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "three")["encoded anew"] == {
+        "prompts": 0,
+        "images": 1,
+    }
 
 
-# --- one base in memory -----------------------------------------------------------------------------------------------------
+# --- one base in memory -----------------------------------------------------------------------------------------------
 
 
 def storages(network: torch.nn.Module) -> set[int]:
@@ -202,10 +265,12 @@ def test_adapter_teachers_student_and_frozen_student_share_one_base(home: Home, 
     shared = [fields[BASE], fields["realism"], fields["local"], student.field, frozen]
     assert len({id(field.network) for field in shared}) == 1
     per_adapter = sum(parameter.numel() for parameter in student.parameters.values())
-    assert sum(parameter.numel() for parameter in backbone.network.parameters()) == size + 4 * per_adapter  # two teachers, the student, its frozen copy
-    assert sum(parameter.numel() for parameter in fields["whole"].network.parameters()) == size and not storages(fields["whole"].network) & storages(
-        backbone.network
-    )
+    assert (
+        sum(parameter.numel() for parameter in backbone.network.parameters()) == size + 4 * per_adapter
+    )  # two teachers, the student, its frozen copy
+    assert sum(parameter.numel() for parameter in fields["whole"].network.parameters()) == size and not storages(
+        fields["whole"].network
+    ) & storages(backbone.network)
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters.values())
     # Switching leaves nothing of one in the other.
     bucket = load_buckets(home.encoded, ["t2i"], read_records(home.teachers)[BASE].sha256)["t2i"]
@@ -214,13 +279,19 @@ def test_adapter_teachers_student_and_frozen_student_share_one_base(home: Home, 
         plain = NetworkField(load_base(home.teachers, need=TRANSFORMER), alone)(x, t, condition)
         for _ in range(2):
             assert not torch.allclose(fields["realism"](x, t, condition), plain, atol=1e-4)
-            assert torch.equal(fields[BASE](x, t, condition), student.field(x, t, condition)) and torch.equal(frozen(x, t, condition), plain)
+            assert torch.equal(fields[BASE](x, t, condition), student.field(x, t, condition)) and torch.equal(
+                frozen(x, t, condition), plain
+            )
 
 
 def test_training_never_loads_text_encoders_or_vae(home: Home) -> None:
     before = {id(value) for value in gc.get_objects() if isinstance(value, torch.nn.Module)}
     backbone, _ = load_teachers(home.teachers, [BASE, "local"], need=TRANSFORMER)
-    made = {type(value).__module__.split(".")[0] for value in gc.get_objects() if isinstance(value, torch.nn.Module) and id(value) not in before}
+    made = {
+        type(value).__module__.split(".")[0]
+        for value in gc.get_objects()
+        if isinstance(value, torch.nn.Module) and id(value) not in before
+    }
     assert "transformers" not in made and backbone.vae is None
     with pytest.raises(RuntimeError, match="not loaded"):
         backbone.encode_prompts(["a red circle"])
@@ -229,7 +300,9 @@ def test_training_never_loads_text_encoders_or_vae(home: Home) -> None:
 
 
 def test_an_offloaded_teacher_is_elsewhere_only_while_it_answers(home: Home, encoded: dict[str, Any]) -> None:
-    """On a CPU the visit is a copy: it exists during the evaluation alone, and the weights at home are never written."""
+    """On a CPU the visit is a copy: it exists during the evaluation alone, and the weights at home are never
+    written.
+    """
     _, plain = load_teachers(home.teachers, ["whole"], need=TRANSFORMER)
     _, fields = load_teachers(home.teachers, ["whole"], offload=True, need=TRANSFORMER)
     field = fields["whole"]
@@ -246,14 +319,24 @@ def test_an_offloaded_teacher_is_elsewhere_only_while_it_answers(home: Home, enc
     assert storages(field.network) == at_home
 
 
-# --- the stages -------------------------------------------------------------------------------------------------------------
+# --- the stages -------------------------------------------------------------------------------------------------------
 
 
-def test_encode_validate_distill_absorb_sample(home: Home, encoded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encode_validate_distill_absorb_sample(
+    home: Home, encoded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
-    validation = validating.Params(WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, seed=0, resamples=10, confidence=0.9, floors={})
-    validating.validate(validation, curated=home.curated, teachers=home.teachers, out=tmp_path / "validated", report=tmp_path / "validate.json")
+    validation = validating.Params(
+        WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, seed=0, resamples=10, confidence=0.9, floors={}
+    )
+    validating.validate(
+        validation,
+        curated=home.curated,
+        teachers=home.teachers,
+        out=tmp_path / "validated",
+        report=tmp_path / "validate.json",
+    )
     report = read_json(tmp_path / "validate.json")
     assert report["passed"] and set(report["teachers"]) == {BASE, "realism", "local"}
     assert len(list((tmp_path / "validated" / "images" / "local").glob("*.png"))) == 2  # the eval split's edits
@@ -261,15 +344,26 @@ def test_encode_validate_distill_absorb_sample(home: Home, encoded: dict[str, An
     summary = distilling.distill(distil_params(home), **folders, out=tmp_path / "student")
     assert summary["steps"] == 2
     fields = (absorbing.Guidance("t2i", 2.0, 1.0), absorbing.Guidance("local_edit", 1.5, 1.0))
-    absorption = absorbing.Params(backbone=home.backbone, fields=fields, steps=2, learning_rate=1e-3, rollout_steps=4, **LOOP)
+    absorption = absorbing.Params(
+        backbone=home.backbone, fields=fields, steps=2, learning_rate=1e-3, rollout_steps=4, **LOOP
+    )
     absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")
     backbone = load_base(home.teachers, **home.backbone.loading())
     student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
     evaluation = evaluation_set(read_examples(home.curated), home.curated)
-    drawn = list(draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path))
-    sizes = {example.id: Image.open(tmp_path / path).size for batch in drawn for example, path in zip(batch.examples, batch.paths, strict=True)}
+    drawn = list(
+        draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path)
+    )
+    sizes = {
+        example.id: Image.open(tmp_path / path).size
+        for batch in drawn
+        for example, path in zip(batch.examples, batch.paths, strict=True)
+    }
     assert sizes["t2i-4"] == sizes["t2i-5"] == (EDGE, EDGE)
-    assert sizes["local_edit-4"][0] == 2 * sizes["local_edit-4"][1] and 2 * sizes["local_edit-5"][0] == sizes["local_edit-5"][1]
+    assert (
+        sizes["local_edit-4"][0] == 2 * sizes["local_edit-4"][1]
+        and 2 * sizes["local_edit-5"][0] == sizes["local_edit-5"][1]
+    )
 
 
 LEARNING = {"sd3": (40, 1e-3), "zimage": (100, 4e-4)}  # steps, learning rate: the tiny Z-Image bends more
@@ -277,30 +371,54 @@ LEARNING = {"sd3": (40, 1e-3), "zimage": (100, 4e-4)}  # steps, learning rate: t
 
 @pytest.mark.parametrize("capability", ["t2i", "local_edit"])
 def test_a_student_overfits_its_teacher_on_its_own_states(home: Home, encoded: dict[str, Any], capability: str) -> None:
-    """The velocity gap to a perturbed copy of the base, on states of the student's own rollouts from noise it never saw, falls by nine tenths and more."""
+    """The velocity gap to a perturbed copy of the base, on states of the student's own rollouts from noise it never
+    saw, falls by nine tenths and more.
+    """
     backbone, fields = load_teachers(home.teachers, [BASE, "whole"], need=TRANSFORMER)
     whole = load_buckets(home.encoded, [capability], read_records(home.teachers)[BASE].sha256)[capability]
-    bucket = replace(whole, prompts=whole.prompts[:1], source=whole.source and [whole.source[0]], target=whole.target and [whole.target[0]])
-    student, grid = start_student(backbone, fields, BASE, "all", RANK, ALPHA, seed=0), euler_grid(4, backbone.scheduler["shift"])
+    bucket = replace(
+        whole,
+        prompts=whole.prompts[:1],
+        source=whole.source and [whole.source[0]],
+        target=whole.target and [whole.target[0]],
+    )
+    student, grid = (
+        start_student(backbone, fields, BASE, "all", RANK, ALPHA, seed=0),
+        euler_grid(4, backbone.scheduler["shift"]),
+    )
 
     def gap(field: NetworkField) -> float:
         total = 0.0
         for step in range(3):
-            query = roll_out_to_query(field, noise_for(77, step, range(4), bucket.shape_of(0)), bucket.at([0] * 4), grid, torch.arange(4))
+            query = roll_out_to_query(
+                field, noise_for(77, step, range(4), bucket.shape_of(0)), bucket.at([0] * 4), grid, torch.arange(4)
+            )
             with torch.no_grad():
-                total += float(velocity_mse(field(query.x_t, query.t, bucket.at([0] * 4)), fields["whole"](query.x_t, query.t, bucket.at([0] * 4))))
+                total += float(
+                    velocity_mse(
+                        field(query.x_t, query.t, bucket.at([0] * 4)),
+                        fields["whole"](query.x_t, query.t, bucket.at([0] * 4)),
+                    )
+                )
         return total
 
     before, (steps, rate) = gap(student.field), LEARNING[home.family]
     params = loop_params(steps=steps, batch=8, learning_rate=rate, decay_from=0.5, rollout_steps=4, query="uniform")
     optimizers, ema = build_optimizer("adamw", student.parameters.items(), rate), Ema(dict(student.parameters), 0.0)
     router = Router((Route(capability, "whole", 1.0),))
-    losses = [step.loss for step in distill(student, {"whole": fields["whole"]}, {capability: bucket}, router, optimizers, ema, params, grid, seed=0)]
+    losses = [
+        step.loss
+        for step in distill(
+            student, {"whole": fields["whole"]}, {capability: bucket}, router, optimizers, ema, params, grid, seed=0
+        )
+    ]
     after = gap(student.field)
-    assert before > 1e-4 and after <= 0.1 * before, f"gap {before:.5f} -> {after:.5f}, loss {losses[0]:.5f} -> {losses[-1]:.5f}"
+    assert before > 1e-4 and after <= 0.1 * before, (
+        f"gap {before:.5f} -> {after:.5f}, loss {losses[0]:.5f} -> {losses[-1]:.5f}"
+    )
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------------
+# --- refused ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_base_that_reads_no_source_refuses_edits(tmp_path: Path) -> None:
@@ -308,13 +426,29 @@ def test_a_base_that_reads_no_source_refuses_edits(tmp_path: Path) -> None:
     save_teachers(narrow.teachers, "sd3", save_family(tmp_path / "pipeline", "sd3", wide=False))
     save_curated(narrow.curated)
     with pytest.raises(UserError, match="reads no source image"):
-        encoding.encode(encoding.Params(narrow.backbone, batch=3, cache=False), curated=narrow.curated, teachers=narrow.teachers, out=narrow.encoded)
+        encoding.encode(
+            encoding.Params(narrow.backbone, batch=3, cache=False),
+            curated=narrow.curated,
+            teachers=narrow.teachers,
+            out=narrow.encoded,
+        )
     sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
     numbers: dict[str, Any] = {"seed": 0, "resamples": 10, "confidence": 0.9}
-    validation = validating.Params(WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, **numbers, floors={"local": 1.0})
+    validation = validating.Params(
+        WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, **numbers, floors={"local": 1.0}
+    )
     with pytest.raises(UserErrors) as caught:
-        validating.validate(validation, curated=narrow.curated, teachers=narrow.teachers, out=tmp_path / "out", report=tmp_path / "report.json")
-    assert sum("'local_edit' edits" in fault for fault in caught.value.faults) == 1 and sum("floors.local" in fault for fault in caught.value.faults) == 1
+        validating.validate(
+            validation,
+            curated=narrow.curated,
+            teachers=narrow.teachers,
+            out=tmp_path / "out",
+            report=tmp_path / "report.json",
+        )
+    assert (
+        sum("'local_edit' edits" in fault for fault in caught.value.faults) == 1
+        and sum("floors.local" in fault for fault in caught.value.faults) == 1
+    )
     edit_config(tmp_path / "teachers" / "local" / "teacher.json", latent_shape=[CHANNELS + 1, 12, 12])
     with pytest.raises(UserErrors, match="latent_shape"):
         load_teachers(narrow.teachers, ["local"])

@@ -1,4 +1,6 @@
-"""Property: guidance and soft targets are plain combinations of fields, exactly; dropping the prompt keeps the image that an edit starts from."""
+"""Property: guidance and soft targets are plain combinations of fields, exactly; dropping the prompt keeps the image
+that an edit starts from.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def condition(rows: int = 3, source: bool = True) -> Condition:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    return Condition(normal(rows, 5, 4), normal(rows, 4), normal(5, 4), normal(4), normal(rows, 2, 3, 3) if source else None)
+    return Condition(
+        normal(rows, 5, 4), normal(rows, 4), normal(5, 4), normal(4), normal(rows, 2, 3, 3) if source else None
+    )
 
 
 def field(x_t: torch.Tensor, t: torch.Tensor, c: Condition) -> torch.Tensor:
@@ -78,7 +82,9 @@ def test_the_mean_weighs_its_fields() -> None:
 def test_loss_is_the_mean_square_over_all_elements() -> None:
     assert float(velocity_mse(torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0))) == 9.0
     assert float(velocity_mse(X_T, X_T.clone())) == 0.0
-    halves = torch.tensor([256.0, 257.0], dtype=torch.float16)  # their squared gap is 1, which half precision of the squares would lose
+    halves = torch.tensor(
+        [256.0, 257.0], dtype=torch.float16
+    )  # their squared gap is 1, which half precision of the squares would lose
     assert float(velocity_mse(halves[:1], halves[1:])) == 1.0
 
 

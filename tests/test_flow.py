@@ -1,4 +1,6 @@
-"""The deployment `distill/prod` runs the whole job on a real Prefect server and worker, and a run that cannot succeed says why in its state."""
+"""The deployment `distill/prod` runs the whole job on a real Prefect server and worker, and a run that cannot succeed
+says why in its state.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,14 @@ class Stack:
 
     def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        return subprocess.run(command, cwd=self.project, env=self.environment, capture_output=True, text=True, timeout=540, check=False)
+        return subprocess.run(
+            command, cwd=self.project, env=self.environment, capture_output=True, text=True, timeout=540, check=False
+        )
 
     def find(self, kind: str, **query: Any) -> list[dict[str, Any]]:
-        request = urllib.request.Request(f"{self.api}/{kind}/filter", json.dumps(query).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.api}/{kind}/filter", json.dumps(query).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             found: list[dict[str, Any]] = json.loads(answer.read())
         return found
@@ -53,12 +59,18 @@ class Stack:
 
 def copy_project(folder: Path) -> Path:
     """What git knows or would add, as a repository with one commit: the same as a fresh clone."""
-    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (PROJECT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, folder / name)
-    for command in (["init", "--quiet"], ["add", "--all"], ["-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "copy"]):
+    for command in (
+        ["init", "--quiet"],
+        ["add", "--all"],
+        ["-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "copy"],
+    ):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
@@ -88,15 +100,27 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     shorten(project / "params.yaml")
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    clean = {name: value for name, value in os.environ.items() if name not in defaults() and not name.startswith(("PREFECT_", "MLFLOW_", "DANCEOPD_"))}
-    environment = {**clean, **defaults(project), "PREFECT_API_URL": api, "PREFECT_WORKER_HEARTBEAT_SECONDS": "5", "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in defaults() and not name.startswith(("PREFECT_", "MLFLOW_", "DANCEOPD_"))
+    }
+    environment = {
+        **clean,
+        **defaults(project),
+        "PREFECT_API_URL": api,
+        "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+    }
     started: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
         log = folder / f"{name}.log"
         with log.open("wb") as file:
             command = [sys.executable, "-m", "prefect", *arguments]
-            process = subprocess.Popen(command, cwd=project, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=project, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
         started.append(process)
         return process, log
 
@@ -136,14 +160,31 @@ def test_the_deployment_runs_the_whole_job(stack: Stack) -> None:
     tasks = stack.find("task_runs", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
     names = [task["name"].rsplit("-", 1)[0] for task in tasks]
     stages = [stage for stage in STAGES if stage != "teachers"]
-    assert names == ["checkout", "preflight", "fetch_teachers", *stages, "push", "benchmark-geneval", "benchmark-gedit", "gate", "register", "close"]
+    assert names == [
+        "checkout",
+        "preflight",
+        "fetch_teachers",
+        *stages,
+        "push",
+        "benchmark-geneval",
+        "benchmark-gedit",
+        "gate",
+        "register",
+        "close",
+    ]
     assert {task["state_type"] for task in tasks} == {"COMPLETED"}
 
-    artifacts = {artifact["key"]: artifact for artifact in stack.find("artifacts", flow_runs={"id": {"any_": [run["id"]]}})}
-    assert {"scorecard-geneval", "scorecard-gedit", "scorecard-retention", "verdict", "report", "registration"} <= set(artifacts)
+    artifacts = {
+        artifact["key"]: artifact for artifact in stack.find("artifacts", flow_runs={"id": {"any_": [run["id"]]}})
+    }
+    assert {"scorecard-geneval", "scorecard-gedit", "scorecard-retention", "verdict", "report", "registration"} <= set(
+        artifacts
+    )
     scorecard = json.loads((stack.project / "reports" / "scorecard.json").read_text(encoding="utf-8"))
     shown = {row["metric"]: row["mean"] for row in json.loads(artifacts["scorecard-geneval"]["data"])}
-    assert shown == {path: metric["mean"] for path, metric in scorecard["metrics"].items() if path.startswith("geneval/")}
+    assert shown == {
+        path: metric["mean"] for path, metric in scorecard["metrics"].items() if path.startswith("geneval/")
+    }
     verdict = json.loads((stack.project / "reports" / "verdict.json").read_text(encoding="utf-8"))
     assert all(rule["rule"] in artifacts["verdict"]["data"] for rule in verdict["rules"])
     assert verdict["passed"] == (run["state_name"] == "Completed")

@@ -1,4 +1,6 @@
-"""The gate: every rule passes and fails where it should, no missing or infinite number ever passes, and a refusal names all its reasons with numbers."""
+"""The gate: every rule passes and fails where it should, no missing or infinite number ever passes, and a refusal names
+all its reasons with numbers.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ CLEAN = {
     "git.changed": [],
     "params.sha256": "p",
     "dvc.curated.md5": "c.dir",
-    "files": {path: {"now": "x", "recorded": "x"} for path in (gate.SCORECARD_FILE, gate.VALIDATE_FILE, gate.CHECKPOINT_FOLDER)},
+    "files": {
+        path: {"now": "x", "recorded": "x"}
+        for path in (gate.SCORECARD_FILE, gate.VALIDATE_FILE, gate.CHECKPOINT_FOLDER)
+    },
 }
 STRICT = replace(PARAMS, allow_unversioned=False)
 
@@ -75,7 +80,11 @@ def test_a_good_candidate_passes_every_rule_with_or_without_a_champion() -> None
 
 @pytest.mark.parametrize(
     ("path", "rule", "bound"),
-    [("geneval/overall", "floor/geneval/overall", 0.7), ("gedit/average", "floor/gedit/average", 7.0), ("retention/local_edit", "retention/local_edit", 0.9)],
+    [
+        ("geneval/overall", "floor/geneval/overall", 0.7),
+        ("gedit/average", "floor/gedit/average", 7.0),
+        ("retention/local_edit", "retention/local_edit", 0.9),
+    ],
 )
 def test_a_floor_is_passed_when_equalled_and_failed_just_below(path: str, rule: str, bound: float) -> None:
     assert rule not in failing(judged(with_metric(path, mean=bound)))
@@ -108,7 +117,11 @@ def test_a_missing_metric_is_incomplete_and_named(path: str) -> None:
 def test_scores_of_a_judge_that_left_out_too_much_do_not_pass() -> None:
     def graded(coverage: Any, answered_by: str = "judge-2026-01-01") -> dict[str, Any]:
         card = scorecard()
-        card["identities"]["gedit"] = {"judge": {"model": "judge", "answered_by": answered_by}, "coverage": coverage, "statuses": {"ok": 336}}
+        card["identities"]["gedit"] = {
+            "judge": {"model": "judge", "answered_by": answered_by},
+            "coverage": coverage,
+            "statuses": {"ok": 336},
+        }
         return card
 
     assert failing(judged(graded(0.99))) == set()
@@ -141,7 +154,8 @@ def test_only_the_capabilities_asked_for_must_be_there() -> None:
 
 def test_regression_is_a_fall_beyond_the_interval() -> None:
     champion = scorecard(geneval=0.85)
-    # Two standard errors of 0.01: the 95 % interval of the difference is 1.96 * sqrt(2) * 0.01 = 0.0277 wide on each side.
+    # Two standard errors of 0.01: the 95 % interval of the difference is 1.96 * sqrt(2) * 0.01 = 0.0277 wide on each
+    # side.
     assert failing(judged(scorecard(geneval=0.85 - 0.0277), champion=champion)) == set()
     assert failing(judged(scorecard(geneval=0.85 - 0.0278), champion=champion)) == {"regression/geneval/overall"}
 
@@ -149,15 +163,21 @@ def test_regression_is_a_fall_beyond_the_interval() -> None:
 def test_the_paired_comparison_is_preferred_to_the_intervals() -> None:
     paired = {"geneval/overall": {"difference": -0.01, "low": -0.015, "high": -0.005, "p": 0.001, "n": 320}}
     assert failing(judged(scorecard(0.79), champion=scorecard(0.80))) == set()
-    assert failing(judged(scorecard(0.79), champion=scorecard(0.80), comparison=paired)) == {"regression/geneval/overall"}
+    assert failing(judged(scorecard(0.79), champion=scorecard(0.80), comparison=paired)) == {
+        "regression/geneval/overall"
+    }
     paired["geneval/overall"]["high"] = 0.0
     assert failing(judged(scorecard(0.79), champion=scorecard(0.80), comparison=paired)) == set()
     paired["geneval/overall"]["high"] = math.nan
-    assert failing(judged(scorecard(0.79), champion=scorecard(0.80), comparison=paired)) == {"regression/geneval/overall"}
+    assert failing(judged(scorecard(0.79), champion=scorecard(0.80), comparison=paired)) == {
+        "regression/geneval/overall"
+    }
 
 
 def test_a_missing_standard_error_is_no_proof_of_no_regression() -> None:
-    assert "regression/geneval/overall" in failing(judged(with_metric("geneval/overall", stderr=math.nan), champion=scorecard()))
+    assert "regression/geneval/overall" in failing(
+        judged(with_metric("geneval/overall", stderr=math.nan), champion=scorecard())
+    )
 
 
 def test_losing_a_benchmark_that_the_champion_has_is_a_regression() -> None:
@@ -193,17 +213,39 @@ def test_scores_from_another_benchmark_or_sampling_are_not_comparable(name: str)
 @pytest.mark.parametrize(
     ("change", "rule", "excuse"),
     [
-        ({"git.known": False, "git.sha": None, "git.reason": "not a git repository"}, "provenance/git", "allow_unversioned"),
+        (
+            {"git.known": False, "git.sha": None, "git.reason": "not a git repository"},
+            "provenance/git",
+            "allow_unversioned",
+        ),
         ({"git.dirty": True, "git.changed": ["model/distill.py"]}, "provenance/git", "allow_dirty"),
         ({"params.sha256": None}, "provenance/params", None),
         ({"dvc.curated.md5": None}, "provenance/data", "allow_unversioned"),
-        ({"files": {**CLEAN["files"], gate.SCORECARD_FILE: {"now": "y", "recorded": "x"}}}, "provenance/scorecard", None),
-        ({"files": {**CLEAN["files"], gate.CHECKPOINT_FOLDER: {"now": "y", "recorded": "x"}}}, "provenance/weights", None),
-        ({"files": {**CLEAN["files"], gate.CHECKPOINT_FOLDER: {"now": "y", "recorded": None}}}, "provenance/weights", "allow_unversioned"),
-        ({"files": {**CLEAN["files"], gate.VALIDATE_FILE: {"now": None, "recorded": "x"}}}, "provenance/validate", None),
+        (
+            {"files": {**CLEAN["files"], gate.SCORECARD_FILE: {"now": "y", "recorded": "x"}}},
+            "provenance/scorecard",
+            None,
+        ),
+        (
+            {"files": {**CLEAN["files"], gate.CHECKPOINT_FOLDER: {"now": "y", "recorded": "x"}}},
+            "provenance/weights",
+            None,
+        ),
+        (
+            {"files": {**CLEAN["files"], gate.CHECKPOINT_FOLDER: {"now": "y", "recorded": None}}},
+            "provenance/weights",
+            "allow_unversioned",
+        ),
+        (
+            {"files": {**CLEAN["files"], gate.VALIDATE_FILE: {"now": None, "recorded": "x"}}},
+            "provenance/validate",
+            None,
+        ),
     ],
 )
-def test_unknown_origin_fails_unless_it_is_allowed_by_name(change: dict[str, Any], rule: str, excuse: str | None) -> None:
+def test_unknown_origin_fails_unless_it_is_allowed_by_name(
+    change: dict[str, Any], rule: str, excuse: str | None
+) -> None:
     origin = {**CLEAN, **change}
     assert failing(judged(scorecard(), origin=origin)) == {rule}
     everything = replace(STRICT, allow_dirty=True, allow_unversioned=True)
@@ -223,7 +265,13 @@ def test_models_without_a_digest_fail(identity: str) -> None:
 def test_all_reasons_are_given_at_once_with_their_numbers() -> None:
     verdict = judged(scorecard(geneval=0.1, gedit=1.0, retention=0.1), champion=scorecard())
     assert failing(verdict) == {
-        *("floor/geneval/overall", "floor/gedit/average", "retention/t2i", "retention/local_edit", "retention/global_edit"),
+        *(
+            "floor/geneval/overall",
+            "floor/gedit/average",
+            "retention/t2i",
+            "retention/local_edit",
+            "retention/global_edit",
+        ),
         *("regression/geneval/overall", "regression/gedit/average"),
     }
     for rule in verdict["rules"]:
@@ -232,7 +280,10 @@ def test_all_reasons_are_given_at_once_with_their_numbers() -> None:
             assert rule["value"] is not None and rule["bound"] is not None
 
 
-@pytest.mark.parametrize("card", [{}, {"metrics": None}, {"metrics": {"geneval/overall": 0.9}}, {"metrics": [], "identities": "x", "benchmarks": 3}])
+@pytest.mark.parametrize(
+    "card",
+    [{}, {"metrics": None}, {"metrics": {"geneval/overall": 0.9}}, {"metrics": [], "identities": "x", "benchmarks": 3}],
+)
 def test_a_malformed_scorecard_is_refused_not_a_crash(card: dict[str, Any]) -> None:
     assert judged(card, champion=scorecard())["passed"] is False
     assert gate.Verdict(()).passed is False
@@ -240,7 +291,15 @@ def test_a_malformed_scorecard_is_refused_not_a_crash(card: dict[str, Any]) -> N
 
 def test_params_faults_are_all_named() -> None:
     assert PARAMS.faults() == []
-    bad = replace(PARAMS, capabilities=("t2l",), floors={"geneval/total": math.nan}, compared=("x",), alpha=1.0, min_prompts={"genval": 3}, resamples=0)
+    bad = replace(
+        PARAMS,
+        capabilities=("t2l",),
+        floors={"geneval/total": math.nan},
+        compared=("x",),
+        alpha=1.0,
+        min_prompts={"genval": 3},
+        resamples=0,
+    )
     text = "\n".join(bad.faults())
     for word in ("t2l", "geneval/total", "'x'", "alpha", "genval", "resamples", "finite"):
         assert word in text
@@ -250,7 +309,11 @@ def test_params_faults_are_all_named() -> None:
 
 
 def git(project: Path, *arguments: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(project), *arguments], check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(project), *arguments],
+        check=True,
+        capture_output=True,
+    )
 
 
 def test_git_state_knows_a_clean_a_changed_and_a_foreign_folder(tmp_path: Path) -> None:
@@ -276,11 +339,18 @@ def test_git_state_knows_a_clean_a_changed_and_a_foreign_folder(tmp_path: Path) 
 def test_a_folders_hash_is_dvcs_own_and_a_changed_weight_is_noticed(tmp_path: Path) -> None:
     project = candidates.new_project(tmp_path / "project")
     (project / ".dvc").mkdir()
-    (project / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n")
-    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", gate.CHECKPOINT_FOLDER], cwd=project, check=True, capture_output=True)
+    (project / ".dvc" / "config").write_text(
+        "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "-q", gate.CHECKPOINT_FOLDER], cwd=project, check=True, capture_output=True
+    )
     out = yaml.safe_load((project / f"{gate.CHECKPOINT_FOLDER}.dvc").read_text())["outs"][0]
     assert md5_of(project / gate.CHECKPOINT_FOLDER) == out["md5"]
-    lock = {"schema": "2.0", "stages": {"absorb": {"cmd": "x", "outs": [{"path": gate.CHECKPOINT_FOLDER, "md5": out["md5"]}]}}}
+    lock = {
+        "schema": "2.0",
+        "stages": {"absorb": {"cmd": "x", "outs": [{"path": gate.CHECKPOINT_FOLDER, "md5": out["md5"]}]}},
+    }
     (project / "dvc.lock").write_text(yaml.safe_dump(lock))
     assert provenance(project)["files"][gate.CHECKPOINT_FOLDER] == {"now": out["md5"], "recorded": out["md5"]}
     candidates.write_candidate(project, weights=2.0)
@@ -288,13 +358,18 @@ def test_a_folders_hash_is_dvcs_own_and_a_changed_weight_is_noticed(tmp_path: Pa
     assert files["now"] != files["recorded"] == out["md5"]
     lock["stages"]["score"] = {"cmd": "y", "deps": [{"path": gate.CHECKPOINT_FOLDER, "md5": files["now"]}]}
     (project / "dvc.lock").write_text(yaml.safe_dump(lock))
-    assert provenance(project)["files"][gate.CHECKPOINT_FOLDER]["recorded"] not in (files["now"], out["md5"])  # the stages disagree
+    assert provenance(project)["files"][gate.CHECKPOINT_FOLDER]["recorded"] not in (
+        files["now"],
+        out["md5"],
+    )  # the stages disagree
     (project / "dvc.lock").write_text("stages: [")
     with pytest.raises(UserError, match=r"dvc\.lock"):
         provenance(project)
 
 
-def test_judging_writes_the_verdict_it_returns_and_a_missing_scorecard_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judging_writes_the_verdict_it_returns_and_a_missing_scorecard_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tasks.registry.versions.champion", lambda project: None)
     project = candidates.new_project(tmp_path / "project")
     verdict = gate.judge_files(project, PARAMS)

@@ -1,4 +1,6 @@
-"""Defends: GEdit's arithmetic (minima, geometric mean, macro average, statuses never scores) and a micro judge that an unedited copy cannot please."""
+"""Defends: GEdit's arithmetic (minima, geometric mean, macro average, statuses never scores) and a micro judge that an
+unedited copy cannot please.
+"""
 
 import math
 from dataclasses import replace
@@ -22,7 +24,7 @@ def sample(name: str, category: str, sc: float, pq: float) -> Sample:
     return Sample(name, category, (sc, 10.0), (10.0, pq))
 
 
-# --- arithmetic -------------------------------------------------------------------------------------------------------------
+# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def test_a_sample_is_worth_the_geometric_mean_of_its_minima():
@@ -39,7 +41,12 @@ def test_what_is_no_score_is_refused(bad):
 
 
 def test_the_average_weighs_categories_and_o_is_averaged_per_sample():
-    rows = [sample("a", "x", 4.0, 9.0), sample("b", "x", 9.0, 4.0), sample("c", "x", 0.0, 10.0), sample("a", "y", 10.0, 10.0)]
+    rows = [
+        sample("a", "x", 4.0, 9.0),
+        sample("b", "x", 9.0, 4.0),
+        sample("c", "x", 0.0, 10.0),
+        sample("a", "y", 10.0, 10.0),
+    ]
     total = aggregate(rows, ["x", "y"])
     assert total.categories["x"].overall == pytest.approx(4.0)  # (6 + 6 + 0) / 3, not sqrt(13/3 * 23/3)
     assert total.categories["x"].sc == pytest.approx(13 / 3)
@@ -48,8 +55,15 @@ def test_the_average_weighs_categories_and_o_is_averaged_per_sample():
 
 
 def test_failures_are_bounds_and_not_scores():
-    rows = [sample("a", "x", 8.0, 8.0), Sample("b", "x", status="refused"), Sample("c", "x", status="unparseable"), sample("d", "x", 4.0, 4.0)]
-    with pytest.raises(UserErrors, match=r"2 of 4 samples have a score \(\{'refused': 1, 'unparseable': 1\}\); at least 99%"):
+    rows = [
+        sample("a", "x", 8.0, 8.0),
+        Sample("b", "x", status="refused"),
+        Sample("c", "x", status="unparseable"),
+        sample("d", "x", 4.0, 4.0),
+    ]
+    with pytest.raises(
+        UserErrors, match=r"2 of 4 samples have a score \(\{'refused': 1, 'unparseable': 1\}\); at least 99%"
+    ):
         aggregate(rows, ["x"])
     means = aggregate(rows, ["x"], allow_partial=True).categories["x"]
     assert (means.overall, means.low, means.high, means.coverage) == (6.0, 3.0, 8.0, 0.5)
@@ -63,7 +77,12 @@ def test_a_failed_judgement_with_a_score_is_refused(status):
 
 
 def test_all_faults_are_named_at_once():
-    rows = [sample("a", "x", 5.0, 5.0), sample("a", "x", 5.0, 5.0), sample("b", "z", 5.0, 5.0), Sample("c", "x", status="lost")]
+    rows = [
+        sample("a", "x", 5.0, 5.0),
+        sample("a", "x", 5.0, 5.0),
+        sample("b", "z", 5.0, 5.0),
+        Sample("c", "x", status="lost"),
+    ]
     with pytest.raises(UserErrors) as caught:
         aggregate(rows, ["x", "y"])
     text = str(caught.value)
@@ -71,7 +90,7 @@ def test_all_faults_are_named_at_once():
         assert part in text
 
 
-# --- the micro judge --------------------------------------------------------------------------------------------------------
+# --- the micro judge --------------------------------------------------------------------------------------------------
 
 
 def edits(category: str, count: int = 60):
@@ -84,7 +103,14 @@ def test_the_ground_truth_is_perfect_and_an_unedited_copy_fails(category):
     for record, source, target in edits(category):
         before = render(WORLD, source)
         truth = judge_edit(WORLD, record, before, render(WORLD, target))
-        assert (truth.sc1, truth.sc2, truth.pq1, truth.pq2, truth.exact, truth.reasons) == (10.0, 10.0, 10.0, 10.0, True, ())
+        assert (truth.sc1, truth.sc2, truth.pq1, truth.pq2, truth.exact, truth.reasons) == (
+            10.0,
+            10.0,
+            10.0,
+            10.0,
+            True,
+            (),
+        )
         copy = judge_edit(WORLD, record, before, before)
         assert (copy.sc1, copy.sc2, copy.exact) == (0.0, 10.0, False)
         assert copy.reasons
@@ -94,7 +120,10 @@ def test_the_ground_truth_is_perfect_and_an_unedited_copy_fails(category):
 def test_a_random_other_scene_scores_near_nothing(category):
     examples = edits(category)
     pairs = zip(examples, examples[1:] + examples[:1], strict=True)
-    judged = [judge_edit(WORLD, record, render(WORLD, source), render(WORLD, other)) for (record, source, _), (_, _, other) in pairs]
+    judged = [
+        judge_edit(WORLD, record, render(WORLD, source), render(WORLD, other))
+        for (record, source, _), (_, _, other) in pairs
+    ]
     assert np.mean([overall((one.sc1, one.sc2), (one.pq1, one.pq2))[2] for one in judged]) < 2.0
     assert np.mean([one.exact for one in judged]) < 0.1
 
@@ -103,7 +132,13 @@ SOURCE = Scene("white", (Thing("circle", "red", 0), Thing("square", "blue", 8)))
 
 
 def judged(category: str, prompt: str, target: Scene, touched: list[int], result: Scene):
-    record = {"category": category, "prompt": prompt, "source": SOURCE.to_json(), "target": target.to_json(), "touched": touched}
+    record = {
+        "category": category,
+        "prompt": prompt,
+        "source": SOURCE.to_json(),
+        "target": target.to_json(),
+        "touched": touched,
+    }
     return judge_edit(WORLD, record, render(WORLD, SOURCE), render(WORLD, result))
 
 
@@ -115,7 +150,12 @@ CIRCLE, SQUARE = SOURCE.things
 ADD = ("subject-add", "add a green cross", with_things(CIRCLE, SQUARE, Thing("cross", "green", 4)), [4])
 REMOVE = ("subject-remove", "remove the red circle", with_things(SQUARE), [0])
 REPLACE = ("subject-replace", "replace the red circle with a cross", with_things(Thing("cross", "red", 0), SQUARE), [0])
-RECOLOR = ("color_alter", "change the color of the red circle to green", with_things(Thing("circle", "green", 0), SQUARE), [0])
+RECOLOR = (
+    "color_alter",
+    "change the color of the red circle to green",
+    with_things(Thing("circle", "green", 0), SQUARE),
+    [0],
+)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +192,10 @@ def test_losing_another_thing_costs_a_good_part_of_preservation():
 
 def test_global_edits_are_asked_to_keep_every_thing():
     change = ("background_change", "change the background to black", replace(SOURCE, background="black"), [])
-    assert (judged(*change, replace(SOURCE, background="pink")).sc1, judged(*change, replace(SOURCE, background="pink")).sc2) == (0.0, 10.0)
+    assert (
+        judged(*change, replace(SOURCE, background="pink")).sc1,
+        judged(*change, replace(SOURCE, background="pink")).sc2,
+    ) == (0.0, 10.0)
     lost = judged(*change, Scene("black", (CIRCLE,)))
     assert lost.sc1 == 10.0 and lost.sc2 == pytest.approx(20 / 3)  # F1 of one found and two wanted
     recolored = judged(*change, Scene("black", (CIRCLE, Thing("square", "green", 8))))
@@ -164,7 +207,9 @@ def test_the_style_is_read_whatever_the_scene():
     for _ in range(40):
         _, source, _ = edit_example(WORLD, rng, "style_change", "train")
         for style in STYLES:
-            image = render(WORLD, replace(source, style=style)).astype(float) + 8 * rng.standard_normal((WORLD.size, WORLD.size, 3))
+            image = render(WORLD, replace(source, style=style)).astype(float) + 8 * rng.standard_normal(
+                (WORLD.size, WORLD.size, 3)
+            )
             assert nearest_style(WORLD, source, np.clip(image, 0, 255).astype(np.uint8)) == style
     night = ("style_change", "make it night", replace(SOURCE, style="night"), [])
     assert judged(*night, replace(SOURCE, style="inverted")).sc1 == 0.0
@@ -182,12 +227,25 @@ def test_smears_cost_quality():
 def test_records_without_what_they_need_are_named():
     image = render(WORLD, SOURCE)
     with pytest.raises(UserError, match="add it.*one touched cell"):
-        judge_edit(WORLD, {"category": "subject-add", "prompt": "add it", "source": SOURCE.to_json(), "target": SOURCE.to_json(), "touched": []}, image, image)
+        judge_edit(
+            WORLD,
+            {
+                "category": "subject-add",
+                "prompt": "add it",
+                "source": SOURCE.to_json(),
+                "target": SOURCE.to_json(),
+                "touched": [],
+            },
+            image,
+            image,
+        )
     with pytest.raises(UserError, match="motion_change"):
-        judge_edit(WORLD, {"category": "motion_change", "source": SOURCE.to_json(), "target": SOURCE.to_json()}, image, image)
+        judge_edit(
+            WORLD, {"category": "motion_change", "source": SOURCE.to_json(), "target": SOURCE.to_json()}, image, image
+        )
 
 
-# --- from records to rows ---------------------------------------------------------------------------------------------------
+# --- from records to rows ---------------------------------------------------------------------------------------------
 
 
 def evaluation_set(count: int = 8):
@@ -197,7 +255,9 @@ def evaluation_set(count: int = 8):
         rng = numpy_generator(1, 0, 0, category)
         for index in range(count):
             name = f"{category}-{index}"
-            capability = "t2i" if category in GENEVAL_TAGS else "local_edit" if category in LOCAL_EDITS else "global_edit"
+            capability = (
+                "t2i" if category in GENEVAL_TAGS else "local_edit" if category in LOCAL_EDITS else "global_edit"
+            )
             if capability == "t2i":
                 record, target = t2i_example(WORLD, rng, category, "eval")
             else:
@@ -212,9 +272,13 @@ def test_the_controls_are_the_ends_of_the_scale():
     examples, targets, sources = evaluation_set()
     paths = [f"{example.id}.png" for example in examples]
     rows = controls(WORLD, examples, targets, paths=paths, sources=sources, seed=0)
-    assert {score.model for score in rows["ground_truth"]} == {"ground_truth"} and {score.model for score in rows["shuffled"]} == {"shuffled"}
+    assert {score.model for score in rows["ground_truth"]} == {"ground_truth"} and {
+        score.model for score in rows["shuffled"]
+    } == {"shuffled"}
     for score in rows["ground_truth"]:
-        assert score.values == ({"correct": 1.0} if score.benchmark == "geneval" else {"O": 10.0, "sc": 10.0, "pq": 10.0, "exact": 1.0})
+        assert score.values == (
+            {"correct": 1.0} if score.benchmark == "geneval" else {"O": 10.0, "sc": 10.0, "pq": 10.0, "exact": 1.0}
+        )
         assert score.image == f"{score.example_id}.png"
     for score in rows["shuffled"]:
         assert score.image != f"{score.example_id}.png" and score.image.startswith(score.category)
@@ -226,17 +290,28 @@ def test_the_controls_are_the_ends_of_the_scale():
 
 def test_a_row_says_what_was_scored():
     examples, targets, sources = evaluation_set(1)
-    (row,) = score_images(WORLD, examples[-1:], targets[-1:], model="m", paths=["a.png"], seeds=[7], k=[3], sources=sources)
+    (row,) = score_images(
+        WORLD, examples[-1:], targets[-1:], model="m", paths=["a.png"], seeds=[7], k=[3], sources=sources
+    )
     assert (row.model, row.benchmark, row.category, row.example_id, row.k, row.seed, row.image, row.status) == (
-        "m", "gedit", examples[-1].category, examples[-1].id, 3, 7, "a.png", "ok"
-    )  # fmt: skip
+        "m",
+        "gedit",
+        examples[-1].category,
+        examples[-1].id,
+        3,
+        7,
+        "a.png",
+        "ok",
+    )
 
 
 def test_wrong_lists_are_refused():
     examples, targets, sources = evaluation_set(1)
     many = len(examples)
     with pytest.raises(UserError, match="unequal length"):
-        score_images(WORLD, examples, targets[1:], model="m", paths=[""] * many, seeds=[0] * many, k=[0] * many, sources=sources)
+        score_images(
+            WORLD, examples, targets[1:], model="m", paths=[""] * many, seeds=[0] * many, k=[0] * many, sources=sources
+        )
     with pytest.raises(UserErrors, match="6 edits without a source"):
         score_images(WORLD, examples, targets, model="m", paths=[""] * many, seeds=[0] * many, k=[0] * many, sources={})
     with pytest.raises(UserError, match="single example"):

@@ -1,4 +1,6 @@
-"""Defends: GEdit-Bench's rows are the same whichever file they come from, and a set that is not what it claims to be is refused with all that is wrong."""
+"""Defends: GEdit-Bench's rows are the same whichever file they come from, and a set that is not what it claims to be is
+refused with all that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from benchmarks.gedit.rows import EditTask, check_folder, check_official, edited_path, load_tasks, select, set_digest, source_path
+from benchmarks.gedit.rows import (
+    EditTask,
+    check_folder,
+    check_official,
+    edited_path,
+    load_tasks,
+    select,
+    set_digest,
+    source_path,
+)
 from benchmarks.gedit.rules import PAPER_CATEGORIES
 from data.errors import UserError, UserErrors
 from data.files import sha256_bytes
@@ -24,12 +35,26 @@ ROWS = [
 
 
 def meaning(tasks):
-    return [(task.language, task.key, task.category, task.instruction, task.intersection, task.source_sha256, task.source.read_bytes()) for task in tasks]
+    return [
+        (
+            task.language,
+            task.key,
+            task.category,
+            task.instruction,
+            task.intersection,
+            task.source_sha256,
+            task.source.read_bytes(),
+        )
+        for task in tasks
+    ]
 
 
 def test_the_official_set_is_counted_as_published() -> None:
     assert sum(OFFICIAL_COUNTS.values()) == 606 and len(GEDIT_CATEGORIES) == 11
-    assert set(PAPER_CATEGORIES) == {*LOCAL_EDITS, *GLOBAL_EDITS} and sum(OFFICIAL_COUNTS[name] for name in PAPER_CATEGORIES) == 317
+    assert (
+        set(PAPER_CATEGORIES) == {*LOCAL_EDITS, *GLOBAL_EDITS}
+        and sum(OFFICIAL_COUNTS[name] for name in PAPER_CATEGORIES) == 317
+    )
 
 
 def test_rows_are_equal_whatever_file_they_come_from(tmp_path: Path) -> None:
@@ -45,7 +70,9 @@ def test_rows_are_equal_whatever_file_they_come_from(tmp_path: Path) -> None:
     local = write_manifest(tmp_path / "local", ROWS)
     with (tmp_path / "local.csv").open("w", encoding="utf-8", newline="") as lines:
         writer = csv.writer(lines)
-        writer.writerow(["key", "Task_Type", "instruction", "instruction_language", "input_image", "Intersection_exist"])
+        writer.writerow(
+            ["key", "Task_Type", "instruction", "instruction_language", "input_image", "Intersection_exist"]
+        )
         for entry in ROWS:
             values = [entry[name] for name in ("key", "task_type", "instruction", "instruction_language")]
             writer.writerow([*values, f"local/{entry['key']}.png", entry["Intersection_exist"]])
@@ -61,7 +88,9 @@ def test_rows_are_equal_whatever_file_they_come_from(tmp_path: Path) -> None:
 def test_columns_are_taken_by_language_and_subset(tmp_path: Path) -> None:
     tasks = load_tasks(write_parquet(tmp_path / "a.parquet", ROWS), tmp_path / "s")
     wanted = (("en", "full"), ("en", "paper"), ("cn", "full"))
-    ids = {f"{language}/{subset}": [task.key for task in select(tasks, language, subset)] for language, subset in wanted}
+    ids = {
+        f"{language}/{subset}": [task.key for task in select(tasks, language, subset)] for language, subset in wanted
+    }
     assert ids == {"en/full": ["a", "b", "c"], "en/paper": ["a", "b"], "cn/full": ["a"]}
     assert [task.key for task in select(tasks, "en", "intersection")] == ["b", "c"]
     with pytest.raises(UserError, match="cn/intersection: the set has no such row"):
@@ -84,12 +113,21 @@ def test_all_faulty_rows_are_named_at_once(tmp_path: Path) -> None:
         load_tasks(write_parquet(tmp_path / "bad.parquet", bad), tmp_path / "s")
     text = str(caught.value)
     for part in (
-        "row 1: task_type = 'subject_remove'", "row 2: instruction_language = 'zh'", "row 3: instruction is empty", "row 4: input_image is empty",
-        "row 5: key = '../a'", "en c: 2 rows of one key",
-    ):  # fmt: skip
+        "row 1: task_type = 'subject_remove'",
+        "row 2: instruction_language = 'zh'",
+        "row 3: instruction is empty",
+        "row 4: input_image is empty",
+        "row 5: key = '../a'",
+        "en c: 2 rows of one key",
+    ):
         assert part in text
     with pytest.raises(UserError, match=r"columns \['task_type'\] are missing"):
-        load_tasks(write_parquet(tmp_path / "less.parquet", [{name: value for name, value in ROWS[0].items() if name != "task_type"}]), tmp_path / "s")
+        load_tasks(
+            write_parquet(
+                tmp_path / "less.parquet", [{name: value for name, value in ROWS[0].items() if name != "task_type"}]
+            ),
+            tmp_path / "s",
+        )
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "bad.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match=r"torn\.parquet: not a readable parquet file"):
         load_tasks(tmp_path / "torn.parquet", tmp_path / "s")
@@ -99,7 +137,9 @@ def test_all_faulty_rows_are_named_at_once(tmp_path: Path) -> None:
 
 def official(counts: dict[str, int], language: str) -> list[EditTask]:
     return [
-        EditTask(f"{category}{index}", language, category, "do it", True, Path("a.png"), "a") for category, count in counts.items() for index in range(count)
+        EditTask(f"{category}{index}", language, category, "do it", True, Path("a.png"), "a")
+        for category, count in counts.items()
+        for index in range(count)
     ]
 
 

@@ -1,4 +1,6 @@
-"""Defends: judgements say what was judged and nothing more: failures are bounds, no question is asked twice, a killed run ends as an unbroken one."""
+"""Defends: judgements say what was judged and nothing more: failures are bounds, no question is asked twice, a killed
+run ends as an unbroken one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,17 @@ from benchmarks.gedit.questions import jobs_of, plan
 from benchmarks.gedit.report import notes_of
 from benchmarks.gedit.rows import edited_path, load_tasks
 from benchmarks.gedit.rules import Sample, aggregate, overall
-from benchmarks.gedit.verdict import column_scorecard, columns, drift, freeze_anchors, read_judgements, repeat_noise, rows_of, score_made, summary
+from benchmarks.gedit.verdict import (
+    column_scorecard,
+    columns,
+    drift,
+    freeze_anchors,
+    read_judgements,
+    repeat_noise,
+    rows_of,
+    score_made,
+    summary,
+)
 from benchmarks.judge.access import Access
 from benchmarks.judge.endpoint import Endpoint, endpoint_judge
 from benchmarks.judge.protocol import Reply, fake_judge
@@ -63,14 +75,25 @@ def constant(scores: dict[str, float] | None = None):
             asked.append(question.kind)
         value = (scores or {}).get(question.kind, 5.0)
         return Reply(
-            "ok", json.dumps({"score": [value, 9.0], "reasoning": f"{question.kind} words"}), "m1", "stop", {"prompt_tokens": 10, "completion_tokens": 2}
+            "ok",
+            json.dumps({"score": [value, 9.0], "reasoning": f"{question.kind} words"}),
+            "m1",
+            "stop",
+            {"prompt_tokens": 10, "completion_tokens": 2},
         )
 
     return ask, asked
 
 
 def judge(tmp_path: Path, tasks, ask, out: str = "out", **changes):
-    values = {"model": "student", "settings": settings(), "wording": WORDING, "make_ask": lambda *_: ask, "concurrency": 3, "say": lambda text: None}
+    values = {
+        "model": "student",
+        "settings": settings(),
+        "wording": WORDING,
+        "make_ask": lambda *_: ask,
+        "concurrency": 3,
+        "say": lambda text: None,
+    }
     return judge_folder(tasks, tmp_path / "student", tmp_path / out, **{**values, **changes})
 
 
@@ -86,10 +109,25 @@ def test_scores_pass_from_the_judge_to_rows_and_scorecard(tmp_path: Path) -> Non
     assert scores[0].reasons == ("semantic [4.0, 9.0]: semantic words", "quality [9.0, 9.0]: quality words")
     assert (tmp_path / "out" / scores[0].image).resolve() == edited_path(tmp_path / "student", tasks[0]).resolve()
     card, _ = column_scorecard(found, "en/full", allow_partial=False, **HOW)
-    assert {path: metric.mean for path, metric in card.metrics.items()} == {"gedit/average": 6.0, "gedit/subject-add": 6.0, "gedit/material_alter": 6.0}
+    assert {path: metric.mean for path, metric in card.metrics.items()} == {
+        "gedit/average": 6.0,
+        "gedit/subject-add": 6.0,
+        "gedit/material_alter": 6.0,
+    }
     identity = card.identities["gedit"]
-    assert (card.benchmarks["gedit"]["n"], identity["language"], identity["subset"], identity["set"], identity["repeats"]) == (6, "en", "full", "custom", 1)
-    assert (identity["coverage"], identity["statuses"], identity["judge"]["answered_by"], identity["images"]) == (1.0, {"ok": 6}, "m1", {})
+    assert (
+        card.benchmarks["gedit"]["n"],
+        identity["language"],
+        identity["subset"],
+        identity["set"],
+        identity["repeats"],
+    ) == (6, "en", "full", "custom", 1)
+    assert (identity["coverage"], identity["statuses"], identity["judge"]["answered_by"], identity["images"]) == (
+        1.0,
+        {"ok": 6},
+        "m1",
+        {},
+    )
     assert identity["judge"]["wording"] == WORDING.identity()
     means = columns(found, allow_partial=False)
     assert list(means) == ["en/full", "en/intersection", "en/paper"]
@@ -102,12 +140,18 @@ def test_the_macro_average_is_not_the_mean_over_samples(tmp_path: Path) -> None:
     table = {task.key: float(index) for index, task in enumerate(tasks)}
 
     def ask(question, turns):
-        value = next(table[task.key] for task in tasks if png(f"edited {task.id}") == question.images[-1] or question.images[-1] == _png_of(task, tmp_path))
+        value = next(
+            table[task.key]
+            for task in tasks
+            if png(f"edited {task.id}") == question.images[-1] or question.images[-1] == _png_of(task, tmp_path)
+        )
         return Reply("ok", json.dumps({"score": [value, value]}), "m1")
 
     judge(tmp_path, tasks, ask)
     found = columns(read_judgements(tmp_path / "out", WORDING), allow_partial=False)["en/full"]
-    assert found.average.overall == pytest.approx((1.0 + 3.5) / 2) and found.average.overall != pytest.approx(np.mean([0, 1, 2, 3, 4]))
+    assert found.average.overall == pytest.approx((1.0 + 3.5) / 2) and found.average.overall != pytest.approx(
+        np.mean([0, 1, 2, 3, 4])
+    )
 
 
 def _png_of(task, tmp_path: Path) -> bytes:
@@ -142,7 +186,11 @@ def test_nothing_is_asked_twice_and_failures_only_on_demand(tmp_path: Path) -> N
 
     def failing(question, turns):
         calls.append(question.text)
-        return Reply("api_error", "", error="down") if "play n1" in question.text else Reply("ok", '{"score": [5, 5]}', "m1")
+        return (
+            Reply("api_error", "", error="down")
+            if "play n1" in question.text
+            else Reply("ok", '{"score": [5, 5]}', "m1")
+        )
 
     judge(tmp_path, tasks, failing)
     assert len(calls) == 8
@@ -179,10 +227,21 @@ def test_images_that_a_stage_has_made_are_scored_wherever_they_lie(tmp_path: Pat
                 file.write_bytes(png(f"{task.key} {k}"))
             made.append(MadeEdit(task, file, f"images/{task.key}-{k}.png", k, 10 * index + k))
     ask, asked = constant({"semantic": 4.0, "quality": 9.0})
-    how = {"model": "m", "settings": settings(), "wording": WORDING, "make_ask": lambda *_: ask, "concurrency": 2, "say": lambda text: None}
+    how = {
+        "model": "m",
+        "settings": settings(),
+        "wording": WORDING,
+        "make_ask": lambda *_: ask,
+        "concurrency": 2,
+        "say": lambda text: None,
+    }
     found, identity = score_made(made, tmp_path / "store", **how)
-    assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [(one.task.key, one.k, one.seed, one.image) for one in made]
-    assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"] and {row.values.get("O") for row in found} == {6.0, None}
+    assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [
+        (one.task.key, one.k, one.seed, one.image) for one in made
+    ]
+    assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"] and {
+        row.values.get("O") for row in found
+    } == {6.0, None}
     assert len(asked) == 10 and identity["answered_by"] == "m1"
     assert score_made(made, tmp_path / "store", **how)[0] == found and len(asked) == 10
 
@@ -230,14 +289,24 @@ def test_repeats_are_averaged_and_their_spread_is_known(tmp_path: Path) -> None:
     def noisy(question, turns):
         if question.repeat == 2 and "n1" in question.text:
             return Reply("ok", "no idea")
-        return Reply("ok", json.dumps({"score": [4.0 + question.repeat, 10]} if question.kind == "semantic" else {"score": [9, 9]}), "m1")
+        return Reply(
+            "ok",
+            json.dumps({"score": [4.0 + question.repeat, 10]} if question.kind == "semantic" else {"score": [9, 9]}),
+            "m1",
+        )
 
     judge(tmp_path, tasks, noisy, settings=settings(repeats=3))
     found = read_judgements(tmp_path / "out", WORDING)
     values = [overall((4.0 + repeat, 10), (9, 9))[2] for repeat in range(3)]
-    assert [score.values["O"] for score in rows_of(found)] == pytest.approx([np.mean(values), np.mean(values[:2]), np.mean(values), np.mean(values)])
+    assert [score.values["O"] for score in rows_of(found)] == pytest.approx(
+        [np.mean(values), np.mean(values[:2]), np.mean(values), np.mean(values)]
+    )
     noise = repeat_noise(found)
-    assert noise["samples"] == 3 and noise["within"] == pytest.approx(np.std(values, ddof=1)) and noise["of_mean"] == pytest.approx(np.std(values, ddof=1))
+    assert (
+        noise["samples"] == 3
+        and noise["within"] == pytest.approx(np.std(values, ddof=1))
+        and noise["of_mean"] == pytest.approx(np.std(values, ddof=1))
+    )
     assert summary(found, allow_partial=False, **HOW)["failed_questions"] == {"semantic unparseable": 1}
 
 
@@ -260,7 +329,9 @@ def test_the_anchors_show_a_judge_that_has_drifted(tmp_path: Path) -> None:
     moved = drift(read_judgements(tmp_path / "kinder", WORDING), **HOW)
     assert moved["difference"] > 1.0 and moved["drifted"] and moved["largest"]
     assert len(rows_of(read_judgements(tmp_path / "kinder", WORDING))) == 8  # anchors are no samples
-    assert "has drifted: anchors +" in "".join(notes_of(read_judgements(tmp_path / "kinder", WORDING), "en/full", allow_partial=False, **HOW))
+    assert "has drifted: anchors +" in "".join(
+        notes_of(read_judgements(tmp_path / "kinder", WORDING), "en/full", allow_partial=False, **HOW)
+    )
     judge(tmp_path, tasks, fake_judge(), out="other", anchors=tmp_path / "anchors", settings=settings(max_tokens=65))
     with pytest.raises(UserError, match="frozen with other settings"):
         drift(read_judgements(tmp_path / "other", WORDING), **HOW)
@@ -278,7 +349,10 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
 
     estimate = judge(tmp_path, tasks, None, make_ask=never, only_preview=True, prices=(2.0, 8.0), say=said.append)
     assert (estimate.questions, estimate.answered, estimate.completion_tokens) == (8, 0, 640)
-    text = sum(len(WORDING.text(job.kind, job.entry.instruction)) for job in jobs_of(plan(tasks, tmp_path / "student", tmp_path / "out"), 1))
+    text = sum(
+        len(WORDING.text(job.kind, job.entry.instruction))
+        for job in jobs_of(plan(tasks, tmp_path / "student", tmp_path / "out"), 1)
+    )
     assert estimate.prompt_tokens == pytest.approx(text / 4 + 12 * tile_tokens(32, 32), abs=8)
     assert estimate.price == pytest.approx((estimate.prompt_tokens * 2.0 + 640 * 8.0) / 1e6)
     assert "8 questions to ask" in said[0]
@@ -286,14 +360,19 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
         judge(tmp_path, tasks, None, make_ask=never, highest_price=0.001, prices=(2.0, 8.0))
     order: list[str] = []
     ask, _ = constant()
-    judge(tmp_path, tasks, ask, make_ask=lambda *_: (order.append("asked"), ask)[1], say=lambda line: order.append("said"))
+    judge(
+        tmp_path, tasks, ask, make_ask=lambda *_: (order.append("asked"), ask)[1], say=lambda line: order.append("said")
+    )
     assert order[:2] == ["said", "asked"]
 
 
 def test_ten_thousand_judgements_are_averaged_in_seconds() -> None:
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 11, (10_000, 4)).astype(float)
-    samples = [Sample(f"s{index}", GEDIT_CATEGORIES[index % 11], tuple(row[:2]), tuple(row[2:])) for index, row in enumerate(scores)]
+    samples = [
+        Sample(f"s{index}", GEDIT_CATEGORIES[index % 11], tuple(row[:2]), tuple(row[2:]))
+        for index, row in enumerate(scores)
+    ]
     begun = time.process_time()
     found = aggregate(samples, GEDIT_CATEGORIES)
     assert time.process_time() - begun < 5.0 and found.average.n == 10_000
@@ -324,12 +403,19 @@ def test_other_resizings_are_other_questions(tmp_path: Path) -> None:
     assert sizes["area512"] == {((512, 512), (724, 362)), ((724, 362),), ((512, 512), (512, 512)), ((512, 512),)}
 
 
-# --- a server, the command line, and a kill ---------------------------------------------------------------------------------
+# --- a server, the command line, and a kill ---------------------------------------------------------------------------
 
 
 def test_every_sample_of_a_faulty_server_ends_in_its_status(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-test-77")
-    scripts = {"n0": ["good"], "n1": ["limit", "good"], "n2": ["declines"], "n3": ["cut"], "n4": ["reset"], "n5": ["truncated", "broken_inside", "fenced"]}
+    scripts = {
+        "n0": ["good"],
+        "n1": ["limit", "good"],
+        "n2": ["declines"],
+        "n3": ["cut"],
+        "n4": ["reset"],
+        "n5": ["truncated", "broken_inside", "fenced"],
+    }
     tasks = tasks_of(tmp_path, rows())
     with judge_server(scripts) as server:
         endpoint = Endpoint(server.url, "JUDGE_KEY", 5.0, 3, 0.01, 0.1, 0)
@@ -348,16 +434,36 @@ def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up
     with judge_server(scripts) as server:
         endpoint = Endpoint(server.url, "", 5.0, 4, 60.0, 60.0, 0)
         with pytest.raises(UserError, match="the key is refused"):
-            judge(tmp_path, tasks, None, make_ask=lambda halt, _: (halts.append(halt), endpoint_judge(settings(), endpoint, halt))[1], concurrency=24)
+            judge(
+                tmp_path,
+                tasks,
+                None,
+                make_ask=lambda halt, _: (halts.append(halt), endpoint_judge(settings(), endpoint, halt))[1],
+                concurrency=24,
+            )
     kept = (tmp_path / "out" / "shards" / "0-of-1.jsonl").read_text(encoding="utf-8")
     assert halts[0].is_set() and "api_error" not in kept
 
 
 def command(tmp_path: Path, server: Server, out: str) -> list[str]:
     return [
-        "judge", "--data", str(tmp_path / "set"), "--custom-set", "--images", str(tmp_path / "student"), "--out", str(tmp_path / out), "--judge-model", "judge",
-        "--base-url", server.url, "--key-variable", "", "--concurrency", "1",
-    ]  # fmt: skip
+        "judge",
+        "--data",
+        str(tmp_path / "set"),
+        "--custom-set",
+        "--images",
+        str(tmp_path / "student"),
+        "--out",
+        str(tmp_path / out),
+        "--judge-model",
+        "judge",
+        "--base-url",
+        server.url,
+        "--key-variable",
+        "",
+        "--concurrency",
+        "1",
+    ]
 
 
 FILES = ("summary.json", "scorecard.json", "scores.parquet", "report.html")
@@ -383,7 +489,11 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
                 hold.wait(60)
 
         server.before = stop_at_the_sixth
-        child = subprocess.Popen([sys.executable, "-m", "benchmarks", "gedit", *command(tmp_path, server, "killed")], cwd=PROJECT, stdout=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks", "gedit", *command(tmp_path, server, "killed")],
+            cwd=PROJECT,
+            stdout=subprocess.DEVNULL,
+        )
         assert reached.wait(120)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
@@ -404,7 +514,9 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
     killed, unbroken = (finish(tmp_path / name, "--allow-partial") for name in ("killed", "unbroken"))
     assert killed == unbroken
     card = read_scorecard(tmp_path / "killed" / "scorecard.json")
-    assert card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
+    assert (
+        card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
+    )
 
 
 def test_any_number_of_workers_gives_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +533,9 @@ def test_any_number_of_workers_gives_the_same_scores(tmp_path: Path, monkeypatch
     assert alone == together
 
 
-def test_workers_of_a_silent_server_give_up_and_keep_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_a_silent_server_give_up_and_keep_what_was_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     tasks = tasks_of(tmp_path, rows(40))
     with judge_server({f"n{index}": ["bad_request"] for index in range(40)} | {"quality": ["bad_request"]}) as server:
@@ -439,13 +553,30 @@ def test_workers_of_a_silent_server_give_up_and_keep_what_was_answered(tmp_path:
 
 def test_questions_of_which_none_is_answered_make_no_result(tmp_path: Path) -> None:
     tasks = tasks_of(tmp_path, rows(2))
-    with pytest.raises(UserError, match="none of 4 questions got an answer, the last one: 1 tries, the last one: APIConnectionError"):
-        judge(tmp_path, tasks, None, make_ask=Access(settings(), Endpoint("http://127.0.0.1:9/v1", "", 5.0, 1, 0.01, 0.01, 0)))
+    with pytest.raises(
+        UserError, match="none of 4 questions got an answer, the last one: 1 tries, the last one: APIConnectionError"
+    ):
+        judge(
+            tmp_path,
+            tasks,
+            None,
+            make_ask=Access(settings(), Endpoint("http://127.0.0.1:9/v1", "", 5.0, 1, 0.01, 0.01, 0)),
+        )
 
 
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     tasks_of(tmp_path, rows(2))
-    base = ["judge", "--data", str(tmp_path / "set"), "--images", str(tmp_path / "student"), "--out", str(tmp_path / "o"), "--judge-model", "m"]
+    base = [
+        "judge",
+        "--data",
+        str(tmp_path / "set"),
+        "--images",
+        str(tmp_path / "student"),
+        "--out",
+        str(tmp_path / "o"),
+        "--judge-model",
+        "m",
+    ]
     with pytest.raises(UserErrors, match="not the official GEdit-Bench"):
         cli(base)
     with pytest.raises(SystemExit):

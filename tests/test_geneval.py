@@ -1,9 +1,19 @@
-"""Defends: GenEval's relation rule and verdict, case by case, and that the micro world's own scenes fulfil their records."""
+"""Defends: GenEval's relation rule and verdict, case by case, and that the micro world's own scenes fulfil their
+records.
+"""
 
 import numpy as np
 import pytest
 
-from benchmarks.geneval.rules import MAX_PER_CLASS, RELATIONS, Detection, parse_record, relation_table, relations, verdict
+from benchmarks.geneval.rules import (
+    MAX_PER_CLASS,
+    RELATIONS,
+    Detection,
+    parse_record,
+    relation_table,
+    relations,
+    verdict,
+)
 from benchmarks.geneval.shapes import detect
 from data.errors import UserError
 from data.microworld import World, render, t2i_example
@@ -30,12 +40,19 @@ def seen(*things: tuple) -> dict[str, list[Detection]]:
     """(class, score[, colour[, box]]) -> class -> detections."""
     found: dict[str, list[Detection]] = {}
     for name, score, *rest in things:
-        found.setdefault(name, []).append(Detection(name, rest[0] if rest else None, score, rest[1] if len(rest) > 1 else (0, 0, 10, 10)))
+        found.setdefault(name, []).append(
+            Detection(name, rest[0] if rest else None, score, rest[1] if len(rest) > 1 else (0, 0, 10, 10))
+        )
     return found
 
 
 def record(tag: str, *include: dict, exclude: tuple = ()) -> dict:
-    return {"tag": tag, "prompt": "a prompt", "include": list(include), **({"exclude": list(exclude)} if exclude else {})}
+    return {
+        "tag": tag,
+        "prompt": "a prompt",
+        "include": list(include),
+        **({"exclude": list(exclude)} if exclude else {}),
+    }
 
 
 A, B = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
@@ -51,14 +68,24 @@ VERDICTS = [
     ("extras are free", record("single_object", A), seen(("cat", 0.5), ("cat", 0.5), ("dog", 0.9)), []),
     ("a score of 0.3 is not above 0.3", record("single_object", A), seen(("cat", 0.3)), ["expected cat >= 1, found 0"]),
     ("a score just above 0.3", record("single_object", A), seen(("cat", np.nextafter(0.3, 1))), []),
-    ("both missing, both reported", record("two_object", A, B), {}, ["expected cat >= 1, found 0", "expected dog >= 1, found 0"]),
+    (
+        "both missing, both reported",
+        record("two_object", A, B),
+        {},
+        ["expected cat >= 1, found 0", "expected dog >= 1, found 0"],
+    ),
     ("exactly three", THREE, seen(*OBJECTS), []),
     ("four", THREE, seen(*OBJECTS, ("cat", 0.95)), ["expected cat < 4, found 4"]),
     ("the fourth is not above 0.9", THREE, seen(*OBJECTS, ("cat", 0.9)), []),
     ("two", THREE, seen(*OBJECTS[:2], ("cat", 0.9)), ["expected cat >= 3, found 2"]),
     ("other classes do not count", THREE, seen(*OBJECTS, ("dog", 0.99)), []),
     ("right colour", RED_CAT, seen(("cat", 0.9, "red"), ("cat", 0.5, "blue")), []),
-    ("wrong colour first", RED_CAT, seen(("cat", 0.5, "red"), ("cat", 0.9, "blue")), ["expected red cat >= 1, found 0 (seen: blue)"]),
+    (
+        "wrong colour first",
+        RED_CAT,
+        seen(("cat", 0.5, "red"), ("cat", 0.9, "blue")),
+        ["expected red cat >= 1, found 0 (seen: blue)"],
+    ),
     (
         "colours swapped",
         record("color_attr", {**A, "color": "red"}, {**B, "color": "blue"}),
@@ -66,8 +93,18 @@ VERDICTS = [
         ["expected red cat >= 1, found 0 (seen: blue)", "expected blue dog >= 1, found 0 (seen: red)"],
     ),
     ("in place", LEFT, seen(("cat", 0.9, None, WEST), ("dog", 0.9, None, EAST)), []),
-    ("on the wrong side", LEFT, seen(("cat", 0.9, None, EAST), ("dog", 0.9, None, WEST)), ["expected cat left of dog, found right of"]),
-    ("on top of it", LEFT, seen(("cat", 0.9, None, WEST), ("dog", 0.9, None, WEST)), ["expected cat left of dog, found no relation"]),
+    (
+        "on the wrong side",
+        LEFT,
+        seen(("cat", 0.9, None, EAST), ("dog", 0.9, None, WEST)),
+        ["expected cat left of dog, found right of"],
+    ),
+    (
+        "on top of it",
+        LEFT,
+        seen(("cat", 0.9, None, WEST), ("dog", 0.9, None, WEST)),
+        ["expected cat left of dog, found no relation"],
+    ),
     (
         "nothing to be left of",
         LEFT,
@@ -109,7 +146,11 @@ def test_relations_are_antisymmetric_and_do_not_depend_on_where():
     assert not (west & east).any() and not (north & south).any()
     assert 0.1 * count < forward.any(1).sum() < count and ((west | east) & (north | south)).any()
     for row in range(100):
-        assert relations(a[row], b[row]) == {OPPOSITE[name] for name in relations(b[row], a[row])} == {n for n, one in zip(RELATIONS, forward[row]) if one}
+        assert (
+            relations(a[row], b[row])
+            == {OPPOSITE[name] for name in relations(b[row], a[row])}
+            == {n for n, one in zip(RELATIONS, forward[row]) if one}
+        )
 
 
 @pytest.mark.parametrize(("a_width", "holds"), [(99, True), (100, False), (101, False)])
@@ -119,7 +160,9 @@ def test_along_one_axis_the_offset_must_exceed_two_tenths_of_both_extents(a_widt
     assert (relations(a, b) == {"left of"}) is holds
 
 
-@pytest.mark.parametrize(("row", "found", "reasons"), [case[1:] for case in VERDICTS], ids=[case[0] for case in VERDICTS])
+@pytest.mark.parametrize(
+    ("row", "found", "reasons"), [case[1:] for case in VERDICTS], ids=[case[0] for case in VERDICTS]
+)
 def test_verdict_table(row, found, reasons):
     outcome = verdict(row, found)
     assert list(outcome.reasons) == reasons
@@ -140,7 +183,10 @@ def test_the_order_of_detections_does_not_matter():
 
 def test_adding_an_unrelated_class_never_changes_a_verdict():
     for _, row, found, reasons in VERDICTS:
-        assert list(verdict(row, {**found, "zebra": [Detection("zebra", "red", 1.0, (0, 0, 500, 500))]}).reasons) == reasons
+        assert (
+            list(verdict(row, {**found, "zebra": [Detection("zebra", "red", 1.0, (0, 0, 500, 500))]}).reasons)
+            == reasons
+        )
 
 
 @pytest.mark.parametrize("tag", GENEVAL_TAGS)

@@ -1,4 +1,6 @@
-"""Defends: the colour classifier asks CLIP as the reference does: grey around the object, its box, three sentences a colour, QuickGELU."""
+"""Defends: the colour classifier asks CLIP as the reference does: grey around the object, its box, three sentences a
+colour, QuickGELU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.geneval.colors import BACKGROUND, TEMPLATES, Classifier, check_activation, classify, crop_of, head, load_classifier, transform
+from benchmarks.geneval.colors import (
+    BACKGROUND,
+    TEMPLATES,
+    Classifier,
+    check_activation,
+    classify,
+    crop_of,
+    head,
+    load_classifier,
+    transform,
+)
 from benchmarks.geneval.detector import Instance
 from benchmarks.geneval.prompts import COLORS
 from data.errors import UserError
@@ -73,7 +85,9 @@ def test_a_colour_s_direction_is_the_mean_of_three_sentences(classifier: Classif
     ]
     vectors = []
     for template in TEMPLATES:
-        tokens = classifier.tokenizer([template.format(color="orange", name="cup")], return_tensors="pt")  # alone and unpadded
+        tokens = classifier.tokenizer(
+            [template.format(color="orange", name="cup")], return_tensors="pt"
+        )  # alone and unpadded
         vector = classifier.network.get_text_features(**tokens).pooler_output[0].detach()
         vectors.append(vector / vector.norm())
     expected = torch.stack(vectors).mean(0)
@@ -88,8 +102,13 @@ def test_the_nearest_colour_wins_and_company_does_not_matter(classifier: Classif
     for image, instance in pairs:
         (name,) = classify(classifier, image, [instance])
         with torch.no_grad():
-            features = classifier.network.get_image_features(pixel_values=transform(crop_of(image, instance), 32)[None]).pooler_output[0]
-        cosines = [torch.nn.functional.cosine_similarity(features, direction, dim=0).item() for direction in head(classifier, "cup")]
+            features = classifier.network.get_image_features(
+                pixel_values=transform(crop_of(image, instance), 32)[None]
+            ).pooler_output[0]
+        cosines = [
+            torch.nn.functional.cosine_similarity(features, direction, dim=0).item()
+            for direction in head(classifier, "cup")
+        ]
         assert name == COLORS[int(np.argmax(cosines))]
         assert classify(classifier, image, [instance, instance]) == [name, name]
     assert classify(classifier, pairs[0][0], []) == []
@@ -99,7 +118,9 @@ def test_another_activation_is_refused(tmp_path: Path, classifier: Classifier) -
     tiny_clip(tmp_path / "gelu", activation="gelu")
     with pytest.raises(UserError, match=r"must be quick_gelu.*text: gelu; vision: gelu"):
         load_classifier(str(tmp_path / "gelu"), "cpu")
-    mlp = classifier.network.vision_model.encoder.layers[0].mlp  # the configuration says one thing, the module does another
+    mlp = classifier.network.vision_model.encoder.layers[
+        0
+    ].mlp  # the configuration says one thing, the module does another
     before = mlp.activation_fn
     mlp.activation_fn = torch.nn.GELU()
     with pytest.raises(UserError, match="a layer computes another function"):

@@ -1,4 +1,6 @@
-"""Defends: the detector's two ends are the reference's (sizes, padding, scores, boxes), by slow independent arithmetic; the real classes run through."""
+"""Defends: the detector's two ends are the reference's (sizes, padding, scores, boxes), by slow independent arithmetic;
+the real classes run through.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from data.errors import UserError
 from data.randomness import numpy_generator
 from tests.tiny_evaluator import COCO, tiny_mask2former
 
-# --- slow arithmetic, one number at a time --------------------------------------------------------------------------------------
+# --- slow arithmetic, one number at a time ----------------------------------------------------------------------------
 
 
 def slow_resize(plane: list[list[float]], height: int, width: int) -> list[list[float]]:
@@ -80,7 +82,9 @@ def test_postprocessing_is_the_slow_arithmetic(seed: int, queries: int, lowest: 
     masks = rng.normal(0, 2, (queries, 6, 8))
     masks[-1] = -5.0  # an empty mask
     padded, inside, size = (24, 32), (20, 29), (13, 19)
-    ours = postprocess(torch.tensor(classes), torch.tensor(masks), padded=padded, inside=inside, size=size, lowest=lowest)
+    ours = postprocess(
+        torch.tensor(classes), torch.tensor(masks), padded=padded, inside=inside, size=size, lowest=lowest
+    )
     slow = slow_instances(classes.tolist(), masks.tolist(), padded, inside, size, lowest)
     assert len(ours) == len(slow) and len(slow) > 3
     if lowest == 0.0:
@@ -102,7 +106,9 @@ def test_a_query_may_appear_under_several_classes_and_a_hundred_pairs_are_kept()
 
 
 def test_scores_at_the_boundary_are_stored() -> None:
-    """Two classes share a query, so its probability is 1/2 exactly; a mask of logit 0+ scores 1/2: the product is 1/4 to the last bit or not stored."""
+    """Two classes share a query, so its probability is 1/2 exactly; a mask of logit 0+ scores 1/2: the product is 1/4
+    to the last bit or not stored.
+    """
     logits = torch.full((1, 81), -1e9)
     logits[0, 0] = logits[0, 1] = 0.0
     mask = torch.full((1, 2, 2), 30.0)  # sigmoid is 1 in float32
@@ -122,12 +128,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.geneval.detector.LONG_SIDE", 133)
 
 
-# --- preprocessing ------------------------------------------------------------------------------------------------------------
+# --- preprocessing ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
-    [(512, 512, (800, 800)), (1024, 1024, (800, 800)), (480, 640, (800, 1067)), (640, 480, (1067, 800)), (500, 1000, (667, 1333)), (1000, 500, (1333, 667))],
+    [
+        (512, 512, (800, 800)),
+        (1024, 1024, (800, 800)),
+        (480, 640, (800, 1067)),
+        (640, 480, (1067, 800)),
+        (500, 1000, (667, 1333)),
+        (1000, 500, (1333, 667)),
+    ],
 )
 def test_the_aspect_is_kept_within_800_and_1333(height: int, width: int, expected: tuple[int, int]) -> None:
     assert resized(height, width) == expected
@@ -148,7 +161,7 @@ def test_pixels_are_resized_padded_with_grey_and_normalised_in_this_order(small:
     assert flat[:, 40, 40].numpy() == pytest.approx((np.array([255, 0, 10]) - mean) / std, abs=1e-5)
 
 
-# --- masks --------------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def test_masks_survive_their_text() -> None:
@@ -156,12 +169,15 @@ def test_masks_survive_their_text() -> None:
     for mask in (rng.random((7, 5)) > 0.5, np.zeros((3, 4), bool), np.ones((3, 4), bool), np.eye(6, dtype=bool)):
         value = encode_mask(mask)
         assert (decode_mask(value) == mask).all() and sum(value["counts"][1::2]) == mask.sum()
-    assert encode_mask(np.array([[True, False], [True, True]])) == {"size": [2, 2], "counts": [0, 2, 1, 1]}  # down the columns, zeros first
+    assert encode_mask(np.array([[True, False], [True, True]])) == {
+        "size": [2, 2],
+        "counts": [0, 2, 1, 1],
+    }  # down the columns, zeros first
     with pytest.raises(UserError, match="runs of 3 pixels"):
         decode_mask({"size": [2, 2], "counts": [3]})
 
 
-# --- the real classes ---------------------------------------------------------------------------------------------------------
+# --- the real classes -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +219,12 @@ def test_labels_must_be_coco_s_in_coco_s_order(tmp_path: Path) -> None:
     check_labels(dict(enumerate(CLASSES)))
     check_labels(
         {
-            str(index): {"motorcycle": "motorbike", "couch": "sofa", "tv": "tvmonitor", "potted plant": "pottedplant"}.get(name, name)
+            str(index): {
+                "motorcycle": "motorbike",
+                "couch": "sofa",
+                "tv": "tvmonitor",
+                "potted plant": "pottedplant",
+            }.get(name, name)
             for index, name in enumerate(COCO)
         }
     )

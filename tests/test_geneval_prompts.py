@@ -45,15 +45,23 @@ def test_the_set_is_a_manifest_that_the_collect_stage_reads(tmp_path: Path, caps
     (tmp_path / "geneval.jsonl").write_text(capsys.readouterr().out)
     rows = read_manifests(tmp_path).rows
     assert [row.record for row in rows] == RECORDS and rows[552].id == "00552"
-    assert {(row.split, row.capability) for row in rows} == {("eval", "t2i")} and [row.category for row in rows] == [record["tag"] for record in RECORDS]
+    assert {(row.split, row.capability) for row in rows} == {("eval", "t2i")} and [row.category for row in rows] == [
+        record["tag"] for record in RECORDS
+    ]
 
 
 def test_sizes_relations_and_counts_are_the_published_ones() -> None:
     assert len(RECORDS) == len({record["prompt"] for record in RECORDS}) == 553
     assert Counter(record["tag"] for record in RECORDS) == SIZES
-    relations = Counter(clause["position"][0] for record in RECORDS for clause in record["include"] if "position" in clause)
+    relations = Counter(
+        clause["position"][0] for record in RECORDS for clause in record["include"] if "position" in clause
+    )
     assert relations == {"left of": 19, "right of": 27, "above": 26, "below": 28}
-    assert Counter(record["include"][0]["count"] for record in RECORDS if record["tag"] == "counting") == {2: 26, 3: 28, 4: 26}
+    assert Counter(record["include"][0]["count"] for record in RECORDS if record["tag"] == "counting") == {
+        2: 26,
+        3: 28,
+        4: 26,
+    }
     assert len(set(CLASSES)) == 80 and len(set(COLORS)) == 10
 
 
@@ -68,7 +76,9 @@ def test_a_set_of_one_s_own_is_read_and_is_not_official(tmp_path: Path) -> None:
 
 def test_every_fault_of_a_set_is_listed(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
-    path.write_text(as_jsonl([RECORDS[0], RECORDS[0]]) + "{half\n[1]\n" + json.dumps({"tag": "size", "include": []}) + "\n")
+    path.write_text(
+        as_jsonl([RECORDS[0], RECORDS[0]]) + "{half\n[1]\n" + json.dumps({"tag": "size", "include": []}) + "\n"
+    )
     with pytest.raises(UserErrors) as caught:
         read_prompts(path)
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["line 3", "line 4", "line 5", "record 1"]

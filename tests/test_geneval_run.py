@@ -1,4 +1,6 @@
-"""Defends: GenEval on a folder of images: whole sets only, exact verdicts, nothing looked at twice, and after a kill the same bytes as without one."""
+"""Defends: GenEval on a folder of images: whole sets only, exact verdicts, nothing looked at twice, and after a kill
+the same bytes as without one.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,26 @@ from benchmarks.geneval.images import image_path, image_seed, read_images, write
 from benchmarks.geneval.prompts import COLORS, as_jsonl, official_records
 from benchmarks.geneval.report import adjusted
 from benchmarks.geneval.rules import OFFICIAL, Detection, Thresholds, overlap, surviving, verdict
-from benchmarks.geneval.run import DETECTIONS, VERDICT, Evaluator, agreement, detect_images, expected_of, judge_images, judge_pictures, summary_of
-from benchmarks.scores.scorecard import ExampleScore, Scorecard, check_same_evaluator, compare, read_scorecard, read_scores, summarise
+from benchmarks.geneval.run import (
+    DETECTIONS,
+    VERDICT,
+    Evaluator,
+    agreement,
+    detect_images,
+    expected_of,
+    judge_images,
+    judge_pictures,
+    summary_of,
+)
+from benchmarks.scores.scorecard import (
+    ExampleScore,
+    Scorecard,
+    check_same_evaluator,
+    compare,
+    read_scorecard,
+    read_scores,
+    summarise,
+)
 from benchmarks.scores.statistics import Comparison
 from benchmarks.store import open_shard, read_results, shard_files
 from data.errors import UserError, UserErrors
@@ -62,10 +82,14 @@ def micro_set(root: Path, per_tag: int, samples: int, right: float = 0.7) -> lis
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def official_folder(root: Path, records: list[dict[str, Any]], samples: int) -> None:
@@ -86,14 +110,26 @@ def test_folders_made_elsewhere_are_read_by_their_metadata(tmp_path: Path) -> No
     official_folder(tmp_path, records, 2)
     items = read_images(tmp_path, records)
     assert [(item.index, item.k) for item in items] == [(index, k) for index in range(5) for k in range(2)]
-    assert items[0].path == "105/samples/0000.png" and items[-1].path == "101/samples/0001.png" and items[2].record == records[1]
+    assert (
+        items[0].path == "105/samples/0000.png"
+        and items[-1].path == "101/samples/0001.png"
+        and items[2].record == records[1]
+    )
     assert [item.example_id for item in items[:3]] == ["00000", "00000", "00001"]
 
 
 FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a missing prompt", lambda root: (root / "103").rename(root / "gone"), r"1 of 5 prompts have no folder: 00002"),
-    ("a missing image", lambda root: (root / "103/samples/0001.png").unlink(), r"1 prompts do not have 2 image\(s\): 103 has 1"),
-    ("an extra image", lambda root: (root / "103/samples/7.png").write_bytes(b""), r"4 prompts do not have 3 image\(s\)"),
+    (
+        "a missing image",
+        lambda root: (root / "103/samples/0001.png").unlink(),
+        r"1 prompts do not have 2 image\(s\): 103 has 1",
+    ),
+    (
+        "an extra image",
+        lambda root: (root / "103/samples/7.png").write_bytes(b""),
+        r"4 prompts do not have 3 image\(s\)",
+    ),
     ("no image", lambda root: [file.unlink() for file in root.glob("*/samples/0*.png")], "there is no image"),
     (
         "another set's metadata",
@@ -105,13 +141,23 @@ FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda root: (root / "103/metadata.jsonl").write_text((root / "104/metadata.jsonl").read_text()),
         r"1 prompts appear in two folders: 104 and 103",
     ),
-    ("damaged metadata", lambda root: (root / "103/metadata.jsonl").write_text("{"), "1 folders without a readable metadata.jsonl: 103"),
-    ("two files of a number", lambda root: (root / "103/samples/1.png").write_bytes(b""), "0001.png and 1.png have the same number"),
+    (
+        "damaged metadata",
+        lambda root: (root / "103/metadata.jsonl").write_text("{"),
+        "1 folders without a readable metadata.jsonl: 103",
+    ),
+    (
+        "two files of a number",
+        lambda root: (root / "103/samples/1.png").write_bytes(b""),
+        "0001.png and 1.png have the same number",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
-def test_incomplete_repeated_and_foreign_sets_are_refused(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+def test_incomplete_repeated_and_foreign_sets_are_refused(
+    tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
     records = official_records()[:5]
     official_folder(tmp_path, records, 2)
     change(tmp_path)
@@ -134,15 +180,25 @@ def test_seeds_belong_to_prompt_and_sample() -> None:
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------------------
+# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def row(tag: str, prompt: int, correct: bool, name: str = "0.png") -> dict[str, Any]:
-    return {"filename": name, "tag": tag, "prompt": str(prompt), "correct": correct, "reason": "", "metadata": json.dumps({"prompt": prompt}), "details": "{}"}
+    return {
+        "filename": name,
+        "tag": tag,
+        "prompt": str(prompt),
+        "correct": correct,
+        "reason": "",
+        "metadata": json.dumps({"prompt": prompt}),
+        "details": "{}",
+    }
 
 
 def test_the_overall_score_weighs_tasks_and_a_prompt_needs_one_right_image() -> None:
-    rows = [row("colors", 0, True)] + [row("counting", prompt, prompt == 1 and k == 3) for prompt in (1, 2, 3) for k in range(4)]
+    rows = [row("colors", 0, True)] + [
+        row("counting", prompt, prompt == 1 and k == 3) for prompt in (1, 2, 3) for k in range(4)
+    ]
     found = summary_of(rows)
     assert found["overall"] == pytest.approx((1 + 1 / 12) / 2) and found["correct_images"] == pytest.approx(2 / 13)
     assert found["correct_prompts"] == pytest.approx(2 / 4) and (found["images"], found["prompts"]) == (13, 4)
@@ -153,14 +209,25 @@ def test_overlaps_are_dropped_only_where_asked() -> None:
     """Sides count one pixel more: boxes 0-9 and 5-14 share 5 x 10 of 150 pixels."""
     assert overlap((0, 0, 9, 9), (5, 0, 14, 9)) == pytest.approx(50 / 150)
     assert overlap((0, 0, 9, 9), (20, 0, 29, 9)) == 0.0
-    record = {"tag": "counting", "prompt": "", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}]}
+    record = {
+        "tag": "counting",
+        "prompt": "",
+        "include": [{"class": "cat", "count": 2}],
+        "exclude": [{"class": "cat", "count": 3}],
+    }
     boxes = [(0, 0, 9, 9), (0, 0, 9, 8), (30, 0, 39, 9)]
     cats = {"cat": [Detection("cat", None, score, box) for score, box in zip((0.99, 0.95, 0.92), boxes, strict=True)]}
     assert not verdict(record, cats).correct and verdict(record, cats, replace(OFFICIAL, overlap=0.5)).correct
     from benchmarks.geneval.rules import parse_record
 
-    assert [one.box for one in surviving(parse_record(record), cats, replace(OFFICIAL, overlap=0.5))["cat"]] == [boxes[0], boxes[2]]
-    assert verdict(record, cats, Thresholds(counting=0.93)).correct and not verdict(record, cats, Thresholds(counting=0.96)).correct
+    assert [one.box for one in surviving(parse_record(record), cats, replace(OFFICIAL, overlap=0.5))["cat"]] == [
+        boxes[0],
+        boxes[2],
+    ]
+    assert (
+        verdict(record, cats, Thresholds(counting=0.93)).correct
+        and not verdict(record, cats, Thresholds(counting=0.96)).correct
+    )
 
 
 def test_ten_thousand_results_aggregate_in_seconds() -> None:
@@ -179,11 +246,16 @@ def test_ten_thousand_results_aggregate_in_seconds() -> None:
 
 
 def test_categories_are_adjusted_together_and_the_average_is_not() -> None:
-    found = adjusted({path: Comparison(0.1, 0, 0.2, p, 10, 5) for path, p in (("geneval/overall", 0.04), ("geneval/colors", 0.01), ("geneval/position", 0.04))})
+    found = adjusted(
+        {
+            path: Comparison(0.1, 0, 0.2, p, 10, 5)
+            for path, p in (("geneval/overall", 0.04), ("geneval/colors", 0.01), ("geneval/position", 0.04))
+        }
+    )
     assert found == {"geneval/overall": 0.04, "geneval/colors": 0.02, "geneval/position": 0.04}
 
 
-# --- the steps ------------------------------------------------------------------------------------------------------------------
+# --- the steps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +271,9 @@ def test_verdicts_files_and_scorecard(micro: tuple[Path, list[dict[str, Any]]], 
     assert detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)["detected"] == 0
     card = judge_images(folder / "images", tmp_path, records, **HOW)
     rows = [json.loads(line) for line in (tmp_path / VERDICT / "results.jsonl").read_text().splitlines()]
-    assert [list(one) for one in rows] == [["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]] * 48
+    assert [list(one) for one in rows] == [
+        ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    ] * 48
     assert all(bool(one["reason"]) is not one["correct"] for one in rows)
     name, boxes = next(iter(json.loads(rows[0]["details"]).items()))
     assert name in WORLD.shapes and all(len(box) == 5 for box in boxes)
@@ -220,7 +294,9 @@ def test_pictures_of_their_own_scene_are_right(tmp_path: Path) -> None:
     assert judge_images(tmp_path / "images", tmp_path / "out", records, **HOW).metrics["geneval/overall"].mean == 1.0
 
 
-def test_shards_make_one_set_and_thresholds_need_no_detector(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_make_one_set_and_thresholds_need_no_detector(
+    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, records = micro
     detect_images(folder / "images", tmp_path / "whole", records, MICRO_EVALUATOR)
     judge_images(folder / "images", tmp_path / "whole", records, **HOW)
@@ -233,11 +309,20 @@ def test_shards_make_one_set_and_thresholds_need_no_detector(micro: tuple[Path, 
     judge_images(folder / "images", tmp_path / "parts", records, **HOW)
     assert bytes_of(tmp_path / "whole" / VERDICT) == bytes_of(tmp_path / "parts" / VERDICT)
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)
-    strict = judge_images(folder / "images", tmp_path / "whole", records, to=tmp_path / "strict", thresholds=Thresholds(score=0.999, counting=0.999), **HOW)
+    strict = judge_images(
+        folder / "images",
+        tmp_path / "whole",
+        records,
+        to=tmp_path / "strict",
+        thresholds=Thresholds(score=0.999, counting=0.999),
+        **HOW,
+    )
     assert strict.identities["geneval"]["thresholds"]["score"] == 0.999
 
 
-def test_a_stage_s_own_pictures_get_the_same_verdicts(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_s_own_pictures_get_the_same_verdicts(
+    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, records = micro
     detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)
     judge_images(folder / "images", tmp_path, records, **HOW)
@@ -245,7 +330,9 @@ def test_a_stage_s_own_pictures_get_the_same_verdicts(micro: tuple[Path, list[di
     pictures = [(score.image, records[int(score.example_id)]) for score in scores]
     how: dict[str, Any] = {"batch": 5, "workers": 1, "scheduler": ""}
     found, identity = judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)
-    assert [(float(one.correct), one.reasons) for one in found] == [(score.values["correct"], score.reasons) for score in scores]
+    assert [(float(one.correct), one.reasons) for one in found] == [
+        (score.values["correct"], score.reasons) for score in scores
+    ]
     assert identity["detector"]["architecture"] == MICRO
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # the second time nothing is looked at
     assert judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)[0] == found
@@ -289,22 +376,34 @@ def test_detectors_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_two_evaluators_agreement_is_counted_image_by_image(tmp_path: Path) -> None:
-    ours = [row(tag, prompt, prompt != 1, f"x/{k}.png") for tag, prompt in (("colors", 0), ("colors", 1), ("counting", 2)) for k in range(2)]
-    theirs = [{**one, "filename": one["filename"].replace("x/", "/elsewhere/"), "correct": index != 0 and one["correct"]} for index, one in enumerate(ours)]
+    ours = [
+        row(tag, prompt, prompt != 1, f"x/{k}.png")
+        for tag, prompt in (("colors", 0), ("colors", 1), ("counting", 2))
+        for k in range(2)
+    ]
+    theirs = [
+        {**one, "filename": one["filename"].replace("x/", "/elsewhere/"), "correct": index != 0 and one["correct"]}
+        for index, one in enumerate(ours)
+    ]
     for name, rows in (("ours", ours), ("theirs", theirs[::-1]), ("less", theirs[1:])):
         (tmp_path / name).write_text(as_jsonl(rows))
     found = agreement(tmp_path / "ours", tmp_path / "theirs")
-    assert found["agreement"] == pytest.approx(5 / 6) and found["tags"] == {"colors": [1, 1, 0, 2], "counting": [2, 0, 0, 0]}
+    assert found["agreement"] == pytest.approx(5 / 6) and found["tags"] == {
+        "colors": [1, 1, 0, 2],
+        "counting": [2, 0, 0, 0],
+    }
     assert found["overall_difference"] == pytest.approx((0.5 + 1) / 2 - (0.25 + 1) / 2) and found["accepted"] is False
     with pytest.raises(UserErrors, match="1 images only in"):
         agreement(tmp_path / "ours", tmp_path / "less")
 
 
-# --- the command line -----------------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_a_kill_anywhere_changes_no_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGKILL while detecting, a torn line, the same command again: shards, verdicts and scorecard are those of a run that nobody stopped."""
+    """SIGKILL while detecting, a torn line, the same command again: shards, verdicts and scorecard are those of a run
+    that nobody stopped.
+    """
     micro_set(tmp_path / "images", per_tag=15, samples=1)
     common = ["--images", str(tmp_path / "images"), "--prompts", str(tmp_path / "prompts.jsonl")]
     detecting = ["geneval", "detect", *common, "--detector", "micro", "--batch", "2"]
@@ -312,7 +411,11 @@ def test_a_kill_anywhere_changes_no_byte(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*detecting, "--out", str(tmp_path / "whole")]) == 0
     assert main([*judging, "--out", str(tmp_path / "whole")]) == 0
     shard = tmp_path / "killed" / DETECTIONS / "shards" / "0-of-1.jsonl"
-    child = subprocess.Popen([sys.executable, "-m", "benchmarks", *detecting, "--out", str(tmp_path / "killed")], cwd=PROJECT, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *detecting, "--out", str(tmp_path / "killed")],
+        cwd=PROJECT,
+        stdout=subprocess.DEVNULL,
+    )
     try:
         while child.poll() is None and (not shard.exists() or shard.read_bytes().count(b"\n") < 4):
             time.sleep(0.002)
@@ -330,24 +433,70 @@ def test_a_kill_anywhere_changes_no_byte(tmp_path: Path, capsys: pytest.CaptureF
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
 
 
-def test_report_compares_models_of_the_same_seeds(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_compares_models_of_the_same_seeds(
+    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, records = micro
     other = tmp_path / "images"
     micro_set(other, per_tag=4, samples=2, right=2.0)
     prompts = ["--prompts", str(folder / "prompts.jsonl")]
     for name, images in (("one", folder / "images"), ("other", other)):
-        assert main(["geneval", "detect", "--images", str(images), "--out", str(tmp_path / name), "--detector", "micro", *prompts]) == 0
-        assert main(["geneval", "verdict", "--images", str(images), "--out", str(tmp_path / name), "--model", name, "--resamples", "300", *prompts]) == 0
+        assert (
+            main(
+                [
+                    "geneval",
+                    "detect",
+                    "--images",
+                    str(images),
+                    "--out",
+                    str(tmp_path / name),
+                    "--detector",
+                    "micro",
+                    *prompts,
+                ]
+            )
+            == 0
+        )
+        assert (
+            main(
+                [
+                    "geneval",
+                    "verdict",
+                    "--images",
+                    str(images),
+                    "--out",
+                    str(tmp_path / name),
+                    "--model",
+                    name,
+                    "--resamples",
+                    "300",
+                    *prompts,
+                ]
+            )
+            == 0
+        )
     assert "prompts with a correct image" in capsys.readouterr().out
     for seed in "ab":
         shutil.copytree(tmp_path / "one", tmp_path / seed)
     trainings = ["--training", str(tmp_path / "a"), "--training", str(tmp_path / "b")]
-    arguments = ["geneval", "report", "--out", str(tmp_path / "one"), "--against", str(tmp_path / "other"), *trainings, "--resamples", "300"]
+    arguments = [
+        "geneval",
+        "report",
+        "--out",
+        str(tmp_path / "one"),
+        "--against",
+        str(tmp_path / "other"),
+        *trainings,
+        "--resamples",
+        "300",
+    ]
     assert main([*arguments, "--images", str(folder / "images")]) == 0
     text = capsys.readouterr().out
     expected = expected_of(records, 2)
     scores = [read_scores(tmp_path / name / VERDICT) for name in ("one", "other")]
-    difference = compare(*scores, expected=expected, seed=0, resamples=300, confidence=0.95)["geneval/overall"].difference
+    difference = compare(*scores, expected=expected, seed=0, resamples=300, confidence=0.95)[
+        "geneval/overall"
+    ].difference
     assert f"{difference:+9.4f}" in text and difference < 0 and "over 3 trainings" in text
     page = (tmp_path / "one" / VERDICT / "report.html").read_text()
     assert "geneval/overall" in page and str(tmp_path / "one") in page
@@ -357,18 +506,26 @@ def test_report_compares_models_of_the_same_seeds(micro: tuple[Path, list[dict[s
 def test_unknown_steps_and_missing_folders_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["geneval", "judge"]) == 2 and "GenEval asks no judge" in capsys.readouterr().err
     assert main(["genevla"]) == 2 and "did you mean 'geneval'" in capsys.readouterr().err
-    assert main(["geneval", "report", "--out", str(tmp_path)]) == 2 and "run the verdict step first" in capsys.readouterr().err
-    assert main(["geneval", "detect", "--images", str(tmp_path / "no"), "--out", str(tmp_path), "--detector", "micro"]) == 2
+    assert (
+        main(["geneval", "report", "--out", str(tmp_path)]) == 2
+        and "run the verdict step first" in capsys.readouterr().err
+    )
+    assert (
+        main(["geneval", "detect", "--images", str(tmp_path / "no"), "--out", str(tmp_path), "--detector", "micro"])
+        == 2
+    )
     assert "no such folder" in capsys.readouterr().err
     assert main([]) == 0 and main(["geneval", "--help"]) == 0
 
 
-# --- the real networks ----------------------------------------------------------------------------------------------------------
+# --- the real networks ------------------------------------------------------------------------------------------------
 
 
 def real_set(tmp_path: Path) -> tuple[list[dict[str, Any]], Evaluator]:
     official = official_records()
-    records = [record for tag in ("single_object", "colors") for record in [one for one in official if one["tag"] == tag][:3]]
+    records = [
+        record for tag in ("single_object", "colors") for record in [one for one in official if one["tag"] == tag][:3]
+    ]
     rng = numpy_generator(0, 0, 0, "noise images")
     write_metadata(tmp_path / "images", records)
     for index in range(len(records)):
@@ -387,28 +544,42 @@ def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: p
     detect_images(tmp_path / "images", tmp_path / "probe", records, evaluator, batch=4)
     seen = [one["detections"] for one in read_results(tmp_path / "probe" / DETECTIONS).values()]
     assert all(seen)
-    records = [{**record, "include": [{**record["include"][0], "class": seen[index][0]["class"]}]} for index, record in enumerate(records)]
+    records = [
+        {**record, "include": [{**record["include"][0], "class": seen[index][0]["class"]}]}
+        for index, record in enumerate(records)
+    ]
     write_metadata(tmp_path / "images", records)
     assert detect_images(tmp_path / "images", tmp_path / "out", records, evaluator, batch=4)["detected"] == 6
     stored = read_results(tmp_path / "out" / DETECTIONS)
     for record, value in zip(records, stored.values(), strict=True):
         found = value["detections"]
-        asked = [one for one in found if one["class"] == record["include"][0]["class"]] if "color" in record["include"][0] else []
+        asked = (
+            [one for one in found if one["class"] == record["include"][0]["class"]]
+            if "color" in record["include"][0]
+            else []
+        )
         assert all((one["color"] in COLORS) is (one is asked[0] if asked else False) for one in found)
-        assert all(sum(one["mask"]["counts"]) == value["size"][0] * value["size"][1] and 0.05 <= one["score"] <= 1 for one in found)
+        assert all(
+            sum(one["mask"]["counts"]) == value["size"][0] * value["size"][1] and 0.05 <= one["score"] <= 1
+            for one in found
+        )
     # a killed run has lost the second half of a batch: the batch is evaluated as a whole again, and nothing changes
     (shard,) = shard_files(tmp_path / "out" / DETECTIONS)
     whole = shard.read_bytes()
     shard.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
     assert detect_images(tmp_path / "images", tmp_path / "out", records, evaluator, batch=4)["detected"] == 6
     assert shard.read_bytes() == whole
-    card = judge_images(tmp_path / "images", tmp_path / "out", records, thresholds=Thresholds(score=0.05, counting=0.05), **HOW)
+    card = judge_images(
+        tmp_path / "images", tmp_path / "out", records, thresholds=Thresholds(score=0.05, counting=0.05), **HOW
+    )
     assert card.metrics["geneval/single_object"].mean == 1.0
     identity = card.identities["geneval"]["evaluator"]
     assert identity["classifier"]["activation"] == "quick_gelu" and len(identity["detector"]["weights"]) == 64
     tiny_clip(tmp_path / "classifier2", activation="gelu")
     with pytest.raises(UserErrors, match=r"(?s)made with other settings.*evaluator\.classifier\.weights"):
-        detect_images(tmp_path / "images", tmp_path / "out", records, replace(evaluator, classifier=str(tmp_path / "classifier2")))
+        detect_images(
+            tmp_path / "images", tmp_path / "out", records, replace(evaluator, classifier=str(tmp_path / "classifier2"))
+        )
 
 
 @pytest.mark.slow
@@ -421,7 +592,9 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest
     assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
 
 
-def test_a_shard_that_another_process_writes_is_refused(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_a_shard_that_another_process_writes_is_refused(
+    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     folder, records = micro
     with open_shard(tmp_path / DETECTIONS), pytest.raises(UserError, match="another process is writing"):
         detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)

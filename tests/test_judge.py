@@ -1,4 +1,6 @@
-"""Defends: a reply is a score only if it plainly is one; every other ends in the right status within a bounded number of requests; no key leaks."""
+"""Defends: a reply is a score only if it plainly is one; every other ends in the right status within a bounded number
+of requests; no key leaks.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from tests.judge_server import MODEL, Server, judge_server
 
 KEY = "sk-test-6d1f"
 
-# --- the parser -------------------------------------------------------------------------------------------------------------
+# --- the parser -------------------------------------------------------------------------------------------------------
 
 OBJECT = '{"score": [6, 7.5], "reasoning": "fine"}'
 READ = {
@@ -90,8 +92,16 @@ def test_anything_else_has_no_score(name: str) -> None:
 
 
 def test_a_refusal_in_words_is_told_from_a_clumsy_answer() -> None:
-    assert declined("I'm sorry, I cannot assist with this request.") and declined("I am unable to evaluate images of people.")
-    for text in ("", "7", "Sorry, I can't provide details, but I rate it 7 of 10", "[6, 7] sorry, I can't help more", "The edit is fine."):
+    assert declined("I'm sorry, I cannot assist with this request.") and declined(
+        "I am unable to evaluate images of people."
+    )
+    for text in (
+        "",
+        "7",
+        "Sorry, I can't provide details, but I rate it 7 of 10",
+        "[6, 7] sorry, I can't help more",
+        "The edit is fine.",
+    ):
         assert not declined(text)
 
 
@@ -115,13 +125,15 @@ def test_an_unusable_reply_is_asked_for_once_more_and_no_more() -> None:
     assert outcome(ask_once_or_twice(ask, question)).status == "refused" and len(told) == 1
 
 
-# --- wording ----------------------------------------------------------------------------------------------------------------
+# --- wording ----------------------------------------------------------------------------------------------------------
 
 
 def test_our_wording_names_the_instruction_once_and_the_quality_text_never() -> None:
     wording = load_wording(None)
     assert wording.name == "own" and OWN_SEMANTIC.count(PLACEHOLDER) == 1 and PLACEHOLDER not in OWN_QUALITY
-    assert "remove the {zebra}" in wording.text(SEMANTIC, "remove the {zebra}") and "zebra" not in wording.text(QUALITY, "remove the {zebra}")
+    assert "remove the {zebra}" in wording.text(SEMANTIC, "remove the {zebra}") and "zebra" not in wording.text(
+        QUALITY, "remove the {zebra}"
+    )
 
 
 def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> None:
@@ -132,7 +144,12 @@ def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> Non
     assert identity_of_judge(settings(), custom) != identity_of_judge(settings(), load_wording(None))
     upstream = tmp_path / "upstream"
     upstream.mkdir()
-    names = ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")
+    names = (
+        "_context_no_delimit",
+        "_prompts_0shot_two_image_edit_rule",
+        "_prompts_0shot_tie_rule_SC",
+        "_prompts_0shot_rule_PQ",
+    )
     parts = [f"{name} = {text!r}\n" for name, text in zip(names, ("A", "B", f"C {PLACEHOLDER}", "D"), strict=True)]
     (upstream / "vie_prompts.py").write_text("raise SystemExit('never run')\n" + "".join(parts), encoding="utf-8")
     found = load_wording(upstream)
@@ -142,7 +159,10 @@ def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> Non
 def test_texts_with_the_upstream_s_digests_are_official(tmp_path, monkeypatch) -> None:
     (tmp_path / "semantic.txt").write_text(f"S {PLACEHOLDER}", encoding="utf-8")
     (tmp_path / "quality.txt").write_text("Q", encoding="utf-8")
-    monkeypatch.setattr("benchmarks.judge.wording.OFFICIAL", {SEMANTIC: sha256_bytes(f"S {PLACEHOLDER}".encode()), QUALITY: sha256_bytes(b"Q")})
+    monkeypatch.setattr(
+        "benchmarks.judge.wording.OFFICIAL",
+        {SEMANTIC: sha256_bytes(f"S {PLACEHOLDER}".encode()), QUALITY: sha256_bytes(b"Q")},
+    )
     assert load_wording(tmp_path).name == "official"
 
 
@@ -158,7 +178,7 @@ def test_faulty_wording_is_named(tmp_path) -> None:
         load_wording(tmp_path)
 
 
-# --- judges that ask nobody -------------------------------------------------------------------------------------------------
+# --- judges that ask nobody -------------------------------------------------------------------------------------------
 
 
 def test_the_fake_judge_is_a_function_of_what_it_is_shown() -> None:
@@ -175,7 +195,7 @@ def test_a_replay_gives_the_recorded_replies_and_makes_up_nothing() -> None:
     assert outcome(ask_once_or_twice(replay, other)).status == "api_error"
 
 
-# --- the endpoint -----------------------------------------------------------------------------------------------------------
+# --- the endpoint -----------------------------------------------------------------------------------------------------
 
 TRIES = 3
 # script -> (status, requests that it takes); one question can cost 2 * TRIES requests at the very most
@@ -210,7 +230,15 @@ SCRIPTS: dict[str, tuple[list[str], str, int]] = {
 
 
 def endpoint(server: Server, **changes) -> Endpoint:
-    values = {"base_url": server.url, "key_variable": "JUDGE_KEY", "timeout_s": 30.0, "tries": TRIES, "wait_s": 0.01, "longest_wait_s": 0.2, "per_minute": 0}
+    values = {
+        "base_url": server.url,
+        "key_variable": "JUDGE_KEY",
+        "timeout_s": 30.0,
+        "tries": TRIES,
+        "wait_s": 0.01,
+        "longest_wait_s": 0.2,
+        "per_minute": 0,
+    }
     return Endpoint(**{**values, **changes})
 
 
@@ -227,9 +255,13 @@ def key(monkeypatch) -> str:
 def test_every_fault_ends_in_its_status_within_its_requests(key: str) -> None:
     with judge_server({name: script for name, (script, _, _) in SCRIPTS.items()}) as server:
         patience = {"slow": 0.5, "slow_then_good": 2.0}  # s; the server sleeps for three
-        asks = {name: endpoint_judge(settings(), endpoint(server, timeout_s=patience.get(name, 30.0))) for name in SCRIPTS}
+        asks = {
+            name: endpoint_judge(settings(), endpoint(server, timeout_s=patience.get(name, 30.0))) for name in SCRIPTS
+        }
         with ThreadPoolExecutor(8) as pool:
-            replies = dict(zip(SCRIPTS, pool.map(lambda name: ask_once_or_twice(asks[name], semantic(name)), SCRIPTS), strict=True))
+            replies = dict(
+                zip(SCRIPTS, pool.map(lambda name: ask_once_or_twice(asks[name], semantic(name)), SCRIPTS), strict=True)
+            )
     for name, (_, status, requests) in SCRIPTS.items():
         found = outcome(replies[name])
         assert (name, found.status, server.calls[name]) == (name, status, requests)
@@ -243,16 +275,28 @@ def test_every_fault_ends_in_its_status_within_its_requests(key: str) -> None:
 
 def test_a_request_says_what_the_settings_say(key: str) -> None:
     with judge_server({}) as server:
-        ask = endpoint_judge(settings(text_first=False, temperature=0.5, seed=7, max_tokens=9, extra={"top_k": 1}), endpoint(server))
+        ask = endpoint_judge(
+            settings(text_first=False, temperature=0.5, seed=7, max_tokens=9, extra={"top_k": 1}), endpoint(server)
+        )
         question = Question(SEMANTIC, "Grade: play good", (png("a"), png("b")), "image/png", 2)
         reply = ask(question, [("bad", "again")])
         endpoint_judge(settings(seed=None), endpoint(server))(question, ())
     first, second = server.requests
     assert [part["type"] for part in first["messages"][0]["content"]] == ["image_url", "image_url", "text"]
     assert first["messages"][1:] == [{"role": "assistant", "content": "bad"}, {"role": "user", "content": "again"}]
-    assert (first["temperature"], first["seed"], first["max_tokens"], first["top_k"], first["model"]) == (0.5, 9, 9, 1, "judge")
+    assert (first["temperature"], first["seed"], first["max_tokens"], first["top_k"], first["model"]) == (
+        0.5,
+        9,
+        9,
+        1,
+        "judge",
+    )
     assert first["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
-    assert "seed" not in second and [part["type"] for part in second["messages"][0]["content"]] == ["text", "image_url", "image_url"]
+    assert "seed" not in second and [part["type"] for part in second["messages"][0]["content"]] == [
+        "text",
+        "image_url",
+        "image_url",
+    ]
     assert reply.usage == {"prompt_tokens": 100, "completion_tokens": 10}
 
 
@@ -263,7 +307,10 @@ def test_a_server_without_schemas_is_asked_without_one(key: str) -> None:
     assert ["response_format" in request for request in server.requests] == [True, False, False]
 
 
-@pytest.mark.parametrize(("action", "words"), [("no_key", "the key is refused"), ("unknown_model", "does not know it"), ("quota", "no credit left")])
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [("no_key", "the key is refused"), ("unknown_model", "does not know it"), ("quota", "no credit left")],
+)
 def test_what_no_further_request_can_mend_ends_the_run(key: str, action: str, words: str) -> None:
     with judge_server({action: [action]}) as server:
         with pytest.raises(UserError, match=words) as caught:
@@ -287,7 +334,9 @@ def test_waits_are_the_server_s_or_grow_and_have_a_bound(key: str) -> None:
         ask(semantic("broken_inside"), ())
         assert len(waits) == 5 and all(min(2**n / 2, 6.0) <= wait <= min(2**n, 6.0) for n, wait in enumerate(waits))
         again: list[float] = []
-        endpoint_judge(settings(), endpoint(server, tries=6, wait_s=1.0, longest_wait_s=6.0), sleep=again.append)(semantic("broken_inside"), ())
+        endpoint_judge(settings(), endpoint(server, tries=6, wait_s=1.0, longest_wait_s=6.0), sleep=again.append)(
+            semantic("broken_inside"), ()
+        )
         assert again == waits  # the jitter has an address like every other draw
         waits.clear()
         ask(semantic("limit"), ())

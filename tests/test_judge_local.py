@@ -1,4 +1,6 @@
-"""Defends: the local judge runs the real Qwen2.5-VL network on what it should see, and a network that has learnt nothing earns no score."""
+"""Defends: the local judge runs the real Qwen2.5-VL network on what it should see, and a network that has learnt
+nothing earns no score.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from benchmarks.judge.wording import SEMANTIC
 from data.errors import UserError
 from tests.gedit_sets import png, settings
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 
 def byte_letters() -> list[str]:
@@ -37,17 +47,33 @@ def checkpoint(tmp_path_factory) -> Path:
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "tie_word_embeddings": False,
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "tie_word_embeddings": False,
         },
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14, "window_size": 56,
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "window_size": 56,
             "fullatt_block_indexes": [1],
         },
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -98,7 +124,11 @@ def test_a_network_that_has_learnt_nothing_earns_no_score(local: LocalModel) -> 
     ask = local_judge(settings(kind="local", max_tokens=6), local)
     replies = ask_once_or_twice(ask, question())
     assert outcome(replies).status == "unparseable" and outcome(replies).scores == () and len(replies) == 2
-    assert replies[0].usage["completion_tokens"] <= 6 and replies[0].model == local.name and replies[0].finish_reason in ("stop", "length")
+    assert (
+        replies[0].usage["completion_tokens"] <= 6
+        and replies[0].model == local.name
+        and replies[0].finish_reason in ("stop", "length")
+    )
     assert ask(question(), ()).text == replies[0].text
 
 
@@ -111,7 +141,12 @@ def test_what_the_network_writes_is_what_is_read(local: LocalModel, monkeypatch)
 
     monkeypatch.setattr(local.model, "generate", generate)
     reply = local_judge(settings(kind="local"), local)(question(), ())
-    assert isinstance(reply, Reply) and reply.text == text and reply.finish_reason == "stop" and outcome([reply]).scores == (8.0, 6.5)
+    assert (
+        isinstance(reply, Reply)
+        and reply.text == text
+        and reply.finish_reason == "stop"
+        and outcome([reply]).scores == (8.0, 6.5)
+    )
 
 
 def test_what_is_no_such_checkpoint_is_named(tmp_path: Path, checkpoint: Path, local: LocalModel) -> None:

@@ -1,5 +1,5 @@
-"""The ledger on S3 keeps the promises of the one in a folder: a number is given once, whatever happens to the answers, and no entry is changed, removed or cut
-off unnoticed."""
+"""The ledger on S3 keeps the promises of the one in a folder: a number is given once, whatever happens to the answers,
+and no entry is changed, removed or cut off unnoticed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from tasks.registry import ledger
 from tasks.s3 import objects as store
 from tests.servers import FaultyProxy, S3Server, first
 
-DECISION: dict[str, Any] = {"time": "t", "action": "promote", "actor": "ann", "reason": "r", "version": "1", "to_version": "1"}
+DECISION: dict[str, Any] = {
+    "time": "t",
+    "action": "promote",
+    "actor": "ann",
+    "reason": "r",
+    "version": "1",
+    "to_version": "1",
+}
 DECISION |= dict.fromkeys(("from_version", "previous", "verdict", "weights"))
 
 
@@ -41,7 +48,9 @@ def test_of_eight_writers_one_gets_the_number(s3: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["lost", "503", "cut", "half"])
-def test_an_answer_that_is_lost_neither_loses_nor_doubles_an_entry(s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_an_answer_that_is_lost_neither_loses_nor_doubles_an_entry(
+    s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     with FaultyProxy(s3_server.url, first(1, fault, method="PUT")) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         entry = ledger.append(s3, [], **DECISION)

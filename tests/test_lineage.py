@@ -1,4 +1,6 @@
-"""From a version to everything it came from and back: each digest is looked for where it should be, and what is gone or altered is named."""
+"""From a version to everything it came from and back: each digest is looked for where it should be, and what is gone or
+altered is named.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tasks.s3 import transfer
 
 def git(project: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=ann", "-c", "user.email=ann@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *identity, *arguments], cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def object_path(store_folder: Path, md5: str) -> Path:
@@ -48,7 +52,9 @@ def keep(store_folder: Path, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
-    """A project under git and DVC with one champion. Data and weights are in DVC's cache; the teachers only in a remote."""
+    """A project under git and DVC with one champion. Data and weights are in DVC's cache; the teachers only in a
+    remote.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "DANCEOPD_LEDGER"):
             patch.delenv(name, raising=False)
@@ -57,7 +63,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Pat
         for name in ("base", "local", "global"):
             folder = project / "data/teachers" / name
             folder.mkdir(parents=True)
-            save_file({"weight": candidates.np.full(3, len(name), candidates.np.float32)}, folder / "weights.safetensors")
+            save_file(
+                {"weight": candidates.np.full(3, len(name), candidates.np.float32)}, folder / "weights.safetensors"
+            )
             card["identities"]["teachers"][name] = sha256_file(folder / "weights.safetensors")
         candidates.new_project(project, mlflow_database)
         candidates.write_candidate(project, card=card)
@@ -66,10 +74,15 @@ def made(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Pat
             write_json(project / "data" / name / "examples.json", [name])
         remote = project.parent / "remote"
         (project / ".dvc").mkdir()
-        (project / ".dvc/config").write_text("[core]\n    analytics = false\n['remote \"shared\"']\n    url = ../../remote\n")
+        (project / ".dvc/config").write_text(
+            "[core]\n    analytics = false\n['remote \"shared\"']\n    url = ../../remote\n"
+        )
         for name, path in DVC_PATHS.items():
             keep(remote if name == "teachers" else project / ".dvc/cache", project / path)
-        outs = [{"path": path, "md5": md5_of(project / path)} for path in (*DVC_PATHS.values(), "reports/scorecard.json", "reports/validate.json")]
+        outs = [
+            {"path": path, "md5": md5_of(project / path)}
+            for path in (*DVC_PATHS.values(), "reports/scorecard.json", "reports/validate.json")
+        ]
         (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"all": {"outs": outs}}}))
         (project / "requirements.lock").write_text("torch==2.13.0\n")
         (project / ".gitignore").write_text("/mlflow/\n/data/\n/checkpoints/\n/reports/\n/.dvc/cache/\n/runs/\n")
@@ -96,13 +109,29 @@ def places(project: Path, reference: str = "models:/danceopd@champion") -> dict[
     return {line.key: line.where for line in lines}
 
 
-def test_everything_is_found_and_the_command_says_so(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_found_and_the_command_says_so(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = places(project)
     assert None not in found.values(), found
-    names = {f"dvc.{name}.md5" for name in DVC_PATHS} | {f"teacher.{name}.sha256" for name in ("base", "local", "global")}
-    names |= {"git.sha", "params.sha256", "env.lock.sha256", "dvc.lock.sha256", "gate.verdict.sha256", "weights.student.safetensors.sha256", "ledger 000001"}
+    names = {f"dvc.{name}.md5" for name in DVC_PATHS} | {
+        f"teacher.{name}.sha256" for name in ("base", "local", "global")
+    }
+    names |= {
+        "git.sha",
+        "params.sha256",
+        "env.lock.sha256",
+        "dvc.lock.sha256",
+        "gate.verdict.sha256",
+        "weights.student.safetensors.sha256",
+        "ledger 000001",
+    }
     assert names <= set(found)
-    assert found["git.sha"] == "git, in main" and "remote (3 files)" in str(found["dvc.teachers.md5"]) and "cache (1 files)" in str(found["dvc.curated.md5"])
+    assert (
+        found["git.sha"] == "git, in main"
+        and "remote (3 files)" in str(found["dvc.teachers.md5"])
+        and "cache (1 files)" in str(found["dvc.curated.md5"])
+    )
     monkeypatch.chdir(project)
     assert lineage.cli(["models:/danceopd@champion"]) == 0
     told = capsys.readouterr().out
@@ -145,9 +174,13 @@ def test_what_is_gone_or_altered_is_named(
     if fault.startswith("object"):
         path = object_path(project / ".dvc/cache", str(md5_of(project.parent / "data/curated/examples.json")))
     elif fault == "teacher altered":
-        path = object_path(project.parent / "remote", str(md5_of(project.parent / "data/teachers/local/weights.safetensors")))
+        path = object_path(
+            project.parent / "remote", str(md5_of(project.parent / "data/teachers/local/weights.safetensors"))
+        )
     else:
-        path = next((project / "mlflow/artifacts").rglob("params.yaml" if fault == "params altered" else "student.safetensors"))
+        path = next(
+            (project / "mlflow/artifacts").rglob("params.yaml" if fault == "params altered" else "student.safetensors")
+        )
     before = path.read_bytes()
     try:
         if fault == "object removed":
@@ -189,7 +222,10 @@ def test_a_revision_that_only_the_workers_repository_has_is_looked_up_there(
         monkeypatch.setenv(workspace.REPOSITORY, str(tmp_path / "repository.git"))
         monkeypatch.setenv(workspace.WORKSPACES, str(tmp_path / "workspaces"))
         found = places(project)
-        assert (found["git.sha"], found["env.lock.sha256"]) == ("git, in runs/quick-run", f"requirements.lock at {sha[:12]}") and None not in found.values()
+        assert (found["git.sha"], found["env.lock.sha256"]) == (
+            "git, in runs/quick-run",
+            f"requirements.lock at {sha[:12]}",
+        ) and None not in found.values()
         git(tmp_path / "repository.git", "symbolic-ref", "HEAD", "refs/heads/main")
         git(tmp_path / "repository.git", "fetch", "-q", str(project), "main:main")
         git(tmp_path / "repository.git", "branch", "-q", "-D", "runs/quick-run")

@@ -1,4 +1,6 @@
-"""Property: every row of every manifest is read with its provenance, or rejected alone with a reason; broken manifests stop the reading, all named at once."""
+"""Property: every row of every manifest is read with its provenance, or rejected alone with a reason; broken manifests
+stop the reading, all named at once.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def test_all_formats_hold_the_same(tmp_path: Path, name: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
     awkward = 'say "two, three"\nand é 日本 |'
-    write_manifest(tmp_path, name, [{**ROW, "id": "one", "target": "images/a.png", "record": record}, {**ROW, "prompt": awkward, "record": {}}])
+    write_manifest(
+        tmp_path,
+        name,
+        [{**ROW, "id": "one", "target": "images/a.png", "record": record}, {**ROW, "prompt": awkward, "record": {}}],
+    )
     found = read_manifests(tmp_path)
     assert found.rejected == [] and found.ignored_columns == {} and found.count == 2
     assert found.rows == [
@@ -37,9 +43,16 @@ def test_all_formats_hold_the_same(tmp_path: Path, name: str) -> None:
 
 
 def test_provenance_counts_lines_and_data_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("\ufeffcapability,category,prompt,split\nt2i,colors,one,train\n\nt2i,colors,two,train\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text(
+        "\ufeffcapability,category,prompt,split\nt2i,colors,one,train\n\nt2i,colors,two,train\n", encoding="utf-8"
+    )
     (tmp_path / "b.jsonl").write_text("\n" + json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n")
-    assert [(row.origin, row.row) for row in read_manifests(tmp_path).rows] == [("a.csv", 1), ("a.csv", 2), ("b.jsonl", 2), ("b.jsonl", 4)]
+    assert [(row.origin, row.row) for row in read_manifests(tmp_path).rows] == [
+        ("a.csv", 1),
+        ("a.csv", 2),
+        ("b.jsonl", 2),
+        ("b.jsonl", 4),
+    ]
 
 
 def test_parquet_structs_lose_their_nulls(tmp_path: Path) -> None:
@@ -47,7 +60,9 @@ def test_parquet_structs_lose_their_nulls(tmp_path: Path) -> None:
         {"tag": "colors", "exclude": None, "include": [{"class": "circle", "color": None}]},
         {"tag": "counting", "exclude": [{"class": "x"}], "include": []},
     ]
-    pq.write_table(pa.table({**{key: [value] * 2 for key, value in ROW.items()}, "record": records}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({**{key: [value] * 2 for key, value in ROW.items()}, "record": records}), tmp_path / "a.parquet"
+    )
     assert [row.record for row in read_manifests(tmp_path).rows] == [
         {"tag": "colors", "include": [{"class": "circle"}]},
         {"tag": "counting", "exclude": [{"class": "x"}], "include": []},
@@ -75,7 +90,16 @@ def test_broken_manifests_are_all_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserErrors) as caught:
         read_manifests(tmp_path)
     faults = {Path(fault.split(": ")[0]).name: fault for fault in caught.value.faults}
-    assert set(faults) == {"columns.csv", "typo.csv", "twice.csv", "empty.csv", "binary.csv", "cut.jsonl", "list.jsonl", "cut.parquet"}
+    assert set(faults) == {
+        "columns.csv",
+        "typo.csv",
+        "twice.csv",
+        "empty.csv",
+        "binary.csv",
+        "cut.jsonl",
+        "list.jsonl",
+        "cut.parquet",
+    }
     assert "['category', 'split'] are missing" in faults["columns.csv"]
     assert "did you mean 'source'" in faults["typo.csv"]
     assert "line 2: not valid JSON" in faults["cut.jsonl"]
@@ -121,7 +145,9 @@ def test_a_broken_row_is_rejected_alone(tmp_path: Path, change: dict[str, Any], 
     write_lines(folder, "a.jsonl", ROW, {**ROW, **change}, ROW)
     found = read_manifests(folder)
     assert [row.row for row in found.rows] == [1, 3]
-    assert [(rejection.origin, rejection.row, rejection.reason) for rejection in found.rejected] == [("a.jsonl", 2, reason)]
+    assert [(rejection.origin, rejection.row, rejection.reason) for rejection in found.rejected] == [
+        ("a.jsonl", 2, reason)
+    ]
     assert found.rejected[0].detail
 
 
@@ -133,7 +159,9 @@ def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:
 
 
 def test_a_ragged_csv_row_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("capability,category,prompt,split\nt2i,colors,a red, round circle,train\nt2i,colors,fine,train\n")
+    (tmp_path / "a.csv").write_text(
+        "capability,category,prompt,split\nt2i,colors,a red, round circle,train\nt2i,colors,fine,train\n"
+    )
     found = read_manifests(tmp_path)
     assert [row.prompt for row in found.rows] == ["fine"]
     assert [(rejection.row, rejection.reason) for rejection in found.rejected] == [(1, "wrong number of fields")]

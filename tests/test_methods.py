@@ -1,4 +1,6 @@
-"""Property: every baseline computes the loss and the gradient that its formula says, on toys where both are known, and runs in the one loop."""
+"""Property: every baseline computes the loss and the gradient that its formula says, on toys where both are known, and
+runs in the one loop.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def toy(theta: float = 0.2) -> Any:
     def field(x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
         return network.theta * torch.ones_like(x)
 
-    return SimpleNamespace(network=network, adapter=None, backbone=backbone, field=field, parameters={"theta": network.theta})
+    return SimpleNamespace(
+        network=network, adapter=None, backbone=backbone, field=field, parameters={"theta": network.theta}
+    )
 
 
 def teacher(x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
@@ -63,10 +67,14 @@ def bucket(rows: int = 5) -> Bucket:
 PLAN = Plan(3, Route("t2i", "teacher", 1.0), (0, 1, 2, 3), (0, 1, 2, 3))
 
 
-def step(method: str, student: Any, query_states: int = 1, field: Any = teacher, params: LoopParams | None = None) -> tuple[torch.Tensor, float]:
+def step(
+    method: str, student: Any, query_states: int = 1, field: Any = teacher, params: LoopParams | None = None
+) -> tuple[torch.Tensor, float]:
     """Losses by slot and the gradient of theta."""
     compute = compute_of(method, query_states) or accumulate
-    losses, _ = compute(student, field, bucket(), PLAN, range(4), params or loop_params(rollout_steps=STEPS), GRID, 7, WHOLE_BATCH)
+    losses, _ = compute(
+        student, field, bucket(), PLAN, range(4), params or loop_params(rollout_steps=STEPS), GRID, 7, WHOLE_BATCH
+    )
     return losses, float(student.network.theta.grad)
 
 
@@ -101,7 +109,10 @@ def test_several_query_states_are_the_mean_of_their_losses() -> None:
     assert gradient == pytest.approx(single, rel=1e-5)
     spread, _ = step("danceopd", toy(), 16, field=lambda x, t, condition: t.reshape(-1, 1, 1, 1) * torch.ones_like(x))
     levels = [float((0.2 - level) ** 2) for level in GRID[:-1]]
-    assert all(min(levels) <= float(loss) <= max(levels) for loss in spread) and len({round(float(loss), 6) for loss in spread}) > 1
+    assert (
+        all(min(levels) <= float(loss) <= max(levels) for loss in spread)
+        and len({round(float(loss), 6) for loss in spread}) > 1
+    )
 
 
 def test_joint_training_asks_no_teacher() -> None:
@@ -119,7 +130,9 @@ def test_the_stochastic_step_keeps_the_marginals(t: float) -> None:
     """Data at 0: x_t has deviation t, and so must x_{t + dt} have t + dt, to second order in dt."""
     errors = []
     for dt in (-0.02, -0.01):
-        mean, deviation = transition(torch.tensor(t, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64), t, t + dt, 0.99)
+        mean, deviation = transition(
+            torch.tensor(t, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64), t, t + dt, 0.99
+        )
         errors.append(abs(float(mean) ** 2 + deviation**2 - (t + dt) ** 2))
     assert deviation == pytest.approx(ETA * (t / (1 - t)) ** 0.5 * 0.01**0.5)
     assert errors[1] < 0.3 * errors[0] and errors[0] < 0.02
@@ -132,7 +145,9 @@ def test_flowopd_weighs_the_score_by_the_kl_at_every_state() -> None:
     for k in range(STEPS):
         now, after = float(GRID[k]), float(GRID[k + 1])
         _, deviation = transition(torch.zeros(1), torch.zeros(1), now, after, float(GRID[1]))
-        gain = float(transition(torch.zeros(1), torch.ones(1), now, after, float(GRID[1]))[0])  # of the mean by the velocity
+        gain = float(
+            transition(torch.zeros(1), torch.ones(1), now, after, float(GRID[1]))[0]
+        )  # of the mean by the velocity
         kls.append((gain * gap) ** 2 / (2 * deviation**2))
         drawn = noise_for(7, PLAN.index, range(4), SHAPE, f"transition/{k}")
         expected += kls[-1] * gain * float(drawn.mean()) / deviation / STEPS
@@ -159,7 +174,12 @@ def test_choices_that_do_not_fit_are_named() -> None:
     good = [("danceopd", "on_policy", 4, "base"), ("danceopd", "off_policy", 1, "base")]
     good += [("offpolicy", "off_policy", 1, "base"), ("merge", "on_policy", 1, "merged")]
     assert [fault for method, states, k, start in good for fault in method_faults(method, states, k, start, 16)] == []
-    bad = [("danseopd", "on_policy", 1, "base"), ("offpolicy", "on_policy", 1, "base"), ("joint", "off_policy", 1, "base"), ("merge", "on_policy", 1, "base")]
+    bad = [
+        ("danseopd", "on_policy", 1, "base"),
+        ("offpolicy", "on_policy", 1, "base"),
+        ("joint", "off_policy", 1, "base"),
+        ("merge", "on_policy", 1, "base"),
+    ]
     bad += [("danceopd", "on_policy", 3, "base"), ("diffusionopd", "on_policy", 4, "base")]
     assert [len(method_faults(method, states, k, start, 16)) for method, states, k, start in bad] == [1] * len(bad)
     assert "groups of 16" in method_faults("flowopd", "on_policy", 1, "base", 24)[0]
@@ -179,16 +199,22 @@ def test_every_method_trains_a_real_network_in_the_one_loop(tiny: Tiny, method: 
     buckets = load_buckets(tiny.encoded, ["local_edit"], read_records(tiny.teachers)[BASE].sha256)
     student = start_student(backbone, fields, BASE, "adapter", 4, 4, seed=0)
     before = {name: value.detach().clone() for name, value in student.parameters.items()}
-    params = loop_params(steps=2, batch=4, rollout_steps=2, states="off_policy" if method == "offpolicy" else "on_policy")
+    params = loop_params(
+        steps=2, batch=4, rollout_steps=2, states="off_policy" if method == "offpolicy" else "on_policy"
+    )
     optimizers, ema = build_optimizer("adamw", student.parameters.items(), 1e-3), Ema(dict(student.parameters), 0.0)
-    loop = distill(student, fields, buckets, routes, optimizers, ema, params, euler_grid(2), 0, compute=compute_of(method, 1))
+    loop = distill(
+        student, fields, buckets, routes, optimizers, ema, params, euler_grid(2), 0, compute=compute_of(method, 1)
+    )
     steps = list(loop)
     assert len(steps) == 2 and all(one.loss > 0 and one.gradient_norm > 0 for one in steps)
     assert any(not torch.equal(value, before[name]) for name, value in student.parameters.items())
 
 
 def test_merge_is_the_mean_of_the_teachers_without_a_step(tiny: Tiny, tmp_path: Path) -> None:
-    params = load_params(stage.Params, "distill", write_params(tmp_path / "params.yaml", method="merge", start="merged", trainable="all"))
+    params = load_params(
+        stage.Params, "distill", write_params(tmp_path / "params.yaml", method="merge", start="merged", trainable="all")
+    )
     stage.distill(params, encoded=tiny.encoded, teachers=tiny.teachers, out=tmp_path / "out")
     base = load_base(tiny.teachers)
     student = load_student(tmp_path / "out", base, read_records(tiny.teachers)[BASE].sha256)

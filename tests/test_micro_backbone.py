@@ -1,4 +1,6 @@
-"""Property: the micro backbone keeps the conventions of every backbone, its codec inverts, and it comes back from disk as it was or not at all."""
+"""Property: the micro backbone keeps the conventions of every backbone, its codec inverts, and it comes back from disk
+as it was or not at all.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,10 @@ class Recorder(nn.Module):
 def test_the_network_takes_1000_t_and_the_source_beside_the_noise(edits: bool) -> None:
     backbone, network = new_backbone(), Recorder()
     condition = condition_of(backbone, PROMPTS, edits)
-    x_t, t = torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 0.5, 0.25, 0.0])
+    x_t, t = (
+        torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1.0, 0.5, 0.25, 0.0]),
+    )
     v = backbone.velocity(network, x_t, t, condition)
     torch.testing.assert_close(v, 2.0 * x_t, rtol=0, atol=0)  # v as the network gives it, no sign turned
     assert network.given["timestep"].tolist() == [1000.0, 500.0, 250.0, 0.0]
@@ -83,7 +88,11 @@ def test_the_network_takes_1000_t_and_the_source_beside_the_noise(edits: bool) -
 def test_velocity_depends_on_prompt_source_and_time() -> None:
     backbone = new_backbone()
     assert isinstance(backbone.network, SD3Transformer2DModel)
-    condition, x_t, t = condition_of(backbone, PROMPTS, edits=True), torch.zeros(4, CHANNELS, 3, 3), torch.full((4,), 0.5)
+    condition, x_t, t = (
+        condition_of(backbone, PROMPTS, edits=True),
+        torch.zeros(4, CHANNELS, 3, 3),
+        torch.full((4,), 0.5),
+    )
     with torch.no_grad():
         v = backbone.velocity(backbone.network, x_t, t, condition)
         assert v.shape == x_t.shape and v.dtype == torch.float32
@@ -98,7 +107,9 @@ def test_velocity_depends_on_prompt_source_and_time() -> None:
 def test_text_tells_order_apart_and_the_empty_prompt_is_the_dropped_one() -> None:
     backbone = new_backbone()
     with torch.no_grad():
-        embeds, pooled = backbone.encode_prompt(["a red circle left of a blue square", "a blue square left of a red circle", ""])
+        embeds, pooled = backbone.encode_prompt(
+            ["a red circle left of a blue square", "a blue square left of a red circle", ""]
+        )
     assert len(embeds) == 3 and embeds.shape[2] == WIDTH and pooled.shape == (3, WIDTH)
     assert not torch.allclose(pooled[0], pooled[1], atol=1e-3)
     dropped = condition_of(backbone, PROMPTS).dropped()
@@ -129,12 +140,21 @@ def test_saved_in_half_precision_and_loaded_it_is_the_rounded_network(tmp_path: 
     backbone = new_backbone()
     backbone.save(tmp_path)
     loaded = MicroBackbone.load(tmp_path)
-    assert loaded.latent_shape == backbone.latent_shape == (CHANNELS, 3, 3) and loaded.scheduler == {"type": "FlowMatchEulerDiscreteScheduler", "shift": SHIFT}
+    assert loaded.latent_shape == backbone.latent_shape == (CHANNELS, 3, 3) and loaded.scheduler == {
+        "type": "FlowMatchEulerDiscreteScheduler",
+        "shift": SHIFT,
+    }
     assert loaded.text.vocabulary == WORLD.vocabulary
-    for part, module, other in (("network", backbone.network, loaded.network), ("text", backbone.text, loaded.text), ("codec", backbone.codec, loaded.codec)):
+    for part, module, other in (
+        ("network", backbone.network, loaded.network),
+        ("text", backbone.text, loaded.text),
+        ("codec", backbone.codec, loaded.codec),
+    ):
         for name, value in module.state_dict().items():
             assert torch.equal(other.state_dict()[name], value if part == "codec" else value.half().float())
-    assert not any(value.requires_grad for module in (loaded.network, loaded.text, loaded.codec) for value in module.parameters())
+    assert not any(
+        value.requires_grad for module in (loaded.network, loaded.text, loaded.codec) for value in module.parameters()
+    )
     loaded.save(tmp_path / "again")
     again = MicroBackbone.load(tmp_path / "again")
 

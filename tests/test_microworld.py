@@ -1,4 +1,6 @@
-"""Property: what is scored was never trained on, every attribute is still seen in training, and pictures and prompts follow from their address alone."""
+"""Property: what is scored was never trained on, every attribute is still seen in training, and pictures and prompts
+follow from their address alone.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ EACH = pytest.mark.parametrize("category", CATEGORIES)
 DRAWS = 60
 
 
-def draws(world: World, category: str, split: str, count: int = DRAWS) -> list[tuple[dict[str, Any], Scene | None, Scene]]:
+def draws(
+    world: World, category: str, split: str, count: int = DRAWS
+) -> list[tuple[dict[str, Any], Scene | None, Scene]]:
     return [example(world, numpy_generator(0, step, 0, f"test/{category}"), category, split) for step in range(count)]
 
 
@@ -64,7 +68,11 @@ def tuple_of(category: str, record: dict[str, Any], source: Scene | None, target
         return (first["class"], first["color"], last["class"], last["color"])
     if category == "counting":
         return (first["class"], first["count"], record["background"])
-    return (first["class"], record["background"]) if category == "single_object" else (first["class"], last["class"], record["background"])
+    return (
+        (first["class"], record["background"])
+        if category == "single_object"
+        else (first["class"], last["class"], record["background"])
+    )
 
 
 @WORLDS
@@ -80,7 +88,11 @@ def test_training_never_draws_a_held_out_tuple(world: World, category: str) -> N
 @WORLDS
 @EACH
 def test_splits_divide_the_tuples_and_every_attribute_is_trained(world: World, category: str) -> None:
-    everything, train, held_out = tuples_of(world, category), split_tuples(world, category, "train"), split_tuples(world, category, "eval")
+    everything, train, held_out = (
+        tuples_of(world, category),
+        split_tuples(world, category, "train"),
+        split_tuples(world, category, "eval"),
+    )
     assert held_out and len(set(everything)) == len(everything)
     assert set(train) | set(held_out) == set(everything) and not set(train) & set(held_out)
     for place in range(len(everything[0])):
@@ -89,21 +101,32 @@ def test_splits_divide_the_tuples_and_every_attribute_is_trained(world: World, c
 
 @WORLDS
 def test_no_held_out_prompt_is_a_training_prompt(world: World) -> None:
-    prompts = {split: {record["prompt"] for tag in GENEVAL_TAGS for record, _, _ in draws(world, tag, split, 200)} for split in ("train", "eval")}
+    prompts = {
+        split: {record["prompt"] for tag in GENEVAL_TAGS for record, _, _ in draws(world, tag, split, 200)}
+        for split in ("train", "eval")
+    }
     assert not prompts["train"] & prompts["eval"]
 
 
 @WORLDS
 @EACH
 def test_vocabulary_covers_every_prompt(world: World, category: str) -> None:
-    words = {word for split in ("train", "eval") for record, _, _ in draws(world, category, split) for word in record["prompt"].split()}
+    words = {
+        word
+        for split in ("train", "eval")
+        for record, _, _ in draws(world, category, split)
+        for word in record["prompt"].split()
+    }
     assert words <= set(world.vocabulary)
 
 
 @EACH
 def test_examples_follow_from_their_address_alone(category: str) -> None:
     forward = draws(FULL, category, "train", 10)
-    backward = [example(FULL, numpy_generator(0, step, 0, f"test/{category}"), category, "train") for step in reversed(range(10))]
+    backward = [
+        example(FULL, numpy_generator(0, step, 0, f"test/{category}"), category, "train")
+        for step in reversed(range(10))
+    ]
     assert forward == backward[::-1]
     assert len({str(drawn) for drawn in forward}) > 1
     for _, _, target in forward:
@@ -118,7 +141,8 @@ def test_render_is_exact() -> None:
     outside = np.ones((24, 24), bool)
     outside[8:16, 8:16] = False
     assert (image[outside] == BACKGROUNDS["white"]).all()
-    # half-edge 0.88 * 3.5 = 3.08 px: pixel centres at 2.5 px are covered whole, those at 3.5 px by 0.5 - (3.5 - 3.08) = 0.08
+    # half-edge 0.88 * 3.5 = 3.08 px: pixel centres at 2.5 px are covered whole, those at 3.5 px by 0.5 - (3.5 - 3.08) =
+    # 0.08
     row = image[12, 8:16, 1].astype(float)
     white, red = BACKGROUNDS["white"][1], COLORS["red"][1]
     np.testing.assert_array_equal(row[1:7], red)
@@ -141,7 +165,12 @@ def test_relations_hold_along_the_dominant_axis(relation: str) -> None:
             continue
         subject, reference = scene.things
         down, right = np.subtract(divmod(subject.cell, FULL.grid), divmod(reference.cell, FULL.grid))
-        along, across = {"left of": (-right, down), "right of": (right, down), "above": (-down, right), "below": (down, right)}[relation]
+        along, across = {
+            "left of": (-right, down),
+            "right of": (right, down),
+            "above": (-down, right),
+            "below": (down, right),
+        }[relation]
         assert along > 0 and along > abs(across)
 
 
@@ -161,7 +190,11 @@ def test_edits_change_what_they_say_and_nothing_else(category: str) -> None:
 def test_counting_shows_as_many_as_it_says() -> None:
     for record, _, scene in draws(FULL, "counting", "eval"):
         number = record["include"][0]["count"]
-        assert len(scene.things) == number and f" {NUMBERS[number]} " in record["prompt"] and record["exclude"][0]["count"] == number + 1
+        assert (
+            len(scene.things) == number
+            and f" {NUMBERS[number]} " in record["prompt"]
+            and record["exclude"][0]["count"] == number + 1
+        )
 
 
 def test_evaluation_examples_are_distinct_and_never_too_few() -> None:
@@ -169,10 +202,15 @@ def test_evaluation_examples_are_distinct_and_never_too_few() -> None:
         found = list(evaluation_examples(FULL, numpy_generator(0, 0, 0, "test"), category, 24))
         assert len({(record["prompt"], source) for record, source, _ in found}) == 24
     with pytest.raises(UserError, match="single_object"):
-        list(evaluation_examples(SMALL, numpy_generator(0, 0, 0, "test"), "single_object", 8 * 2 + 1))  # 4 openings, 2 grounds, 2 tuples
+        list(
+            evaluation_examples(SMALL, numpy_generator(0, 0, 0, "test"), "single_object", 8 * 2 + 1)
+        )  # 4 openings, 2 grounds, 2 tuples
 
 
-@pytest.mark.parametrize("change", [{"shapes": ("circle", "star")}, {"colors": ("red",)}, {"styles": ("night", "inverted")}, {"grid": 1}, {"cell": 7}])
+@pytest.mark.parametrize(
+    "change",
+    [{"shapes": ("circle", "star")}, {"colors": ("red",)}, {"styles": ("night", "inverted")}, {"grid": 1}, {"cell": 7}],
+)
 def test_impossible_worlds_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="micro world"):
         replace(FULL, **change)

@@ -1,5 +1,5 @@
-"""MLflow with accounts, as in production: strangers change nothing, the right to promote is checked before anything is decided, a server that goes away in the
-middle costs a repetition and no record, and no secret is kept anywhere."""
+"""MLflow with accounts, as in production: strangers change nothing, the right to promote is checked before anything is
+decided, a server that goes away in the middle costs a repetition and no record, and no secret is kept anywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def project(tmp_path: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: p
     name = f"danceopd-{uuid.uuid4().hex[:8]}"
     monkeypatch.setattr(registry, "MODEL", name)
     monkeypatch.setattr(server, "EXPERIMENT", name)
-    for key, value in {**mlflow_server.environment, "DANCEOPD_LEDGER": f"{s3}/ledger", "DANCEOPD_PUBLISH": f"{s3}/models"}.items():
+    for key, value in {
+        **mlflow_server.environment,
+        "DANCEOPD_LEDGER": f"{s3}/ledger",
+        "DANCEOPD_PUBLISH": f"{s3}/models",
+    }.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     yield candidates.new_project(tmp_path / "project")
@@ -40,13 +44,20 @@ def project(tmp_path: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: p
 def state(project: Path) -> tuple[Any, ...]:
     """All that strangers might change: versions with their tags and texts, aliases, runs with their tags and status."""
     opened = tracking.open_store(project)
-    versions = [(one.version, sorted(one.tags.items()), one.description, one.source) for one in registry.versions_of(opened)]
+    versions = [
+        (one.version, sorted(one.tags.items()), one.description, one.source) for one in registry.versions_of(opened)
+    ]
     experiment = opened.client.get_experiment_by_name(server.EXPERIMENT)
-    runs = [(one.info.run_id, one.info.status, sorted(one.data.tags.items())) for one in opened.client.search_runs([experiment.experiment_id])]
+    runs = [
+        (one.info.run_id, one.info.status, sorted(one.data.tags.items()))
+        for one in opened.client.search_runs([experiment.experiment_id])
+    ]
     return versions, sorted(registry.aliases_of(opened).items()), runs, experiment.lifecycle_stage
 
 
-def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_change_nothing(
+    project: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without an account, with a wrong password, and with an account that may only read."""
     candidates.submitted(project, promote="auto")
     candidates.submitted(project, weights=2.0, geneval=0.82)
@@ -66,7 +77,11 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
         ("POST", "mlflow/registered-models/rename", {"name": model, "new_name": "mine"}),
         ("DELETE", "mlflow/registered-models/delete", {"name": model}),
         ("POST", "mlflow/runs/set-tag", {"run_id": run, "key": "gate.status", "value": "passed"}),
-        ("POST", "mlflow/runs/log-batch", {"run_id": run, "metrics": [{"key": "geneval/overall", "value": 1.0, "timestamp": 1, "step": 1}]}),
+        (
+            "POST",
+            "mlflow/runs/log-batch",
+            {"run_id": run, "metrics": [{"key": "geneval/overall", "value": 1.0, "timestamp": 1, "step": 1}]},
+        ),
         ("POST", "mlflow/runs/update", {"run_id": run, "status": "FAILED"}),
         ("POST", "mlflow/runs/delete", {"run_id": run}),
         ("POST", "mlflow/runs/create", {"experiment_id": experiment}),
@@ -79,7 +94,9 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
             status, _ = mlflow_server.request(method, prefix + path, body)
             assert status in (401, 403, 404), (method, path, status)
     for path in ("..%2F..%2Fescaped", "a/..%2F..%2F..%2Fescaped", "%2Fescaped"):  # with every right
-        status, _ = mlflow_server.request("PUT", f"/api/2.0/mlflow-artifacts/artifacts/{path}", {}, (mlflow_server.admin, mlflow_server.password))
+        status, _ = mlflow_server.request(
+            "PUT", f"/api/2.0/mlflow-artifacts/artifacts/{path}", {}, (mlflow_server.admin, mlflow_server.password)
+        )
         assert status >= 400 and not list(mlflow_server.folder.glob("escaped"))
     for who in ((mlflow_server.admin, "wrong"), ("nobody", "nothing-at-all")):
         assert mlflow_server.request("POST", "/api/2.0/" + attempts[0][1], attempts[0][2], who)[0] == 401
@@ -104,8 +121,12 @@ def test_strangers_change_nothing(project: Path, s3: str, mlflow_server: MlflowS
 
 
 @pytest.mark.parametrize("last", [2, 9, 18, 25])
-def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    """It stops answering after so many writes; with the server back the same command finishes the same run, and every figure is there once."""
+def test_a_server_that_goes_away_in_the_middle(
+    project: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """It stops answering after so many writes; with the server back the same command finishes the same run, and every
+    figure is there once.
+    """
     candidates.judged(project)
     with FaultyProxy(mlflow_server.url) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
@@ -129,7 +150,10 @@ def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: Mlf
     (run,) = opened.client.search_runs([experiment])
     assert run.info.status == "FINISHED" and run.data.params["distill.steps"] == "300"
     for metric in ("distill/loss/t2i", "absorb/loss/guided"):
-        assert [one.step for one in sorted(opened.client.get_metric_history(run.info.run_id, metric), key=lambda one: one.step)] == list(range(5))
+        assert [
+            one.step
+            for one in sorted(opened.client.get_metric_history(run.info.run_id, metric), key=lambda one: one.step)
+        ] == list(range(5))
     assert len(registry.versions_of(opened)) == 1 and registry.aliases_of(opened) == {"candidate": "1"}
     assert not list((project / "mlflow" / "spool").glob("*/*"))
     assert decisions.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
@@ -138,7 +162,9 @@ def test_a_server_that_goes_away_in_the_middle(project: Path, mlflow_server: Mlf
 def test_what_was_logged_while_the_server_was_away_is_sent_later(
     project: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "steps.csv").write_text("step,route,loss,t,gradient_norm,seconds\n" + "".join(f"{step},t2i,{step},0.5,1.0,0.1\n" for step in range(20)))
+    (tmp_path / "steps.csv").write_text(
+        "step,route,loss,t,gradient_norm,seconds\n" + "".join(f"{step},t2i,{step},0.5,1.0,0.1\n" for step in range(20))
+    )
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "page.html").write_text("as it was")
     with FaultyProxy(mlflow_server.url) as proxy:
@@ -154,7 +180,9 @@ def test_what_was_logged_while_the_server_was_away_is_sent_later(
         with pytest.raises(UserError, match="MLflow"):
             tracking.open_store(project)
         broken = iter(range(100))
-        proxy.fault = lambda method, path: "cut" if method == "PUT" and next(broken) < 4 else None  # once more, in the middle of sending
+        proxy.fault = lambda method, path: (
+            "cut" if method == "PUT" and next(broken) < 4 else None
+        )  # once more, in the middle of sending
         with pytest.raises(server.Outage):
             tracking.open_store(project)
         assert found[0].is_file()
@@ -169,9 +197,15 @@ def test_what_was_logged_while_the_server_was_away_is_sent_later(
 
 
 def test_no_secret_is_kept_or_shown(
-    project: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    project: Path,
+    s3: str,
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Not in the registry, in runs, in artifacts, in the ledger, in what is published, in the project, nor in what the commands print."""
+    """Not in the registry, in runs, in artifacts, in the ledger, in what is published, in the project, nor in what the
+    commands print.
+    """
     with_password = mlflow_server.url.replace("//", f"//{mlflow_server.admin}:{mlflow_server.password}@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
@@ -180,11 +214,12 @@ def test_no_secret_is_kept_or_shown(
     assert done["tracking_uri"] == mlflow_server.url
     said = str(done) + "".join(capfd.readouterr())
     program = f"import sys; from tasks import registry, tracking; registry.MODEL = tracking.EXPERIMENT = {registry.MODEL!r}; from tasks.__main__ import main"
-    program += (
-        "\nfor name in ('registry', 'doctor', 'publish', 'reconcile', 'review'): main([name])\nmain(['lineage', '1']); main(['promote', '--version', '1',"
-    )
+    program += "\nfor name in ('registry', 'doctor', 'publish', 'reconcile', 'review'): main([name])\nmain(['lineage', '1']); main(['promote', '--version', '1',"
     program += " '--reviewer', 'eve', '--reason', 'again'])"
-    for environment in ({}, {"MLFLOW_TRACKING_URI": with_password.replace(mlflow_server.url[-5:], "1")}):  # the second: a server that is not there
+    for environment in (
+        {},
+        {"MLFLOW_TRACKING_URI": with_password.replace(mlflow_server.url[-5:], "1")},
+    ):  # the second: a server that is not there
         ended = subprocess.run(
             [sys.executable, "-c", program],
             cwd=project,
@@ -195,7 +230,9 @@ def test_no_secret_is_kept_or_shown(
         )
         said += ended.stdout + ended.stderr
     assert "account admin" in said and "is published now" in said  # the commands did their work
-    kept = b"".join(path.read_bytes() for folder in (project, mlflow_server.folder) for path in folder.rglob("*") if path.is_file())
+    kept = b"".join(
+        path.read_bytes() for folder in (project, mlflow_server.folder) for path in folder.rglob("*") if path.is_file()
+    )
     kept += b"".join(store.read(one.uri)[0] for one in store.list_objects(s3))
     for secret in (mlflow_server.password, os.environ["AWS_SECRET_ACCESS_KEY"]):
         assert secret not in said and secret.encode() not in kept

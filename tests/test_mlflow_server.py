@@ -1,4 +1,6 @@
-"""The whole way of a candidate, through a real MLflow server that keeps database and artifacts to itself, as in production."""
+"""The whole way of a candidate, through a real MLflow server that keeps database and artifacts to itself, as in
+production.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.servers import MlflowServer
 pytestmark = pytest.mark.slow
 
 
-def test_candidate_champion_refusal_and_a_server_that_dies(mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidate_champion_refusal_and_a_server_that_dies(
+    mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri, process = mlflow_server.url, mlflow_server.process
     name = f"danceopd-{uuid.uuid4().hex[:8]}"
     monkeypatch.setattr(versions, "MODEL", name)
@@ -35,10 +39,15 @@ def test_candidate_champion_refusal_and_a_server_that_dies(mlflow_server: Mlflow
     store = tracking.open_store(project)
     assert versions.aliases_of(store) == {"champion": "2", "previous": "1"}
     version = store.client.get_model_version(versions.MODEL, "2")
-    assert store.client.get_run(version.run_id).info.artifact_uri.startswith("mlflow-artifacts:")  # the server keeps the files
+    assert store.client.get_run(version.run_id).info.artifact_uri.startswith(
+        "mlflow-artifacts:"
+    )  # the server keeps the files
     assert not (project / "mlflow" / "artifacts").exists() and not (project / "mlflow" / "mlflow.db").exists()
     entries = ledger.read(versions.ledger_place(store))
-    assert [(entry.action, entry.from_version, entry.to_version) for entry in entries] == [("promote", None, "1"), ("promote", "1", "2")]
+    assert [(entry.action, entry.from_version, entry.to_version) for entry in entries] == [
+        ("promote", None, "1"),
+        ("promote", "1", "2"),
+    ]
     decisions.rollback(project, "eve", "artefacts")
     champion = versions.champion(project)
     assert champion is not None and champion["version"] == "1" and Path(champion["scores"]).is_file()

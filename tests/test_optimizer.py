@@ -1,4 +1,6 @@
-"""Property: Muon's updates are orthogonal in the promised band, both optimizers descend and come back from disk, and only fp32 trains."""
+"""Property: Muon's updates are orthogonal in the promised band, both optimizers descend and come back from disk, and
+only fp32 trains.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def named(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
     """A block's two matrices, its modulation and a bias, and an embedding outside the blocks."""
-    shapes = {"blocks.0.up": (12, 6), "blocks.0.down": (6, 12), "blocks.0.norm1.linear": (6, 6), "blocks.0.bias": (6,), "embed": (5, 6)}
+    shapes = {
+        "blocks.0.up": (12, 6),
+        "blocks.0.down": (6, 12),
+        "blocks.0.norm1.linear": (6, 6),
+        "blocks.0.bias": (6,),
+        "embed": (5, 6),
+    }
     return [(name, nn.Parameter(normal(*shape, seed=seed + row))) for row, (name, shape) in enumerate(shapes.items())]
 
 
@@ -69,8 +77,15 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
     parameters = named()
     muon, adamw = build_optimizer("muon", parameters, 0.1).optimizers
     names = {id(value): key for key, value in parameters}
-    assert isinstance(muon, Muon) and [names[id(value)] for value in muon.param_groups[0]["params"]] == ["blocks.0.up", "blocks.0.down"]
-    assert [names[id(value)] for value in adamw.param_groups[0]["params"]] == ["blocks.0.norm1.linear", "blocks.0.bias", "embed"]
+    assert isinstance(muon, Muon) and [names[id(value)] for value in muon.param_groups[0]["params"]] == [
+        "blocks.0.up",
+        "blocks.0.down",
+    ]
+    assert [names[id(value)] for value in adamw.param_groups[0]["params"]] == [
+        "blocks.0.norm1.linear",
+        "blocks.0.bias",
+        "embed",
+    ]
     assert len(build_optimizer("muon", parameters[:2], 0.1).optimizers) == 1  # an adapter has matrices only
 
 

@@ -1,7 +1,9 @@
-"""Property: with weights and examples of one's own, `dvc repro` runs every stage, and what is registered samples, exports, answers MLflow and is traced.
+"""Property: with weights and examples of one's own, `dvc repro` runs every stage, and what is registered samples,
+exports, answers MLflow and is traced.
 
-The whole path of a real checkpoint, tiny, T2I and edits: a pipeline with tokenizers, text encoders and VAE, a PEFT adapter and a single LoRA file, a folder of
-pictures with a manifest (one of them turned by EXIF), GenEval's networks, each as its library writes it; and a judge on loopback."""
+The whole path of a real checkpoint, tiny, T2I and edits: a pipeline with tokenizers, text encoders and VAE, a PEFT
+adapter and a single LoRA file, a folder of pictures with a manifest (one of them turned by EXIF), GenEval's networks,
+each as its library writes it; and a judge on loopback."""
 
 from __future__ import annotations
 
@@ -68,9 +70,21 @@ def save_examples(folder: Path) -> None:
         picture(f"source-{row}", *((48, 24) if row % 2 else (32, 32))).save(folder / source)
         prompt = f"a {['red', 'green', 'blue', 'yellow'][row % 4]} {['circle', 'square'][row // 4]}"
         record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
-        named = {"id": f"train-{row}", "split": "train", "category": "single_object", "prompt": prompt, "target": f"images/{row}.png", "record": record}
+        named = {
+            "id": f"train-{row}",
+            "split": "train",
+            "category": "single_object",
+            "prompt": prompt,
+            "target": f"images/{row}.png",
+            "record": record,
+        }
         rows.append({**named, "capability": "t2i"})
-        edit = {"id": f"train-edit-{row}", "category": "subject-add", "prompt": f"make the background {prompt.split()[1]}", "source": source}
+        edit = {
+            "id": f"train-edit-{row}",
+            "category": "subject-add",
+            "prompt": f"make the background {prompt.split()[1]}",
+            "source": source,
+        }
         rows.append({**named, **edit, "capability": "local_edit", "record": {}})
     for tag, clauses in ASKED.items():
         for number in range(2):  # fewer have no standard error
@@ -78,11 +92,29 @@ def save_examples(folder: Path) -> None:
             words = " and a ".join(clause["class"] for clause in include)
             prompt = f"{['a photo of a', 'a drawing of a'][number]} {words}, {tag.replace('_', ' ')}"
             record = {"tag": tag, "include": include, "prompt": prompt}
-            rows.append({"id": f"eval-{tag}-{number}", "split": "eval", "capability": "t2i", "category": tag, "prompt": prompt, "record": record})
+            rows.append(
+                {
+                    "id": f"eval-{tag}-{number}",
+                    "split": "eval",
+                    "capability": "t2i",
+                    "category": tag,
+                    "prompt": prompt,
+                    "record": record,
+                }
+            )
     for row, category in enumerate(LOCAL_EDITS * 2):
         picture(f"eval-{row}", *((48, 24) if row % 2 else (32, 32))).save(folder / "images" / f"eval-{row}.png")
-        named = {"id": f"eval-edit-{row}", "split": "eval", "capability": "local_edit", "category": category, "source": f"images/eval-{row}.png", "record": {}}
-        rows.append({**named, "prompt": f"play e{row} on a {['white', 'gray'][row % 2]} background"})  # which the judge on loopback finds good
+        named = {
+            "id": f"eval-edit-{row}",
+            "split": "eval",
+            "capability": "local_edit",
+            "category": category,
+            "source": f"images/eval-{row}.png",
+            "record": {},
+        }
+        rows.append(
+            {**named, "prompt": f"play e{row} on a {['white', 'gray'][row % 2]} background"}
+        )  # which the judge on loopback finds good
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -94,21 +126,49 @@ def put_params(project: Path, family: str, judge: str) -> None:
         if section in ("sampling", "distill", "absorb", "score", "gate") or name == "resamples":
             document[section][name] = value
     changes: dict[str, dict[str, Any]] = {
-        "backbone": {"name": family, "pretrained": {"precision": "float32", "device": "cpu", "resolution": EDGE, "max_tokens": 48, "offload": False}},
+        "backbone": {
+            "name": family,
+            "pretrained": {
+                "precision": "float32",
+                "device": "cpu",
+                "resolution": EDGE,
+                "max_tokens": 48,
+                "offload": False,
+            },
+        },
         "sampling": {"images_per_prompt": 1},
-        "routing": {"routes": [{"capability": "t2i", "teacher": "realism", "weight": 1.0}, {"capability": "local_edit", "teacher": "local", "weight": 1.0}]},
+        "routing": {
+            "routes": [
+                {"capability": "t2i", "teacher": "realism", "weight": 1.0},
+                {"capability": "local_edit", "teacher": "local", "weight": 1.0},
+            ]
+        },
         "execution": {"precision": "fp32"},
         "benchmark": {"detector": "weights/detector", "classifier": "weights/clip"},
         "judge": {"model": MODEL},
-        "curate": {"min_edge": 16, "minimum_train": {"t2i": 4, "local_edit": 4}, "minimum_eval": {"t2i": 4, "local_edit": 4}},
+        "curate": {
+            "min_edge": 16,
+            "minimum_train": {"t2i": 4, "local_edit": 4},
+            "minimum_eval": {"t2i": 4, "local_edit": 4},
+        },
         "distill": {"start": "merged", "rank": 8, "alpha": 8},
-        "absorb": {"fields": [{"capability": "t2i", "scale": 2.0, "weight": 1.0}, {"capability": "local_edit", "scale": 1.0, "weight": 1.0}]},
+        "absorb": {
+            "fields": [
+                {"capability": "t2i", "scale": 2.0, "weight": 1.0},
+                {"capability": "local_edit", "scale": 1.0, "weight": 1.0},
+            ]
+        },
         "gate": {"capabilities": ["t2i", "local_edit"], "retention": 0.0, "min_prompts": {"geneval": 1, "gedit": 1}},
         "teachers": {
             "sources": {
                 "base": {"capability": "t2i", "kind": "base", "uri": "weights/base", "sha256": ""},
                 "realism": {"capability": "t2i", "kind": "adapter", "uri": "weights/realism", "sha256": ""},
-                "local": {"capability": "local_edit", "kind": "adapter", "uri": "weights/local/lora.safetensors", "sha256": ""},
+                "local": {
+                    "capability": "local_edit",
+                    "kind": "adapter",
+                    "uri": "weights/local/lora.safetensors",
+                    "sha256": "",
+                },
             }
         },
     }
@@ -130,7 +190,11 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     backbone = load_backbone(project / "weights" / "base", need=("transformer",))
     write_peft(project / "weights" / "realism", some_adapter(backbone.network, own_layers(backbone), seed=1))
     (project / "weights" / "local").mkdir()
-    write_comfyui(project / "weights" / "local" / "lora.safetensors", some_adapter(backbone.network, own_layers(backbone), seed=2), family)
+    write_comfyui(
+        project / "weights" / "local" / "lora.safetensors",
+        some_adapter(backbone.network, own_layers(backbone), seed=2),
+        family,
+    )
     tiny_mask2former(project / "weights" / "detector")
     tiny_clip(project / "weights" / "clip")
     save_examples(project / "data" / "examples")
@@ -143,7 +207,11 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
 
     with judge_server({}) as server:
         put_params(project, family, server.url)
-        subprocess.run(["git", "-c", "user.name=ann", "-c", "user.email=ann@localhost", "commit", "--quiet", "-am", "own weights"], cwd=project, check=True)
+        subprocess.run(
+            ["git", "-c", "user.name=ann", "-c", "user.email=ann@localhost", "commit", "--quiet", "-am", "own weights"],
+            cwd=project,
+            check=True,
+        )
         preflight()
         pull("data/teachers", project, lambda _: None)
         dvc("repro")
@@ -151,13 +219,20 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     assert read_json(project / "data" / "encoded" / "encoded.json")["shapes"] == SHAPES
     judged = gate.judge_files(project, load_params(gate.Params, "gate", project / "params.yaml"))
     assert judged["passed"], [rule for rule in judged["rules"] if not rule["passed"]]
-    submitted = submission.submit_files(project, load_params(gate.Params, "gate", project / "params.yaml"), "auto", "ann", "own weights")
+    submitted = submission.submit_files(
+        project, load_params(gate.Params, "gate", project / "params.yaml"), "auto", "ann", "own weights"
+    )
     assert submitted["status"] == "champion"
 
     uri = f"models:/{versions.MODEL}@{versions.CHAMPION}"
     source = project / "data" / "examples" / "images" / "eval-1.png"
     assert sample.cli(["--model", uri, "--prompt", "a red circle", "--out", "drawn", "--steps", "2"]) == 0
-    assert sample.cli(["--model", uri, "--prompt", "make it night", "--source", str(source), "--out", "edited", "--steps", "2"]) == 0
+    assert (
+        sample.cli(
+            ["--model", uri, "--prompt", "make it night", "--source", str(source), "--out", "edited", "--steps", "2"]
+        )
+        == 0
+    )
     pictures = [np.asarray(Image.open(project / name / "000.png").convert("RGB")) for name in ("drawn", "edited")]
     assert pictures[0].shape == (EDGE, EDGE, 3)  # as it was trained, not the family's 1024 px
     assert pictures[1].shape[1] == 2 * pictures[1].shape[0]
@@ -169,7 +244,12 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
         else:
             assert export.cli(line) == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry_server.local_uri(project))
-    frame = pd.DataFrame({"prompt": ["a red circle", "make it night"], "source": ["", png_of(np.asarray(Image.open(source).convert("RGB")))]})
+    frame = pd.DataFrame(
+        {
+            "prompt": ["a red circle", "make it night"],
+            "source": ["", png_of(np.asarray(Image.open(source).convert("RGB")))],
+        }
+    )
     answer = mlflow.pyfunc.load_model(uri).predict(frame, params={"steps": 2})
     assert [pixels(text).shape for text in answer["image"]] == [one.shape for one in pictures]
     assert abs(pixels(answer["image"][0]).astype(int) - pictures[0]).max() <= 1  # the edit's noise is that of row 1

@@ -1,4 +1,6 @@
-"""Defends: work spread over processes gives what one process gives, in the order of the jobs; a job's mistake or a silent scheduler is one message."""
+"""Defends: work spread over processes gives what one process gives, in the order of the jobs; a job's mistake or a
+silent scheduler is one message.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_any_number_of_workers_gives_the_same_results(monkeypatch: pytest.Monkey
 def test_a_named_scheduler_s_workers_are_used_and_checked() -> None:
     from distributed import Client, LocalCluster
 
-    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, processes=False, protocol="tcp://", threads_per_worker=1) as cluster:
+    with LocalCluster(
+        n_workers=0, host="127.0.0.1", dashboard_address=None, processes=False, protocol="tcp://", threads_per_worker=1
+    ) as cluster:
         address = cluster.scheduler_address
         with pytest.raises(UserError, match="it has no worker"):
             collected(1, scheduler=address)
@@ -59,7 +63,10 @@ def test_a_named_scheduler_s_workers_are_used_and_checked() -> None:
         assert [row[:2] for row in collected(1, scheduler=address)] == [row[:2] for row in collected(1)]
         with pytest.raises(UserError, match="two faults"):
             collected(1, mistaken, address)
-        with Client(address) as client, pytest.raises(UserError, match="1 of 1 workers run another version of the code"):
+        with (
+            Client(address) as client,
+            pytest.raises(UserError, match="1 of 1 workers run another version of the code"),
+        ):
             check_workers(client, address, "another version")
 
 
@@ -89,7 +96,7 @@ def test_batches_are_consecutive() -> None:
         batches([1], 0)
 
 
-# --- jobs that wait for others ----------------------------------------------------------------------------------------------
+# --- jobs that wait for others ----------------------------------------------------------------------------------------
 
 
 def waiting(job: tuple[int, float, int]) -> tuple[int, int]:
@@ -100,7 +107,9 @@ def waiting(job: tuple[int, float, int]) -> tuple[int, int]:
     return job[0], os.getpid()
 
 
-def test_jobs_that_wait_are_kept_as_they_come_and_a_mistake_ends_the_run_with_what_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_wait_are_kept_as_they_come_and_a_mistake_ends_the_run_with_what_was_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     found: list[tuple[int, int]] = []
     begun: list[int] = []

@@ -1,4 +1,6 @@
-"""params.yaml is read strictly: what is filled is exactly what is written, and every fault of the file is named at once with its dotted key."""
+"""params.yaml is read strictly: what is filled is exactly what is written, and every fault of the file is named at once
+with its dotted key.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ class Train:
 
     def faults(self) -> list[str]:
         known = ("t2i", "edit")
-        return [f"routes[{i}].capability = {route.capability!r}: unknown" for i, route in enumerate(self.routes) if route.capability not in known]
+        return [
+            f"routes[{i}].capability = {route.capability!r}: unknown"
+            for i, route in enumerate(self.routes)
+            if route.capability not in known
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,11 @@ def test_every_kind_of_value_is_filled(write: Any) -> None:
         ("limit: null", "limit: many", "train.limit = 'many': expected a whole number"),
         ("ema: true", "ema: yes", "train.ema = 'yes': expected true or false"),
         ("overall: .7", "overall: high", "train.floors.geneval/overall = 'high': expected a finite number"),
-        ("  ema: true", "  ema: true\n  world: {}", "train.world = {}: this is the shared top-level section 'world'; remove it here"),
+        (
+            "  ema: true",
+            "  ema: true\n  world: {}",
+            "train.world = {}: this is the shared top-level section 'world'; remove it here",
+        ),
         ("grid: 3", "grid: 1", "world.grid = 1 (must be 2 or more), cell = 8 (must be 8)"),
         ("shapes: [circle, square]", "shapes: [circle, 3]", "world.shapes[1] = 3: expected text"),
     ],
@@ -161,7 +171,12 @@ def test_a_missing_file_and_a_missing_section(write: Any, tmp_path: Path) -> Non
 
 def test_the_whole_file_is_checked(write: Any) -> None:
     check_sections({"train": Train, "draw": OnlyShared}, write(VALID))
-    broken = VALID.replace("heads: 2", "heads: 3").replace("guidance: 1", "guidance: 0.5").replace("weight: 0.5", "weight: x") + "\ntrian: {}\n"
+    broken = (
+        VALID.replace("heads: 2", "heads: 3")
+        .replace("guidance: 1", "guidance: 0.5")
+        .replace("weight: 0.5", "weight: x")
+        + "\ntrian: {}\n"
+    )
     with pytest.raises(UserErrors) as caught:
         check_sections({"train": Train, "draw": OnlyShared}, write(broken))
     assert caught.value.faults == [
@@ -177,11 +192,17 @@ def test_a_stage_of_shared_sections_needs_none_of_its_own(write: Any) -> None:
     assert shared_fields(OnlyShared) == {"sampling": SHARED["sampling"]}
 
 
-@pytest.mark.parametrize("scalar", ["1e-3", "1e5", "1.5e+3", ".5", "5.", "-1", "012", "on", "no", "~", "null", "'true'", "FALSE", "1:30", ".inf"])
+@pytest.mark.parametrize(
+    "scalar",
+    ["1e-3", "1e5", "1.5e+3", ".5", "5.", "-1", "012", "on", "no", "~", "null", "'true'", "FALSE", "1:30", ".inf"],
+)
 def test_scalars_are_read_as_dvc_reads_them(write: Any, scalar: str) -> None:
     """DVC hashes the parameters through ruamel.yaml (YAML 1.2): what it recorded must be what ran."""
     from dvc.utils.serialize import load_yaml
 
     path = write(f"a: {scalar}\n")
     ours, theirs = read_yaml(path)["a"], load_yaml(str(path))["a"]
-    assert (ours, type(ours).__name__) == (theirs, type(theirs).__name__.replace("ScalarFloat", "float").replace("ScalarInt", "int"))
+    assert (ours, type(ours).__name__) == (
+        theirs,
+        type(theirs).__name__.replace("ScalarFloat", "float").replace("ScalarInt", "int"),
+    )

@@ -1,4 +1,6 @@
-"""Property: the plan's numbers are the ones that a run would count, it says from what they follow, and it names every weight that is missing."""
+"""Property: the plan's numbers are the ones that a run would count, it says from what they follow, and it names every
+weight that is missing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,17 @@ from data.files import write_json, write_text
 from data.randomness import numpy_generator
 from model.rollout import QUERY_BIAS, query_index
 from tasks.checks import plan as planning
-from tasks.checks.plan import Size, expected_index, forward_operations, measured_rate, plan, print_plan, query_distribution, stage_states, step_evaluations
+from tasks.checks.plan import (
+    Size,
+    expected_index,
+    forward_operations,
+    measured_rate,
+    plan,
+    print_plan,
+    query_distribution,
+    stage_states,
+    step_evaluations,
+)
 from tasks.checks.preflight import other_teachers, preflight, teacher_faults
 from tasks.environment import PROJECT
 from tasks.params.reading import read_yaml
@@ -34,7 +46,9 @@ def test_the_expected_rollout_is_the_published_one(steps: int, expected: float) 
 
 @pytest.mark.parametrize("bias", sorted(QUERY_BIAS))
 def test_the_distribution_is_that_of_the_draws(bias: str) -> None:
-    drawn = np.array([[query_index(8, bias, numpy_generator(0, step, slot, "query")) for slot in range(4)] for step in range(1500)])
+    drawn = np.array(
+        [[query_index(8, bias, numpy_generator(0, step, slot, "query")) for slot in range(4)] for step in range(1500)]
+    )
     assert query_distribution(8, bias).sum() == pytest.approx(1.0)
     assert drawn.mean() == pytest.approx(expected_index(8, bias), abs=0.08)
     assert drawn.max(axis=1).mean() == pytest.approx(expected_index(8, bias, 4), abs=0.1)
@@ -46,7 +60,9 @@ def test_evaluations_of_a_sample_by_method() -> None:
     for method, expected in kinds.items():
         states = "off_policy" if method == "offpolicy" else "on_policy"
         assert step_evaluations(params, 1.0, method, states, 1) == pytest.approx(expected, abs=0.005)
-    assert step_evaluations(params, 2.0, "danceopd", "on_policy", 1) == pytest.approx(13.93, abs=0.005)  # a guided teacher
+    assert step_evaluations(params, 2.0, "danceopd", "on_policy", 1) == pytest.approx(
+        13.93, abs=0.005
+    )  # a guided teacher
 
 
 def test_operations_of_z_image_are_near_the_counted_ones() -> None:
@@ -85,7 +101,9 @@ def test_states_follow_dvc_and_pass_downstream(monkeypatch: pytest.MonkeyPatch, 
     assert set(stage_states(tmp_path, same).values()) == {"unknown: dvc status failed here"}
 
 
-def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_of_the_default_and_of_a_published_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status(monkeypatch, {})
     monkeypatch.setattr("tasks.checks.preflight._in_hub_cache", lambda _: False)
     made = plan(PROJECT / "params.yaml", tmp_path)
@@ -102,14 +120,21 @@ def test_a_plan_of_the_default_and_of_a_published_network(monkeypatch: pytest.Mo
     assert published["weights"][-1]["key"] == "benchmark.classifier"
     print_plan(published)
     shown = capsys.readouterr().out
-    assert "from operations at 40% of 790 TF/s: one H100" in shown and "set teachers.sources.global.uri to where they are" in shown
+    assert (
+        "from operations at 40% of 790 TF/s: one H100" in shown
+        and "set teachers.sources.global.uri to where they are" in shown
+    )
     with pytest.raises(UserError, match="unknown preset 'nobody'"):
         planning.cli(["--preset", "nobody"])
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that is not here is named in one answer, with the key that says where it is: own weights, public ones, GenEval's networks, the examples."""
+def test_a_preset_without_its_weights_fails_before_anything_loads(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that is not here is named in one answer, with the key that says where it is: own weights, public ones,
+    GenEval's networks, the examples.
+    """
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # nobody is there
     monkeypatch.setattr("tasks.checks.preflight._in_hub_cache", lambda _: False)
     monkeypatch.setenv("OPENAI_API_KEY", "a judge's")
@@ -117,11 +142,20 @@ def test_a_preset_without_its_weights_fails_before_anything_loads(name: str, tmp
     with pytest.raises(UserErrors) as caught:
         preflight(path, tmp_path / "data" / "teachers")
     document = read_yaml(path)
-    uris = {f"teachers.sources.{teacher}.uri": source["uri"] for teacher, source in document["teachers"]["sources"].items()}
-    public = {key for key, uri in uris.items() if uri.startswith("hf://")} | {"benchmark.detector", "benchmark.classifier"}
+    uris = {
+        f"teachers.sources.{teacher}.uri": source["uri"] for teacher, source in document["teachers"]["sources"].items()
+    }
+    public = {key for key, uri in uris.items() if uri.startswith("hf://")} | {
+        "benchmark.detector",
+        "benchmark.classifier",
+    }
     for key in {*uris, *public, "collect.folder"}:
         (fault,) = [fault for fault in caught.value.faults if fault.startswith(f"{key} ")]
-        assert ("the hub cannot be reached" in fault and "name the folder's path instead" in fault) if key in public else "put " in fault
+        assert (
+            ("the hub cannot be reached" in fault and "name the folder's path instead" in fault)
+            if key in public
+            else "put " in fault
+        )
     assert len(caught.value.faults) == len(uris) + 3
 
 
@@ -133,4 +167,7 @@ def test_teachers_made_from_another_address_are_not_taken_for_these(tmp_path: Pa
     (fault,) = other_teachers(document, tmp_path)
     assert "teachers.sources.local.uri is weights/local" in fault
     document["routing"]["routes"] = [{"teacher": "nobody"}]
-    assert any("no such teacher in teachers.sources" in fault for fault in teacher_faults(document, tmp_path / "data" / "teachers"))
+    assert any(
+        "no such teacher in teachers.sources" in fault
+        for fault in teacher_faults(document, tmp_path / "data" / "teachers")
+    )

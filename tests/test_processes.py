@@ -1,4 +1,6 @@
-"""Property: two processes give what one gives; when one dies all stop with a message, and the run goes on with whatever number of processes."""
+"""Property: two processes give what one gives; when one dies all stop with a message, and the run goes on with whatever
+number of processes.
+"""
 
 from __future__ import annotations
 
@@ -83,14 +85,43 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
 
     def run(world: World) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
         student, teachers, bucket = build(case, torch.device("cpu"), 0)
-        optimizers, ema = build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate), Ema(dict(student.parameters), PARAMS.ema)
+        optimizers, ema = (
+            build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate),
+            Ema(dict(student.parameters), PARAMS.ema),
+        )
         buckets = {"t2i": bucket, "local_edit": bucket}
         counter = EvaluationCounter([student.network])
         execution = replace(WHOLE_BATCH, merged=True)
-        loop = distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world, lambda: world.rank == 1)
-        numbers = [[step.loss, step.gradient_norm, float(step.evaluations), float(step.floor), float(step.stopped), *step.losses] for step in loop]
+        loop = distill(
+            student,
+            teachers,
+            buckets,
+            ROUTER,
+            optimizers,
+            ema,
+            PARAMS,
+            euler_grid(6),
+            3,
+            0,
+            execution,
+            world,
+            lambda: world.rank == 1,
+        )
+        numbers = [
+            [
+                step.loss,
+                step.gradient_norm,
+                float(step.evaluations),
+                float(step.floor),
+                float(step.stopped),
+                *step.losses,
+            ]
+            for step in loop
+        ]
         numbers.append([float(counter.take())])
-        return {f"trained.{k}": v for k, v in student.parameters.items()} | {f"ema.{k}": v for k, v in ema.shadow.items()}, numbers
+        return {f"trained.{k}": v for k, v in student.parameters.items()} | {
+            f"ema.{k}": v for k, v in ema.shadow.items()
+        }, numbers
 
     def act(rank: int) -> None:
         with joined(rank, size, tmp_path / "meeting", torch.device("cpu")) as world:
@@ -104,9 +135,13 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
     for rank in range(size):
         found, theirs = load_file(tmp_path / f"{rank}.safetensors"), read_json(tmp_path / f"{rank}.json")
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
         for mine, one in zip(theirs[:-1], numbers[:-1], strict=True):
-            assert mine[2] == mine[3] == one[2] and mine[4] == 1.0  # counted over all, and asked to stop by one: known to all
+            assert (
+                mine[2] == mine[3] == one[2] and mine[4] == 1.0
+            )  # counted over all, and asked to stop by one: known to all
             np.testing.assert_allclose(mine[:2] + mine[5:], one[:2] + one[5:], rtol=1e-5, atol=1e-6)
         work.append(theirs[-1][0])
     assert sum(work) == numbers[-1][0] and max(work) < 0.75 * sum(work)
@@ -123,10 +158,18 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
         if execution.lockstep:
             shard_frozen(blocks_of(student.network), torch.device("cpu"))
         recompute_blocks(student.network, recompute)
-        optimizers, ema = build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate), Ema(dict(student.parameters), PARAMS.ema)
+        optimizers, ema = (
+            build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate),
+            Ema(dict(student.parameters), PARAMS.ema),
+        )
         buckets = {"t2i": bucket, "local_edit": bucket}
-        list(distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world))
-        held = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in student.network.parameters())
+        list(
+            distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world)
+        )
+        held = sum(
+            value.to_local().numel() if isinstance(value, DTensor) else value.numel()
+            for value in student.network.parameters()
+        )
         return dict(student.parameters), whole, held
 
     def act(rank: int) -> None:
@@ -141,10 +184,12 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
-# --- the stage ------------------------------------------------------------------------------------------------------------------
+# --- the stage --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +205,27 @@ def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def run(out: str, **changes: Any) -> int:
         params = write_params(
-            tmp_path / "params.yaml", **{"batch": 4, "rollout_steps": 4, "optimizer": "adamw", "trainable": "adapter", "start": "base", **changes}
+            tmp_path / "params.yaml",
+            **{
+                "batch": 4,
+                "rollout_steps": 4,
+                "optimizer": "adamw",
+                "trainable": "adapter",
+                "start": "base",
+                **changes,
+            },
         )
-        arguments = ["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--out", out, "--params", str(params)]
+        arguments = [
+            "distill",
+            "--encoded",
+            str(tiny.encoded),
+            "--teachers",
+            str(tiny.teachers),
+            "--out",
+            out,
+            "--params",
+            str(params),
+        ]
         return main(arguments)
 
     return run
@@ -172,7 +235,9 @@ def weights(out: str) -> dict[str, torch.Tensor]:
     return load_file(Path(out) / "adapter_model.safetensors")
 
 
-def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stopped_in_two_processes_goes_on_in_one(
+    stage: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stage("alone") == 0
     for folder in Path("runs").glob("distill-*"):
         folder.rename(f"{folder}.done")
@@ -202,14 +267,18 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(stage: Callable[..., int]
         assert time.monotonic() - begun < 120  # not the collective's patience
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert "process 2 of 2 was killed by signal 9 (SIGKILL)" in error and "same command" in error
-    assert not Path("two").exists() and sorted(path.name for path in Path("runs").glob("distill-*/step-*") if ".done" not in str(path)) == ["step-00000002"]
+    assert not Path("two").exists() and sorted(
+        path.name for path in Path("runs").glob("distill-*/step-*") if ".done" not in str(path)
+    ) == ["step-00000002"]
     assert stage("two") == 0
     assert "goes on at step 2 of 4" in capfd.readouterr().out
     for name, value in weights("alone").items():
         torch.testing.assert_close(weights("two")[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_the_stage_spreads_its_base_where_that_can_be(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_stage_spreads_its_base_where_that_can_be(
+    stage: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert stage("alone", steps=2) == 0
     for folder in Path("runs").glob("distill-*"):
         folder.rename(f"{folder}.done")
@@ -220,7 +289,9 @@ def test_the_stage_spreads_its_base_where_that_can_be(stage: Callable[..., int],
     assert "shard_base" in capfd.readouterr().err
 
 
-def test_sigterm_to_the_stage_saves_in_two_processes(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_to_the_stage_saves_in_two_processes(
+    stage: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
     child = os.fork()
     if not child:
         os._exit(stage("out", processes=2, steps=5000, save_every=5000))
@@ -231,7 +302,11 @@ def test_sigterm_to_the_stage_saves_in_two_processes(stage: Callable[..., int], 
     os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "stopped by SIGTERM after step" in error and len(list(Path("runs").glob("distill-*/step-*"))) == 1 and not Path("out").exists()
+    assert (
+        "stopped by SIGTERM after step" in error
+        and len(list(Path("runs").glob("distill-*/step-*"))) == 1
+        and not Path("out").exists()
+    )
 
 
 def test_a_refusal_in_a_process_is_the_stages_own(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:

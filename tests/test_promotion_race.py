@@ -1,4 +1,6 @@
-"""Two people promote two versions at the same moment, in two processes: one champion, one ledger entry, one clear refusal."""
+"""Two people promote two versions at the same moment, in two processes: one champion, one ledger entry, one clear
+refusal.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,14 @@ def test_two_processes_promote_two_versions(
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PROMOTER, str(project)]
     running = [
-        subprocess.Popen([*command, version, simultaneous], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, version, simultaneous],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for version in ("1", "2")
     ]
     try:
@@ -73,7 +82,9 @@ def test_two_processes_promote_two_versions(
     expected = "somebody else decided at the same moment" if simultaneous == "yes" else "error: "
     assert expected in message and "Traceback" not in message
     entries = ledger.read(versions.ledger_place(tracking.open_store(project)))
-    assert [(entry.to_version, entry.actor, entry.reason) for entry in entries] == [(winner, f"reviewer {winner}", "mine is better")]
+    assert [(entry.to_version, entry.actor, entry.reason) for entry in entries] == [
+        (winner, f"reviewer {winner}", "mine is better")
+    ]
     store = tracking.open_store(project)
     assert versions.aliases_of(store)["champion"] == winner
     assert versions.reconcile(project) == []

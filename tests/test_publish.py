@@ -1,4 +1,6 @@
-"""Whoever reads what is published gets one whole version, the one last decided on, with every byte verified; or one clear refusal."""
+"""Whoever reads what is published gets one whole version, the one last decided on, with every byte verified; or one
+clear refusal.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def test_promote_publish_roll_back(project: Path, s3: str, tmp_path: Path) -> No
     assert first["changed"] and not publish.publish(project)["changed"]
     manifest = publish.fetch(f"{s3}/models", tmp_path / "served")
     assert manifest["version"] == "1" and weight(Path(manifest["folder"])) == 1.0
-    assert manifest["lineage"]["teacher.local.sha256"] and manifest["lineage"]["verdict.sha256"] == ledger.read(f"{s3}/ledger")[0].verdict
+    assert (
+        manifest["lineage"]["teacher.local.sha256"]
+        and manifest["lineage"]["verdict.sha256"] == ledger.read(f"{s3}/ledger")[0].verdict
+    )
     submitted(project, geneval=0.82, weights=2.0, promote="auto")
     assert publish.publish(project)["ledger"] == 2
     assert weight(Path(publish.fetch(f"{s3}/models", tmp_path / "served")["folder"])) == 2.0
@@ -53,7 +58,9 @@ def test_promote_publish_roll_back(project: Path, s3: str, tmp_path: Path) -> No
     assert weight(Path(publish.fetch(f"{s3}/models", tmp_path / "served")["folder"])) == 1.0
 
 
-def test_nothing_is_readable_until_all_of_it_is(project: Path, s3: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_readable_until_all_of_it_is(
+    project: Path, s3: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The store fails for good at each request in turn; the next try finishes, and no reader ever sees a part."""
     submitted(project, promote="auto")
     publish.publish(project)
@@ -63,7 +70,9 @@ def test_nothing_is_readable_until_all_of_it_is(project: Path, s3: str, s3_serve
     with FaultyProxy(s3_server.url) as proxy:
         for last in range(100):
             seen = iter(range(1000))
-            proxy.fault = lambda method, path, seen=seen, last=last: "503" if method == "PUT" and next(seen) >= last else None  # type: ignore[misc]
+            proxy.fault = lambda method, path, seen=seen, last=last: (
+                "503" if method == "PUT" and next(seen) >= last else None
+            )  # type: ignore[misc]
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
             try:
                 publish.publish(project)
@@ -118,19 +127,28 @@ def test_what_was_changed_after_publishing_is_refused(project: Path, s3: str, tm
         """A manifest naming `path`, with a pointer that fits it: somebody who may write to the bucket."""
         content = json.dumps({"version": "1", "files": [{"path": path, "sha256": "0" * 64, "size": 1}]}).encode()
         change(f"{where}/manifest.json", lambda _: content)
-        change(f"{s3}/models/latest.json", lambda old: json.dumps({**json.loads(old), "manifest": sha256_bytes(content)}).encode())
+        change(
+            f"{s3}/models/latest.json",
+            lambda old: json.dumps({**json.loads(old), "manifest": sha256_bytes(content)}).encode(),
+        )
 
     change(f"{where}/manifest.json", lambda content: content.replace(b'"1"', b'"7"'))
     with pytest.raises(UserError, match="changed after it was published"):
         publish.fetch(f"{s3}/models", tmp_path / "b")
-    for path, words in (("../../escape.json", "not a name"), ("student.pkl", "files are loaded"), ("/etc/x.json", "not a name")):
+    for path, words in (
+        ("../../escape.json", "not a name"),
+        ("student.pkl", "files are loaded"),
+        ("/etc/x.json", "not a name"),
+    ):
         manifest(path)
         with pytest.raises(UserError, match=words):
             publish.fetch(f"{s3}/models", tmp_path / "b" / "c")
     change(f"{s3}/models/latest.json", lambda old: old.replace(b"versions/1", b"versions/../1"))
     with pytest.raises(UserError, match="not a pointer"):
         publish.fetch(f"{s3}/models", tmp_path / "b")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".pkl",)] and not list(tmp_path.glob("escape*"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".pkl",)] and not list(
+        tmp_path.glob("escape*")
+    )
     with pytest.raises(UserError, match="another manifest"):
         publish.publish(project)
 
@@ -146,13 +164,17 @@ def test_a_champion_whose_files_were_exchanged_is_not_published(project: Path, s
     save_file({"weight": np.zeros(4, np.float32)}, weights)
     with pytest.raises(UserErrors, match="not the ones that were judged"):
         publish.publish(project)
-    tracking.open_store(project).client.set_model_version_tag(versions.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
+    tracking.open_store(project).client.set_model_version_tag(
+        versions.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights)
+    )
     with pytest.raises(UserError, match="not those of ledger entry 000001"):
         publish.publish(project)
     assert store.list_objects(f"{s3}/models") == []
 
 
-def test_a_review_waits_while_the_store_is_down(project: Path, s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_review_waits_while_the_store_is_down(
+    project: Path, s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An approval is not void because the ledger could not be written."""
     submitted(project)
     decisions.approve(project, "1", "eve", "grids look right")

@@ -1,4 +1,6 @@
-"""Property: a registered student is a whole model: MLflow loads it from the registry by its alias and draws the very images that the student draws."""
+"""Property: a registered student is a whole model: MLflow loads it from the registry by its alias and draws the very
+images that the student draws.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = start_student(backbone, fields, "local", "adapter", 5, 5, seed=0)
     disturb({name: value.detach() for name, value in student.parameters.items()}, 0.05, seed=1)
     shutil.rmtree(root / "checkpoints" / "absorbed")
-    save_student(root / "checkpoints" / "absorbed", student, {"base_sha256": read_records(teachers)[BASE].sha256, "rank": 5, "alpha": 5, "teachers": {}})
+    save_student(
+        root / "checkpoints" / "absorbed",
+        student,
+        {"base_sha256": read_records(teachers)[BASE].sha256, "rank": 5, "alpha": 5, "teachers": {}},
+    )
     shutil.copyfile(root / "checkpoints" / "student" / "steps.csv", root / "checkpoints" / "absorbed" / "steps.csv")
     judged(root)
     assert submission.submit_files(root, PARAMS, "auto", "ann", "nightly run")["status"] == "champion"
@@ -49,7 +55,9 @@ def pixels(text: str) -> np.ndarray:
 
 def test_mlflow_draws_what_the_student_draws(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
-    expected = draw(open_model("checkpoints/absorbed", project), PROMPTS, [None, picture], steps=2, guidance=1.0, seed=5, batch=2)
+    expected = draw(
+        open_model("checkpoints/absorbed", project), PROMPTS, [None, picture], steps=2, guidance=1.0, seed=5, batch=2
+    )
     assert all((project / "data" / "teachers" / name).exists() for name in (BASE, "local"))
     monkeypatch.chdir(tmp_path)  # neither teachers nor checkpoints there: the model carries its base
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")

@@ -1,5 +1,5 @@
-"""The registry: only a candidate that passed becomes a version, exactly one version is champion, and the ledger says who decided what, and why, whatever
-happens in between."""
+"""The registry: only a candidate that passed becomes a version, exactly one version is champion, and the ledger says
+who decided what, and why, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def project(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def seasoned(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
-    """A project (read only) whose version 1 is champion, version 2 waits for review and whose third candidate was refused."""
+    """A project (read only) whose version 1 is champion, version 2 waits for review and whose third candidate was
+    refused.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         project = candidates.new_project(tmp_path_factory.mktemp("seasoned") / "project", mlflow_database)
@@ -56,7 +58,12 @@ def test_a_passing_candidate_becomes_a_version_with_its_lineage(seasoned: Path) 
     tags = version_of(seasoned, "2").tags
     assert tags["gate.status"] == "passed" and tags["gate.champion"] == "1" and tags["review.status"] == "pending"
     assert tags["teacher.local.sha256"] == digest("local") and tags["base.sha256"] == "b" * 64
-    assert len(tags["params.sha256"]) == len(tags["gate.verdict.sha256"]) == len(tags["weights.student.safetensors.sha256"]) == 64
+    assert (
+        len(tags["params.sha256"])
+        == len(tags["gate.verdict.sha256"])
+        == len(tags["weights.student.safetensors.sha256"])
+        == 64
+    )
     assert tags["git.known"] == "false" and tags["mlflow.run_id"] == version_of(seasoned, "2").run_id
     assert aliases(seasoned) == {"champion": "1", "candidate": "2"}
 
@@ -71,7 +78,11 @@ def test_the_run_holds_params_steps_scores_images_and_files_but_no_pickle(season
     top = {one.path for one in store.client.list_artifacts(run.info.run_id)}
     assert {"scorecard.json", "verdict.json", "validate.json", "params.yaml", "report", "scores", "steps"} <= top
     assert "report/samples.png" in {one.path for one in store.client.list_artifacts(run.info.run_id, "report")}
-    suffixes = {path.suffix for path in (seasoned / "mlflow" / "artifacts").rglob("*") if path.is_file() and path.name != "MLmodel"}
+    suffixes = {
+        path.suffix
+        for path in (seasoned / "mlflow" / "artifacts").rglob("*")
+        if path.is_file() and path.name != "MLmodel"
+    }
     assert suffixes == {".safetensors", ".json", ".csv", ".yaml", ".png", ".parquet"}
 
 
@@ -80,12 +91,25 @@ def test_the_description_shows_a_reviewer_scores_rules_and_how_to_decide(seasone
     assert len(text) < card.LONGEST_DESCRIPTION
     assert "| geneval/overall | 0.820 [0.800, 0.840] | 0.800 [0.780, 0.820] | 0.850 [0.830, 0.870] |" in text
     assert "champion (v1)" in text and "--version 2" in text and "folder `report`" in text
-    assert all(f"| {rule} |" in text for rule in ("floor/geneval/overall", "regression/gedit/average", "complete/metrics", "provenance/weights"))
+    assert all(
+        f"| {rule} |" in text
+        for rule in ("floor/geneval/overall", "regression/gedit/average", "complete/metrics", "provenance/weights")
+    )
 
 
 def test_a_long_description_says_what_it_leaves_out() -> None:
-    rules = [{"rule": f"floor/{'x' * 60}{index}", "passed": index > 3, "value": 0.5, "bound": 0.4, "reason": "r"} for index in range(80)]
-    text = card.description(scorecard(), {"passed": False, "rules": rules}, None, {f"teacher {index}": {} for index in range(4)}, "origin", None)
+    rules = [
+        {"rule": f"floor/{'x' * 60}{index}", "passed": index > 3, "value": 0.5, "bound": 0.4, "reason": "r"}
+        for index in range(80)
+    ]
+    text = card.description(
+        scorecard(),
+        {"passed": False, "rules": rules},
+        None,
+        {f"teacher {index}": {} for index in range(4)},
+        "origin",
+        None,
+    )
     assert len(text) < card.LONGEST_DESCRIPTION and "more rules are in verdict.json" in text
     assert [f"x{index} | **FAIL**" in text for index in range(4)] == [True] * 4  # failures come first
 
@@ -94,7 +118,9 @@ def test_a_refused_candidate_is_kept_with_its_reasons_and_moves_nothing(seasoned
     client = tracking.open_store(seasoned).client
     assert {str(one.version) for one in client.search_model_versions("name='danceopd'")} == {"1", "2"}
     experiment = client.get_experiment_by_name(server.EXPERIMENT)
-    refused = [run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["gate.status"] == "refused"]
+    refused = [
+        run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["gate.status"] == "refused"
+    ]
     assert len(refused) == 1 and "registered.version" not in refused[0].data.tags
     for rule in ("floor/geneval/overall", "regression/geneval/overall"):
         assert rule in refused[0].data.tags["gate.reasons"] and rule in refused[0].data.tags["gate.verdict"]
@@ -116,7 +142,11 @@ def test_the_champions_report_page_is_found_again(project: Path) -> None:
     candidates.judged(project)
     submission.submit_files(project, PARAMS, "auto", "ann", "nightly run")
     champion = versions.champion(project)
-    assert champion is not None and champion["page"].startswith("file://") and champion["page"].endswith("/report/report.html")
+    assert (
+        champion is not None
+        and champion["page"].startswith("file://")
+        and champion["page"].endswith("/report/report.html")
+    )
     assert Path(unquote(urlsplit(champion["page"]).path)).read_text() == "<!doctype html>the page"
 
 
@@ -127,9 +157,18 @@ def test_promotion_records_who_and_why_and_keeps_the_previous_for_rollback(proje
     decisions.promote(project, "2", "eve", "better binding")
     assert aliases(project) == {"champion": "2", "previous": "1"}
     last = entries(project)[-1]
-    assert (last.action, last.actor, last.reason, last.from_version, last.to_version) == ("promote", "eve", "better binding", "1", "2")
+    assert (last.action, last.actor, last.reason, last.from_version, last.to_version) == (
+        "promote",
+        "eve",
+        "better binding",
+        "1",
+        "2",
+    )
     assert last.verdict == version_of(project, "2").tags["gate.verdict.sha256"]
-    assert version_of(project, "2").tags["review.by"] == "eve" and version_of(project, "2").tags["review.status"] == "approved"
+    assert (
+        version_of(project, "2").tags["review.by"] == "eve"
+        and version_of(project, "2").tags["review.status"] == "approved"
+    )
     with pytest.raises(UserError, match="champion already"):
         decisions.promote(project, "2", "eve", "again")
     decisions.rollback(project, "eve", "artefacts in production")
@@ -143,7 +182,9 @@ def test_a_verdict_against_an_earlier_champion_is_stale(project: Path) -> None:
     submitted(project)
     submitted(project, weights=2.0)  # both judged while there was no champion
     decisions.promote(project, "1", "eve", "first")
-    with pytest.raises(UserError, match=r"judged against champion none, but champion is version 1: the verdict is stale"):
+    with pytest.raises(
+        UserError, match=r"judged against champion none, but champion is version 1: the verdict is stale"
+    ):
         decisions.promote(project, "2", "eve", "second")
     assert aliases(project)["champion"] == "1" and len(entries(project)) == 1
 
@@ -222,7 +263,9 @@ def test_all_faults_of_a_submission_are_named_at_once(project: Path) -> None:
         submission.submit_files(project, PARAMS, "review", "ann", " ")
 
 
-def test_a_crash_between_ledger_and_alias_is_repaired_from_the_ledger(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_ledger_and_alias_is_repaired_from_the_ledger(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     submitted(project, promote="auto")
     submitted(project, geneval=0.82, weights=2.0)
     follow = versions.follow
@@ -242,7 +285,9 @@ def test_a_crash_between_ledger_and_alias_is_repaired_from_the_ledger(project: P
     champion = versions.champion(project)
     assert champion is not None and champion["version"] == "2"  # the ledger is the truth already
     assert versions.reconcile(project) != []
-    assert aliases(project) == {"champion": "2", "previous": "1"} and version_of(project, "2").tags["review.by"] == "eve"
+    assert (
+        aliases(project) == {"champion": "2", "previous": "1"} and version_of(project, "2").tags["review.by"] == "eve"
+    )
     assert versions.reconcile(project) == []
 
 
@@ -270,12 +315,18 @@ def test_a_ledger_that_was_tampered_with_is_refused(project: Path, fault: str) -
         content = {**read_json(second), "actor": "bob"}
         content["hash"] = digest({key: value for key, value in content.items() if key != "hash"})
         second.write_text(json.dumps(content))
-    for call in (lambda: versions.champion(project), lambda: decisions.rollback(project, "eve", "x"), lambda: versions.reconcile(project)):
+    for call in (
+        lambda: versions.champion(project),
+        lambda: decisions.rollback(project, "eve", "x"),
+        lambda: versions.reconcile(project),
+    ):
         with pytest.raises(UserError, match="tampered"):
             call()
 
 
-def test_the_commands_decide_and_list(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_decide_and_list(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(project)
     submitted(project)
     assert decisions.cli(["promote", "--version", "1", "--reviewer", "eve", "--reason", "fine"]) == 0
@@ -309,7 +360,9 @@ def test_each_ledger_number_is_given_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert len(taken) == 7 and len(ledger.read(tmp_path)) == number
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:06d}.json" for number in range(1, 6)]  # no temporary file is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{number:06d}.json" for number in range(1, 6)
+    ]  # no temporary file is left
 
 
 def test_another_store_has_a_ledger_of_its_own(tmp_path: Path) -> None:

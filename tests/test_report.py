@@ -1,4 +1,6 @@
-"""Defends: the report page needs no other file and shows every figure with its interval and rows; the PNG sheets open and show what they were given."""
+"""Defends: the report page needs no other file and shows every figure with its interval and rows; the PNG sheets open
+and show what they were given.
+"""
 
 import base64
 import re
@@ -36,9 +38,15 @@ def rows(model: str, level: int) -> list[ExampleScore]:
     for index in range(12):
         correct = float(index % 6 <= level)
         reasons = () if correct else ("expected circle >= 1, found 0 <& more>",)
-        found.append(ExampleScore(model, "geneval", "colors", f"c{index}", 0, index, {"correct": correct}, reasons, f"images/c{index}.png"))
+        found.append(
+            ExampleScore(
+                model, "geneval", "colors", f"c{index}", 0, index, {"correct": correct}, reasons, f"images/c{index}.png"
+            )
+        )
         values = {"O": min(10.0, index * 0.5 + level), "exact": 0.0}
-        found.append(ExampleScore(model, "gedit", "subject-add", f"a{index}", 0, index, values, (), f"images/a{index}.png"))
+        found.append(
+            ExampleScore(model, "gedit", "subject-add", f"a{index}", 0, index, values, (), f"images/a{index}.png")
+        )
     return found
 
 
@@ -46,9 +54,15 @@ def rows(model: str, level: int) -> list[ExampleScore]:
 def results(tmp_path):
     """(folder with images, cards, candidate rows, prompts)."""
     scores = {name: rows(name, level) for name, level in zip(NAMES, (3, 4, 2, 5, 0), strict=True)}
-    expected = {"colors": {(f"c{index}", 0) for index in range(12)}, "subject-add": {(f"a{index}", 0) for index in range(12)}}
+    expected = {
+        "colors": {(f"c{index}", 0) for index in range(12)},
+        "subject-add": {(f"a{index}", 0) for index in range(12)},
+    }
     teachers = {"student": {"t2i": scores["base"], "local_edit": scores["local teacher"]}}
-    cards = {name: scorecard(name, found, teachers.get(name, {}), expected, {"weights": f"digest-of-{name}"}, **HOW) for name, found in scores.items()}
+    cards = {
+        name: scorecard(name, found, teachers.get(name, {}), expected, {"weights": f"digest-of-{name}"}, **HOW)
+        for name, found in scores.items()
+    }
     (tmp_path / "images").mkdir()
     for index, score in enumerate(scores["student"]):
         Image.fromarray(picture(index)).save(tmp_path / score.image)
@@ -58,7 +72,9 @@ def results(tmp_path):
 
 def page(results, **changes) -> str:
     folder, cards, scores, prompts = results
-    write_report(folder / "report.html", **{"cards": cards, "scores": scores, "prompts": prompts, "folder": folder, **changes})
+    write_report(
+        folder / "report.html", **{"cards": cards, "scores": scores, "prompts": prompts, "folder": folder, **changes}
+    )
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -66,7 +82,9 @@ def test_the_page_needs_no_other_file(results):
     text = page(results)
     sources, links = re.findall(r'src="([^"]*)"', text), re.findall(r'href="([^"]*)"', text)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not [link for link in links if not link.startswith("#") and not (results[0] / link).is_file()]  # a file is offered, never needed
+    assert not [
+        link for link in links if not link.startswith("#") and not (results[0] / link).is_file()
+    ]  # a file is offered, never needed
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert Image.open(BytesIO(base64.b64decode(sources[0].split(",")[1]))).size == (24, 24)
     assert 'name="viewport"' in text
@@ -92,14 +110,22 @@ def anchored(text: str) -> dict[str, str]:
 def test_every_figure_leads_to_the_images_that_earned_it(results):
     folder, cards, scores, _ = results
     text = page(
-        results, others={name: (folder, [replace(score, model=name) for score in scores]) for name in ("base", "shuffled")}, pages={"local teacher": "l.html"}
+        results,
+        others={name: (folder, [replace(score, model=name) for score in scores]) for name in ("base", "shuffled")},
+        pages={"local teacher": "l.html"},
     )
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids)) and {link[1:] for link in re.findall(r'href="(#[^"]*)"', text)} <= set(ids)
     parts, rows_of = anchored(text), {}
     for name in cards:
         line = text[text.index(f"<td>{name}</td>", text.index('id="figures"')) :].split("</tr>")[0]
-        rows_of[name] = dict(zip(cards["student"].metrics, re.findall(r"<td>(?!student|base|shuffled|ground)(.*?)<br>", line), strict=False))
+        rows_of[name] = dict(
+            zip(
+                cards["student"].metrics,
+                re.findall(r"<td>(?!student|base|shuffled|ground)(.*?)<br>", line),
+                strict=False,
+            )
+        )
     for name in ("student", "base", "shuffled"):
         for path, category in (
             ("geneval/colors", "colors"),
@@ -121,10 +147,20 @@ def test_a_page_that_would_be_too_large_links_other_models_images_and_says_so(re
     assert page(results, others=others).count('<div class="one"') == 72
     monkeypatch.setattr("benchmarks.scores.page.MOST_IMAGES", 48)
     text = page(results, others=others)
-    assert text.count('<div class="one"') == 48 and "The values of shuffled are links to their images: the page would hold more than 48 images." in text
+    assert (
+        text.count('<div class="one"') == 48
+        and "The values of shuffled are links to their images: the page would hold more than 48 images." in text
+    )
     places = anchored(text)
-    links = [link for name, part in places.items() if name.startswith("m2-") for link in re.findall(r'<a href="(images/[^"]*)"><b', part)]
-    assert sorted(links) == sorted(score.image for score in results[2])  # every value still leads to the image that earned it
+    links = [
+        link
+        for name, part in places.items()
+        if name.startswith("m2-")
+        for link in re.findall(r'<a href="(images/[^"]*)"><b', part)
+    ]
+    assert sorted(links) == sorted(
+        score.image for score in results[2]
+    )  # every value still leads to the image that earned it
 
 
 def test_large_images_become_small_ones(results):
@@ -132,36 +168,68 @@ def test_large_images_become_small_ones(results):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (600, 900, 3), dtype=np.uint8)).save(folder / "images/c0.png")
     text = page(results)
-    shown = [Image.open(BytesIO(base64.b64decode(uri))).size for uri in re.findall(r'src="data:image/webp;base64,([^"]*)"', text)]
-    assert sorted(shown) == [(112, 75), (320, 213)] or shown == [(112, 75)]  # among all; and large where it is one of the best or worst
+    shown = [
+        Image.open(BytesIO(base64.b64decode(uri))).size
+        for uri in re.findall(r'src="data:image/webp;base64,([^"]*)"', text)
+    ]
+    assert sorted(shown) == [(112, 75), (320, 213)] or shown == [
+        (112, 75)
+    ]  # among all; and large where it is one of the best or worst
     (folder / "images/c0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"c0\.png: not a readable image"):
         page(results)
 
 
 def test_differences_and_notes_stand_on_the_page(results):
-    row = {"a": "student", "b": "base", "path": "gedit/average", "difference": -0.5, "low": -0.9, "high": -0.1, "p": 0.01, "n": 12, "discordant": 7}
-    text = page(results, comparisons=[row, {**row, "path": "gedit/subject-add", "low": -1.0, "high": 0.3}], notes=["The <judge> has drifted"])
-    assert '<td class="bad">-0.50</td><td>[-0.90, -0.10]</td>' in text and '<td class="">-0.50</td><td>[-1.00, +0.30]</td>' in text
+    row = {
+        "a": "student",
+        "b": "base",
+        "path": "gedit/average",
+        "difference": -0.5,
+        "low": -0.9,
+        "high": -0.1,
+        "p": 0.01,
+        "n": 12,
+        "discordant": 7,
+    }
+    text = page(
+        results,
+        comparisons=[row, {**row, "path": "gedit/subject-add", "low": -1.0, "high": 0.3}],
+        notes=["The <judge> has drifted"],
+    )
+    assert (
+        '<td class="bad">-0.50</td><td>[-0.90, -0.10]</td>' in text
+        and '<td class="">-0.50</td><td>[-1.00, +0.30]</td>' in text
+    )
     assert "The &lt;judge&gt; has drifted" in text
     assert "Paired differences" not in page(results)
 
 
-# --- what was asked and what was found --------------------------------------------------------------------------------------
+# --- what was asked and what was found --------------------------------------------------------------------------------
 
 
 def test_the_champion_is_set_beside_the_candidate_later(results):
     text, cards = page(results), results[1]
     row = {"difference": -0.5, "low": -0.9, "high": -0.1, "p": 0.01, "n": 12}
     found = add_champion(text, cards["student"], cards["base"], "3", {"gedit/average": row}, "score/")
-    assert "champion, version 3" in found and '<td class="bad">-0.50<br><small>[-0.90, -0.10] n=12</small></td><td>0.01</td>' in found
+    assert (
+        "champion, version 3" in found
+        and '<td class="bad">-0.50<br><small>[-0.90, -0.10] n=12</small></td><td>0.01</td>' in found
+    )
     section = found[found.index("Against the champion") : found.index("By category</h2>")]
     for path in ("geneval/overall", "gedit/subject-add"):
         digits = 2 if path.startswith("gedit") else 3
         mean, theirs = (f"{cards[name].metrics[path].mean:.{digits}f}" for name in ("student", "base"))
-        (target,) = re.findall(rf'<td><a href="#(m0-[^"]*)">{mean}</a><br>', section[section.index(f"<td>{path}</td>") :].split("</tr>")[0])
+        (target,) = re.findall(
+            rf'<td><a href="#(m0-[^"]*)">{mean}</a><br>', section[section.index(f"<td>{path}</td>") :].split("</tr>")[0]
+        )
         assert f'id="{target}"' in found and f"<td>{theirs}<br>" in section
-    assert 'href="images/' in text and 'href="images/' not in found and 'href="score/images/' in found and 'href="#figures"' in found
+    assert (
+        'href="images/' in text
+        and 'href="images/' not in found
+        and 'href="score/images/' in found
+        and 'href="#figures"' in found
+    )
     theirs = cards["base"].metrics["geneval/overall"].mean
     for page_of, expected in (
         ("file:///runs/3/report.html", "file:///runs/3/report.html#m0-"),
@@ -186,11 +254,17 @@ def test_a_review_page_exists_exactly_while_there_is_a_champion(results, tmp_pat
 
 
 def verdicts(cases):
-    """Rows and records from (record, detections), through the real verdict, so that its words and their reading stay together."""
+    """Rows and records from (record, detections), through the real verdict, so that its words and their reading stay
+    together.
+    """
     scores, records = [], {}
     for index, (record, found) in enumerate(cases):
         outcome = verdict(record, found)
-        scores.append(ExampleScore("m", "geneval", record["tag"], f"x{index}", 0, 0, {"correct": float(outcome.correct)}, outcome.reasons))
+        scores.append(
+            ExampleScore(
+                "m", "geneval", record["tag"], f"x{index}", 0, 0, {"correct": float(outcome.correct)}, outcome.reasons
+            )
+        )
         records[f"x{index}"] = record
     return scores, records
 
@@ -200,7 +274,12 @@ def things(*colors: str) -> list[Detection]:
 
 
 def test_counts_are_confused_as_the_verdict_found_them():
-    record = {"tag": "counting", "prompt": "three circles", "include": [{"class": "circle", "count": 3}], "exclude": [{"class": "circle", "count": 4}]}
+    record = {
+        "tag": "counting",
+        "prompt": "three circles",
+        "include": [{"class": "circle", "count": 3}],
+        "exclude": [{"class": "circle", "count": 4}],
+    }
     scores, records = verdicts([(record, {"circle": things(*["red"] * found)}) for found in (3, 3, 2, 0, 5)])
     assert count_confusion(scores, records) == {"3": {"3": [0, 1], "2": [2], "0": [3], "5": [4]}}
     assert count_confusion(scores, {}) == {} and color_confusion(scores, records) == {}
@@ -210,20 +289,31 @@ def test_colours_are_confused_as_the_verdict_saw_them():
     one = {"tag": "colors", "prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     square = Detection("square", "green", 0.99, (20, 0, 29, 9))
     two = {
-        "tag": "color_attr", "prompt": "a red circle and a blue square",
+        "tag": "color_attr",
+        "prompt": "a red circle and a blue square",
         "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}],
-    }  # fmt: skip
+    }
     scores, records = verdicts(
-        [(one, {"circle": things("red")}), (one, {"circle": things("blue")}), (one, {}), (two, {"circle": things("red"), "square": [square]})]
+        [
+            (one, {"circle": things("red")}),
+            (one, {"circle": things("blue")}),
+            (one, {}),
+            (two, {"circle": things("red"), "square": [square]}),
+        ]
     )
-    assert color_confusion(scores, records) == {"blue": {"green": [3]}, "red": {"red": [0, 3], "blue": [1], "nothing": [2]}}
+    assert color_confusion(scores, records) == {
+        "blue": {"green": [3]},
+        "red": {"red": [0, 3], "blue": [1], "nothing": [2]},
+    }
 
 
 def test_the_confusions_stand_on_the_page_and_lead_to_an_image(results):
     records = {f"c{index}": {"include": [{"class": "circle", "count": 1, "color": "red"}]} for index in range(12)}
     text = page(results, records=records)
     assert "Which colour" in text and "How many things" not in text
-    assert re.search(r'<td class="hit"><a href="#e0">8</a></td>', text) and re.search(r'<td class="miss"><a href="#e\d+">4</a></td>', text)
+    assert re.search(r'<td class="hit"><a href="#e0">8</a></td>', text) and re.search(
+        r'<td class="miss"><a href="#e\d+">4</a></td>', text
+    )
     assert "Which colour" not in page(results)
 
 
@@ -253,7 +343,10 @@ def test_the_source_stands_beside_the_candidate_s_image(results):
 def test_worst_and_best_are_the_ends_and_never_the_same(results):
     edits = [score for score in results[2] if score.category == "subject-add"]
     worst, best = extremes(edits, 2)
-    assert [score.example_id for score in worst] == ["a0", "a1"] and [score.example_id for score in best] == ["a11", "a10"]
+    assert [score.example_id for score in worst] == ["a0", "a1"] and [score.example_id for score in best] == [
+        "a11",
+        "a10",
+    ]
     assert extremes(edits[::-1], 2) == (worst, best)
     worst, best = extremes(edits[:3], 5)
     assert len(worst) == 2 and len(best) == 1
@@ -274,7 +367,9 @@ def test_what_is_missing_is_named(results):
 
 def test_a_grid_holds_the_images(tmp_path):
     images = [np.full((24, 24, 3), color, dtype=np.uint8) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
-    sample_grid(images, ["a photo of a red circle on a white background", "two", "three"], tmp_path / "grid.png", columns=2)
+    sample_grid(
+        images, ["a photo of a red circle on a white background", "two", "three"], tmp_path / "grid.png", columns=2
+    )
     sheet = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
     shares = [(sheet == color).all(1).mean() for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     assert min(shares) > 0.05 and max(shares) == pytest.approx(min(shares), rel=0.05)
@@ -285,7 +380,9 @@ def test_a_grid_holds_the_images(tmp_path):
 
 
 def test_strips_show_source_teacher_and_student_in_this_order(tmp_path):
-    red, green, blue = (np.full((24, 24, 3), color, dtype=np.uint8) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250)))
+    red, green, blue = (
+        np.full((24, 24, 3), color, dtype=np.uint8) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))
+    )
     edit_strips([red, red], [green, green], [blue, blue], ["add a circle", "remove it"], tmp_path / "strips.png")
     sheet = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB"))
     places = [np.nonzero((sheet == color).all(-1))[1].mean() for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
@@ -305,7 +402,9 @@ def test_the_plot_draws_every_model(results):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="the time to open a page is measured in Chromium, which is not installed")
+@pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="the time to open a page is measured in Chromium, which is not installed"
+)
 def test_the_full_set_s_page_opens_in_under_two_seconds(tmp_path):
     """553 prompts, four images each."""
     rng, rows_, expected = np.random.default_rng(0), [], {}
@@ -316,7 +415,19 @@ def test_the_full_set_s_page_opens_in_under_two_seconds(tmp_path):
             small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
             small.resize((256, 256), Image.Resampling.BICUBIC).save(tmp_path / name, quality=85)
             correct = float((index + k) % 3 > 0)
-            rows_.append(ExampleScore("m", "geneval", record["tag"], str(index), k, 4 * index + k, {"correct": correct}, () if correct else ("why",), name))
+            rows_.append(
+                ExampleScore(
+                    "m",
+                    "geneval",
+                    record["tag"],
+                    str(index),
+                    k,
+                    4 * index + k,
+                    {"correct": correct},
+                    () if correct else ("why",),
+                    name,
+                )
+            )
             expected.setdefault(record["tag"], set()).add((str(index), k))
     prompts = {str(index): record["prompt"] for index, record in enumerate(official_records())}
     card = scorecard("m", rows_, {}, expected, {}, **HOW)

@@ -1,4 +1,6 @@
-"""A stage's process never outlives the run that started it, and what a failed one said reaches the user as its own message."""
+"""A stage's process never outlives the run that started it, and what a failed one said reaches the user as its own
+message.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def alive(number: int) -> bool:
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["ends on TERM", "ignores TERM"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_takes_its_whole_group_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool, error: type[BaseException]) -> None:
+def test_an_interrupted_run_takes_its_whole_group_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool, error: type[BaseException]
+) -> None:
     """The grandchild stands for the stage below dvc: ending dvc alone would leave it writing."""
     monkeypatch.setattr("tasks.running.repro.GRACE", 0.5)
     trap = "trap '' TERM; " if deaf else ""
@@ -58,7 +62,15 @@ def test_an_interrupted_run_takes_its_whole_group_along(tmp_path: Path, monkeypa
 
 
 def test_the_stages_own_message_is_found() -> None:
-    lines = ["Running stage 'curate':", "error: first", "note", "error: params.yaml: 2 faults", "  - a = 1: wrong", "  - b: missing", "ERROR: failed"]
+    lines = [
+        "Running stage 'curate':",
+        "error: first",
+        "note",
+        "error: params.yaml: 2 faults",
+        "  - a = 1: wrong",
+        "  - b: missing",
+        "ERROR: failed",
+    ]
     assert error_of(lines) == "params.yaml: 2 faults\n  - a = 1: wrong\n  - b: missing"
     assert error_of(["all is well"]) == ""
 
@@ -66,12 +78,13 @@ def test_the_stages_own_message_is_found() -> None:
 @pytest.mark.parametrize(
     ("lines", "kind", "words"),
     [
-        (("error: data/raw: no such file", "ERROR: failed to reproduce 'curate'"), StageFailed, "curate: data/raw: no such file"),
         (
-            (
-                "Traceback",
-                "ERROR: failed to reproduce 'curate': missing data 'source': data/raw",
-            ),
+            ("error: data/raw: no such file", "ERROR: failed to reproduce 'curate'"),
+            StageFailed,
+            "curate: data/raw: no such file",
+        ),
+        (
+            ("Traceback", "ERROR: failed to reproduce 'curate': missing data 'source': data/raw"),
             StageFailed,
             "curate: ERROR: failed to reproduce",
         ),
@@ -95,7 +108,9 @@ def test_chatter_is_dvcs_own_and_nothing_else() -> None:
 
 
 def test_a_killed_run_takes_its_whole_group_along(tmp_path: Path) -> None:
-    """SIGKILL leaves no time for anything: a guard beside the run asks the group to end, so that a stage saves its state."""
+    """SIGKILL leaves no time for anything: a guard beside the run asks the group to end, so that a stage saves its
+    state.
+    """
     stage = "trap 'echo saved > state; exit' TERM; echo $$ > number; while true; do sleep 0.1; done"
     script = f"from pathlib import Path; from tasks.running.repro import stream; stream(['bash', '-c', {stage!r}], Path({str(tmp_path)!r}), print)"
     run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT)
@@ -138,4 +153,6 @@ def _parent(stat: Path) -> int:
 def test_a_server_that_does_not_answer_is_worth_another_try() -> None:
     lines = ("ERROR: failed to push data", "Could not connect to the endpoint URL: http://127.0.0.1:1/")
     assert type(failure("dvc push", Ended(255, lines))) is Unavailable
-    assert type(failure("curate", Ended(1, ("error: data/raw: Connection refused is a prompt here",)))) is StageFailed  # a stage's own message decides
+    assert (
+        type(failure("curate", Ended(1, ("error: data/raw: Connection refused is a prompt here",)))) is StageFailed
+    )  # a stage's own message decides

@@ -1,4 +1,6 @@
-"""Property: a distillation that was killed, terminated or interrupted goes on from the same command and ends bit for bit as if it never had been."""
+"""Property: a distillation that was killed, terminated or interrupted goes on from the same command and ends bit for
+bit as if it never had been.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder of its own, one thread (sums in another order are other bits), and the signals' handlers as they were."""
+    """A folder of its own, one thread (sums in another order are other bits), and the signals' handlers as they
+    were.
+    """
     monkeypatch.chdir(tmp_path)
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)
@@ -43,7 +47,17 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def command(tiny: Tiny, params: Path, out: Path = OUT) -> list[str]:
-    return ["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--out", str(out), "--params", str(params)]
+    return [
+        "distill",
+        "--encoded",
+        str(tiny.encoded),
+        "--teachers",
+        str(tiny.teachers),
+        "--out",
+        str(out),
+        "--params",
+        str(params),
+    ]
 
 
 def result(folder: Path) -> dict[str, bytes]:
@@ -91,7 +105,9 @@ def in_a_child(arguments: list[str], folder: Path) -> int:
         os._exit(status)
 
 
-def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Among them the pictures and gaps of validations; what a clock or the memory tells is beside the states."""
     changes = {"held_out": 2, "validate_every": 2, "cosine_every": 2}
     first = straight(tiny, tmp_path / "first", monkeypatch, **changes)
@@ -105,9 +121,22 @@ def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(tiny: Ti
     assert min(line["value"] for line in read_metrics(speed)) > 0
 
 
-def test_killed_at_random_moments_equals_never_stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL at no less than 20 moments over the whole run: between steps, within them, and while states, tables and the student are written."""
-    changes = {"trainable": "adapter", "optimizer": "adamw", "start": "base", "steps": 24, "save_every": 1, "batch": 2, "rollout_steps": 3, "keep_every": 8}
+def test_killed_at_random_moments_equals_never_stopped(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL at no less than 20 moments over the whole run: between steps, within them, and while states, tables and
+    the student are written.
+    """
+    changes = {
+        "trainable": "adapter",
+        "optimizer": "adamw",
+        "start": "base",
+        "steps": 24,
+        "save_every": 1,
+        "batch": 2,
+        "rollout_steps": 3,
+        "keep_every": 8,
+    }
     begun = time.monotonic()
     expected = straight(tiny, tmp_path, monkeypatch, **changes)
     whole = time.monotonic() - begun
@@ -125,7 +154,10 @@ def test_killed_at_random_moments_equals_never_stopped(tiny: Tiny, tmp_path: Pat
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
-        except (ProcessLookupError, ChildProcessError):  # it had ended: begin again, so that every kill meets a run at work
+        except (
+            ProcessLookupError,
+            ChildProcessError,
+        ):  # it had ended: begin again, so that every kill meets a run at work
             assert result(folder / OUT) == expected
             shutil.rmtree(folder / OUT)
             shutil.rmtree(folder / "runs")
@@ -135,7 +167,12 @@ def test_killed_at_random_moments_equals_never_stopped(tiny: Tiny, tmp_path: Pat
     child = in_a_child(arguments, folder)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, (folder / "log").read_text()
     assert result(folder / OUT) == expected
-    assert states(folder) == ["step-00000008", "step-00000016", "step-00000023", "step-00000024"]  # the last two, every eighth, and nothing half-written
+    assert states(folder) == [
+        "step-00000008",
+        "step-00000016",
+        "step-00000023",
+        "step-00000024",
+    ]  # the last two, every eighth, and nothing half-written
     assert not list(folder.glob("runs/distill-*/.*"))
 
 
@@ -147,7 +184,9 @@ def test_killed_at_random_moments_equals_never_stopped(tiny: Tiny, tmp_path: Pat
         {"trainable": "adapter", "optimizer": "muon", "start": "merged"},
     ],
 )
-def test_two_and_two_steps_are_four(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+def test_two_and_two_steps_are_four(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     expected = straight(tiny, tmp_path, monkeypatch, **changes)
     arguments = command(tiny, write_params(tmp_path / "params.yaml", **changes))
 
@@ -163,7 +202,9 @@ def test_two_and_two_steps_are_four(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
     assert result(OUT) == expected
 
 
-def test_sigterm_saves_the_step_and_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_saves_the_step_and_says_so(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = straight(tiny, tmp_path, monkeypatch)
     arguments = command(tiny, write_params(tmp_path / "params.yaml"))
     with monkeypatch.context() as context:
@@ -171,16 +212,25 @@ def test_sigterm_saves_the_step_and_says_so(tiny: Tiny, tmp_path: Path, monkeypa
         capsys.readouterr()
         assert main(arguments) == 143  # as SIGTERM ends a process: DVC must not take the stage for done
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ") and "SIGTERM after step 3 of 4" in errors[0] and "same command" in errors[0]
+    assert (
+        len(errors) == 1
+        and errors[0].startswith("error: ")
+        and "SIGTERM after step 3 of 4" in errors[0]
+        and "same command" in errors[0]
+    )
     assert states() == ["step-00000002", "step-00000003"] and not OUT.exists()
     assert main(arguments) == 0
     assert result(OUT) == expected
 
 
-def test_ctrl_c_is_one_line_and_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line_and_goes_on(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = straight(tiny, tmp_path, monkeypatch)
     arguments = command(tiny, write_params(tmp_path / "params.yaml"))
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job starts with Ctrl-C ignored
     try:
         with monkeypatch.context() as context:
             at_step(context, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -196,9 +246,15 @@ def test_ctrl_c_is_one_line_and_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch:
     assert result(OUT) == expected
 
 
-def test_a_step_not_finite_keeps_the_rest(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_not_finite_keeps_the_rest(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = command(tiny, write_params(tmp_path / "params.yaml", save_every=50))
-    monkeypatch.setattr(model.distill, "noise_for", lambda seed, index, *others: noise_for(seed, index, *others) * (float("nan") if index == 3 else 1.0))
+    monkeypatch.setattr(
+        model.distill,
+        "noise_for",
+        lambda seed, index, *others: noise_for(seed, index, *others) * (float("nan") if index == 3 else 1.0),
+    )
     assert main(arguments) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and "step 3" in errors[0] and "not finite" in errors[0]
@@ -206,8 +262,12 @@ def test_a_step_not_finite_keeps_the_rest(tiny: Tiny, tmp_path: Path, monkeypatc
     (folder,) = Path().glob("runs/distill-*/not-finite-00000003")
     assert str(folder) in errors[0]
     plan, samples = read_json(folder / "samples.json"), load_file(folder / "samples.safetensors")
-    assert plan["step"] == 3 and len(plan["rows"]) == len(plan["query"]) == 8 and plan["rows"] == samples["rows"].tolist()
-    assert sum(name.startswith("x_t.") for name in samples) == 8 and any(bool(value.isnan().any()) for value in samples.values())
+    assert (
+        plan["step"] == 3 and len(plan["rows"]) == len(plan["query"]) == 8 and plan["rows"] == samples["rows"].tolist()
+    )
+    assert sum(name.startswith("x_t.") for name in samples) == 8 and any(
+        bool(value.isnan().any()) for value in samples.values()
+    )
 
 
 def test_a_truncated_state_is_one_clear_message(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

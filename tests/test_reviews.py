@@ -1,4 +1,6 @@
-"""A review given on a version's page is followed once, by those who may, on what was judged; one that comes too late is answered, not obeyed."""
+"""A review given on a version's page is followed once, by those who may, on what was judged; one that comes too late is
+answered, not obeyed.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,10 @@ def test_a_review_after_the_champion_has_changed_is_void_for_good(project: Path)
     decisions.approve(project, "1", "eve", "first")
     decisions.approve(project, "2", "ann", "also good")
     assert statuses(project) == [("1", "promoted"), ("2", "stale"), ("3", "rejected")]
-    assert "champion is version 1: the verdict is stale" in tags_of(project, "2")["review.answer"] and tags_of(project, "2")["review.status"] == "stale"
+    assert (
+        "champion is version 1: the verdict is stale" in tags_of(project, "2")["review.answer"]
+        and tags_of(project, "2")["review.status"] == "stale"
+    )
     assert entries(project) == [("promote", "eve", "1"), ("reject", "bob", "3")]
     assert statuses(project) == []
     with pytest.raises(UserError, match="verdict is stale"):
@@ -86,14 +91,20 @@ def test_the_same_weights_are_no_new_version(project: Path) -> None:
     first = submitted(project, promote="auto")
     again = submitted(project, promote="auto")  # judged against itself: another verdict
     assert (first["status"], first["version"]) == ("champion", "1")
-    assert (again["status"], again["version"]) == ("identical", "1") and "nothing new" in again["reasons"][0] and again["run_id"] != first["run_id"]
+    assert (
+        (again["status"], again["version"]) == ("identical", "1")
+        and "nothing new" in again["reasons"][0]
+        and again["run_id"] != first["run_id"]
+    )
     store = tracking.open_store(project)
     assert len(versions.versions_of(store)) == 1 and len(entries(project)) == 1
     assert store.client.get_run(again["run_id"]).data.tags["registered.identical"] == "1"
 
 
 @pytest.mark.parametrize("step", ["log_steps", "_log_model", "update_version", "set_alias"])
-def test_a_submission_that_broke_off_is_finished_by_the_same_command(project: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_submission_that_broke_off_is_finished_by_the_same_command(
+    project: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     """One run, one logged model, one version, whichever step it broke off at, and however often it is repeated."""
     candidates.judged(project)
 
@@ -104,7 +115,11 @@ def test_a_submission_that_broke_off_is_finished_by_the_same_command(project: Pa
         if step in ("update_version", "set_alias"):
             from mlflow import MlflowClient
 
-            patch.setattr(MlflowClient, {"update_version": "update_model_version", "set_alias": "set_registered_model_alias"}[step], breaks)
+            patch.setattr(
+                MlflowClient,
+                {"update_version": "update_model_version", "set_alias": "set_registered_model_alias"}[step],
+                breaks,
+            )
         else:
             patch.setattr(submission if step.startswith("_") else tracking, step, breaks)
         with pytest.raises(KeyboardInterrupt):
@@ -115,7 +130,11 @@ def test_a_submission_that_broke_off_is_finished_by_the_same_command(project: Pa
     store = tracking.open_store(project)
     experiment = store.client.get_experiment_by_name(server.EXPERIMENT).experiment_id
     (run,) = store.client.search_runs([experiment])
-    assert run.info.status == "FINISHED" and len(versions.versions_of(store)) == 1 and versions.aliases_of(store) == {"candidate": "1"}
+    assert (
+        run.info.status == "FINISHED"
+        and len(versions.versions_of(store)) == 1
+        and versions.aliases_of(store) == {"candidate": "1"}
+    )
     assert len(store.client.get_metric_history(run.info.run_id, "distill/loss/t2i")) == 5  # nothing is there twice
     assert decisions.promote(project, "1", "eve", "go")["entry"]["to_version"] == "1"
 
@@ -161,6 +180,8 @@ def test_tags_that_were_moved_along_with_the_files_do_not_help(project: Path) ->
     submitted(project)
     weights = next((project / "mlflow" / "artifacts").rglob("student.safetensors"))
     save_file({"weight": np.zeros(4, np.float32)}, weights)
-    tracking.open_store(project).client.set_model_version_tag(versions.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights))
+    tracking.open_store(project).client.set_model_version_tag(
+        versions.MODEL, "1", "weights.student.safetensors.sha256", sha256_file(weights)
+    )
     with pytest.raises(UserError, match="the verdict names others"):
         decisions.promote(project, "1", "eve", "go")

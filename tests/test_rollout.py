@@ -1,4 +1,6 @@
-"""Property: the student's rollout is Euler's method as diffusers has it, stops exactly at each row's query, and queries where Beta(a, b) says."""
+"""Property: the student's rollout is Euler's method as diffusers has it, stops exactly at each row's query, and queries
+where Beta(a, b) says.
+"""
 
 from __future__ import annotations
 
@@ -47,20 +49,26 @@ def test_rollout_of_a_linear_field_is_the_closed_form(steps: int, shift: float) 
     expected = start.double().flatten(1)
     states = [expected]
     for now, after in pairwise(grid.double()):
-        expected = expected @ (eye + (after - now) * a).T + (after - now) * b  # x_j = prod (I + dt A) x_0 + the offset's own part
+        expected = (
+            expected @ (eye + (after - now) * a).T + (after - now) * b
+        )  # x_j = prod (I + dt A) x_0 + the offset's own part
         states.append(expected)
     query = roll_out_to_query(linear, start, condition(6), grid, index)
     for row, steps_taken in enumerate(index.tolist()):
         torch.testing.assert_close(query.x_t[row].flatten().double(), states[steps_taken][row], rtol=1e-6, atol=1e-6)
         assert float(query.t[row]) == float(grid[steps_taken])
-    torch.testing.assert_close(sample(linear, start, condition(6), grid).flatten(1).double(), states[-1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        sample(linear, start, condition(6), grid).flatten(1).double(), states[-1], rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_steps_are_those_of_diffusers(shift: float) -> None:
     steps = 12
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])  # unshifted; the scheduler shifts them and appends 0
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1]
+    )  # unshifted; the scheduler shifts them and appends 0
     grid = euler_grid(steps, shift)
     torch.testing.assert_close(grid, scheduler.sigmas.float(), rtol=1e-6, atol=0)
     x, ours = noise(3), noise(3)
@@ -119,7 +127,24 @@ def test_query_indices_follow_beta_5_2() -> None:
     # The distribution function of Beta(5, 2) is 6 x^5 - 5 x^6; bin j of N = 16 is [j/16, (j + 1)/16).
     edges = np.arange(17) / 16
     expected = np.diff(6 * edges**5 - 5 * edges**6)
-    published = [0, 0.0002, 0.001, 0.0035, 0.0086, 0.0174, 0.0305, 0.0483, 0.0701, 0.0947, 0.1194, 0.1404, 0.1521, 0.1474, 0.117, 0.0495]
+    published = [
+        0,
+        0.0002,
+        0.001,
+        0.0035,
+        0.0086,
+        0.0174,
+        0.0305,
+        0.0483,
+        0.0701,
+        0.0947,
+        0.1194,
+        0.1404,
+        0.1521,
+        0.1474,
+        0.117,
+        0.0495,
+    ]
     np.testing.assert_allclose(expected, published, atol=6e-5)
     rng, draws = np.random.default_rng(0), 200_000
     drawn = np.bincount([query_index(16, "low", rng) for _ in range(draws)], minlength=16) / draws

@@ -1,4 +1,6 @@
-"""Property: a step follows exactly one route, in the configured shares, and a routing that cannot work is refused with every fault."""
+"""Property: a step follows exactly one route, in the configured shares, and a routing that cannot work is refused with
+every fault.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def test_routes_are_taken_in_their_shares() -> None:
 def test_only_relative_weights_count() -> None:
     scaled = Router(tuple(Route(route.capability, route.teacher, 10.0 * route.weight) for route in GOOD))
     for step in range(200):
-        assert Router(GOOD).pick(numpy_generator(1, step, 0, "route")).capability == scaled.pick(numpy_generator(1, step, 0, "route")).capability
+        assert (
+            Router(GOOD).pick(numpy_generator(1, step, 0, "route")).capability
+            == scaled.pick(numpy_generator(1, step, 0, "route")).capability
+        )
 
 
 def test_a_good_routing_passes() -> None:
@@ -30,11 +35,23 @@ def test_a_good_routing_passes() -> None:
 
 
 def test_every_fault_is_named_at_once() -> None:
-    bad = [Route("t2i", "base", 1.0), Route("t2i", "bsae", 0.0), Route("upscale", "local", -1.0), Route("local_edit", "local", float("nan"))]
+    bad = [
+        Route("t2i", "base", 1.0),
+        Route("t2i", "bsae", 0.0),
+        Route("upscale", "local", -1.0),
+        Route("local_edit", "local", float("nan")),
+    ]
     with pytest.raises(UserErrors) as caught:
         router(bad, ["base", "local"])
     text = str(caught.value)
-    for part in ("'upscale'", "'bsae'", "routes[1].weight", "routes[2].weight", "routes[3].weight", "'t2i' is routed 2 times"):
+    for part in (
+        "'upscale'",
+        "'bsae'",
+        "routes[1].weight",
+        "routes[2].weight",
+        "routes[3].weight",
+        "'t2i' is routed 2 times",
+    ):
         assert part in text
     assert len(caught.value.faults) == 6
 

@@ -1,5 +1,6 @@
-"""S3: an object arrives whole or not at all, a transfer that was stopped goes on where it ended, a conditional write has one winner, and every fault of the
-store is either survived or told in one line. Against a real store, with a proxy that puts the faults in."""
+"""S3: an object arrives whole or not at all, a transfer that was stopped goes on where it ended, a conditional write
+has one winner, and every fault of the store is either survived or told in one line. Against a real store, with a proxy
+that puts the faults in."""
 
 from __future__ import annotations
 
@@ -76,14 +77,18 @@ def test_what_goes_up_comes_down(s3: str, tmp_path: Path, size: int) -> None:
     assert [(one.uri, one.size) for one in store.list_objects(s3)] == [(f"{s3}/file", size)]
 
 
-def test_a_file_that_is_there_already_is_neither_sent_nor_fetched_again(proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_there_already_is_neither_sent_nor_fetched_again(
+    proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path
+) -> None:
     done: list[tuple[int, int, str]] = []
     hashed = transfer.upload(big, f"{s3}/big", progress=lambda *one: done.append(one))
     size = big.stat().st_size
     assert len(done) == 4 and done[-1] == (size, size, "big.bin")
     assert transfer.download(f"{s3}/big", tmp_path / "down") == hashed == sha256_file(big)
     proxy.seen.clear()
-    assert transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down", sha256=hashed) == hashed
+    assert (
+        transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down", sha256=hashed) == hashed
+    )
     assert [method for method, *_ in proxy.seen] == ["HEAD"]
 
 
@@ -104,7 +109,9 @@ def test_faults_that_pass_are_survived(proxy: FaultyProxy, stored: tuple[str, st
     assert [one for *_, one in proxy.seen].count(fault) == 4
 
 
-def test_faults_during_the_parts_of_an_upload_are_survived(proxy: FaultyProxy, upload_parts: None, s3: str, big: Path) -> None:
+def test_faults_during_the_parts_of_an_upload_are_survived(
+    proxy: FaultyProxy, upload_parts: None, s3: str, big: Path
+) -> None:
     """Also when the answer to the completion is lost: its repetition finds no upload any more."""
     faults = iter(["500", "lost", "cut", "503"])
     proxy.fault = lambda method, path: next(faults, None) if "partNumber=" in path else ended(method, path)
@@ -132,7 +139,9 @@ def test_a_download_that_was_given_up_goes_on_where_it_ended(
     assert names(tmp_path / "down") == ["file"]
 
 
-def test_parts_that_were_noted_but_lost_are_fetched_anew(proxy: FaultyProxy, stored: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_were_noted_but_lost_are_fetched_anew(
+    proxy: FaultyProxy, stored: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a power cut may leave it: the note reached the disk, the bytes did not."""
     monkeypatch.setattr(store, "WORKERS", 1)
     gets = iter(range(100))
@@ -162,7 +171,9 @@ def test_an_upload_that_was_given_up_goes_on_with_the_parts_that_the_store_has(
     assert transfer.download(f"{s3}/big", tmp_path / "down") == sha256_file(big)
 
 
-def test_parts_of_an_earlier_state_of_the_file_are_not_mixed_in(proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path) -> None:
+def test_parts_of_an_earlier_state_of_the_file_are_not_mixed_in(
+    proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path
+) -> None:
     proxy.fault = lambda method, path: "503" if "partNumber=3" in path else None
     with pytest.raises(UserError):
         transfer.upload(big, f"{s3}/big")
@@ -170,7 +181,11 @@ def test_parts_of_an_earlier_state_of_the_file_are_not_mixed_in(proxy: FaultyPro
     changed = bytearray(big.read_bytes())
     changed[0] ^= 1
     big.write_bytes(changed)
-    assert transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down") == sha256_bytes(bytes(changed))
+    assert (
+        transfer.upload(big, f"{s3}/big")
+        == transfer.download(f"{s3}/big", tmp_path / "down")
+        == sha256_bytes(bytes(changed))
+    )
 
 
 def test_an_object_replaced_during_its_download_is_told(
@@ -178,7 +193,11 @@ def test_an_object_replaced_during_its_download_is_told(
 ) -> None:
     monkeypatch.setattr(store, "WORKERS", 1)
     bucket, key = store.split(stored[0])
-    other, direct, replaced = content(3 * PART + 123, seed=1), boto3.client("s3", endpoint_url=s3_server.url), threading.Event()
+    other, direct, replaced = (
+        content(3 * PART + 123, seed=1),
+        boto3.client("s3", endpoint_url=s3_server.url),
+        threading.Event(),
+    )
 
     def replace(method: str, path: str) -> None:
         if method == "GET" and not replaced.is_set():
@@ -192,7 +211,9 @@ def test_an_object_replaced_during_its_download_is_told(
     assert transfer.download(stored[0], tmp_path / "down" / "file") == sha256_bytes(other)
 
 
-def test_a_slow_answer_is_waited_for_and_a_stalled_one_is_not(proxy: FaultyProxy, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_answer_is_waited_for_and_a_stalled_one_is_not(
+    proxy: FaultyProxy, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.put_new(f"{s3}/file", b"x")
     monkeypatch.setattr(store, "READ_SECONDS", 0.5)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
@@ -224,9 +245,12 @@ def test_of_many_conditional_writes_one_wins(s3: str) -> None:
     (winner,) = race(lambda body: store.put_new(f"{s3}/new", body))
     body, etag = store.read(f"{s3}/new")
     assert body.decode() == winner
-    # SeaweedFS 4.48 has been seen to let two If-Match writers of one moment win, and to keep what neither of them wrote (docs/log.md): so the ledger rests on
-    # new objects alone, and of a replaced one no more is asked than that it is whole, and that a late writer is told.
-    assert race(lambda body: store.replace(f"{s3}/new", body, etag)) and store.read(f"{s3}/new")[0].decode() in {f"writer {index}" for index in range(8)}
+    # SeaweedFS 4.48 has been seen to let two If-Match writers of one moment win, and to keep what neither of them wrote
+    # (docs/log.md): so the ledger rests on new objects alone, and of a replaced one no more is asked than that it is
+    # whole, and that a late writer is told.
+    assert race(lambda body: store.replace(f"{s3}/new", body, etag)) and store.read(f"{s3}/new")[0].decode() in {
+        f"writer {index}" for index in range(8)
+    }
     with pytest.raises(store.Changed):
         store.replace(f"{s3}/new", b"late", etag)
 
@@ -245,7 +269,9 @@ def test_a_conditional_write_whose_answer_is_lost_knows_its_own_hand(proxy: Faul
         store.replace(f"{s3}/entry", b"theirs", etag)
 
 
-def test_names_that_would_leave_the_folder_are_refused(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_would_leave_the_folder_are_refused(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """This store refuses to keep such names; another one might not."""
     hostile = ["/etc/passwd", "a/../../up", "/etc/passwd/..", "a//b", "a/./b", "a\0b", "a\\..\\b", ".."]
     listed = [store.Object(f"{s3}/set/{name}", 1, "e") for name in ["good", *hostile]]
@@ -267,12 +293,16 @@ def test_a_folder_comes_whole_and_with_its_hashes(s3: str, tmp_path: Path) -> No
     hashes = transfer.download_folder(f"{s3}/set", tmp_path / "down")
     assert hashes == {name: sha256_bytes(name.encode()) for name in ("a.txt", "b/c.txt")}
     assert (tmp_path / "down/b/c.txt").read_text() == "b/c.txt"
-    assert transfer.download_folder(f"{s3}/set", tmp_path / "again", hashes={"b/c.txt": hashes["b/c.txt"]}) == {"b/c.txt": hashes["b/c.txt"]}
+    assert transfer.download_folder(f"{s3}/set", tmp_path / "again", hashes={"b/c.txt": hashes["b/c.txt"]}) == {
+        "b/c.txt": hashes["b/c.txt"]
+    }
     with pytest.raises(store.Missing, match="nothing below"):
         transfer.download_folder(f"{s3}/none", tmp_path / "none")
 
 
-def test_every_refusal_is_one_line_that_says_what_to_do(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_refusal_is_one_line_that_says_what_to_do(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     with pytest.raises(store.Missing, match="no such object"):
         store.read(f"{s3}/none")

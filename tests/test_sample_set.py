@@ -1,4 +1,6 @@
-"""Defends: a list of prompts is sampled into its files once, every image from its own seed, and stages score pictures with GenEval's networks where told to."""
+"""Defends: a list of prompts is sampled into its files once, every image from its own seed, and stages score pictures
+with GenEval's networks where told to.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,32 @@ def jobs_file(folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
-    return [{"id": f"{k}", "prompt": draw("colors", k)[0]["prompt"], "seed": 100 + k, "path": f"a/{k}.png"} for k in range(count)]
+    return [
+        {"id": f"{k}", "prompt": draw("colors", k)[0]["prompt"], "seed": 100 + k, "path": f"a/{k}.png"}
+        for k in range(count)
+    ]
 
 
 def command(model: Path, jobs: Path, out: Path, *more: str) -> list[str]:
-    return ["sample-set", "--model", str(model), "--jobs", str(jobs), "--out", str(out), "--steps", "3", "--batch", "4", *more]
+    return [
+        "sample-set",
+        "--model",
+        str(model),
+        "--jobs",
+        str(jobs),
+        "--out",
+        str(out),
+        "--steps",
+        "3",
+        "--batch",
+        "4",
+        *more,
+    ]
 
 
-def test_images_are_made_once_and_are_the_same_again(teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_are_made_once_and_are_the_same_again(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs, out = jobs_file(tmp_path, rows_of(6)), tmp_path / "out"
     assert main(command(teachers / "global", jobs, out)) == 0
     first = {path: path.read_bytes() for path in sorted(out.rglob("*.png"))}
@@ -70,8 +90,23 @@ def test_edits_take_their_source(teachers: Path, tmp_path: Path) -> None:
     record, source, _ = draw("subject-add", 0)
     assert source is not None
     Image.fromarray(source).save(tmp_path / "source.png")
-    edit = {"id": "e", "prompt": record["prompt"], "seed": 5, "path": "edit.png", "source": str(tmp_path / "source.png")}
-    assert main(command(teachers / "local", jobs_file(tmp_path, [edit, {**edit, "path": "plain.png", "source": ""}]), tmp_path / "out")) == 0
+    edit = {
+        "id": "e",
+        "prompt": record["prompt"],
+        "seed": 5,
+        "path": "edit.png",
+        "source": str(tmp_path / "source.png"),
+    }
+    assert (
+        main(
+            command(
+                teachers / "local",
+                jobs_file(tmp_path, [edit, {**edit, "path": "plain.png", "source": ""}]),
+                tmp_path / "out",
+            )
+        )
+        == 0
+    )
     with_source, without = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("edit.png", "plain.png"))
     assert with_source.shape == source.shape and (with_source != without).any()
 
@@ -87,7 +122,9 @@ def test_edits_take_their_source(teachers: Path, tmp_path: Path) -> None:
         ([], "it holds no job"),
     ],
 )
-def test_lists_at_fault_are_refused(teachers: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_at_fault_are_refused(
+    teachers: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command(teachers / BASE, jobs_file(tmp_path, rows), tmp_path / "out")) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.rglob("*.png"))
 
@@ -120,13 +157,46 @@ def test_generate_detect_and_verdict_of_a_model(teachers: Path, tmp_path: Path) 
     records = [draw(tag, row)[0] for tag in TAGS for row in range(2)]
     (tmp_path / "prompts.jsonl").write_text(as_jsonl(records))
     common = ["--images", str(tmp_path / "images"), "--prompts", str(tmp_path / "prompts.jsonl")]
-    assert benchmarks(["geneval", "generate", "--model", str(teachers / BASE), *common, "--samples", "2", "--seed", "3", "--", "--steps", "2"]) == 0
+    assert (
+        benchmarks(
+            [
+                "geneval",
+                "generate",
+                "--model",
+                str(teachers / BASE),
+                *common,
+                "--samples",
+                "2",
+                "--seed",
+                "3",
+                "--",
+                "--steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert len(read_images(tmp_path / "images", records, 2)) == 12 and (tmp_path / "images" / image_path(5, 1)).exists()
     out = ["--out", str(tmp_path / "out")]
     assert benchmarks(["geneval", "detect", *common, *out, "--detector", "micro"]) == 0
-    assert benchmarks(["geneval", "verdict", *common, *out, "--resamples", "50", "--threshold", "0.01", "--counting-threshold", "0.01"]) in (0, 2)
+    assert benchmarks(
+        [
+            "geneval",
+            "verdict",
+            *common,
+            *out,
+            "--resamples",
+            "50",
+            "--threshold",
+            "0.01",
+            "--counting-threshold",
+            "0.01",
+        ]
+    ) in (0, 2)
     if (tmp_path / "out" / "verdict").exists():  # an untrained network may draw nothing at all
-        assert [score.seed for score in read_scores(tmp_path / "out" / "verdict")] == [image_seed(index, k, 3) for index in range(6) for k in range(2)]
+        assert [score.seed for score in read_scores(tmp_path / "out" / "verdict")] == [
+            image_seed(index, k, 3) for index in range(6) for k in range(2)
+        ]
     # the stages' seeds and the command's are the same function of (prompt, sample, seed)
     assert image_seed(7, 1, 3) == example_seed(Example("00007", "eval", "t2i", "colors", "p"), 1, 3)
 
@@ -136,10 +206,13 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
     tiny_mask2former(tmp_path / "detector")
     tiny_clip(tmp_path / "classifier")
-    benchmark = BenchmarkParams(str(tmp_path / "detector"), str(tmp_path / "classifier"), "cpu", batch=4, workers=1, scheduler="")
+    benchmark = BenchmarkParams(
+        str(tmp_path / "detector"), str(tmp_path / "classifier"), "cpu", batch=4, workers=1, scheduler=""
+    )
     wanted = [record for tag in TAGS for record in [one for one in official_records() if one["tag"] == tag][:2]]
     examples = tuple(
-        Example(f"{index:05d}", "eval", "t2i", record["tag"], draw("colors", index)[0]["prompt"], record=record) for index, record in enumerate(wanted)
+        Example(f"{index:05d}", "eval", "t2i", record["tag"], draw("colors", index)[0]["prompt"], record=record)
+        for index, record in enumerate(wanted)
     )
     evaluation = EvaluationSet(examples, {}, {}, tmp_path)
     sampling = SamplingParams(steps=2, guidance=1.0, images_per_prompt=2, seed=0, batch=5)
@@ -149,12 +222,23 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     def rows() -> list[Any]:
         with torch.no_grad():
             return score_field(
-                fields[BASE], backbone, WORLD, evaluation, sampling,
-                model="m", scale=1.0, folder=tmp_path, advance=lambda n=1, **_: advanced.append(n), benchmark=benchmark, judge=NOBODY,
-            )  # fmt: skip
+                fields[BASE],
+                backbone,
+                WORLD,
+                evaluation,
+                sampling,
+                model="m",
+                scale=1.0,
+                folder=tmp_path,
+                advance=lambda n=1, **_: advanced.append(n),
+                benchmark=benchmark,
+                judge=NOBODY,
+            )
 
     scores = rows()
-    assert [(score.example_id, score.k, score.seed) for score in scores] == [(one.id, k, example_seed(one, k, 0)) for one in examples for k in range(2)]
+    assert [(score.example_id, score.k, score.seed) for score in scores] == [
+        (one.id, k, example_seed(one, k, 0)) for one in examples for k in range(2)
+    ]
     assert sum(advanced) == 12 and {score.values["correct"] for score in scores} <= {0.0, 1.0}
     assert all((score.values["correct"] == 1.0) is not bool(score.reasons) for score in scores)
     assert all((tmp_path / score.image).exists() for score in scores)

@@ -1,4 +1,6 @@
-"""Defends: a scorecard is what its complete, unmixed rows say, in the promised format; anything less than a complete set is refused, with what is missing."""
+"""Defends: a scorecard is what its complete, unmixed rows say, in the promised format; anything less than a complete
+set is refused, with what is missing.
+"""
 
 import json
 import math
@@ -30,16 +32,32 @@ HOW = {"seed": 0, "resamples": 300, "confidence": 0.95}
 EDITS = LOCAL_EDITS + GLOBAL_EDITS
 
 
-def rows_of(model: str, sizes: dict[str, int], seed: int = 0, level: float = 0.7, samples: int = 1) -> list[ExampleScore]:
+def rows_of(
+    model: str, sizes: dict[str, int], seed: int = 0, level: float = 0.7, samples: int = 1
+) -> list[ExampleScore]:
     rng = numpy_generator(seed, 0, 0, model)
     rows = []
     for category, size in sizes.items():
         for index in range(size):
             for k in range(samples):
                 benchmark = "geneval" if category in GENEVAL_TAGS else "gedit"
-                values = {"correct": float(rng.random() < level)} if benchmark == "geneval" else {"O": 10 * level * rng.random() ** 0.3, "exact": 1.0}
+                values = (
+                    {"correct": float(rng.random() < level)}
+                    if benchmark == "geneval"
+                    else {"O": 10 * level * rng.random() ** 0.3, "exact": 1.0}
+                )
                 rows.append(
-                    ExampleScore(model, benchmark, category, f"{category}-{index}", k, 100 * index + k, values, ("a reason",), f"{category}/{index}.png")
+                    ExampleScore(
+                        model,
+                        benchmark,
+                        category,
+                        f"{category}-{index}",
+                        k,
+                        100 * index + k,
+                        values,
+                        ("a reason",),
+                        f"{category}/{index}.png",
+                    )
                 )
     return rows
 
@@ -63,12 +81,23 @@ def primary(rows, category: str) -> np.ndarray:
 def test_paths_and_means_are_those_of_the_rows():
     metrics = summarise(ROWS, expected=EXPECTED, **HOW)
     assert list(metrics) == [
-        "geneval/overall", "geneval/single_object", "geneval/counting", "geneval/position", "gedit/average", "gedit/subject-add", "gedit/style_change",
-    ]  # fmt: skip
+        "geneval/overall",
+        "geneval/single_object",
+        "geneval/counting",
+        "geneval/position",
+        "gedit/average",
+        "gedit/subject-add",
+        "gedit/style_change",
+    ]
     means = {category: primary(ROWS, category).mean() for category in SIZES}
     for path in ("geneval/counting", "gedit/style_change"):
-        assert metrics[path].mean == pytest.approx(means[path.split("/")[1]]) and metrics[path].n == SIZES[path.split("/")[1]]
-    assert metrics["geneval/overall"].mean == pytest.approx(np.mean([means[tag] for tag in ("single_object", "counting", "position")]))
+        assert (
+            metrics[path].mean == pytest.approx(means[path.split("/")[1]])
+            and metrics[path].n == SIZES[path.split("/")[1]]
+        )
+    assert metrics["geneval/overall"].mean == pytest.approx(
+        np.mean([means[tag] for tag in ("single_object", "counting", "position")])
+    )
     pooled = np.concatenate([primary(ROWS, tag) for tag in ("single_object", "counting", "position")]).mean()
     assert metrics["geneval/overall"].mean != pytest.approx(pooled)
     assert metrics["gedit/average"].mean == pytest.approx((means["subject-add"] + means["style_change"]) / 2)
@@ -82,7 +111,9 @@ def test_the_average_agrees_with_gedit_s_own_aggregation():
     rows = [row for row in ROWS if row.benchmark == "gedit"]
     samples = [Sample(row.example_id, row.category, (row.values["O"],), (row.values["O"],)) for row in rows]
     total = aggregate(samples, ["subject-add", "style_change"])
-    assert summarise(rows, expected=expected_of(rows), **HOW)["gedit/average"].mean == pytest.approx(total.average.overall)
+    assert summarise(rows, expected=expected_of(rows), **HOW)["gedit/average"].mean == pytest.approx(
+        total.average.overall
+    )
 
 
 def test_several_images_of_a_prompt_are_one_cluster():
@@ -104,7 +135,7 @@ def test_the_order_of_rows_does_not_matter():
     assert summarise(ROWS[::-1], expected=EXPECTED, **HOW) == summarise(ROWS, expected=EXPECTED, **HOW)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +153,10 @@ def test_the_order_of_rows_does_not_matter():
         ([replace(ROWS[0], benchmark="gedit"), *ROWS[1:]], "belongs to 'geneval'"),
         ([*ROWS[:-1], replace(ROWS[-1], status="lost")], "status = 'lost'"),
         ([*ROWS[:-1], replace(ROWS[-1], status="refused")], "a failed judgement has none"),
-        ([*ROWS[:-1], replace(ROWS[-1], status="refused", values={})], r"1 of 25 images have no score \(\{'refused': 1\}\)"),
+        (
+            [*ROWS[:-1], replace(ROWS[-1], status="refused", values={})],
+            r"1 of 25 images have no score \(\{'refused': 1\}\)",
+        ),
         ([], "single_object: 10 of 10 images are missing"),
     ],
 )
@@ -133,30 +167,41 @@ def test_incomplete_repeated_and_mixed_sets_are_refused(rows, message):
 
 def test_every_fault_is_listed_at_once():
     with pytest.raises(UserErrors) as caught:
-        check_complete([*ROWS[1:], ROWS[20], replace(ROWS[3], model="teacher", example_id="foreign")], {**EXPECTED, "unheard-of": {("a", 0)}})
+        check_complete(
+            [*ROWS[1:], ROWS[20], replace(ROWS[3], model="teacher", example_id="foreign")],
+            {**EXPECTED, "unheard-of": {("a", 0)}},
+        )
     assert len(caught.value.faults) >= 5
     with pytest.raises(UserErrors, match="nothing is expected"):
         check_complete([], {})
 
 
 def test_a_rare_failed_judgement_is_left_out_and_not_a_zero():
-    rows = [row if index else replace(row, status="api_error", values={}) for index, row in enumerate(rows_of("student", {"subject-add": 120}))]
+    rows = [
+        row if index else replace(row, status="api_error", values={})
+        for index, row in enumerate(rows_of("student", {"subject-add": 120}))
+    ]
     metric = summarise(rows, expected=expected_of(rows), **HOW)["gedit/subject-add"]
     assert metric.n == 119 and metric.mean == pytest.approx(np.mean([row.values["O"] for row in rows[1:]]))
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------------
+# --- the card ---------------------------------------------------------------------------------------------------------
 
 
 def card() -> Scorecard:
-    teachers = {"t2i": rows_of("base", SIZES, 1, 0.8), "global_edit": [row for row in rows_of("global", SIZES, 2, 0.9) if row.category == "style_change"]}
+    teachers = {
+        "t2i": rows_of("base", SIZES, 1, 0.8),
+        "global_edit": [row for row in rows_of("global", SIZES, 2, 0.9) if row.category == "style_change"],
+    }
     return scorecard("student", ROWS, teachers, EXPECTED, {"student": "abc", "teachers": {"t2i": "def"}}, **HOW)
 
 
 def test_retention_is_over_the_teacher_s_own_categories():
     found, base = card().metrics["retention/t2i"], rows_of("base", SIZES, 1, 0.8)
     tags = ("single_object", "counting", "position")
-    expected = np.mean([primary(ROWS, tag).mean() for tag in tags]) / np.mean([primary(base, tag).mean() for tag in tags])
+    expected = np.mean([primary(ROWS, tag).mean() for tag in tags]) / np.mean(
+        [primary(base, tag).mean() for tag in tags]
+    )
     assert found.mean == pytest.approx(expected) and found.n == 60
     own = card().metrics["retention/global_edit"]
     assert own.n == 25 and own.low < own.mean < own.high
@@ -176,7 +221,10 @@ def test_the_format_is_the_promised_one(tmp_path):
     write_scorecard(tmp_path / "scorecard.json", card())
     value = json.loads((tmp_path / "scorecard.json").read_text())
     assert list(value) == ["model", "benchmarks", "identities", "metrics"]
-    assert all(list(metric) == ["mean", "stderr", "low", "high", "n"] and isinstance(metric["n"], int) for metric in value["metrics"].values())
+    assert all(
+        list(metric) == ["mean", "stderr", "low", "high", "n"] and isinstance(metric["n"], int)
+        for metric in value["metrics"].values()
+    )
     assert value["benchmarks"]["geneval"]["n"] == 60 and value["benchmarks"]["gedit"]["n"] == 35
     assert read_scorecard(tmp_path / "scorecard.json") == card()
 
@@ -189,7 +237,12 @@ def test_the_set_s_digest_changes_with_the_set():
 
 
 @pytest.mark.parametrize(
-    "change", [lambda value: value.pop("metrics"), lambda value: value["metrics"]["geneval/overall"].pop("n"), lambda value: value.update(metrics=[1])]
+    "change",
+    [
+        lambda value: value.pop("metrics"),
+        lambda value: value["metrics"]["geneval/overall"].pop("n"),
+        lambda value: value.update(metrics=[1]),
+    ],
 )
 def test_a_broken_card_is_named(tmp_path, change):
     value = card().to_json()
@@ -198,7 +251,12 @@ def test_a_broken_card_is_named(tmp_path, change):
     with pytest.raises(UserError, match=r"scorecard\.json"):
         read_scorecard(tmp_path / "scorecard.json")
     with pytest.raises(UserError, match="not finite"):
-        Scorecard.from_json({**card().to_json(), "metrics": {"geneval/overall": {"mean": math.nan, "stderr": 0, "low": 0, "high": 1, "n": 3}}})
+        Scorecard.from_json(
+            {
+                **card().to_json(),
+                "metrics": {"geneval/overall": {"mean": math.nan, "stderr": 0, "low": 0, "high": 1, "n": 3}},
+            }
+        )
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -218,16 +276,25 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         read_scores(tmp_path)
 
 
-# --- two models -------------------------------------------------------------------------------------------------------------
+# --- two models -------------------------------------------------------------------------------------------------------
 
 
 def test_comparison_is_paired_and_antisymmetric():
-    other = [replace(row, model="champion", values={name: value * 0.8 for name, value in row.values.items()}) for row in ROWS if row.benchmark == "gedit"]
+    other = [
+        replace(row, model="champion", values={name: value * 0.8 for name, value in row.values.items()})
+        for row in ROWS
+        if row.benchmark == "gedit"
+    ]
     mine = [row for row in ROWS if row.benchmark == "gedit"]
-    ahead, behind = compare(mine, other, expected=expected_of(mine), **HOW), compare(other, mine, expected=expected_of(mine), **HOW)
+    ahead, behind = (
+        compare(mine, other, expected=expected_of(mine), **HOW),
+        compare(other, mine, expected=expected_of(mine), **HOW),
+    )
     metrics = summarise(mine, expected=expected_of(mine), **HOW)
     for path in metrics:
-        assert ahead[path].difference == pytest.approx(0.2 * metrics[path].mean) == pytest.approx(-behind[path].difference)
+        assert (
+            ahead[path].difference == pytest.approx(0.2 * metrics[path].mean) == pytest.approx(-behind[path].difference)
+        )
         assert ahead[path].p == behind[path].p < 0.05 and ahead[path].low > 0 > behind[path].high
         assert ahead[path].discordant == ahead[path].n == metrics[path].n
 
@@ -235,7 +302,12 @@ def test_comparison_is_paired_and_antisymmetric():
 def test_comparison_needs_the_same_seeds_and_the_same_set():
     other = [replace(row, model="champion") for row in ROWS]
     with pytest.raises(UserError, match="different seeds: counting-1"):
-        compare(ROWS, [replace(row, seed=row.seed + (row.example_id == "counting-1")) for row in other], expected=EXPECTED, **HOW)
+        compare(
+            ROWS,
+            [replace(row, seed=row.seed + (row.example_id == "counting-1")) for row in other],
+            expected=EXPECTED,
+            **HOW,
+        )
     with pytest.raises(UserErrors, match="scores of champion"):
         compare(ROWS, other[1:], expected=EXPECTED, **HOW)
     same = compare(ROWS, other, expected=EXPECTED, **HOW)
@@ -243,7 +315,11 @@ def test_comparison_needs_the_same_seeds_and_the_same_set():
 
 
 def test_what_is_expected_follows_from_the_examples():
-    examples = [Example("a", "eval", "t2i", "colors", "p"), Example("b", "eval", "t2i", "colors", "p"), Example("c", "eval", "local_edit", "subject-add", "p")]
+    examples = [
+        Example("a", "eval", "t2i", "colors", "p"),
+        Example("b", "eval", "t2i", "colors", "p"),
+        Example("c", "eval", "local_edit", "subject-add", "p"),
+    ]
     assert expected_scores(examples) == {"colors": {("a", 0), ("b", 0)}, "subject-add": {("c", 0)}}
     assert expected_scores(examples, {"geneval": 2, "gedit": 1})["colors"] == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
 

@@ -1,4 +1,6 @@
-"""Property: an address is resolved to the same bytes every time, or refused; nothing but safetensors is taken, and all that is missing is named at once."""
+"""Property: an address is resolved to the same bytes every time, or refused; nothing but safetensors is taken, and all
+that is missing is named at once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,17 @@ from safetensors.numpy import save, save_file
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file
 from tasks.weights import sources
-from tasks.weights.sources import CACHE, LOCK, address_faults, availability, kind_of, missing_faults, resolve, resolve_all, unfetchable_faults
+from tasks.weights.sources import (
+    CACHE,
+    LOCK,
+    address_faults,
+    availability,
+    kind_of,
+    missing_faults,
+    resolve,
+    resolve_all,
+    unfetchable_faults,
+)
 from tests.test_flow import free_port
 
 COMMIT = "a" * 40
@@ -42,7 +54,14 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    state = Hub({"adapter_model.safetensors": save(tensor()), "adapter_config.json": b'{"r": 2}', "README.md": b"words", "optimizer.bin": b"\x80\x04."})
+    state = Hub(
+        {
+            "adapter_model.safetensors": save(tensor()),
+            "adapter_config.json": b'{"r": 2}',
+            "README.md": b"words",
+            "optimizer.bin": b"\x80\x04.",
+        }
+    )
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -61,19 +80,31 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            entries = [{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()} for name, body in state.files.items()]
+            entries = [
+                {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                for name, body in state.files.items()
+            ]
             if state.gated:
                 self.reply(403, b"{}", X_Error_Code="GatedRepo")
             elif path.startswith(f"/api/models/{REPO}/tree/"):
                 self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
             elif path.startswith(f"/api/models/{REPO}"):
                 siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in entries]
-                self.reply(200, json.dumps({"id": REPO, "sha": state.commit, "siblings": siblings}).encode(), Content_Type="application/json")
+                self.reply(
+                    200,
+                    json.dumps({"id": REPO, "sha": state.commit, "siblings": siblings}).encode(),
+                    Content_Type="application/json",
+                )
             elif path.startswith(f"/{REPO}/resolve/{state.commit}/"):
                 name = path.removeprefix(f"/{REPO}/resolve/{state.commit}/")
                 if self.command == "GET":
                     state.requests.append(name)
-                self.reply(200, state.files[name], ETag=f'"{hashlib.sha1(state.files[name]).hexdigest()}"', X_Repo_Commit=state.commit)
+                self.reply(
+                    200,
+                    state.files[name],
+                    ETag=f'"{hashlib.sha1(state.files[name]).hexdigest()}"',
+                    X_Repo_Commit=state.commit,
+                )
             else:
                 self.reply(404, b"{}", X_Error_Code="RepoNotFound")
 
@@ -90,7 +121,9 @@ def test_the_hub_is_asked_once_pinned_and_verified_ever_after(hub: Hub, tmp_path
     assert sorted(found.files) == ["adapter_config.json", "adapter_model.safetensors"]  # no pickle, no readme
     assert found.revision == COMMIT and found.path == tmp_path / CACHE / found.sha256
     assert sorted(hub.requests) == sorted(found.files)
-    assert read_json(tmp_path / LOCK) == {f"hf://{REPO}": {"revision": COMMIT, "sha256": found.sha256, "files": found.files}}
+    assert read_json(tmp_path / LOCK) == {
+        f"hf://{REPO}": {"revision": COMMIT, "sha256": found.sha256, "files": found.files}
+    }
     assert {name: sha256_bytes(hub.files[name]) for name in found.files} == found.files
     again = resolve(f"hf://{REPO}", tmp_path)
     assert again == found and len(hub.requests) == 2  # from the cache
@@ -113,8 +146,12 @@ def test_other_bytes_behind_a_pinned_address_are_refused(hub: Hub, tmp_path: Pat
 
 def test_one_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
     found = resolve(f"hf://{REPO}/adapter_model.safetensors", tmp_path)
-    assert found.path.name == "adapter_model.safetensors" and found.files == {} and found.sha256 == sha256_file(found.path)
-    assert resolve(f"hf://{REPO}/adapter_model.safetensors", tmp_path) == found and hub.requests == ["adapter_model.safetensors"]
+    assert (
+        found.path.name == "adapter_model.safetensors" and found.files == {} and found.sha256 == sha256_file(found.path)
+    )
+    assert resolve(f"hf://{REPO}/adapter_model.safetensors", tmp_path) == found and hub.requests == [
+        "adapter_model.safetensors"
+    ]
     with pytest.raises(UserError, match="of that name, have"):
         resolve(f"hf://{REPO}/other.safetensors", tmp_path)
 
@@ -122,10 +159,26 @@ def test_one_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
 def test_of_a_pipeline_only_its_parts_in_one_precision(hub: Hub, tmp_path: Path) -> None:
     weights = save(tensor())
     hub.files.clear()
-    hub.files |= {"model_index.json": json.dumps({"_class_name": "P", "transformer": ["diffusers", "T"], "image_encoder": [None, None]}).encode()}
-    hub.files |= {"transformer/a.safetensors": weights, "transformer/a.fp16.safetensors": weights, "transformer/config.json": b"{}"}
-    hub.files |= {"single.safetensors": weights, "text_encoders/t5.safetensors": weights, "image_encoder/x.safetensors": weights}
-    assert sorted(resolve(f"hf://{REPO}", tmp_path).files) == ["model_index.json", "transformer/a.safetensors", "transformer/config.json"]
+    hub.files |= {
+        "model_index.json": json.dumps(
+            {"_class_name": "P", "transformer": ["diffusers", "T"], "image_encoder": [None, None]}
+        ).encode()
+    }
+    hub.files |= {
+        "transformer/a.safetensors": weights,
+        "transformer/a.fp16.safetensors": weights,
+        "transformer/config.json": b"{}",
+    }
+    hub.files |= {
+        "single.safetensors": weights,
+        "text_encoders/t5.safetensors": weights,
+        "image_encoder/x.safetensors": weights,
+    }
+    assert sorted(resolve(f"hf://{REPO}", tmp_path).files) == [
+        "model_index.json",
+        "transformer/a.safetensors",
+        "transformer/config.json",
+    ]
 
 
 def test_what_the_hub_refuses_says_what_to_do(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +201,11 @@ def test_local_weights_are_read_where_they_lie(tmp_path: Path) -> None:
     save_file(tensor(), tmp_path / "lora" / "a.safetensors")
     (tmp_path / "lora" / "notes.md").write_text("words")
     folder, file = resolve("lora", tmp_path), resolve("lora/a.safetensors", tmp_path)
-    assert folder.path == tmp_path / "lora" and list(folder.files) == ["a.safetensors"] and file.sha256 == folder.files["a.safetensors"]
+    assert (
+        folder.path == tmp_path / "lora"
+        and list(folder.files) == ["a.safetensors"]
+        and file.sha256 == folder.files["a.safetensors"]
+    )
     assert resolve("lora", tmp_path, folder.sha256) == folder and not (tmp_path / LOCK).exists()
     save_file(tensor(2.0), tmp_path / "lora" / "a.safetensors")
     with pytest.raises(UserError, match="the params say"):
@@ -166,15 +223,27 @@ def test_pickle_and_damaged_files_are_refused(tmp_path: Path) -> None:
     wanted = {name: (name, "") for name in ("one", "two.pt", "three", "four.safetensors", "five.safetensors")}
     with pytest.raises(UserErrors) as caught:
         resolve_all(wanted, tmp_path)
-    words = ("one: .*b.bin: a pickle file", "two.pt: .*runs code", "three: .*no .safetensors file", "four.*not a whole", "five.*not a whole")
+    words = (
+        "one: .*b.bin: a pickle file",
+        "two.pt: .*runs code",
+        "three: .*no .safetensors file",
+        "four.*not a whole",
+        "five.*not a whole",
+    )
     assert len(caught.value.faults) == 5
     for fault, expected in zip(caught.value.faults, words, strict=True):
         assert re.search(expected, fault), fault
 
 
 def test_everything_missing_is_named_at_once_before_any_fetch(hub: Hub, tmp_path: Path) -> None:
-    wanted = {"teachers.sources.base.uri": f"hf://{REPO}", "teachers.sources.local.uri": "weights/local", "teachers.sources.global.uri": "weights/global"}
-    with pytest.raises(UserErrors, match=r"(?s)teachers.sources.local.uri = 'weights/local': no such.*teachers.sources.global.uri"):
+    wanted = {
+        "teachers.sources.base.uri": f"hf://{REPO}",
+        "teachers.sources.local.uri": "weights/local",
+        "teachers.sources.global.uri": "weights/global",
+    }
+    with pytest.raises(
+        UserErrors, match=r"(?s)teachers.sources.local.uri = 'weights/local': no such.*teachers.sources.global.uri"
+    ):
         resolve_all({label: (uri, "") for label, uri in wanted.items()}, tmp_path)
     assert hub.requests == [] and not (tmp_path / CACHE).exists()
     assert len(missing_faults(wanted, tmp_path)) == 2
@@ -183,7 +252,9 @@ def test_everything_missing_is_named_at_once_before_any_fetch(hub: Hub, tmp_path
     assert availability(wanted, tmp_path)["teachers.sources.base.uri"] == "here"
 
 
-def test_whether_the_hub_would_give_it_is_asked_without_fetching(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_the_hub_would_give_it_is_asked_without_fetching(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uris = {"a": f"hf://{REPO}", "b": "hf://acme/nothing", "c": "weights/local"}
     (fault,) = unfetchable_faults(uris, tmp_path)
     assert fault.startswith("b is not on this machine: hf://acme/nothing: no such model") and not hub.requests
@@ -197,7 +268,14 @@ def test_whether_the_hub_would_give_it_is_asked_without_fetching(hub: Hub, tmp_p
 
 
 def test_addresses_are_checked_as_they_are_written() -> None:
-    good = {"a/b": "path", "hf://o/n": "hub", "hf://o/n@main": "hub", "hf://o/n/x/y.safetensors@v1": "hub", "s3://b/k/": "s3", "models:/m@champion": "registry"}
+    good = {
+        "a/b": "path",
+        "hf://o/n": "hub",
+        "hf://o/n@main": "hub",
+        "hf://o/n/x/y.safetensors@v1": "hub",
+        "s3://b/k/": "s3",
+        "models:/m@champion": "registry",
+    }
     assert {uri: kind_of(uri) for uri in good} == good and kind_of("models:/m/3") == "registry"
     bad = {name: name for name in ("hf://o", "hf://o/n/x.bin", "s3://b", "models:/m", "https://x/y", "")}
     assert len(address_faults(bad)) == len(bad)

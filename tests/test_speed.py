@@ -1,4 +1,6 @@
-"""Property: the speed bench runs the same steps on both paths, counts the floor exactly, and says what cannot be measured here."""
+"""Property: the speed bench runs the same steps on both paths, counts the floor exactly, and says what cannot be
+measured here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ import torch
 
 from benchmarks import speed
 
-KEYS = {"ratio_median", "ratio_min", "ratio_max", "samples_per_second", "evaluations_per_sample", "floor", "peak_memory_bytes", "device", "seed"}
+KEYS = {
+    "ratio_median",
+    "ratio_min",
+    "ratio_max",
+    "samples_per_second",
+    "evaluations_per_sample",
+    "floor",
+    "peak_memory_bytes",
+    "device",
+    "seed",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +38,29 @@ def _one_thread() -> Iterator[None]:
 def test_both_paths_take_the_same_steps_and_the_figures_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapters, full = speed.sd3_case("tiny", 32, 2, 4, 3, 4, 3, 1 << 20, 4), replace(speed.sd3_case("whole", 32, 2, 4, 3, 0, 3, None, 4), rank=0)
+    adapters, full = (
+        speed.sd3_case("tiny", 32, 2, 4, 3, 4, 3, 1 << 20, 4),
+        replace(speed.sd3_case("whole", 32, 2, 4, 3, 0, 3, None, 4), rank=0),
+    )
     monkeypatch.setattr(speed, "CASES", {"tiny": lambda _: adapters, "whole": lambda _: full})
-    assert speed.main(["--case", "tiny", "whole", "--json", str(tmp_path / "speed.json"), "--alternations", "2", "--seed", "4", "--threads", "1"]) == 0
+    assert (
+        speed.main(
+            [
+                "--case",
+                "tiny",
+                "whole",
+                "--json",
+                str(tmp_path / "speed.json"),
+                "--alternations",
+                "2",
+                "--seed",
+                "4",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     written = json.loads((tmp_path / "speed.json").read_text())
     assert set(written) == {"tiny", "whole"}
     for found in written.values():

@@ -1,8 +1,11 @@
-"""The production stack as real processes: from `prefect deployment run distill/prod` to a rollback, through the faults that servers and workers can have.
+"""The production stack as real processes: from `prefect deployment run distill/prod` to a rollback, through the faults
+that servers and workers can have.
 
-PostgreSQL, SeaweedFS, MLflow with authentication, Prefect's server and a worker are brought up once, by scripts/stack.py. The tests are the chapters of one
-story, in order: a worker dies in distill, databases and servers restart under the second try, MLflow is away when it registers; a second student is cancelled
-and goes on while the store misbehaves; then promotion, review in MLflow's pages, publishing, rollback, scoring again, drift, and what strangers get.
+PostgreSQL, SeaweedFS, MLflow with authentication, Prefect's server and a worker are brought up once, by
+scripts/stack.py. The tests are the chapters of one story, in order: a worker dies in distill, databases and servers
+restart under the second try, MLflow is away when it registers; a second student is cancelled and goes on while the
+store misbehaves; then promotion, review in MLflow's pages, publishing, rollback, scoring again, drift, and what
+strangers get.
 """
 
 from __future__ import annotations
@@ -44,9 +47,17 @@ EASY = {
 }
 LONG = {"distill.steps": 24, "distill.save_every": 1}  # long enough to be killed in its middle
 # Hardly anything but the base, which is good at something: where all scores are 0 nothing can drift.
-SECOND = {"distill.seed": 1, "distill.steps": 10, "distill.save_every": 1, "distill.start": "base", "distill.learning_rate": 1e-6, "absorb.learning_rate": 1e-6}
+SECOND = {
+    "distill.seed": 1,
+    "distill.steps": 10,
+    "distill.save_every": 1,
+    "distill.start": "base",
+    "distill.learning_rate": 1e-6,
+    "absorb.learning_rate": 1e-6,
+}
 SAMPLING = {"sampling.steps": 8}
-# Found by every Python of a run that has its folder in PYTHONPATH: a library that computes something else than it did, as after an update or on a new driver.
+# Found by every Python of a run that has its folder in PYTHONPATH: a library that computes something else than it did,
+# as after an update or on a new driver.
 UPDATE = """
 import sys
 
@@ -83,7 +94,11 @@ class Story:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(servers.OWN_VARIABLES) and name not in defaults()}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(servers.OWN_VARIABLES) and name not in defaults()
+        }
         return {**kept, **defaults(self.project), **servers.client_environment(self.folder)}
 
     def prefect(self, path: str, body: Any = None, method: str | None = None) -> Any:
@@ -101,7 +116,9 @@ class Story:
         headers = {"Content-Type": "application/json"}
         if user is not None:
             headers["Authorization"] = f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"
-        request = urllib.request.Request(f"{self.environment['MLFLOW_TRACKING_URI']}/api/{path}", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            f"{self.environment['MLFLOW_TRACKING_URI']}/api/{path}", json.dumps(body).encode(), headers
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.loads(answer.read() or b"null")
@@ -109,20 +126,39 @@ class Story:
             return error.code, error.read().decode(errors="replace")
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        ended = subprocess.run(command, cwd=cwd or self.project, env=self.environment, capture_output=True, text=True, timeout=600, check=False)
+        ended = subprocess.run(
+            command,
+            cwd=cwd or self.project,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
         assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
         return ended.stdout
 
     def run(self, deployment: str, variables: dict[str, str] | None = None, **parameters: Any) -> str:
-        """What `prefect deployment run` does, without its seconds of start-up; the id of the flow run. `variables` are of its environment."""
+        """What `prefect deployment run` does, without its seconds of start-up; the id of the flow run. `variables` are
+        of its environment.
+        """
         found = self.prefect(f"deployments/name/{deployment}")
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": {"env": variables} if variables else {}}
+        body = {
+            "parameters": parameters,
+            "state": {"type": "SCHEDULED"},
+            "job_variables": {"env": variables} if variables else {},
+        }
         return str(self.prefect(f"deployments/{found['id']}/create_flow_run", body)["id"])
 
     def let_schedules_rest(self) -> None:
-        """Asserts that `watch/prod` is scheduled, then ends that: a watch that begins by itself would call off the one of a chapter."""
+        """Asserts that `watch/prod` is scheduled, then ends that: a watch that begins by itself would call off the one
+        of a chapter.
+        """
         found = self.prefect("deployments/name/watch/prod")
-        due = {"deployments": {"id": {"any_": [found["id"]]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        due = {
+            "deployments": {"id": {"any_": [found["id"]]}},
+            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+        }
         self.wait("scheduled watches", lambda: self.prefect("flow_runs/filter", due), 120)
         for schedule in found["schedules"]:
             self.prefect(f"deployments/{found['id']}/schedules/{schedule['id']}", {"active": False}, "PATCH")
@@ -137,8 +173,12 @@ class Story:
         return dict(found)
 
     def lines(self, run: str) -> list[str]:
-        found = self.prefect("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200})
-        newest = self.prefect("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC", "limit": 200})
+        found = self.prefect(
+            "logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        )
+        newest = self.prefect(
+            "logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC", "limit": 200}
+        )
         return [log["message"] for log in [*found, *reversed(newest)]]
 
     def wait(self, what: str, ready: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -151,25 +191,44 @@ class Story:
             time.sleep(1)
 
     def finished(self, run: str) -> dict[str, Any]:
-        return dict(self.wait(f"flow run {run}", lambda: (one := self.state(run))["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and one))
+        return dict(
+            self.wait(
+                f"flow run {run}",
+                lambda: (
+                    (one := self.state(run))["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and one
+                ),
+            )
+        )
 
     def completed(self, run: str) -> dict[str, Any]:
         ended = self.finished(run)
-        assert ended["state_type"] == "COMPLETED", f"{ended['state_name']}: {ended['state']['message']}\n" + "\n".join(self.lines(run)[-60:])
+        assert ended["state_type"] == "COMPLETED", f"{ended['state_name']}: {ended['state']['message']}\n" + "\n".join(
+            self.lines(run)[-60:]
+        )
         return ended
 
     def tasks(self, run: str) -> dict[str, str]:
         """Task -> the state of its newest run in this flow run."""
-        found = self.prefect("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"})
+        found = self.prefect(
+            "task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        )
         return {one["name"].rsplit("-", 1)[0]: one["state_name"] for one in found}
 
     def artifacts(self, run: str) -> dict[str, Any]:
-        return {one["key"]: one["data"] for one in self.prefect("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})}
+        return {
+            one["key"]: one["data"]
+            for one in self.prefect("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
+        }
 
     def refusals(self, run: str) -> str:
         """What the gate and the registry said of a run's candidate."""
         found = self.artifacts(run)
-        return "\n".join([*(row for row in found.get("verdict", "no verdict").splitlines() if "**no**" in row), found.get("registration", "not registered")])
+        return "\n".join(
+            [
+                *(row for row in found.get("verdict", "no verdict").splitlines() if "**no**" in row),
+                found.get("registration", "not registered"),
+            ]
+        )
 
     def ledger(self) -> list[dict[str, Any]]:
         """The ledger as the registry reads it, verified."""
@@ -208,7 +267,11 @@ def story() -> Iterator[Story]:
     project = copy_project(top / "project")
     evaluation = dict.fromkeys(yaml.safe_load((project / "params.yaml").read_text())["collect"]["evaluation"], 2)
     shorten(project / "params.yaml", {"collect.evaluation": evaluation, **SAMPLING})
-    subprocess.run(["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qam", "short params"], cwd=project, check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qam", "short params"],
+        cwd=project,
+        check=True,
+    )
     servers.PROJECT = project
     made = Story(top / "stack", project, {})
     try:
@@ -228,7 +291,10 @@ def processes_in(folder: Path) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if Path(os.readlink(entry / "cwd")).is_relative_to(folder) and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            if (
+                Path(os.readlink(entry / "cwd")).is_relative_to(folder)
+                and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            ):
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -238,7 +304,12 @@ def processes_in(folder: Path) -> list[int]:
 def test_what_is_up_listens_on_this_machine_alone(story: Story) -> None:
     assert set(servers.status(story.folder).values()) == {"up"}
     ports = {f"{port:04X}" for port in servers.ports(story.folder).values()}
-    listening = [line.split()[1] for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    listening = [
+        line.split()[1]
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    ]
     ours = [address for address in listening if address.rpartition(":")[2] in ports]
     assert ours and {address.rpartition(":")[0] for address in ours} == {"0100007F"}
     assert oct((story.folder / "secrets.env").stat().st_mode & 0o777) == "0o600"
@@ -250,18 +321,31 @@ def test_what_is_up_listens_on_this_machine_alone(story: Story) -> None:
 def test_doctor_finds_nothing_wrong(story: Story) -> None:
     *lines, last = story.call(sys.executable, "-m", "tasks", "doctor").splitlines()
     well = {tuple(line.split()[:2]) for line in lines if line.startswith("ok ")}
-    assert last == "nothing failed" and {("ok", what) for what in ("code", "mlflow", "mlflow,", "ledger", "published", "dvc", "prefect")} <= well, lines
+    assert (
+        last == "nothing failed"
+        and {("ok", what) for what in ("code", "mlflow", "mlflow,", "ledger", "published", "dvc", "prefect")} <= well
+    ), lines
 
 
 def test_a_killed_worker_leaves_a_state_to_go_on_from(story: Story) -> None:
-    """Worker and engine are killed at once, as when the machine loses its power: the stage ends too, its state is kept, and the run is called Crashed."""
+    """Worker and engine are killed at once, as when the machine loses its power: the stage ends too, its state is kept,
+    and the run is called Crashed.
+    """
     parameters = {"overrides": {**EASY, **LONG}, "promote": "auto"}
     story.told["parameters"] = parameters
     run = story.run("distill/prod", **parameters)
-    (work,) = story.wait("a state of distill", lambda: [path for path in (story.folder / "workspaces").glob("*/runs/distill-*/step-*/state.json")][:1])
+    (work,) = story.wait(
+        "a state of distill",
+        lambda: [path for path in (story.folder / "workspaces").glob("*/runs/distill-*/step-*/state.json")][:1],
+    )
     workspace = next(parent for parent in work.parents if parent.parent == story.folder / "workspaces")
     worker = servers.running(story.folder, "worker")
-    engines = [int(line) for line in subprocess.run(["pgrep", "-P", str(worker)], capture_output=True, text=True, check=False).stdout.split()]
+    engines = [
+        int(line)
+        for line in subprocess.run(
+            ["pgrep", "-P", str(worker)], capture_output=True, text=True, check=False
+        ).stdout.split()
+    ]
     assert engines
     for number in (worker, *engines):
         os.kill(number, signal.SIGKILL)
@@ -272,35 +356,72 @@ def test_a_killed_worker_leaves_a_state_to_go_on_from(story: Story) -> None:
 
 
 def test_strangers_change_nothing(story: Story) -> None:
-    """Anonymous requests and wrong passwords are refused by every server; a reviewer edits the model and nothing else."""
+    """Anonymous requests and wrong passwords are refused by every server; a reviewer edits the model and nothing
+    else.
+    """
     create = {"name": "intruder"}
     assert story.mlflow("2.0/mlflow/registered-models/create", create, None)[0] == 401
     assert story.mlflow("2.0/mlflow/registered-models/create", create, "admin", "password1234")[0] == 401
-    assert story.mlflow("2.0/mlflow/registered-models/set-tag", {"name": "danceopd", "key": "a", "value": "b"}, None)[0] == 401
+    assert (
+        story.mlflow("2.0/mlflow/registered-models/set-tag", {"name": "danceopd", "key": "a", "value": "b"}, None)[0]
+        == 401
+    )
     environment = story.environment
-    for address, body in ((f"{environment['PREFECT_API_URL']}/flow_runs/filter", b"{}"), (f"{environment['AWS_ENDPOINT_URL_S3']}/danceopd?list-type=2", None)):
+    for address, body in (
+        (f"{environment['PREFECT_API_URL']}/flow_runs/filter", b"{}"),
+        (f"{environment['AWS_ENDPOINT_URL_S3']}/danceopd?list-type=2", None),
+    ):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(address, body, timeout=30)
         assert refused.value.code in (401, 403), address
     admin = servers.credentials.read_file(story.folder / "secrets.env")["MLFLOW_ADMIN_PASSWORD"]
     told = subprocess.run(
-        [sys.executable, "-m", "flows.bootstrap", "--reviewer", "ada"], cwd=story.project, env={**environment, "MLFLOW_ADMIN_PASSWORD": admin},
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        [sys.executable, "-m", "flows.bootstrap", "--reviewer", "ada"],
+        cwd=story.project,
+        env={**environment, "MLFLOW_ADMIN_PASSWORD": admin},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     story.told["ada"] = told.split("password ")[1].split()[0]
-    assert story.mlflow("2.0/mlflow/registered-models/set-tag", {"name": "danceopd", "key": "seen", "value": "yes"}, "ada", story.told["ada"])[0] == 200
-    assert story.mlflow("2.0/mlflow/users/create", {"username": "eve", "password": "x" * 16}, "ada", story.told["ada"])[0] == 403
+    assert (
+        story.mlflow(
+            "2.0/mlflow/registered-models/set-tag",
+            {"name": "danceopd", "key": "seen", "value": "yes"},
+            "ada",
+            story.told["ada"],
+        )[0]
+        == 200
+    )
+    assert (
+        story.mlflow("2.0/mlflow/users/create", {"username": "eve", "password": "x" * 16}, "ada", story.told["ada"])[0]
+        == 403
+    )
 
 
 def test_the_same_command_finishes_through_restarts(story: Story) -> None:
-    """PostgreSQL and Prefect's server restart under the run, and MLflow is down when it wants to register: it resumes, waits, and ends."""
+    """PostgreSQL and Prefect's server restart under the run, and MLflow is down when it wants to register: it resumes,
+    waits, and ends.
+    """
     crashed = story.finished(story.told["killed"])  # by the automation that misses its heartbeat
     assert (crashed["state_type"], "no heartbeat" in crashed["state"]["message"]) == ("CRASHED", True)
     story.let_schedules_rest()
     servers.start(story.folder, "worker")
-    begun = story.call(sys.executable, "-m", "prefect", "--no-prompt", "deployment", "run", "distill/prod", "--params", json.dumps(story.told["parameters"]))
+    begun = story.call(
+        sys.executable,
+        "-m",
+        "prefect",
+        "--no-prompt",
+        "deployment",
+        "run",
+        "distill/prod",
+        "--params",
+        json.dumps(story.told["parameters"]),
+    )
     assert "Created flow run" in begun
-    (newest,) = story.prefect("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1, "flows": {"name": {"any_": ["distill"]}}})
+    (newest,) = story.prefect(
+        "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1, "flows": {"name": {"any_": ["distill"]}}}
+    )
     run = newest["id"]
     of_run = {"flow_runs": {"id": {"any_": [run]}}}
     assert run != story.told["killed"]
@@ -310,7 +431,10 @@ def test_the_same_command_finishes_through_restarts(story: Story) -> None:
         servers.stop(story.folder, name, kill=name == "prefect")
         servers.start(story.folder, name)
         servers.wait(story.folder, name)
-    story.wait("the gate waits for MLflow", lambda: any(one["state_name"] == "AwaitingRetry" for one in story.prefect("task_runs/filter", of_run)))
+    story.wait(
+        "the gate waits for MLflow",
+        lambda: any(one["state_name"] == "AwaitingRetry" for one in story.prefect("task_runs/filter", of_run)),
+    )
     servers.start(story.folder, "mlflow")
     ended = story.completed(run)
     assert ended["state_name"] == "Completed"
@@ -322,7 +446,17 @@ def test_the_same_command_finishes_through_restarts(story: Story) -> None:
 
 def test_the_runs_page_shows_what_happened(story: Story) -> None:
     artifacts = story.artifacts(story.told["first"])
-    shown = {"revision", "dvc-revision", "scorecard-geneval", "scorecard-gedit", "verdict", "images", "edits", "registration", "mlflow-version"}
+    shown = {
+        "revision",
+        "dvc-revision",
+        "scorecard-geneval",
+        "scorecard-gedit",
+        "verdict",
+        "images",
+        "edits",
+        "registration",
+        "mlflow-version",
+    }
     assert shown <= set(artifacts)
     assert artifacts["progress-distill"] == 100
     assert artifacts["images"].startswith("data:image/png;base64,")
@@ -332,7 +466,15 @@ def test_the_runs_page_shows_what_happened(story: Story) -> None:
 
 def test_dvc_pull_anywhere_restores_every_file_of_the_run(story: Story) -> None:
     clone = story.folder / "elsewhere"
-    story.call("git", "clone", "--quiet", "--branch", story.told["branch"], story.environment["DANCEOPD_REPOSITORY"], str(clone))
+    story.call(
+        "git",
+        "clone",
+        "--quiet",
+        "--branch",
+        story.told["branch"],
+        story.environment["DANCEOPD_REPOSITORY"],
+        str(clone),
+    )
     story.call(sys.executable, "-m", "dvc", "pull", cwd=clone)
     lock = yaml.safe_load((clone / "dvc.lock").read_text(encoding="utf-8"))
     outs = [out["path"] for stage in lock["stages"].values() for out in stage.get("outs", [])]
@@ -355,21 +497,31 @@ def misbehaving() -> Callable[[str, str], str | None]:
 
 
 def test_a_cancelled_run_goes_on_while_the_store_misbehaves(story: Story) -> None:
-    """From the first student's branch, on a machine with an empty cache, with MLflow down at the start. Cancelled in distill, the same command goes on; every
-    twelfth request to the S3 store meets a fault, and when data is to be pushed nothing answers there at all for a while."""
+    """From the first student's branch, on a machine with an empty cache, with MLflow down at the start. Cancelled in
+    distill, the same command goes on; every twelfth request to the S3 store meets a fault, and when data is to be
+    pushed nothing answers there at all for a while."""
     assert (story.aliases(), [entry["action"] for entry in story.ledger()]) == ({"champion": "1"}, ["promote"])
     wanted = {"revision": story.told["branch"], "overrides": SECOND, "promote": "review"}
     servers.stop(story.folder, "worker")
     shutil.rmtree(story.folder / "workspaces" / "cache")
     servers.stop(story.folder, "mlflow", kill=True)
     settings = servers.client_environment
-    with FaultyProxy(story.environment["AWS_ENDPOINT_URL_S3"], misbehaving()) as proxy, pytest.MonkeyPatch.context() as patch:
+    with (
+        FaultyProxy(story.environment["AWS_ENDPOINT_URL_S3"], misbehaving()) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         proxy.delay = 1.0
-        patched = {"AWS_ENDPOINT_URL_S3": proxy.url, "AWS_MAX_ATTEMPTS": "2"}  # few attempts: with the usual ones, dvc takes 40 s a file to give up
+        patched = {
+            "AWS_ENDPOINT_URL_S3": proxy.url,
+            "AWS_MAX_ATTEMPTS": "2",
+        }  # few attempts: with the usual ones, dvc takes 40 s a file to give up
         patch.setattr(servers, "client_environment", lambda folder: {**settings(folder), **patched})
         servers.start(story.folder, "worker")
         cancelled = story.run("distill/prod", **wanted)
-        (state,) = story.wait("a state of distill", lambda: list((story.folder / "workspaces").glob("*/runs/distill-*/step-*/state.json"))[:1])
+        (state,) = story.wait(
+            "a state of distill",
+            lambda: list((story.folder / "workspaces").glob("*/runs/distill-*/step-*/state.json"))[:1],
+        )
         workspace = next(parent for parent in state.parents if parent.parent == story.folder / "workspaces")
         story.prefect(f"flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
         servers.start(story.folder, "mlflow")
@@ -380,7 +532,9 @@ def test_a_cancelled_run_goes_on_while_the_store_misbehaves(story: Story) -> Non
         run = story.run("distill/prod", **wanted)
         story.wait("absorb", lambda: "absorb" in story.tasks(run))
         servers.stop(story.folder, "seaweedfs", kill=True)
-        story.wait("a transfer that is given up", lambda: any("failed to transfer" in line for line in story.lines(run)))  # after half a minute of trying
+        story.wait(
+            "a transfer that is given up", lambda: any("failed to transfer" in line for line in story.lines(run))
+        )  # after half a minute of trying
         servers.start(story.folder, "seaweedfs")
         story.wait("the push is tried again", lambda: story.tasks(run).get("push") == "AwaitingRetry")
         story.completed(run)
@@ -388,8 +542,12 @@ def test_a_cancelled_run_goes_on_while_the_store_misbehaves(story: Story) -> Non
     servers.start(story.folder, "worker")
     assert {fault for *_, fault in proxy.seen} == {None, "500", "503", "slow", "cut", "half"}
     lines = story.lines(run)
-    assert any("distill: goes on at step" in line for line in lines) and not any("distill: goes on at step 0 " in line for line in lines)
-    assert any("Stage 'validate' didn't change" in line for line in [*lines, *story.lines(cancelled)])  # it came from the store, not from work
+    assert any("distill: goes on at step" in line for line in lines) and not any(
+        "distill: goes on at step 0 " in line for line in lines
+    )
+    assert any(
+        "Stage 'validate' didn't change" in line for line in [*lines, *story.lines(cancelled)]
+    )  # it came from the store, not from work
     assert story.aliases() == {"champion": "1", "candidate": "2"}, story.refusals(run)
     story.told["second"] = run
 
@@ -401,7 +559,13 @@ def test_a_review_in_mlflows_pages_becomes_champion_and_is_published(story: Stor
     story.completed(story.run("watch/prod", rescore=False))
     assert story.aliases() == {"champion": "2", "previous": "1"}
     last = story.ledger()[-1]
-    assert (last["action"], last["actor"], last["reason"], last["from_version"], last["to_version"]) == ("promote", "ada", "grids look right", "1", "2")
+    assert (last["action"], last["actor"], last["reason"], last["from_version"], last["to_version"]) == (
+        "promote",
+        "ada",
+        "grids look right",
+        "1",
+        "2",
+    )
     assert published(story)["version"] == "2"
 
 
@@ -413,7 +577,12 @@ def test_rollback_and_promotion_by_deployment(story: Story) -> None:
     story.completed(story.run("promote/prod", version="2", reviewer="ada", reason="the site was at fault"))
     assert story.aliases() == {"champion": "2", "previous": "1"} and published(story)["version"] == "2"
     entries = story.ledger()
-    assert [(entry["action"], entry["to_version"]) for entry in entries] == [("promote", "1"), ("promote", "2"), ("rollback", "1"), ("promote", "2")]
+    assert [(entry["action"], entry["to_version"]) for entry in entries] == [
+        ("promote", "1"),
+        ("promote", "2"),
+        ("rollback", "1"),
+        ("promote", "2"),
+    ]
     assert [entry["before"] for entry in entries[1:]] == [entry["hash"] for entry in entries[:-1]]
 
 
@@ -429,7 +598,10 @@ def test_the_champion_scores_as_registered(story: Story) -> None:
 def test_versions_are_scored_by_their_number_and_what_is_published_by_its_address(story: Story) -> None:
     branch = f"runs/{story.state(story.told['second'])['name']}"
     by_address = {"model": f"s3://danceopd/published/{published(story)['prefix']}", "revision": branch}
-    asked = {story.run("score/prod", model="models:/danceopd/1"): story.told["first"], story.run("score/prod", **by_address): story.told["second"]}
+    asked = {
+        story.run("score/prod", model="models:/danceopd/1"): story.told["first"],
+        story.run("score/prod", **by_address): story.told["second"],
+    }
     for run, made in asked.items():
         story.completed(run)
         again = {row["metric"]: row["mean"] for row in json.loads(story.artifacts(run)["rescored"])}
@@ -438,7 +610,9 @@ def test_versions_are_scored_by_their_number_and_what_is_published_by_its_addres
 
 
 def test_drift_of_the_champion_is_an_alert(story: Story) -> None:
-    """The same weights, on a machine whose libraries compute something else: the run fails as Drifted, with the metrics, and an event says so."""
+    """The same weights, on a machine whose libraries compute something else: the run fails as Drifted, with the
+    metrics, and an event says so.
+    """
     folder = story.folder / "update"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(UPDATE, encoding="utf-8")
@@ -451,7 +625,9 @@ def test_drift_of_the_champion_is_an_alert(story: Story) -> None:
     assert all(f"{row['metric']}: now {row['now']}" in ended["state"]["message"] for row in rows)
     events = {"filter": {"event": {"name": ["danceopd.champion.drifted"]}}}
     (event,) = story.wait("the event", lambda: story.prefect("events/filter", events)["events"], 60)
-    assert event["resource"]["version"] == story.aliases()["champion"] and event["payload"]["metrics"] == [row["metric"] for row in rows]
+    assert event["resource"]["version"] == story.aliases()["champion"] and event["payload"]["metrics"] == [
+        row["metric"] for row in rows
+    ]
     assert (story.aliases(), story.ledger()) == before  # a person decides
 
 
@@ -460,12 +636,22 @@ def test_lineage_of_the_champion_is_all_there(story: Story) -> None:
     sha = story.call("git", "rev-parse", branch, cwd=Path(story.environment["DANCEOPD_REPOSITORY"])).strip()
     with FaultyProxy(story.environment["MLFLOW_TRACKING_URI"]) as proxy, pytest.MonkeyPatch.context() as patch:
         settings = servers.client_environment
-        patch.setattr(servers, "client_environment", lambda folder: {**settings(folder), "MLFLOW_TRACKING_URI": proxy.url})
+        patch.setattr(
+            servers, "client_environment", lambda folder: {**settings(folder), "MLFLOW_TRACKING_URI": proxy.url}
+        )
         told = story.call(sys.executable, "-m", "tasks", "lineage", "models:/danceopd@champion")
     asked = {path for _, path, _ in proxy.seen}
-    assert any("scorecard.json" in path for path in asked) and not any("presigned" in path for path in asked), asked  # the store's address is the servers' own
-    assert sha in told and "MISSING" not in told and "are there; the checkpoint is DVC's checkpoints/absorbed at that revision" in told
-    assert story.call(sys.executable, "-m", "tasks", "lineage", sha[:10]).splitlines() == [f"models:/danceopd/2  git.sha = {sha}"]
+    assert any("scorecard.json" in path for path in asked) and not any("presigned" in path for path in asked), (
+        asked
+    )  # the store's address is the servers' own
+    assert (
+        sha in told
+        and "MISSING" not in told
+        and "are there; the checkpoint is DVC's checkpoints/absorbed at that revision" in told
+    )
+    assert story.call(sys.executable, "-m", "tasks", "lineage", sha[:10]).splitlines() == [
+        f"models:/danceopd/2  git.sha = {sha}"
+    ]
 
 
 def test_no_secret_is_told_to_anybody(story: Story) -> None:
@@ -476,7 +662,16 @@ def test_no_secret_is_told_to_anybody(story: Story) -> None:
         told[kind] = json.dumps(story.prefect(f"{kind}/filter", {"limit": 200}))
     for kind in ("registered-models", "model-versions"):
         told[kind] = story.registry(kind)
-    told["git"] = story.call("git", "log", "--all", "-p", "--no-textconv", "--no-ext-diff", "--max-count=8", cwd=story.folder / "repository.git")
+    told["git"] = story.call(
+        "git",
+        "log",
+        "--all",
+        "-p",
+        "--no-textconv",
+        "--no-ext-diff",
+        "--max-count=8",
+        cwd=story.folder / "repository.git",
+    )
     told["processes"] = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert all(told.values())
     assert not [name for name, text in told.items() if any(value in text for value in values)]

@@ -1,4 +1,6 @@
-"""Defends: the published standard errors and exact tests are reproduced, nominal 95 % intervals cover about 95 %, and equal input gives equal output."""
+"""Defends: the published standard errors and exact tests are reproduced, nominal 95 % intervals cover about 95 %, and
+equal input gives equal output.
+"""
 
 import math
 
@@ -27,7 +29,10 @@ TOLERANCE = 0.03  # of coverage; the simulations' own standard error is near 0.0
 
 
 def from_counts(counts) -> dict[str, np.ndarray]:
-    return {str(index): np.r_[np.ones(count), np.zeros(size - count)] for index, (count, size) in enumerate(zip(counts, SIZES, strict=True))}
+    return {
+        str(index): np.r_[np.ones(count), np.zeros(size - count)]
+        for index, (count, size) in enumerate(zip(counts, SIZES, strict=True))
+    }
 
 
 # correct images per tag of published GenEval rows, their macro average and its standard error
@@ -62,7 +67,10 @@ def test_wilson_against_known_values():
     assert wilson(50, 100, 0.95) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
 
 
-@pytest.mark.parametrize(("only_a", "only_b", "p"), [(0, 0, 1.0), (1, 6, 0.125), (6, 1, 0.125), (0, 5, 0.0625), (5, 5, 1.0), (2, 8, 0.109375)])
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"),
+    [(0, 0, 1.0), (1, 6, 0.125), (6, 1, 0.125), (0, 5, 0.0625), (5, 5, 1.0), (2, 8, 0.109375)],
+)
 def test_mcnemar_is_the_binomial_sum(only_a, only_b, p):
     assert mcnemar(only_a, only_b) == pytest.approx(p)
 
@@ -80,9 +88,17 @@ def test_equal_models_do_not_differ_and_a_shift_is_seen():
     a = {name: rng.uniform(0, 10, 50) for name in "xyz"}
     same = compare_paired(a, a, binary=False, seed=0, resamples=999, confidence=0.95)
     assert (same.difference, same.low, same.high, same.p, same.discordant, same.n) == (0.0, 0.0, 0.0, 1.0, 0, 150)
-    shifted = compare_paired({name: values + 1.0 for name, values in a.items()}, a, binary=False, seed=0, resamples=999, confidence=0.95)
-    assert shifted.difference == pytest.approx(1.0) and shifted.low == pytest.approx(1.0) and shifted.p == pytest.approx(0.001)
-    back = compare_paired(a, {name: values + 1.0 for name, values in a.items()}, binary=False, seed=0, resamples=999, confidence=0.95)
+    shifted = compare_paired(
+        {name: values + 1.0 for name, values in a.items()}, a, binary=False, seed=0, resamples=999, confidence=0.95
+    )
+    assert (
+        shifted.difference == pytest.approx(1.0)
+        and shifted.low == pytest.approx(1.0)
+        and shifted.p == pytest.approx(0.001)
+    )
+    back = compare_paired(
+        a, {name: values + 1.0 for name, values in a.items()}, binary=False, seed=0, resamples=999, confidence=0.95
+    )
     assert back.difference == pytest.approx(-1.0)
 
 
@@ -104,17 +120,22 @@ def test_one_binary_category_uses_mcnemar():
 def test_retention_of_a_scaled_teacher_is_exact():
     rng = numpy_generator(0, 0, 0, "teacher")
     teacher = {name: rng.uniform(1, 10, 40) for name in "xy"}
-    found = retention({name: 0.9 * values for name, values in teacher.items()}, teacher, seed=0, resamples=500, confidence=0.95)
+    found = retention(
+        {name: 0.9 * values for name, values in teacher.items()}, teacher, seed=0, resamples=500, confidence=0.95
+    )
     assert found.mean == pytest.approx(0.9) and found.low == pytest.approx(0.9) and found.high == pytest.approx(0.9)
     assert found.stderr == pytest.approx(0.0, abs=1e-12) and found.n == 80
 
 
 def test_retention_is_a_ratio_of_macro_means():
-    student, teacher = {"a": np.array([1.0, 1.0]), "b": np.array([0.0, 1.0, 1.0, 0.0])}, {"a": np.array([1.0, 1.0]), "b": np.array([1.0, 1.0, 1.0, 1.0])}
+    student, teacher = (
+        {"a": np.array([1.0, 1.0]), "b": np.array([0.0, 1.0, 1.0, 0.0])},
+        {"a": np.array([1.0, 1.0]), "b": np.array([1.0, 1.0, 1.0, 1.0])},
+    )
     assert retention(student, teacher, seed=0, resamples=500, confidence=0.95).mean == pytest.approx(0.75)
 
 
-# --- coverage ---------------------------------------------------------------------------------------------------------------
+# --- coverage ---------------------------------------------------------------------------------------------------------
 
 
 def covered(metric, truth: float) -> bool:
@@ -150,14 +171,22 @@ def test_the_bootstrap_over_prompts_with_several_images_covers():
     def draw(rng: np.random.Generator) -> np.ndarray:
         return rng.binomial(4, rng.beta(1.5, 1.0, 40)) / 4  # images of one prompt are correlated
 
-    found = coverage(draw, lambda values, index: category_metric(values, category="x", binary=False, seed=index, resamples=400, confidence=0.95), 0.6)
+    found = coverage(
+        draw,
+        lambda values, index: category_metric(
+            values, category="x", binary=False, seed=index, resamples=400, confidence=0.95
+        ),
+        0.6,
+    )
     assert found == pytest.approx(0.95, abs=TOLERANCE)
 
 
 def test_the_retention_interval_covers():
     def draw(rng: np.random.Generator) -> tuple[dict, dict]:
         teacher = {name: 10 * rng.beta(4, 1, 50) for name in "xyz"}
-        return {name: values * (0.8 + 0.3 * rng.random(50)) for name, values in teacher.items()}, teacher  # ratio of means 0.95
+        return {
+            name: values * (0.8 + 0.3 * rng.random(50)) for name, values in teacher.items()
+        }, teacher  # ratio of means 0.95
 
     found = coverage(draw, lambda pair, index: retention(*pair, seed=index, resamples=400, confidence=0.95), 0.95)
     assert found == pytest.approx(0.95, abs=TOLERANCE)
@@ -170,7 +199,9 @@ def test_the_delta_method_agrees_with_the_spread():
         teacher = {name: 10 * rng.beta(4, 1, 40) for name in "xy"}
         student = {name: np.clip(values - rng.exponential(1.0, 40), 0, 10) for name, values in teacher.items()}
         found.append(retention(student, teacher, seed=index, resamples=20, confidence=0.95))
-    assert np.std([metric.mean for metric in found]) == pytest.approx(np.mean([metric.stderr for metric in found]), rel=0.12)
+    assert np.std([metric.mean for metric in found]) == pytest.approx(
+        np.mean([metric.stderr for metric in found]), rel=0.12
+    )
 
 
 def test_the_sign_flip_p_is_uniform_under_no_difference():
@@ -180,7 +211,7 @@ def test_the_sign_flip_p_is_uniform_under_no_difference():
     assert np.mean(np.array(p) <= 0.5) == pytest.approx(0.5, abs=0.08)
 
 
-# --- several comparisons, several trainings -------------------------------------------------------------------------------------
+# --- several comparisons, several trainings ---------------------------------------------------------------------------
 
 
 def test_the_sign_test_counts_directions():
@@ -191,7 +222,12 @@ def test_the_sign_test_counts_directions():
 
 def test_holm_against_a_worked_example():
     found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert found == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": pytest.approx(0.02)}
+    assert found == {
+        "a": pytest.approx(0.03),
+        "b": pytest.approx(0.06),
+        "c": pytest.approx(0.06),
+        "d": pytest.approx(0.02),
+    }
     assert list(found) == ["a", "b", "c", "d"] and holm({"a": 0.8, "b": 0.9}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
 
 
@@ -202,10 +238,17 @@ def test_holm_keeps_the_family_wise_error():
     assert wrong == pytest.approx(0.05, abs=0.012) and np.mean(p.min(1) <= 0.05) > 0.4
 
 
-def trainings(rng: np.random.Generator, count: int, spread: float, sizes: dict[str, int]) -> list[dict[str, np.ndarray]]:
-    """Scores of `count` trainings on the same prompts around a true macro mean of 5; `spread` is the deviation between trainings."""
+def trainings(
+    rng: np.random.Generator, count: int, spread: float, sizes: dict[str, int]
+) -> list[dict[str, np.ndarray]]:
+    """Scores of `count` trainings on the same prompts around a true macro mean of 5; `spread` is the deviation between
+    trainings.
+    """
     prompts = {name: rng.normal(5, 2, n) for name, n in sizes.items()}
-    return [{name: values + shift + rng.normal(0, 1, len(values)) for name, values in prompts.items()} for shift in rng.normal(0, spread, count)]
+    return [
+        {name: values + shift + rng.normal(0, 1, len(values)) for name, values in prompts.items()}
+        for shift in rng.normal(0, spread, count)
+    ]
 
 
 @pytest.mark.parametrize(("count", "spread"), [(3, 0.0), (3, 0.4), (5, 0.4)])
@@ -242,13 +285,18 @@ def test_nominal_intervals_cover_within_two_percent():
     rng, names, truth = numpy_generator(0, 0, 0, "two percent"), "abcdef", 0.6
     images = rng.binomial(4, rng.beta(1.5, 1.0, (1500, len(names), 40))) / 4
     hits = [
-        covered(macro_metric({name: values[place] for place, name in enumerate(names)}, seed=index, resamples=200, confidence=0.95), truth)
+        covered(
+            macro_metric(
+                {name: values[place] for place, name in enumerate(names)}, seed=index, resamples=200, confidence=0.95
+            ),
+            truth,
+        )
         for index, values in enumerate(images)
     ]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
-# --- determinism and bad input ----------------------------------------------------------------------------------------------
+# --- determinism and bad input ----------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_and_the_order_of_categories_does_not():

@@ -1,4 +1,6 @@
-"""Defends: a result that was acknowledged is there after a kill, a torn line never is, a shard has one writer, and unlike results do not share a folder."""
+"""Defends: a result that was acknowledged is there after a kill, a torn line never is, a shard has one writer, and
+unlike results do not share a folder.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout is not None
     acknowledged = [int(writer.stdout.readline()) for _ in range(20)][-1]
     os.kill(writer.pid, signal.SIGKILL)
@@ -92,7 +96,12 @@ def test_a_shard_has_one_writer_and_shards_are_read_together(tmp_path: Path) -> 
 
 def test_threads_share_a_writer(tmp_path: Path) -> None:
     with open_shard(tmp_path) as shard:
-        threads = [threading.Thread(target=lambda name=name: [shard.append(f"{name}{index}", "y" * 500) for index in range(10)]) for name in "abcd"]
+        threads = [
+            threading.Thread(
+                target=lambda name=name: [shard.append(f"{name}{index}", "y" * 500) for index in range(10)]
+            )
+            for name in "abcd"
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -105,7 +114,10 @@ def test_results_made_otherwise_are_refused_with_every_difference(tmp_path: Path
     claim(tmp_path, {"detector": {"id": "a", "size": (800, 1333)}, "prompts": "x"})
     with pytest.raises(UserErrors) as caught:
         claim(tmp_path, {"detector": {"id": "b", "size": (800, 1333)}, "prompts": "y"})
-    assert caught.value.faults == ["detector.id: the folder has 'a', this command 'b'", "prompts: the folder has 'x', this command 'y'"]
+    assert caught.value.faults == [
+        "detector.id: the folder has 'a', this command 'b'",
+        "prompts: the folder has 'x', this command 'y'",
+    ]
     assert read_settings(tmp_path)["prompts"] == "x"
     with pytest.raises(UserError, match="holds no results yet"):
         read_settings(tmp_path / "other")
@@ -113,7 +125,12 @@ def test_results_made_otherwise_are_refused_with_every_difference(tmp_path: Path
 
 def test_a_key_is_its_parts_alone() -> None:
     assert result_key("image", a=1, b=[2]) == result_key("image", b=[2], a=1)
-    assert len({result_key("image", a=1), result_key("image", a=2), result_key("verdict", a=1), result_key("image", a="1")}) == 4
+    assert (
+        len(
+            {result_key("image", a=1), result_key("image", a=2), result_key("verdict", a=1), result_key("image", a="1")}
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])

@@ -1,4 +1,6 @@
-"""Property: a student starts exactly where it is told to, trains what it is told to, and comes back from disk bit for bit, or not at all."""
+"""Property: a student starts exactly where it is told to, trains what it is told to, and comes back from disk bit for
+bit, or not at all.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import torch
 
 from data.errors import UserError
 from model.networks.network import NetworkField, add_adapter
-from model.networks.student import STUDENT, Student, load_student, merged_weights, plain_weights, save_student, start_student, student_adapter
+from model.networks.student import (
+    STUDENT,
+    Student,
+    load_student,
+    merged_weights,
+    plain_weights,
+    save_student,
+    start_student,
+    student_adapter,
+)
 from model.networks.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS, load_base, load_teachers, read_records
 from tests.tiny import LOCAL_ALPHA, LOCAL_RANK, Tiny, build, disturb, probe
 
@@ -41,10 +52,14 @@ def test_a_start_without_an_adapter_of_its_own_is_exact(tiny: Tiny, start: str, 
 @pytest.mark.parametrize("trainable", ["all", "adapter"])
 def test_an_adapter_teacher_is_folded_into_the_weights_with_its_alpha(tiny: Tiny, trainable: str) -> None:
     student, fields = started(tiny, "local", trainable)
-    torch.testing.assert_close(probe(student.field, student.backbone), probe(fields["local"], student.backbone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        probe(student.field, student.backbone), probe(fields["local"], student.backbone), rtol=1e-4, atol=1e-5
+    )
     values = dict(fields["local"].network.named_parameters())
     module = "transformer_blocks.0.attn.to_q"
-    delta = values[f"{module}.lora_B.local.weight"] @ values[f"{module}.lora_A.local.weight"] * (LOCAL_ALPHA / LOCAL_RANK)
+    delta = (
+        values[f"{module}.lora_B.local.weight"] @ values[f"{module}.lora_A.local.weight"] * (LOCAL_ALPHA / LOCAL_RANK)
+    )
     folded = plain_weights(fields["local"])[f"{module}.weight"]
     torch.testing.assert_close(folded, values[f"{module}.base_layer.weight"] + delta)
     assert float((folded - values[f"{module}.base_layer.weight"]).abs().max()) > 0.01
@@ -54,7 +69,9 @@ def test_merged_is_the_base_plus_the_mean_difference(tiny: Tiny) -> None:
     student, fields = started(tiny, "merged", "all")
     base, local, full = (plain_weights(fields[name]) for name in NAMES)
     for name, value in student.network.state_dict().items():
-        torch.testing.assert_close(value, base[name] + ((local[name] - base[name]) + (full[name] - base[name])) / 2, rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            value, base[name] + ((local[name] - base[name]) + (full[name] - base[name])) / 2, rtol=0, atol=1e-7
+        )
     alone = merged_weights(fields[BASE], {"global": fields["global"]})
     for name, value in plain_weights(fields["global"]).items():
         torch.testing.assert_close(alone[name], value, rtol=0, atol=1e-6)
@@ -78,7 +95,9 @@ def test_an_adapter_on_the_base_shares_its_memory_and_any_other_start_does_not(t
     shared = {name: value for name, value in student.network.state_dict().items() if f".{STUDENT}." not in name}
     assert {value.data_ptr() for value in shared.values()} == storages
     assert all(f".{STUDENT}." in name and value.requires_grad for name, value in student.parameters.items())
-    assert sorted(name for name, value in student.network.named_parameters() if value.requires_grad) == sorted(student.parameters)
+    assert sorted(name for name, value in student.network.named_parameters() if value.requires_grad) == sorted(
+        student.parameters
+    )
     for start, trainable in ((BASE, "all"), ("global", "all"), ("global", "adapter"), ("merged", "adapter")):
         own = start_student(backbone, fields, start, trainable, 4, 4, seed=0)
         assert not storages & {value.data_ptr() for value in own.network.state_dict().values()}
@@ -98,7 +117,9 @@ def test_a_fresh_adapter_follows_from_its_seed_alone(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("start", [BASE, "merged"])
 @pytest.mark.parametrize("trainable", ["all", "adapter"])
-def test_saved_and_loaded_is_the_same_student_bit_for_bit(tiny: Tiny, tmp_path: Path, start: str, trainable: str) -> None:
+def test_saved_and_loaded_is_the_same_student_bit_for_bit(
+    tiny: Tiny, tmp_path: Path, start: str, trainable: str
+) -> None:
     student, _ = started(tiny, start, trainable)
     disturb({name: value.detach() for name, value in student.parameters.items()}, 0.03, seed=6)
     expected = probe(student.field, student.backbone)
@@ -110,9 +131,13 @@ def test_saved_and_loaded_is_the_same_student_bit_for_bit(tiny: Tiny, tmp_path: 
         assert torch.equal(loaded.parameters[name], value) and loaded.parameters[name].requires_grad
     assert torch.equal(probe(loaded.field, backbone), expected)
     assert (loaded.network is backbone.network) == (start == BASE and trainable == "adapter")
-    assert (tmp_path / "transformer").exists() == (loaded.network is not backbone.network)  # the base is not stored twice
+    assert (tmp_path / "transformer").exists() == (
+        loaded.network is not backbone.network
+    )  # the base is not stored twice
     if trainable == "adapter" and start != BASE:
-        assert not torch.equal(probe(NetworkField(backbone, loaded.network), backbone), expected)  # the adapter counts, on top of its start
+        assert not torch.equal(
+            probe(NetworkField(backbone, loaded.network), backbone), expected
+        )  # the adapter counts, on top of its start
 
 
 def test_a_frozen_copy_stays_when_the_student_moves(tiny: Tiny) -> None:
@@ -126,7 +151,9 @@ def test_a_frozen_copy_stays_when_the_student_moves(tiny: Tiny) -> None:
 def test_a_checkpoint_that_does_not_belong_or_is_damaged_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     sha256 = read_records(tiny.teachers)[BASE].sha256
     folders = {kind: tmp_path / kind for kind in ("shared", "own", "all")}
-    for kind, (start, trainable) in zip(folders, ((BASE, "adapter"), ("merged", "adapter"), (BASE, "all")), strict=True):
+    for kind, (start, trainable) in zip(
+        folders, ((BASE, "adapter"), ("merged", "adapter"), (BASE, "all")), strict=True
+    ):
         save_student(folders[kind], started(tiny, start, trainable)[0], record_of(tiny))
 
     def refusal(folder: Path, base: str = sha256) -> str:
@@ -134,8 +161,15 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged_is_refused(tiny: Tiny, 
             load_student(folder, load_base(tiny.teachers), base)
         return str(caught.value)
 
-    assert "another base" in refusal(folders["shared"], "0" * 64) or "distil again" in refusal(folders["shared"], "0" * 64)
-    for kind, name in (("shared", ADAPTER_WEIGHTS), ("own", ADAPTER_WEIGHTS), ("own", f"transformer/{WEIGHTS}"), ("all", f"transformer/{WEIGHTS}")):
+    assert "another base" in refusal(folders["shared"], "0" * 64) or "distil again" in refusal(
+        folders["shared"], "0" * 64
+    )
+    for kind, name in (
+        ("shared", ADAPTER_WEIGHTS),
+        ("own", ADAPTER_WEIGHTS),
+        ("own", f"transformer/{WEIGHTS}"),
+        ("all", f"transformer/{WEIGHTS}"),
+    ):
         file = folders[kind] / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -157,9 +191,20 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged_is_refused(tiny: Tiny, 
 def test_a_start_from_adapters_lies_in_the_students_own_adapter_on_the_shared_base(tiny: Tiny, tmp_path: Path) -> None:
     """So one base serves teachers and student, and the saved adapter alone is the student."""
     backbone, fields = load_teachers(tiny.teachers, [BASE, "local"])
-    disturb({name: value for name, value in add_adapter(backbone, backbone.network, "other", 2, 6, seed=4).items() if "lora_B" in name}, 0.5, seed=4)
+    disturb(
+        {
+            name: value
+            for name, value in add_adapter(backbone, backbone.network, "other", 2, 6, seed=4).items()
+            if "lora_B" in name
+        },
+        0.5,
+        seed=4,
+    )
     fields["other"] = NetworkField(backbone, backbone.network, "other")
-    mean = {name: value.clone() for name, value in merged_weights(fields[BASE], {name: fields[name] for name in ("local", "other")}).items()}
+    mean = {
+        name: value.clone()
+        for name, value in merged_weights(fields[BASE], {name: fields[name] for name in ("local", "other")}).items()
+    }
     with pytest.raises(UserError, match="start = 'merged' takes rank 6 .* rank = 5"):
         start_student(backbone, fields, "merged", "adapter", 5, 5, seed=0)
     student = start_student(backbone, fields, "merged", "adapter", 7, 3, seed=0)

@@ -1,4 +1,6 @@
-"""Property: teachers are adapters switched on one base in memory, and teachers that do not belong together are refused with every fault at once."""
+"""Property: teachers are adapters switched on one base in memory, and teachers that do not belong together are refused
+with every fault at once.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +74,15 @@ def test_the_adapter_is_the_base_plus_its_scaled_product(tiny: Tiny) -> None:
     record, module = read_records(tiny.teachers)["local"], "transformer_blocks.1.ff.net.2"
     stored = load_file(tiny.teachers / "local" / ADAPTER_WEIGHTS)
     a, b = (stored[f"{module}.lora_{part}.weight"].float() for part in "AB")
-    layer, x = backbone.network.get_submodule(module), torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(0))
+    layer, x = (
+        backbone.network.get_submodule(module),
+        torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(0)),
+    )
     switch_adapter(backbone.network, "local")
     with torch.no_grad():
-        torch.testing.assert_close(layer(x) - layer.base_layer(x), record.alpha / record.rank * (x @ a.T @ b.T), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            layer(x) - layer.base_layer(x), record.alpha / record.rank * (x @ a.T @ b.T), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("order", [NAMES, ["global", "local", BASE], ["local", "global"]])
@@ -85,7 +92,9 @@ def test_a_full_teacher_stands_alone_whatever_is_loaded_before_it(tiny: Tiny, or
     assert network is not backbone.network and set(fields) == set(order)
     stored = load_file(tiny.teachers / "global" / "transformer" / WEIGHTS)
     assert all(torch.equal(value, stored[name].float()) for name, value in network.state_dict().items())
-    assert not {value.data_ptr() for value in network.state_dict().values()} & {value.data_ptr() for value in backbone.network.state_dict().values()}
+    assert not {value.data_ptr() for value in network.state_dict().values()} & {
+        value.data_ptr() for value in backbone.network.state_dict().values()
+    }
 
 
 def test_loaded_teachers_are_frozen_and_full_precision(tiny: Tiny) -> None:
@@ -105,7 +114,14 @@ def test_teachers_that_belong_together_have_no_faults(tiny: Tiny) -> None:
 def test_every_fault_is_named_at_once(folder: Path) -> None:
     shutil.copytree(folder / "local", folder / "other")
     shutil.copytree(folder / "local", folder / "broken")
-    edit(folder, "other", name="other", base_sha256="f" * 64, scheduler={"type": "DDIM", "shift": 3.0}, latent_shape=[16, 3, 3])
+    edit(
+        folder,
+        "other",
+        name="other",
+        base_sha256="f" * 64,
+        scheduler={"type": "DDIM", "shift": 3.0},
+        latent_shape=[16, 3, 3],
+    )
     (folder / "broken" / RECORD).write_text("{")
     (folder / "local" / ADAPTER_WEIGHTS).unlink()
     weights = folder / "global" / "transformer" / WEIGHTS
@@ -114,9 +130,14 @@ def test_every_fault_is_named_at_once(folder: Path) -> None:
     names = [BASE, "local", "global", "other", "broken", "glboal"]
     faults = compatibility_faults(folder, names)
     for parts in (
-        ("local", "no such file"), ("global", "SHA-256"), ("other", "base_sha256"), ("other", "scheduler =", "DDIM"), ("other", "latent_shape ="),
-        ("broken", "not valid JSON"), ("glboal", "no such teacher"),
-    ):  # fmt: skip
+        ("local", "no such file"),
+        ("global", "SHA-256"),
+        ("other", "base_sha256"),
+        ("other", "scheduler =", "DDIM"),
+        ("other", "latent_shape ="),
+        ("broken", "not valid JSON"),
+        ("glboal", "no such teacher"),
+    ):
         assert sum(all(part in fault for part in parts) for fault in faults) == 1, parts
     assert len(faults) == 7
     with pytest.raises(UserErrors) as caught:
@@ -220,6 +241,8 @@ def test_weights_in_shards_are_hashed_as_one(folder: Path) -> None:
 def test_what_comes_along_with_a_base_is_verified(folder: Path) -> None:
     config = folder / BASE / "scheduler" / "scheduler_config.json"
     edit(folder, BASE, files={"scheduler/scheduler_config.json": sha256_file(config), "vae/gone.json": "0" * 64})
-    assert [fault.split(": ")[1] for fault in file_faults(folder, [])] == ["no such file, but base/teacher.json names it; make the teachers again"]
+    assert [fault.split(": ")[1] for fault in file_faults(folder, [])] == [
+        "no such file, but base/teacher.json names it; make the teachers again"
+    ]
     config.write_text("{}")
     assert len(file_faults(folder, [])) == 2

@@ -1,4 +1,6 @@
-"""Tracking publishes what the stages wrote, under names, without cutting anything in silence; a dead server is one clear message within seconds."""
+"""Tracking publishes what the stages wrote, under names, without cutting anything in silence; a dead server is one
+clear message within seconds.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nested_params_get_dotted_names_and_lists_become_json() -> None:
-    params = {"distill": {"steps": 300, "beta": [5, 2], "routes": [{"capability": "t2i"}], "extra": {}}, "name": "micro", "on": True, "none": None}
+    params = {
+        "distill": {"steps": 300, "beta": [5, 2], "routes": [{"capability": "t2i"}], "extra": {}},
+        "name": "micro",
+        "on": True,
+        "none": None,
+    }
     assert tracking.flatten(params) == {
         "distill.steps": "300",
         "distill.beta": "[5, 2]",
@@ -58,7 +65,11 @@ def test_steps_become_metrics_named_by_stage_and_route(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("step,loss\n0,1\n", "columns"), ("", "not a table"), ("step,route,loss,t,gradient_norm\n0,a,b,c,d\n", "not a table")],
+    [
+        ("step,loss\n0,1\n", "columns"),
+        ("", "not a table"),
+        ("step,route,loss,t,gradient_norm\n0,a,b,c,d\n", "not a table"),
+    ],
 )
 def test_a_damaged_steps_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "steps.csv").write_text(text)
@@ -68,7 +79,9 @@ def test_a_damaged_steps_file_is_named(tmp_path: Path, text: str, message: str) 
         tracking.step_metrics("distill", tmp_path / "none.csv")
 
 
-def test_a_run_holds_more_than_one_batch_and_stays_inside_the_project(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_holds_more_than_one_batch_and_stays_inside_the_project(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -86,9 +99,13 @@ def test_a_run_holds_more_than_one_batch_and_stays_inside_the_project(project: P
     found = client.get_run(tracked.run_id)
     assert found.info.status == "FINISHED" and len(found.data.params) == 150
     history = client.get_metric_history(tracked.run_id, "distill/loss/t2i")
-    assert sorted(one.step for one in history) == list(range(700)) and found.data.metrics["distill/loss/t2i"] == pytest.approx(0.699)
+    assert sorted(one.step for one in history) == list(range(700)) and found.data.metrics[
+        "distill/loss/t2i"
+    ] == pytest.approx(0.699)
     assert found.data.metrics["gedit/style_change"] == 8.0
-    assert found.data.metrics["distill/seconds"] == 0.25  # from beside the run's states: it is no part of what DVC hashes
+    assert (
+        found.data.metrics["distill/seconds"] == 0.25
+    )  # from beside the run's states: it is no part of what DVC hashes
     assert found.info.artifact_uri.startswith((project / "mlflow" / "artifacts").as_uri())
     assert list(elsewhere.iterdir()) == []  # nothing is written where the command happened to be started
 
@@ -116,7 +133,11 @@ def test_a_dead_server_is_one_clear_message_within_seconds(project: Path, monkey
     started = time.monotonic()
     with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: no MLflow server answers") as error:
         versions.champion(project)
-    assert time.monotonic() - started < 5 and "secret" not in str(error.value) and "unset MLFLOW_TRACKING_URI" in str(error.value)
+    assert (
+        time.monotonic() - started < 5
+        and "secret" not in str(error.value)
+        and "unset MLFLOW_TRACKING_URI" in str(error.value)
+    )
 
 
 def test_a_server_that_accepts_and_never_answers_does_not_hang(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

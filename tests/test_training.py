@@ -1,4 +1,6 @@
-"""Property: a state is taken up only by the run that it belongs to, or by consent; what is looked at while training has names and changes nothing."""
+"""Property: a state is taken up only by the run that it belongs to, or by consent; what is looked at while training has
+names and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ from tasks.training.metrics import read_metrics
 from tasks.training.states import Watch, differing, facts_of
 from tests.tiny import EXECUTION, Tiny, build, loop_params, write_params
 
-SMALL = {"batch": 4, "rollout_steps": 4, "optimizer": "adamw", "trainable": "adapter", "start": "base", "decay_from": 1.0, "warmup": 0}
+SMALL = {
+    "batch": 4,
+    "rollout_steps": 4,
+    "optimizer": "adamw",
+    "trainable": "adapter",
+    "start": "base",
+    "decay_from": 1.0,
+    "warmup": 0,
+}
 WATCH = Watch(2, 0, 0, 0, 0, "", ())
 
 
@@ -43,7 +53,19 @@ def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def run(out: str, **changes: Any) -> int:
         params = write_params(tmp_path / "params.yaml", **{**SMALL, **changes})
-        return main(["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--out", out, "--params", str(params)])
+        return main(
+            [
+                "distill",
+                "--encoded",
+                str(tiny.encoded),
+                "--teachers",
+                str(tiny.teachers),
+                "--out",
+                out,
+                "--params",
+                str(params),
+            ]
+        )
 
     yield run
     torch.set_num_threads(threads)
@@ -58,23 +80,37 @@ def test_facts_hold_what_decides_the_result_and_nothing_else() -> None:
     facts = facts_of(loop, WATCH, execution, teachers={"base": "a"})
     same = (
         facts_of(loop, replace(WATCH, save_every=7, keep_every=14, cosine_every=3), execution, teachers={"base": "a"}),
-        facts_of(loop, WATCH, replace(execution, processes=2, micro_batch=3, attention="math", merge_rollout="never"), teachers={"base": "a"}),
+        facts_of(
+            loop,
+            WATCH,
+            replace(execution, processes=2, micro_batch=3, attention="math", merge_rollout="never"),
+            teachers={"base": "a"},
+        ),
         facts_of(loop, replace(WATCH, validate_every=5), execution, teachers={"base": "a"}),
     )
     assert all(other == facts for other in same)
-    assert differing(facts, facts_of(replace(loop, clip=2.0), WATCH, replace(execution, precision="bf16"), teachers={"base": "b"})) == {
-        "clip": "1.0 -> 2.0", "precision": "fp32 -> bf16", "teachers.base": "a -> b",
-    }  # fmt: skip
-    assert facts_of(loop, replace(WATCH, validate_every=5, patience=1), execution, teachers={"base": "a"}) != facts  # it may end the run
+    assert differing(
+        facts, facts_of(replace(loop, clip=2.0), WATCH, replace(execution, precision="bf16"), teachers={"base": "b"})
+    ) == {"clip": "1.0 -> 2.0", "precision": "fp32 -> bf16", "teachers.base": "a -> b"}
+    assert (
+        facts_of(loop, replace(WATCH, validate_every=5, patience=1), execution, teachers={"base": "a"}) != facts
+    )  # it may end the run
 
 
-def test_a_state_of_other_facts_is_refused_unless_they_are_accepted(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_of_other_facts_is_refused_unless_they_are_accepted(
+    stage: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert stage("first", steps=2) == 0
     (state,) = Path("runs").glob("distill-*")
     capsys.readouterr()
     assert stage("second", steps=4, resume_from=str(state), learning_rate=2e-3) == 2
     error = capsys.readouterr().err
-    assert "learning_rate: 0.001 -> 0.002" in error and "steps: 2 -> 4" in error and "accept_changed" in error and not Path("second").exists()
+    assert (
+        "learning_rate: 0.001 -> 0.002" in error
+        and "steps: 2 -> 4" in error
+        and "accept_changed" in error
+        and not Path("second").exists()
+    )
     assert stage("second", steps=4, resume_from=str(state), learning_rate=2e-3, accept_changed=["steps"]) == 2
     assert "steps" not in capsys.readouterr().err.split("facts:")[1].split(".")[0]
     assert stage("second", steps=4, resume_from=str(state), accept_changed=["steps"]) == 0
@@ -101,21 +137,37 @@ def test_instruments_are_written_under_names_and_change_no_weight(stage: Callabl
         rows = list(csv.DictReader(file))
     for row in rows:
         assert row["evaluations"] == row["floor"] and {f"gradient_norm/{row['route']}", "learning_rate"} <= names
-        binned = [line["value"] for line in lines if line["step"] == int(row["step"]) and line["name"].startswith(f"loss/{row['route']}/t")]
+        binned = [
+            line["value"]
+            for line in lines
+            if line["step"] == int(row["step"]) and line["name"].startswith(f"loss/{row['route']}/t")
+        ]
         assert binned and min(binned) <= float(row["loss"]) <= max(binned)
-    assert {"held_out_gap", "held_out_gap/t2i", "gradient_cosine/t2i/local_edit", "gradient_cosine/local_edit/global_edit"} <= names
+    assert {
+        "held_out_gap",
+        "held_out_gap/t2i",
+        "gradient_cosine/t2i/local_edit",
+        "gradient_cosine/local_edit/global_edit",
+    } <= names
     assert {line["step"] for line in lines if line["name"] == "held_out_gap"} == {2, 4}
     assert sum(line["value"] for line in lines if line["name"].startswith("query/t_")) == pytest.approx(1.0)
     assert sorted(path.name for path in Path("watched/validation").iterdir()) == sorted(
         f"{capability}-{step:08d}.png" for capability in ("t2i", "local_edit", "global_edit") for step in (2, 4)
     )
-    with Image.open("watched/validation/local_edit-00000004.png") as edits, Image.open("watched/validation/t2i-00000004.png") as t2i:
+    with (
+        Image.open("watched/validation/local_edit-00000004.png") as edits,
+        Image.open("watched/validation/t2i-00000004.png") as t2i,
+    ):
         assert edits.height == 2 * t2i.height and edits.width == t2i.width  # the sources above
-    assert ("distill/held_out_gap", 4) in {(name, step) for name, _, step in named_metrics("distill", Path("watched/metrics.jsonl"))}
+    assert ("distill/held_out_gap", 4) in {
+        (name, step) for name, _, step in named_metrics("distill", Path("watched/metrics.jsonl"))
+    }
     assert sorted(path.name for path in Path("runs").glob("distill-*/step-*")) == ["step-00000003", "step-00000004"]
 
 
-def test_a_gap_that_does_not_fall_ends_the_run_early(stage: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gap_that_does_not_fall_ends_the_run_early(
+    stage: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert stage("out", steps=30, held_out=2, validate_every=1, patience=2, learning_rate=1e-12) == 0
     rows = (Path("out") / "steps.csv").read_text().splitlines()
     assert 3 <= len(rows) - 1 < 30 and "ended" in capsys.readouterr().out
@@ -125,15 +177,31 @@ def test_a_gap_that_does_not_fall_ends_the_run_early(stage: Callable[..., int], 
     assert (Path("out") / "steps.csv").read_text().splitlines() == rows and adapter("out") == before
 
 
-def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(
+    stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert stage("student", steps=2) == 0
     document = read_yaml(Path("params.yaml"))
     of_distill = ("start", "trainable", "rank", "alpha", "states", "routes_taken", "method", "query_states")
     own = {key: value for key, value in document["distill"].items() if key not in of_distill}
-    fields = [{"capability": "t2i", "scale": 2.0, "weight": 1.0}, {"capability": "local_edit", "scale": 1.0, "weight": 1.0}]
+    fields = [
+        {"capability": "t2i", "scale": 2.0, "weight": 1.0},
+        {"capability": "local_edit", "scale": 1.0, "weight": 1.0},
+    ]
     document["absorb"] = {**own, "fields": fields, "steps": 3, "save_every": 1}
     Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
-    command = ["absorb", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--student", "student", "--params", "params.yaml", "--out"]
+    command = [
+        "absorb",
+        "--encoded",
+        str(tiny.encoded),
+        "--teachers",
+        str(tiny.teachers),
+        "--student",
+        "student",
+        "--params",
+        "params.yaml",
+        "--out",
+    ]
     assert main([*command, "straight"]) == 0
     (state,) = Path("runs").glob("absorb-*")
     shutil.rmtree(state / "step-00000003")
@@ -143,7 +211,9 @@ def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(stage: Callable[
     assert adapter("straight") == adapter("resumed") != adapter("student")
     with open("straight/steps.csv", newline="") as file:
         for row in csv.DictReader(file):
-            assert row["evaluations"] == row["floor"] and int(row["evaluations"]) >= 4 * (3 if row["route"] == "t2i" else 2)
+            assert row["evaluations"] == row["floor"] and int(row["evaluations"]) >= 4 * (
+                3 if row["route"] == "t2i" else 2
+            )
 
 
 def test_a_metrics_file_cut_short_is_read_up_to_there(tmp_path: Path) -> None:
@@ -161,7 +231,10 @@ def test_every_so_many_states_are_kept_for_good(tmp_path: Path) -> None:
 
 def test_faults_of_what_is_watched_are_named() -> None:
     assert WATCH.faults(0) == []
-    assert any("held_out" in fault for fault in replace(WATCH, validate_every=5).faults(0)) and replace(WATCH, validate_every=5).faults(2) == []
+    assert (
+        any("held_out" in fault for fault in replace(WATCH, validate_every=5).faults(0))
+        and replace(WATCH, validate_every=5).faults(2) == []
+    )
     assert any("validate_every" in fault for fault in replace(WATCH, patience=1).faults(2))
     assert any("keep_every" in fault for fault in replace(WATCH, keep_every=3).faults(0))
     assert any("resume_from" in fault for fault in replace(WATCH, accept_changed=("steps",)).faults(0))

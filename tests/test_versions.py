@@ -1,4 +1,6 @@
-"""What is promoted can be checked out again, what is scored again are the registered weights, and drift is a mean outside its registered interval."""
+"""What is promoted can be checked out again, what is scored again are the registered weights, and drift is a mean
+outside its registered interval.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_versions_are_found_by_number_and_alias(registered: Path) -> None:
     found = versions.require(registered, f"models:/{registry.MODEL}@champion")
     assert found == versions.find(registered, "1") == versions.find(registered, f"models:/{registry.MODEL}/1")
     assert found.weights == files.weight_hashes(registered / "checkpoints" / "absorbed")
-    assert versions.find(registered, "7") is None and versions.find(registered, f"models:/{registry.MODEL}@nobody") is None
+    assert (
+        versions.find(registered, "7") is None and versions.find(registered, f"models:/{registry.MODEL}@nobody") is None
+    )
     with pytest.raises(UserError, match="no such version"):
         versions.require(registered, "7")
     assert not versions.is_reference("s3://bucket/folder") and not versions.is_reference("models:/other@champion")
@@ -60,7 +64,11 @@ def test_the_registered_scorecard_is_the_judged_one(registered: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("tags", "words"),
-    [({"git.known": "false"}, "unknown code"), ({"git.known": "true", "git.dirty": "true"}, "changed files"), ({"git.known": "true"}, "changed files")],
+    [
+        ({"git.known": "false"}, "unknown code"),
+        ({"git.known": "true", "git.dirty": "true"}, "changed files"),
+        ({"git.known": "true"}, "changed files"),
+    ],
 )
 def test_changed_or_unknown_code_is_not_promoted(tags: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -71,8 +79,15 @@ def test_changed_or_unknown_code_is_not_promoted(tags: dict[str, str], words: st
 
 
 def test_drift_is_a_mean_outside_its_interval() -> None:
-    before = {"metrics": {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("same", "edge", "low", "gone", "nan")}}
-    now: dict[str, Any] = {"same": {"mean": 0.5}, "edge": {"mean": 0.6}, "low": {"mean": 0.399}, "nan": {"mean": float("nan")}}
+    before = {
+        "metrics": {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("same", "edge", "low", "gone", "nan")}
+    }
+    now: dict[str, Any] = {
+        "same": {"mean": 0.5},
+        "edge": {"mean": 0.6},
+        "low": {"mean": 0.399},
+        "nan": {"mean": float("nan")},
+    }
     rows = rescore.drifted(before, {"metrics": now})
     assert [(row["metric"], row["now"]) for row in rows] == [("low", 0.399), ("gone", None), ("nan", None)]
 
@@ -83,7 +98,12 @@ def test_drift_is_a_mean_outside_its_interval() -> None:
         (Busy("another run"), True),
         (Unavailable("dvc push: a server does not answer"), True),
         (UserError("MLFLOW_TRACKING_URI = http://x: no MLflow server answers (refused); start the server"), True),
-        (UserError("s3://b/k: the store answers 503 (SlowDown); nothing is lost, run the same command again when it has recovered"), True),
+        (
+            UserError(
+                "s3://b/k: the store answers 503 (SlowDown); nothing is lost, run the same command again when it has recovered"
+            ),
+            True,
+        ),
         (StageFailed("distill: loss is not a number"), False),
         (UserError("overrides: not every key exists"), False),
         (ValueError("a defect"), False),

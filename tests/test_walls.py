@@ -1,4 +1,6 @@
-"""The rooms' walls: imports run one way, heavy packages have one home each, and the environment is pinned to what is imported."""
+"""The rooms' walls: imports run one way, heavy packages have one home each, and the environment is pinned to what is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ HOMES = {
     "pickle": (),
     "cloudpickle": (),
 }
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}  # where the import's name is not the package's
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}  # where the import's name is not the package's
 NAME = re.compile(r"^([A-Za-z0-9_.-]+)")
 
 
@@ -74,7 +80,12 @@ def test_heavy_packages_have_their_homes(package: str) -> None:
 
 def test_imports_of_our_own_name_files_that_exist() -> None:
     """`importlib` aside, a name of ours that no file answers to fails only when its line runs: find it here."""
-    missing = [f"{path}: {name}" for path in modules() for name in imported(path) if name.split(".")[0] in ROOMS and "." in name and not _answers(name)]
+    missing = [
+        f"{path}: {name}"
+        for path in modules()
+        for name in imported(path)
+        if name.split(".")[0] in ROOMS and "." in name and not _answers(name)
+    ]
     assert not missing
 
 
@@ -85,7 +96,11 @@ def _answers(name: str) -> bool:
 
 def test_importing_a_flow_loads_no_torch(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """A server or a scheduler imports flows: it has neither the memory nor the seconds for what the stages need."""
-    flows = [".".join(path.with_suffix("").parts) for path in modules() if path.parts[0] == "flows" and path.stem != "__init__"]
+    flows = [
+        ".".join(path.with_suffix("").parts)
+        for path in modules()
+        if path.parts[0] == "flows" and path.stem != "__init__"
+    ]
     assert flows
     heavy = ["torch", "diffusers", "transformers", "mlflow", "great_expectations", "pandas"]
     ended = python("-c", f"import sys, {', '.join(flows)}; print([name for name in {heavy} if name in sys.modules])")
@@ -95,14 +110,23 @@ def test_importing_a_flow_loads_no_torch(python: Callable[..., subprocess.Comple
 
 def test_no_module_is_named_like_a_room() -> None:
     """Prefect puts the flow's own folder first on the import path: a flows/data.py would take the place of the room."""
-    assert not [str(path) for path in modules() if len(path.parts) > 1 and any(part in ROOMS for part in (*path.parts[1:-1], path.stem))]
+    assert not [
+        str(path)
+        for path in modules()
+        if len(path.parts) > 1 and any(part in ROOMS for part in (*path.parts[1:-1], path.stem))
+    ]
 
 
 def test_every_module_says_what_it_is_for() -> None:
     import ast
 
-    files = [*modules(), *(path.relative_to(PROJECT) for path in (PROJECT / "tests").glob("*.py") if path.stem != "__init__")]
-    assert not [str(path) for path in files if not ast.get_docstring(ast.parse((PROJECT / path).read_text(encoding="utf-8")))]
+    files = [
+        *modules(),
+        *(path.relative_to(PROJECT) for path in (PROJECT / "tests").glob("*.py") if path.stem != "__init__"),
+    ]
+    assert not [
+        str(path) for path in files if not ast.get_docstring(ast.parse((PROJECT / path).read_text(encoding="utf-8")))
+    ]
 
 
 def test_every_import_is_required_and_every_requirement_pinned() -> None:
@@ -110,13 +134,17 @@ def test_every_import_is_required_and_every_requirement_pinned() -> None:
     files = [*modules(), *(path.relative_to(PROJECT) for path in (PROJECT / "tests").glob("*.py"))]
     known = {*sys.stdlib_module_names, *ROOMS, "tests", *(path.stem for path in (PROJECT / "tests").glob("*.py"))}
     foreign = {name: path for path in files for name in roots(path) if name not in known}
-    assert not {name: str(path) for name, path in foreign.items() if normal(DISTRIBUTIONS.get(name, name)) not in wanted}
+    assert not {
+        name: str(path) for name, path in foreign.items() if normal(DISTRIBUTIONS.get(name, name)) not in wanted
+    }
     assert not [line for line in locked.values() if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+", line)]
     assert not set(wanted) - set(locked)
 
 
 def test_what_is_installed_is_what_is_locked() -> None:
-    installed = {normal(found.metadata["Name"]): found.version.split("+")[0] for found in importlib.metadata.distributions()}
+    installed = {
+        normal(found.metadata["Name"]): found.version.split("+")[0] for found in importlib.metadata.distributions()
+    }
     locked = {name: line.split("==")[1] for name, line in requirements("requirements.lock").items()}
     assert {name: version for name, version in locked.items() if installed.get(name) != version} == {}
 
@@ -126,7 +154,9 @@ def test_everything_stays_inside_and_silent() -> None:
     values = defaults(Path("/somewhere"))
     assert all(value.startswith("/somewhere/") for value in values.values() if value.startswith("/"))
     assert {"PREFECT_HOME", "HF_HOME", "MPLCONFIGDIR", "DVC_SITE_CACHE_DIR"} <= set(values)
-    assert {"DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS"} <= set(values)
+    assert {"DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS"} <= set(
+        values
+    )
     assert {"ITERATIVE_DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY"} <= set(values)
     assert values["DO_NOT_TRACK"] == "true"  # MLflow takes no other word
 

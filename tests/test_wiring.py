@@ -1,4 +1,6 @@
-"""The pipeline is written down once: dvc.yaml, params.yaml, presets and the flow say what the stages' functions say, and DVC knows every file that runs."""
+"""The pipeline is written down once: dvc.yaml, params.yaml, presets and the flow say what the stages' functions say,
+and DVC knows every file that runs.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,10 @@ def test_params_are_the_sections_that_are_read(stage: str) -> None:
     params = load_stage(stage).params
     shared = shared_fields(params)
     own = [field.name for field in dataclasses.fields(params) if field.name not in shared]
-    assert DVC["stages"][stage].get("params", []) == [*([stage] if own else []), *(name for name in SHARED if name in shared)]
+    assert DVC["stages"][stage].get("params", []) == [
+        *([stage] if own else []),
+        *(name for name in SHARED if name in shared),
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -85,7 +90,13 @@ def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
     needed = {str(path) for path in closure(Path("tasks/stages") / f"{stage}.py")}
     listed = [path for path in DVC["stages"][stage].get("deps", []) if is_code(path)]
     missing, stale = sorted(needed - set(listed)), sorted(set(listed) - needed)
-    text = "\n".join([f"dvc.yaml, stage {stage}:", *(f"  add    - {path}" for path in missing), *(f"  remove - {path}" for path in stale)])
+    text = "\n".join(
+        [
+            f"dvc.yaml, stage {stage}:",
+            *(f"  add    - {path}" for path in missing),
+            *(f"  remove - {path}" for path in stale),
+        ]
+    )
     assert not missing and not stale, text
     assert len(listed) == len(set(listed))
 
@@ -93,26 +104,47 @@ def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_do_not_import_the_outside_world(stage: str) -> None:
     """A stage that loaded Prefect, MLflow or DVC would wait seconds for them, and DVC would lock itself out."""
-    forbidden = ("tasks/prefect_tasks.py", "tasks/__main__.py", "tasks/release/", "tasks/registry/", "tasks/running/", "tasks/stages/contract.py")
+    forbidden = (
+        "tasks/prefect_tasks.py",
+        "tasks/__main__.py",
+        "tasks/release/",
+        "tasks/registry/",
+        "tasks/running/",
+        "tasks/stages/contract.py",
+    )
     assert not [path for path in closure(Path("tasks/stages") / f"{stage}.py") if str(path).startswith(forbidden)]
 
 
 def test_importing_the_stages_loads_no_client(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """What the imports really load: clients wait for an address that names their store. (boto3 and PEFT come with diffusers.)"""
+    """What the imports really load: clients wait for an address that names their store. (boto3 and PEFT come with
+    diffusers.)
+    """
     heavy = ["prefect", "mlflow", "dvc", "great_expectations"]
-    ended = python("-c", f"import sys, {', '.join(f'tasks.stages.{name}' for name in STAGES)}; print([name for name in {heavy} if name in sys.modules])")
+    ended = python(
+        "-c",
+        f"import sys, {', '.join(f'tasks.stages.{name}' for name in STAGES)}; print([name for name in {heavy} if name in sys.modules])",
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip().splitlines()[-1] == "[]"
 
 
 def test_only_the_teachers_are_frozen_and_bundled() -> None:
     frozen = [name for name, entry in DVC["stages"].items() if entry.get("frozen")]
-    bundled = [path for entry in DVC["stages"].values() for path, options in options_of(entry.get("outs", [])).items() if options.get("remote") == "bundled"]
+    bundled = [
+        path
+        for entry in DVC["stages"].values()
+        for path, options in options_of(entry.get("outs", [])).items()
+        if options.get("remote") == "bundled"
+    ]
     assert frozen == ["teachers"] and bundled == ["data/teachers"]
 
 
 def test_metrics_are_small_files_for_git() -> None:
-    metrics = {path: options for entry in DVC["stages"].values() for path, options in options_of(entry.get("metrics", [])).items()}
+    metrics = {
+        path: options
+        for entry in DVC["stages"].values()
+        for path, options in options_of(entry.get("metrics", [])).items()
+    }
     assert metrics == {"reports/validate.json": {"cache": False}, "reports/scorecard.json": {"cache": False}}
 
 
@@ -126,24 +158,46 @@ def test_the_flow_runs_the_stages_in_their_order() -> None:
     """A straight list of calls; the frozen stage is fetched, not run."""
     tree = ast.parse((PROJECT / "flows" / "distill.py").read_text(encoding="utf-8"))
     (flow,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "distill"]
-    called = [node.func for node in ast.walk(flow) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    names = [func.attr for func in sorted(called, key=lambda func: func.lineno) if isinstance(func.value, ast.Name) and func.value.id == "run"]
+    called = [
+        node.func for node in ast.walk(flow) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    names = [
+        func.attr
+        for func in sorted(called, key=lambda func: func.lineno)
+        if isinstance(func.value, ast.Name) and func.value.id == "run"
+    ]
     assert [name for name in names if name in STAGES] == [stage for stage in STAGES if stage != "teachers"]
     assert names[:4] == ["checkout", "preflight", "fetch_teachers", "slot"]
-    assert names[-6:] == ["push", "benchmark_geneval", "benchmark_gedit", "gate", "register", "close"]  # nothing is registered before its data is pushed
+    assert names[-6:] == [
+        "push",
+        "benchmark_geneval",
+        "benchmark_gedit",
+        "gate",
+        "register",
+        "close",
+    ]  # nothing is registered before its data is pushed
     assert not [node for node in ast.walk(flow) if isinstance(node, (ast.For, ast.While, ast.If, ast.Try))]
 
 
 def test_the_deployment_is_the_flow() -> None:
     deployments = read_yaml(PROJECT / "prefect.yaml")["deployments"]
     named = {(Path(one["entrypoint"].split(":")[0]).stem, one["name"]): one for one in deployments}
-    assert set(named) == {*((flow, "prod") for flow in ("distill", "score", "promote", "rollback", "watch")), ("distill", "prod-gpu")}
+    assert set(named) == {
+        *((flow, "prod") for flow in ("distill", "score", "promote", "rollback", "watch")),
+        ("distill", "prod-gpu"),
+    }
     prod = named["distill", "prod"]
     assert prod["entrypoint"] == "flows/distill.py:distill"
-    assert prod["parameters"] == {"preset": None, "overrides": None, "promote": "review", "revision": None}  # a person decides
+    assert prod["parameters"] == {
+        "preset": None,
+        "overrides": None,
+        "promote": "review",
+        "revision": None,
+    }  # a person decides
     assert prod["concurrency_limit"]["limit"] == 1  # one folder, one run
     assert {name: one["work_pool"] for name, one in named.items()} == {
-        name: {"name": "local", "work_queue_name": "gpu" if name == ("distill", "prod-gpu") else "cpu"} for name in named
+        name: {"name": "local", "work_queue_name": "gpu" if name == ("distill", "prod-gpu") else "cpu"}
+        for name in named
     }
     assert len(named["watch", "prod"]["schedules"]) == 2
 
@@ -159,7 +213,11 @@ def test_presets_are_valid(path: Path) -> None:
 
 def test_outs_are_kept_out_of_git_and_metrics_are_not() -> None:
     """DVC adds a .gitignore of its own beside every out that git would see."""
-    ignored = [line.strip("/\n") for line in (PROJECT / ".gitignore").read_text(encoding="utf-8").splitlines() if line.startswith("/")]
+    ignored = [
+        line.strip("/\n")
+        for line in (PROJECT / ".gitignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("/")
+    ]
     outs = [path for entry in DVC["stages"].values() for path in paths_of(entry.get("outs", []))]
     assert not [path for path in outs if not any(path == line or path.startswith(f"{line}/") for line in ignored)]
     metrics = [path for entry in DVC["stages"].values() for path in paths_of(entry.get("metrics", []))]

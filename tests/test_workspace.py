@@ -1,4 +1,6 @@
-"""A worker's run is a clean checkout of a known revision with its params committed; what it makes is pushed to its own branch and can be fetched anywhere."""
+"""A worker's run is a clean checkout of a known revision with its params committed; what it makes is pushed to its own
+branch and can be fetched anywhere.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ DVC = """stages:
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
-    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -41,7 +45,12 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     remote = f"['remote \"s3\"']\n    url = {tmp_path / 'remote'}\n"
     write_text(project / ".dvc" / "config", f"[core]\n    analytics = false\n    remote = s3\n{remote}")
     write_text(project / ".dvc" / ".gitignore", "/config.local\n/tmp\n/cache\n")
-    files = {"params.yaml": "seed: 0\ndistill: {steps: 3}\n", "presets/other.yaml": "seed: 5\ndistill: {steps: 9}\n", "number": "21", "dvc.yaml": DVC}
+    files = {
+        "params.yaml": "seed: 0\ndistill: {steps: 3}\n",
+        "presets/other.yaml": "seed: 5\ndistill: {steps: 9}\n",
+        "number": "21",
+        "dvc.yaml": DVC,
+    }
     for name, text in {**files, "requirements.lock": "torch==2\n", ".gitignore": "/doubled\n"}.items():
         write_text(project / name, text)
     git(project, "init", "--quiet", "--initial-branch=main")
@@ -58,17 +67,28 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     workspace._held.clear()
 
 
-def opened(name: str = "quick-run", revision: str | None = None, preset: str | None = None, **overrides: object) -> workspace.Workspace:
-    return workspace.open_workspace(revision, preset, {key.replace("__", "."): value for key, value in overrides.items()}, name, lambda text: None)
+def opened(
+    name: str = "quick-run", revision: str | None = None, preset: str | None = None, **overrides: object
+) -> workspace.Workspace:
+    return workspace.open_workspace(
+        revision, preset, {key.replace("__", "."): value for key, value in overrides.items()}, name, lambda text: None
+    )
 
 
 def test_a_run_is_a_clean_commit_with_its_params(repository: Path) -> None:
     work = opened("Quick run: 7!", preset="other", distill__steps=4)
-    assert yaml.safe_load((work.path / "params.yaml").read_text(encoding="utf-8")) == {"seed": 5, "distill": {"steps": 4}}
+    assert yaml.safe_load((work.path / "params.yaml").read_text(encoding="utf-8")) == {
+        "seed": 5,
+        "distill": {"steps": 4},
+    }
     state = provenance.git_state(work.path)
     assert (state["git.known"], state["git.dirty"], state["git.sha"]) == (True, False, work.sha)
-    assert work.branch == "runs/Quick-run-7" and git(work.path, "rev-parse", "HEAD~1") == git(repository, "rev-parse", "main")
-    assert git(repository, "branch", "--format=%(refname:short)") == "main"  # nothing is pushed before there is a result
+    assert work.branch == "runs/Quick-run-7" and git(work.path, "rev-parse", "HEAD~1") == git(
+        repository, "rev-parse", "main"
+    )
+    assert (
+        git(repository, "branch", "--format=%(refname:short)") == "main"
+    )  # nothing is pushed before there is a result
 
 
 def test_results_are_pushed_data_first_and_pulled_anywhere(repository: Path, tmp_path: Path) -> None:
@@ -76,7 +96,11 @@ def test_results_are_pushed_data_first_and_pulled_anywhere(repository: Path, tmp
     subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)
     write_json(work.path / "reports" / "scorecard.json", {"metrics": {}})
     pushed = workspace.push(work, lambda text: None)
-    assert pushed == {"branch": "runs/quick-run", "git.sha": git(repository, "rev-parse", "runs/quick-run"), "repository": str(repository)}
+    assert pushed == {
+        "branch": "runs/quick-run",
+        "git.sha": git(repository, "rev-parse", "runs/quick-run"),
+        "repository": str(repository),
+    }
     workspace.close(work)
     assert not work.path.exists()
     git(tmp_path, "clone", "--quiet", "--branch", "runs/quick-run", str(repository), "elsewhere")
@@ -106,7 +130,9 @@ def test_unknown_code_is_not_run(repository: Path, revision: str) -> None:
         opened(revision=revision)
 
 
-def test_mistakes_are_told_before_anything_is_left(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told_before_anything_is_left(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserErrors) as told:
         opened(sede=1, distill__step=2, distill__steps__x=3)
     assert len(told.value.faults) == 3
@@ -134,7 +160,9 @@ def test_a_folder_has_one_run_at_a_time(repository: Path) -> None:
     assert opened().path == work.path
 
 
-def test_a_repository_that_does_not_answer_is_worth_another_try(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_does_not_answer_is_worth_another_try(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(workspace.REPOSITORY, "http://ada:hunter2@127.0.0.1:9/repository.git")
     with pytest.raises((Unavailable, UserError)) as told:
         opened()
@@ -142,10 +170,17 @@ def test_a_repository_that_does_not_answer_is_worth_another_try(repository: Path
 
 
 def test_a_store_that_does_not_answer_loses_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The push is worth another try, no branch names data that is not in the store, and the same call finishes later."""
+    """The push is worth another try, no branch names data that is not in the store, and the same call finishes
+    later.
+    """
     work = opened()
     subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)
-    for name, value in {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_MAX_ATTEMPTS": "1"}.items():
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     settings = work.path / ".dvc" / "config.local"
     right = settings.read_text(encoding="utf-8")
@@ -157,7 +192,9 @@ def test_a_store_that_does_not_answer_loses_nothing(repository: Path, monkeypatc
     assert workspace.push(work, lambda text: None)["branch"] == "runs/quick-run"
 
 
-def test_a_record_of_the_run_cache_that_was_not_transferred_is_worth_another_try(repository: Path, tmp_path: Path) -> None:
+def test_a_record_of_the_run_cache_that_was_not_transferred_is_worth_another_try(
+    repository: Path, tmp_path: Path
+) -> None:
     """DVC itself would end well: the data is in the store, and another machine would do the stage again."""
     work = opened()
     subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)

@@ -1,4 +1,6 @@
-"""A pipeline small enough for a test: untrained networks that differ from one another, two dozen examples, encoded by the stage itself."""
+"""A pipeline small enough for a test: untrained networks that differ from one another, two dozen examples, encoded by
+the stage itself.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,17 @@ WIDTH, LAYERS, HEADS, CHANNELS, SHIFT = 32, 2, 2, 8, 1.0
 LOCAL_RANK, LOCAL_ALPHA = 4, 8  # alpha / rank = 2, so that a forgotten alpha shows
 EACH = 8  # examples a bucket
 EXECUTION: dict[str, Any] = {
-    "device": "cpu", "processes": 1, "micro_batch": 0, "rollout_batch": 0, "precision": "fp32", "compile": "none", "attention": "auto", "checkpointing": "auto",
-    "merge_rollout": "auto", "shard_base": False,
-}  # fmt: skip
+    "device": "cpu",
+    "processes": 1,
+    "micro_batch": 0,
+    "rollout_batch": 0,
+    "precision": "fp32",
+    "compile": "none",
+    "attention": "auto",
+    "checkpointing": "auto",
+    "merge_rollout": "auto",
+    "shard_base": False,
+}
 NOBODY: JudgeParams = fill_section(JudgeParams, "judge", read_yaml(PROJECT / PARAMS_FILE), [])
 ROUTES = [
     {"capability": "t2i", "teacher": BASE, "weight": 1.0},
@@ -75,16 +85,35 @@ def disturb(values: Mapping[str, torch.Tensor], size: float, seed: int) -> None:
 
 
 def save_teachers(folder: Path) -> None:
-    save_teacher(folder / BASE, new_backbone(), new_backbone().network, name=BASE, capability="t2i", kind="base", base_sha256=None)
+    save_teacher(
+        folder / BASE,
+        new_backbone(),
+        new_backbone().network,
+        name=BASE,
+        capability="t2i",
+        kind="base",
+        base_sha256=None,
+    )
     backbone = MicroBackbone.load(folder / BASE)
     base = read_records(folder)[BASE].sha256
     network = copy.deepcopy(backbone.network)
     disturb(dict(network.named_parameters()), 0.1, seed=1)
-    save_teacher(folder / "global", backbone, network, name="global", capability="global_edit", kind="full", base_sha256=base)
+    save_teacher(
+        folder / "global", backbone, network, name="global", capability="global_edit", kind="full", base_sha256=base
+    )
     adapter = add_adapter(backbone, backbone.network, "local", LOCAL_RANK, LOCAL_ALPHA, seed=2)
     disturb({name: value for name, value in adapter.items() if "lora_B" in name}, 0.5, seed=2)
     numbers = {"rank": LOCAL_RANK, "alpha": LOCAL_ALPHA}
-    save_teacher(folder / "local", backbone, backbone.network, name="local", capability="local_edit", kind="adapter", base_sha256=base, **numbers)
+    save_teacher(
+        folder / "local",
+        backbone,
+        backbone.network,
+        name="local",
+        capability="local_edit",
+        kind="adapter",
+        base_sha256=base,
+        **numbers,
+    )
 
 
 def save_curated(folder: Path) -> None:
@@ -98,8 +127,23 @@ def save_curated(folder: Path) -> None:
                 if picture is not None:
                     (folder / "images").mkdir(parents=True, exist_ok=True)
                     Image.fromarray(picture).save(folder / f"images/{bucket}-{row}-{part}.png")
-            named = {part: None if picture is None else f"images/{bucket}-{row}-{part}.png" for part, picture in paths.items()}
-            examples.append(Example(f"{bucket}-{row}", "train", bucket, category, record["prompt"], **named, record=record, origin="tiny", row=row + 1))
+            named = {
+                part: None if picture is None else f"images/{bucket}-{row}-{part}.png"
+                for part, picture in paths.items()
+            }
+            examples.append(
+                Example(
+                    f"{bucket}-{row}",
+                    "train",
+                    bucket,
+                    category,
+                    record["prompt"],
+                    **named,
+                    record=record,
+                    origin="tiny",
+                    row=row + 1,
+                )
+            )
     write_examples(folder, examples)
 
 
@@ -108,7 +152,9 @@ def build(root: Path) -> Tiny:
     save_teachers(tiny.teachers)
     save_curated(tiny.curated)
     encoding.encode(
-        encoding.Params(BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None), batch=8, cache=False),
+        encoding.Params(
+            BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None), batch=8, cache=False
+        ),
         curated=tiny.curated,
         teachers=tiny.teachers,
         out=tiny.encoded,
@@ -125,36 +171,89 @@ def condition_of(backbone: Backbone, prompts: list[str], edits: bool = False) ->
     return Condition(embeds, pooled, empty_embeds[0], empty_pooled[0], source)
 
 
-PROMPTS = ["a photo of a red circle on a white background", "a photo of two blue squares", "make the circle green", "a photo"]
+PROMPTS = [
+    "a photo of a red circle on a white background",
+    "a photo of two blue squares",
+    "make the circle green",
+    "a photo",
+]
 
 
 def probe(field: Any, backbone: Backbone, edits: bool = True) -> torch.Tensor:
     """The field's velocities at four fixed states, for comparing two fields."""
     condition = condition_of(backbone, PROMPTS, edits)
     with torch.no_grad():
-        result: torch.Tensor = field(noise_for(4, 0, range(4), backbone.latent_shape), torch.tensor([1.0, 0.7, 0.3, 0.05]), condition)
+        result: torch.Tensor = field(
+            noise_for(4, 0, range(4), backbone.latent_shape), torch.tensor([1.0, 0.7, 0.3, 0.05]), condition
+        )
     return result
 
 
 def loop_params(**changes: Any) -> LoopParams:
     numbers: dict[str, Any] = {
-        "steps": 4, "batch": 4, "learning_rate": 1e-3, "optimizer": "adamw", "schedule": "linear", "warmup": 0, "decay_from": 1.0, "ema": 0.0, "clip": 1.0,
-        "max_gradient_norm": 0.0, "rollout_steps": 8, "query": "low", "states": "on_policy", "routing": "hard", "held_out": 0,
-    }  # fmt: skip
+        "steps": 4,
+        "batch": 4,
+        "learning_rate": 1e-3,
+        "optimizer": "adamw",
+        "schedule": "linear",
+        "warmup": 0,
+        "decay_from": 1.0,
+        "ema": 0.0,
+        "clip": 1.0,
+        "max_gradient_norm": 0.0,
+        "rollout_steps": 8,
+        "query": "low",
+        "states": "on_policy",
+        "routing": "hard",
+        "held_out": 0,
+    }
     return LoopParams(**{**numbers, **changes})
 
 
 def write_params(path: Path, **changes: Any) -> Path:
     """A params.yaml with the sections that the distill stage reads."""
     section: dict[str, Any] = {
-        "method": "danceopd", "query_states": 1,
-        "seed": 0, "start": "merged", "trainable": "all", "rank": 4, "alpha": 4, "save_every": 2, "steps": 4, "batch": 8, "learning_rate": 1.0e-3,
-        "optimizer": "muon", "warmup": 1, "decay_from": 0.5, "ema": 0.9, "clip": 1.0, "rollout_steps": 16, "query": "low", "schedule": "linear",
-        "states": "on_policy", "routes_taken": "hard", "resume_from": "", "accept_changed": [], "keep_every": 0, "validate_every": 0, "patience": 0,
-        "cosine_every": 0, "held_out": 0, "max_gradient_norm": 0.0,
-    }  # fmt: skip
-    backbone = {"name": "micro", "micro": {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "latent_channels": CHANNELS}, "pretrained": None}
+        "method": "danceopd",
+        "query_states": 1,
+        "seed": 0,
+        "start": "merged",
+        "trainable": "all",
+        "rank": 4,
+        "alpha": 4,
+        "save_every": 2,
+        "steps": 4,
+        "batch": 8,
+        "learning_rate": 1.0e-3,
+        "optimizer": "muon",
+        "warmup": 1,
+        "decay_from": 0.5,
+        "ema": 0.9,
+        "clip": 1.0,
+        "rollout_steps": 16,
+        "query": "low",
+        "schedule": "linear",
+        "states": "on_policy",
+        "routes_taken": "hard",
+        "resume_from": "",
+        "accept_changed": [],
+        "keep_every": 0,
+        "validate_every": 0,
+        "patience": 0,
+        "cosine_every": 0,
+        "held_out": 0,
+        "max_gradient_norm": 0.0,
+    }
+    backbone = {
+        "name": "micro",
+        "micro": {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "latent_channels": CHANNELS},
+        "pretrained": None,
+    }
     execution = {key: changes.pop(key, value) for key, value in EXECUTION.items()}
-    sections = {"backbone": backbone, "routing": {"routes": ROUTES}, "execution": execution, "distill": {**section, **changes}}
+    sections = {
+        "backbone": backbone,
+        "routing": {"routes": ROUTES},
+        "execution": execution,
+        "distill": {**section, **changes},
+    }
     path.write_text(yaml.safe_dump(sections), encoding="utf-8")
     return path

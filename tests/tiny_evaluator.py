@@ -10,7 +10,10 @@ import torch
 from benchmarks.geneval.prompts import CLASSES, COLORS
 
 # the labels as COCO itself spells them
-COCO = [{"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}.get(name, name) for name in CLASSES]
+COCO = [
+    {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}.get(name, name)
+    for name in CLASSES
+]
 
 
 def tiny_mask2former(folder: Path) -> None:
@@ -28,9 +31,19 @@ def tiny_mask2former(folder: Path) -> None:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2,
-        num_attention_heads=2, dim_feedforward=16, num_queries=12, id2label=dict(enumerate(COCO)), label2id={name: index for index, name in enumerate(COCO)},
-    )  # fmt: skip
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        num_queries=12,
+        id2label=dict(enumerate(COCO)),
+        label2id={name: index for index, name in enumerate(COCO)},
+    )
     network = Mask2FormerForUniversalSegmentation(config).eval()
     with torch.no_grad():
         network.class_predictor.weight.normal_(0.0, 2.0)
@@ -49,8 +62,22 @@ def tiny_clip(folder: Path, activation: str = "quick_gelu") -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77).save_pretrained(folder)
     end = vocabulary.index("<|endoftext|>")
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": activation, "projection_dim": 12}
-    text = {**common, "vocab_size": len(vocabulary), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, "max_position_embeddings": 77}
+    common = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_act": activation,
+        "projection_dim": 12,
+    }
+    text = {
+        **common,
+        "vocab_size": len(vocabulary),
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "max_position_embeddings": 77,
+    }
     vision = {**common, "image_size": 32, "patch_size": 8}
     network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Real pipeline folders of both families, small enough for a test: the libraries' own classes with random weights, tokenizers of a few words.
+"""Real pipeline folders of both families, small enough for a test: the libraries' own classes with random weights,
+tokenizers of a few words.
 
 The pipelines themselves save them."""
 
@@ -83,40 +84,70 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def randomise(module: nn.Module, seed: int, size: float = 1.0) -> None:
-    """Weights that depend on `seed` alone, and none of them zero: libraries start gates and biases at zero, which would hide much."""
+    """Weights that depend on `seed` alone, and none of them zero: libraries start gates and biases at zero, which would
+    hide much.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in module.named_parameters():
             if value.ndim > 1:
                 value.copy_(torch.randn(value.shape, generator=generator) * size / value[0].numel() ** 0.5)
             else:
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+                value.copy_(
+                    torch.randn(value.shape, generator=generator) * 0.1
+                    + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                )
 
 
 def vae() -> AutoencoderKL:
     made = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1,
-        latent_channels=CHANNELS, norm_num_groups=4, scaling_factor=0.4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=4,
+        scaling_factor=0.4,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     randomise(made, seed=20)
     return made
 
 
 def sd3_network(wide: bool = True, seed: int = 1) -> SD3Transformer2DModel:
     network = SD3Transformer2DModel(
-        sample_size=12, patch_size=2, in_channels=2 * CHANNELS if wide else CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24, pos_embed_max_size=16, qk_norm="rms_norm",
+        sample_size=12,
+        patch_size=2,
+        in_channels=2 * CHANNELS if wide else CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
         dual_attention_layers=(0,),
-    )  # fmt: skip
+    )
     randomise(network, seed, size=0.6)
     return network
 
 
 def zimage_network(seed: int = 2) -> ZImageTransformer2DModel:
     network = ZImageTransformer2DModel(
-        in_channels=CHANNELS, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4],
+        in_channels=CHANNELS,
+        dim=24,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 4],
         axes_lens=[256, 32, 32],
-    )  # fmt: skip
+    )
     randomise(network, seed, size=0.6)
     return network
 
@@ -124,7 +155,15 @@ def zimage_network(seed: int = 2) -> ZImageTransformer2DModel:
 def _clip(width: int, seed: int, tokens: int) -> CLIPTextModelWithProjection:
     ends = {"eos_token_id": tokens - 1, "bos_token_id": tokens - 2, "pad_token_id": tokens - 1}
     encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(vocab_size=tokens, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=width, **ends)
+        CLIPTextConfig(
+            vocab_size=tokens,
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
+            **ends,
+        )
     )
     randomise(encoder, seed)
     return encoder
@@ -135,21 +174,38 @@ def sd3_pipeline(wide: bool = True, shift: float = SHIFT) -> StableDiffusion3Pip
     encoder = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
     randomise(encoder, seed=12)
     return StableDiffusion3Pipeline(
-        transformer=sd3_network(wide), scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=vae(), text_encoder=_clip(8, 10, len(clip)), tokenizer=clip,
-        text_encoder_2=_clip(16, 11, len(clip)), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder, tokenizer_3=t5,
-    )  # fmt: skip
+        transformer=sd3_network(wide),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae(),
+        text_encoder=_clip(8, 10, len(clip)),
+        tokenizer=clip,
+        text_encoder_2=_clip(16, 11, len(clip)),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=encoder,
+        tokenizer_3=t5,
+    )
 
 
 def zimage_pipeline(shift: float = SHIFT) -> ZImagePipeline:
     tokenizer = qwen_tokenizer()
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     encoder = Qwen3Model(config)
     randomise(encoder, seed=13)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    return ZImagePipeline(scheduler=scheduler, vae=vae(), text_encoder=encoder, tokenizer=tokenizer, transformer=zimage_network())
+    return ZImagePipeline(
+        scheduler=scheduler, vae=vae(), text_encoder=encoder, tokenizer=tokenizer, transformer=zimage_network()
+    )
 
 
 PIPELINES = {"sd3": sd3_pipeline, "zimage": zimage_pipeline}

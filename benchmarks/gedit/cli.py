@@ -1,4 +1,6 @@
-"""`python -m benchmarks gedit STEP ...`: each step of GEdit-Bench by itself, on any folder of edited images in the official layout."""
+"""`python -m benchmarks gedit STEP ...`: each step of GEdit-Bench by itself, on any folder of edited images in the
+official layout.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from urllib.parse import urlsplit
 from benchmarks.gedit.judging import judge_folder
 from benchmarks.gedit.price import IMAGE_TOKENS
 from benchmarks.gedit.questions import SUITE, image_seed
-from benchmarks.gedit.rows import EditTask, check_official, edited_path, is_official, load_tasks, set_digest, source_path
+from benchmarks.gedit.rows import (
+    EditTask,
+    check_official,
+    edited_path,
+    is_official,
+    load_tasks,
+    set_digest,
+    source_path,
+)
 from benchmarks.gedit.rules import LANGUAGES, SUBSETS
 from benchmarks.gedit.verdict import column_scorecard, freeze_anchors, read_judgements, rows_of, summary
 from benchmarks.judge.access import Access, name_of_local
@@ -33,17 +43,32 @@ RETRIED = [status for status in STATUSES if status not in ("ok", "missing_image"
 
 
 def _parser(step: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"python -m benchmarks gedit {step}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return argparse.ArgumentParser(
+        f"python -m benchmarks gedit {step}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="PATH", help="GEdit-Bench's Parquet or Arrow files, or a folder with manifest.csv or .jsonl"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="GEdit-Bench's Parquet or Arrow files, or a folder with manifest.csv or .jsonl",
     )
-    parser.add_argument("--custom-set", action="store_true", help="the set is your own: do not compare its counts with the official ones")
+    parser.add_argument(
+        "--custom-set",
+        action="store_true",
+        help="the set is your own: do not compare its counts with the official ones",
+    )
     parser.add_argument("--language", choices=[*LANGUAGES, "both"], default="both", help="which rows are taken")
     parser.add_argument(
-        "--unpack", type=Path, metavar="FOLDER", help="where source images out of Parquet or Arrow files are written (default: beside the output)"
+        "--unpack",
+        type=Path,
+        metavar="FOLDER",
+        help="where source images out of Parquet or Arrow files are written (default: beside the output)",
     )
 
 
@@ -57,29 +82,59 @@ def _tasks(parsed: argparse.Namespace, out: Path) -> list[EditTask]:
     return chosen
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------------
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
 def _prompts(arguments: Sequence[str]) -> int:
-    parser = _parser("prompts", "Print the set's rows as JSON Lines, and on stderr how many there are of each category.")
+    parser = _parser(
+        "prompts", "Print the set's rows as JSON Lines, and on stderr how many there are of each category."
+    )
     _add_data(parser)
     parsed = parser.parse_args(arguments)
     tasks = _tasks(parsed, Path("."))
     for task in tasks:
-        row = {"key": task.key, "instruction_language": task.language, "task_type": task.category, "instruction": task.instruction}
-        sys.stdout.write(json.dumps({**row, "intersection_exist": task.intersection, "source": str(task.source)}, ensure_ascii=False) + "\n")
+        row = {
+            "key": task.key,
+            "instruction_language": task.language,
+            "task_type": task.category,
+            "instruction": task.instruction,
+        }
+        sys.stdout.write(
+            json.dumps({**row, "intersection_exist": task.intersection, "source": str(task.source)}, ensure_ascii=False)
+            + "\n"
+        )
     counts = Counter((task.language, task.category) for task in tasks)
-    sys.stderr.write("".join(f"{language} {category}: {count}\n" for (language, category), count in sorted(counts.items())))
+    sys.stderr.write(
+        "".join(f"{language} {category}: {count}\n" for (language, category), count in sorted(counts.items()))
+    )
     return 0
 
 
 def _generate(arguments: Sequence[str]) -> int:
-    parser = _parser("generate", "Edit the set's source images with a model into the official folder layout. What is there already is not made again.")
+    parser = _parser(
+        "generate",
+        "Edit the set's source images with a model into the official folder layout. What is there already is not made again.",
+    )
     _add_data(parser)
-    parser.add_argument("--model", required=True, metavar="URI", help="as `python -m tasks sample-set --model` takes it")
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="the model's folder; gets fullset/TASK_TYPE/LANGUAGE/KEY.png")
-    parser.add_argument("--seed", type=int, default=0, help="base seed; every image has a seed of its own that follows from it")
-    parser.add_argument("sampler", nargs=argparse.REMAINDER, metavar="-- OPTIONS", help="passed on to `python -m tasks sample-set`, e.g. -- --steps 28")
+    parser.add_argument(
+        "--model", required=True, metavar="URI", help="as `python -m tasks sample-set --model` takes it"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the model's folder; gets fullset/TASK_TYPE/LANGUAGE/KEY.png",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="base seed; every image has a seed of its own that follows from it"
+    )
+    parser.add_argument(
+        "sampler",
+        nargs=argparse.REMAINDER,
+        metavar="-- OPTIONS",
+        help="passed on to `python -m tasks sample-set`, e.g. -- --steps 28",
+    )
     parsed = parser.parse_args(arguments)
     tasks = _tasks(parsed, parsed.images)
     jobs = []
@@ -89,20 +144,53 @@ def _generate(arguments: Sequence[str]) -> int:
             with atomic_file(copy) as temporary:
                 read_rgb(task.source).save(temporary, format="PNG")
         path = edited_path(".", task).as_posix()
-        jobs.append({"id": task.id, "prompt": task.instruction, "seed": image_seed(task, parsed.seed), "path": path, "source": str(task.source.resolve())})
-    settings = {"suite": SUITE, "prompts": set_digest(tasks), "set": "official" if is_official(tasks) else "custom", "seed": parsed.seed}
+        jobs.append(
+            {
+                "id": task.id,
+                "prompt": task.instruction,
+                "seed": image_seed(task, parsed.seed),
+                "path": path,
+                "source": str(task.source.resolve()),
+            }
+        )
+    settings = {
+        "suite": SUITE,
+        "prompts": set_digest(tasks),
+        "set": "official" if is_official(tasks) else "custom",
+        "seed": parsed.seed,
+    }
     with tempfile.TemporaryDirectory(prefix="gedit-") as folder:
         file = Path(folder) / "jobs.json"
         write_json(file, {"settings": settings, "jobs": jobs})
         # Sampling belongs to the room above this one, so it is another program: it is given the list and nothing else.
-        command = [sys.executable, "-m", "tasks", "sample-set", "--model", parsed.model, "--jobs", str(file), "--out", str(parsed.images)]
+        command = [
+            sys.executable,
+            "-m",
+            "tasks",
+            "sample-set",
+            "--model",
+            parsed.model,
+            "--jobs",
+            str(file),
+            "--out",
+            str(parsed.images),
+        ]
         return subprocess.run([*command, *(word for word in parsed.sampler if word != "--")], check=False).returncode
 
 
 def _judge_parser() -> argparse.ArgumentParser:
-    parser = _parser("judge", "Ask a judge about every edited image; what was answered is kept, and the same command goes on from there.")
+    parser = _parser(
+        "judge",
+        "Ask a judge about every edited image; what was answered is kept, and the same command goes on from there.",
+    )
     _add_data(parser)
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="the model's folder: FOLDER/fullset/TASK_TYPE/LANGUAGE/KEY.png")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the model's folder: FOLDER/fullset/TASK_TYPE/LANGUAGE/KEY.png",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the judgements are kept")
     parser.add_argument("--model", metavar="NAME", help="the name of what is judged (default: the folder's name)")
     judge = parser.add_argument_group("the judge (its settings are part of every result)")
@@ -123,20 +211,39 @@ def _judge_parser() -> argparse.ArgumentParser:
         help="other texts than ours: a folder with semantic.txt and quality.txt, or the upstream's vie_prompts.py",
     )
     judge.add_argument("--temperature", type=float, default=0.0)
-    judge.add_argument("--seed", type=int, default=0, help="sent with every question, plus the repeat's number; -1 sends none")
+    judge.add_argument(
+        "--seed", type=int, default=0, help="sent with every question, plus the repeat's number; -1 sends none"
+    )
     judge.add_argument("--max-tokens", type=int, default=512)
     judge.add_argument("--images-first", action="store_true", help="the images before the text")
     judge.add_argument("--image-format", choices=IMAGE_FORMATS, default="png")
     judge.add_argument("--resize", choices=RESIZES, default="match-source")
-    judge.add_argument("--json-schema", action="store_true", help="ask the server to enforce the reply's form, where it can")
-    judge.add_argument("--extra", type=json.loads, default={}, metavar="JSON", help="further fields of the request's body")
-    judge.add_argument("--repeats", type=int, default=1, help="how often each question is asked; 3 shows the judge's noise")
+    judge.add_argument(
+        "--json-schema", action="store_true", help="ask the server to enforce the reply's form, where it can"
+    )
+    judge.add_argument(
+        "--extra", type=json.loads, default={}, metavar="JSON", help="further fields of the request's body"
+    )
+    judge.add_argument(
+        "--repeats", type=int, default=1, help="how often each question is asked; 3 shows the judge's noise"
+    )
     server = parser.add_argument_group("how it is reached")
     server.add_argument("--base-url", default="https://api.openai.com/v1")
-    server.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help='the environment variable with the key; "" for a server without keys')
+    server.add_argument(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help='the environment variable with the key; "" for a server without keys',
+    )
     server.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
     server.add_argument("--tries", type=int, default=6)
-    server.add_argument("--wait", type=float, default=1.0, metavar="SECONDS", help="before the second try; doubled before each further one")
+    server.add_argument(
+        "--wait",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="before the second try; doubled before each further one",
+    )
     server.add_argument("--longest-wait", type=float, default=60.0, metavar="SECONDS")
     server.add_argument("--per-minute", type=int, default=0, help="requests that may begin in a minute; 0: no limit")
     server.add_argument("--concurrency", type=int, default=8, help="questions under way at once")
@@ -144,13 +251,34 @@ def _judge_parser() -> argparse.ArgumentParser:
     local.add_argument("--device", default="cuda")
     local.add_argument("--dtype", default="bfloat16")
     run = parser.add_argument_group("the run")
-    run.add_argument("--anchors", type=Path, metavar="FOLDER", help="a frozen set, judged anew with this run to measure the judge's drift")
-    run.add_argument("--retry", nargs="*", choices=RETRIED, default=[], metavar="STATUS", help="ask again what ended so")
-    run.add_argument("--workers", type=int, default=1, help="processes on this machine that ask; they share --concurrency and --per-minute")
-    run.add_argument("--scheduler", default="", metavar="ADDRESS", help="a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here")
+    run.add_argument(
+        "--anchors",
+        type=Path,
+        metavar="FOLDER",
+        help="a frozen set, judged anew with this run to measure the judge's drift",
+    )
+    run.add_argument(
+        "--retry", nargs="*", choices=RETRIED, default=[], metavar="STATUS", help="ask again what ended so"
+    )
+    run.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes on this machine that ask; they share --concurrency and --per-minute",
+    )
+    run.add_argument(
+        "--scheduler",
+        default="",
+        metavar="ADDRESS",
+        help="a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here",
+    )
     run.add_argument("--shard", default="0/1", metavar="I/N", help="take every N-th question, beginning with the I-th")
-    run.add_argument("--image-tokens", choices=sorted(IMAGE_TOKENS), default="tiles", help="how images count in the preview")
-    run.add_argument("--prices", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"), help="per million tokens, for the preview")
+    run.add_argument(
+        "--image-tokens", choices=sorted(IMAGE_TOKENS), default="tiles", help="how images count in the preview"
+    )
+    run.add_argument(
+        "--prices", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"), help="per million tokens, for the preview"
+    )
     run.add_argument("--highest-price", type=float, help="refuse to begin above it")
     run.add_argument("--preview", action="store_true", help="say what it would cost, and stop")
     return parser
@@ -158,10 +286,20 @@ def _judge_parser() -> argparse.ArgumentParser:
 
 def _access(parsed: argparse.Namespace, settings: JudgeSettings) -> Access:
     if settings.kind != "endpoint":
-        return Access(settings, folder=str(Path(parsed.judge_model).resolve()), device=parsed.device, dtype=parsed.dtype)
+        return Access(
+            settings, folder=str(Path(parsed.judge_model).resolve()), device=parsed.device, dtype=parsed.dtype
+        )
     from benchmarks.judge.endpoint import Endpoint
 
-    endpoint = Endpoint(parsed.base_url, parsed.key_variable, parsed.timeout, parsed.tries, parsed.wait, parsed.longest_wait, parsed.per_minute)
+    endpoint = Endpoint(
+        parsed.base_url,
+        parsed.key_variable,
+        parsed.timeout,
+        parsed.tries,
+        parsed.wait,
+        parsed.longest_wait,
+        parsed.per_minute,
+    )
     if endpoint.faults():
         raise UserErrors("the judge's server:", endpoint.faults())
     return Access(settings, endpoint)
@@ -169,29 +307,58 @@ def _access(parsed: argparse.Namespace, settings: JudgeSettings) -> Access:
 
 def _judge(arguments: Sequence[str]) -> int:
     parsed = _judge_parser().parse_args(arguments)
-    provider = parsed.provider or (urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge)
+    provider = parsed.provider or (
+        urlsplit(parsed.base_url).hostname or "" if parsed.judge == "endpoint" else parsed.judge
+    )
     name = parsed.judge_model
     if parsed.judge in ("local", "replay"):
         name = name_of_local(name) if parsed.judge == "local" else Path(name).name
     settings = JudgeSettings(
-        parsed.judge, name, provider, parsed.temperature, None if parsed.seed < 0 else parsed.seed, parsed.max_tokens, not parsed.images_first,
-        parsed.image_format, parsed.resize, parsed.json_schema, parsed.repeats, parsed.extra,
-    )  # fmt: skip
+        parsed.judge,
+        name,
+        provider,
+        parsed.temperature,
+        None if parsed.seed < 0 else parsed.seed,
+        parsed.max_tokens,
+        not parsed.images_first,
+        parsed.image_format,
+        parsed.resize,
+        parsed.json_schema,
+        parsed.repeats,
+        parsed.extra,
+    )
     judge_folder(
-        _tasks(parsed, parsed.out), parsed.images, parsed.out, model=parsed.model or parsed.images.resolve().name, settings=settings,
-        wording=load_wording(parsed.wording), make_ask=_access(parsed, settings),
-        concurrency=None if parsed.judge == "local" else parsed.concurrency, workers=parsed.workers, scheduler=parsed.scheduler,
-        anchors=parsed.anchors, retry=parsed.retry, shard=shard_of(parsed.shard), image_tokens=parsed.image_tokens,
-        prices=tuple(parsed.prices) if parsed.prices else None, highest_price=parsed.highest_price, only_preview=parsed.preview,
+        _tasks(parsed, parsed.out),
+        parsed.images,
+        parsed.out,
+        model=parsed.model or parsed.images.resolve().name,
+        settings=settings,
+        wording=load_wording(parsed.wording),
+        make_ask=_access(parsed, settings),
+        concurrency=None if parsed.judge == "local" else parsed.concurrency,
+        workers=parsed.workers,
+        scheduler=parsed.scheduler,
+        anchors=parsed.anchors,
+        retry=parsed.retry,
+        shard=shard_of(parsed.shard),
+        image_tokens=parsed.image_tokens,
+        prices=tuple(parsed.prices) if parsed.prices else None,
+        highest_price=parsed.highest_price,
+        only_preview=parsed.preview,
         say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+    )
     return 0
 
 
 def _add_judged(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judgements", type=Path, required=True, metavar="FOLDER", help="what `judge` has written")
     parser.add_argument(
-        "--wording", "--judge-prompts", dest="wording", type=Path, metavar="PATH", help="the texts that the judge was given, where they were not ours"
+        "--wording",
+        "--judge-prompts",
+        dest="wording",
+        type=Path,
+        metavar="PATH",
+        help="the texts that the judge was given, where they were not ours",
     )
     parser.add_argument("--bootstrap-seed", type=int, default=0)
     parser.add_argument("--resamples", type=int, default=10_000)
@@ -200,13 +367,21 @@ def _add_judged(parser: argparse.ArgumentParser) -> None:
 
 def _verdict(arguments: Sequence[str]) -> int:
     parser = _parser(
-        "verdict", "Turn the raw replies into scores: rows, all columns, and one column's scorecard. Asks nobody; the same replies give the same bytes."
+        "verdict",
+        "Turn the raw replies into scores: rows, all columns, and one column's scorecard. Asks nobody; the same replies give the same bytes.",
     )
     _add_judged(parser)
     parser.add_argument(
-        "--column", default="en/full", choices=[f"{language}/{subset}" for language in LANGUAGES for subset in SUBSETS], help="the scorecard's column"
+        "--column",
+        default="en/full",
+        choices=[f"{language}/{subset}" for language in LANGUAGES for subset in SUBSETS],
+        help="the scorecard's column",
     )
-    parser.add_argument("--allow-partial", action="store_true", help="give means although fewer than 99 percent of a category have a score")
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="give means although fewer than 99 percent of a category have a score",
+    )
     parsed = parser.parse_args(arguments)
     judgements = read_judgements(parsed.judgements, load_wording(parsed.wording))
     numbers = {"seed": parsed.bootstrap_seed, "resamples": parsed.resamples, "confidence": parsed.confidence}
@@ -214,7 +389,9 @@ def _verdict(arguments: Sequence[str]) -> int:
     write_json(parsed.judgements / SUMMARY_FILE, whole)
     write_scores(parsed.judgements, rows_of(judgements))
     for name, column in whole["columns"].items():
-        print(f"{name}: no headline: {column['refused']}" if "refused" in column else _headline(name, column["average"]))
+        print(
+            f"{name}: no headline: {column['refused']}" if "refused" in column else _headline(name, column["average"])
+        )
     if whole["drift"] and whole["drift"]["difference"] is not None:
         found = whole["drift"]
         word = "the judge has drifted" if found["drifted"] else "no drift is visible"
@@ -231,7 +408,10 @@ def _headline(name: str, average: dict[str, float]) -> str:
 
 
 def _anchors(arguments: Sequence[str]) -> int:
-    parser = _parser("anchors", "Freeze judged images with their scores, to measure the judge's drift with every later run (judge --anchors).")
+    parser = _parser(
+        "anchors",
+        "Freeze judged images with their scores, to measure the judge's drift with every later run (judge --anchors).",
+    )
     _add_judged(parser)
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--count", type=int, default=44, help="spread over the categories")
@@ -247,14 +427,31 @@ def _report(arguments: Sequence[str]) -> int:
 
     parser = _parser("report", "Write one HTML page for the scorecard that `verdict` has made.")
     _add_judged(parser)
-    parser.add_argument("--column", default="en/full", choices=[f"{language}/{subset}" for language in LANGUAGES for subset in SUBSETS])
+    parser.add_argument(
+        "--column", default="en/full", choices=[f"{language}/{subset}" for language in LANGUAGES for subset in SUBSETS]
+    )
     parser.add_argument("--allow-partial", action="store_true")
-    parser.add_argument("--beside", type=Path, nargs="*", default=[], metavar="SCORECARD", help="other models' scorecards: champion, teachers, base")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="SCORECARD",
+        help="other models' scorecards: champion, teachers, base",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the judgements")
     parsed = parser.parse_args(arguments)
     numbers = {"seed": parsed.bootstrap_seed, "resamples": parsed.resamples, "confidence": parsed.confidence}
     out = parsed.out or parsed.judgements / "report.html"
-    write_gedit_report(out, parsed.judgements, load_wording(parsed.wording), parsed.column, parsed.beside, allow_partial=parsed.allow_partial, **numbers)
+    write_gedit_report(
+        out,
+        parsed.judgements,
+        load_wording(parsed.wording),
+        parsed.column,
+        parsed.beside,
+        allow_partial=parsed.allow_partial,
+        **numbers,
+    )
     print(os.fspath(out))
     return 0
 
@@ -271,7 +468,11 @@ STEPS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def cli(arguments: Sequence[str]) -> int:
     """Runs one step; returns the exit status. Raises UserError for an unknown step."""
-    lines = ["usage: python -m benchmarks gedit STEP [--help]", "", *(f"  {name:10}{text}" for name, (_, text) in STEPS.items())]
+    lines = [
+        "usage: python -m benchmarks gedit STEP [--help]",
+        "",
+        *(f"  {name:10}{text}" for name, (_, text) in STEPS.items()),
+    ]
     name = arguments[0] if arguments else "--help"
     if name in STEPS:
         return STEPS[name][0](arguments[1:])

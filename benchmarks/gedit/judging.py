@@ -1,7 +1,9 @@
-"""Judging a folder of edited images: what will be asked, what that costs, and the asking, each question once however often the command is run.
+"""Judging a folder of edited images: what will be asked, what that costs, and the asking, each question once however
+often the command is run.
 
-A folder of judgements holds `manifest.json` (every sample that is expected, with its images' digests), the settings it was made with, and the raw replies in
-append-only shards. A reply is on the disk before its thread asks the next question, so a kill loses no more than the questions that were under way.
+A folder of judgements holds `manifest.json` (every sample that is expected, with its images' digests), the settings it
+was made with, and the raw replies in append-only shards. A reply is on the disk before its thread asks the next
+question, so a kill loses no more than the questions that were under way.
 """
 
 from __future__ import annotations
@@ -47,10 +49,12 @@ from data.files import digest, write_json
 from data.progress import Advance, progress
 
 GIVE_UP_AFTER = 20  # questions without an answer in a row
-MakeAsk = Callable[[threading.Event, int], Ask]  # opens a judge: an event that ends its waits, and how many processes ask it; to be pickled for other processes
+MakeAsk = Callable[
+    [threading.Event, int], Ask
+]  # opens a judge: an event that ends its waits, and how many processes ask it; to be pickled for other processes
 
 
-# --- asking -----------------------------------------------------------------------------------------------------------------
+# --- asking -----------------------------------------------------------------------------------------------------------
 
 
 class _Watch:
@@ -62,12 +66,18 @@ class _Watch:
         self._lock = threading.Lock()
 
     def keep(self, key: str, question: str, replies: Sequence[Reply]) -> None:
-        """Returns once the replies to a question (its digest) are on the disk. Raises UserError after GIVE_UP_AFTER questions without an answer in a row."""
+        """Returns once the replies to a question (its digest) are on the disk. Raises UserError after GIVE_UP_AFTER
+        questions without an answer in a row.
+        """
         self._shard.append(key, {"question": question, "replies": [reply_to_json(reply) for reply in replies]})
         with self._lock:
             self._advance()
             silent = replies[-1].status == "api_error"
-            self._silent, self._answered, self._last = self._silent + 1 if silent else 0, self._answered + (not silent), replies[-1].error
+            self._silent, self._answered, self._last = (
+                self._silent + 1 if silent else 0,
+                self._answered + (not silent),
+                replies[-1].error,
+            )
             if self._silent == GIVE_UP_AFTER:
                 raise UserError(self._fault(f"{self._silent} questions in a row got no answer"))
 
@@ -81,7 +91,16 @@ class _Watch:
         return f"judge: {what}, the last one: {self._last}; {again}"
 
 
-def _work(job: Job, key: str, ask: Ask, settings: JudgeSettings, wording: Wording, out: Path, watch: _Watch, halt: threading.Event) -> None:
+def _work(
+    job: Job,
+    key: str,
+    ask: Ask,
+    settings: JudgeSettings,
+    wording: Wording,
+    out: Path,
+    watch: _Watch,
+    halt: threading.Event,
+) -> None:
     question = question_of(job, settings, wording, out)
     replies = ask_once_or_twice(ask, question)
     if halt.is_set() and replies[-1].status == "api_error":
@@ -132,21 +151,30 @@ def judge_folder(
     only_preview: bool = False,
     say: Callable[[str], None] = print,
 ) -> Preview:
-    """Judges every image of `model` below `folder`; the judgements are kept in `out`, and no question that has been answered is asked again.
+    """Judges every image of `model` below `folder`; the judgements are kept in `out`, and no question that has been
+    answered is asked again.
 
-    `make_ask` (see MakeAsk) is called only when something is to be asked, after the preview was said. `concurrency` questions are under way at once (None: one
-    a worker), asked by threads of this process, by `workers` processes of this machine, or by those of the dask `scheduler`. `retry` names statuses
-    ("api_error", "refused", "unparseable") whose questions are asked anew. Raises UserError(s) for faulty settings, a folder of judgements made with others, a
+    `make_ask` (see MakeAsk) is called only when something is to be asked, after the preview was said. `concurrency`
+    questions are under way at once (None: one a worker), asked by threads of this process, by `workers` processes of
+    this machine, or by those of the dask `scheduler`. `retry` names statuses ("api_error", "refused", "unparseable")
+    whose questions are asked anew. Raises UserError(s) for faulty settings, a folder of judgements made with others, a
     price above `highest_price`, and whatever ends the run (see `benchmarks.judge.endpoint`).
     """
     out = Path(out)
-    faults = settings.faults() + ([] if concurrency is None or concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"])
+    faults = settings.faults() + (
+        [] if concurrency is None or concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"]
+    )
     if faults:
         raise UserErrors("the judge's settings:", faults)
     entries = plan(tasks, Path(folder), out)
     identity = identity_of_judge(settings, wording)
     about_set = {"digest": set_digest(tasks), "kind": "official" if is_official(tasks) else "custom"}
-    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats, "made_with": made_with(Path(folder))}
+    about: dict[str, Any] = {
+        "model": model,
+        "set": about_set,
+        "repeats": settings.repeats,
+        "made_with": made_with(Path(folder)),
+    }
     if anchors is not None:
         frozen, about["anchors"] = read_anchors(anchors, out)
         entries += frozen
@@ -155,7 +183,15 @@ def judge_folder(
     own = [key for place, key in enumerate(wanted) if place % shard[1] == shard[0]]
     open_keys = [key for key in own if key not in known or value_status(known[key]) in retry]
     unjudgeable = sum(entry.status != "ok" for entry in entries)
-    estimate = preview([wanted[key] for key in open_keys], len(own) - len(open_keys), unjudgeable, settings, wording, image_tokens, prices)
+    estimate = preview(
+        [wanted[key] for key in open_keys],
+        len(own) - len(open_keys),
+        unjudgeable,
+        settings,
+        wording,
+        image_tokens,
+        prices,
+    )
     say(estimate.text())
     if only_preview:
         return estimate
@@ -163,13 +199,25 @@ def judge_folder(
     claim(out, {"judge": identity, "model": model, "set": about_set})
     write_json(out / MANIFEST_FILE, {**about, "entries": [entry_to_json(entry) for entry in entries]})
     asked = {key: wanted[key] for key in open_keys}
-    _ask_all(asked, out, settings, wording, make_ask, concurrency=concurrency, workers=workers, scheduler=scheduler, shard=shard)
+    _ask_all(
+        asked,
+        out,
+        settings,
+        wording,
+        make_ask,
+        concurrency=concurrency,
+        workers=workers,
+        scheduler=scheduler,
+        shard=shard,
+    )
     return estimate
 
 
 def _check_price(estimate: Preview, highest_price: float | None) -> None:
     if highest_price is not None and estimate.questions and (estimate.price is None or estimate.price > highest_price):
-        raise UserError(f"judge: that is not within the highest price, {highest_price:g}: raise it, give the prices, or judge fewer images")
+        raise UserError(
+            f"judge: that is not within the highest price, {highest_price:g}: raise it, give the prices, or judge fewer images"
+        )
 
 
 def _ask_all(
@@ -184,7 +232,9 @@ def _ask_all(
     scheduler: str,
     shard: tuple[int, int],
 ) -> None:
-    """Asks every question, `concurrency` at a time, each answer kept under its key. What is under way at a mistake is paid for: its answers are kept, too."""
+    """Asks every question, `concurrency` at a time, each answer kept under its key. What is under way at a mistake is
+    paid for: its answers are kept, too.
+    """
     if not jobs:
         return
     with open_shard(out, shard_name(shard)) as writer, progress("judge: questions", len(jobs)) as advance:
@@ -202,11 +252,21 @@ def _ask_all(
             def done(place: int, replies: list[Reply]) -> None:
                 watch.keep(keys[place], questions.pop(place), replies)
 
-            as_they_come(answer, range(len(keys)), prepared, done, at_once=concurrency, workers=workers, scheduler=scheduler)
+            as_they_come(
+                answer, range(len(keys)), prepared, done, at_once=concurrency, workers=workers, scheduler=scheduler
+            )
         watch.end()
 
 
-def _ask_here(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, wording: Wording, make_ask: MakeAsk, concurrency: int, watch: _Watch) -> None:
+def _ask_here(
+    jobs: Mapping[str, Job],
+    out: Path,
+    settings: JudgeSettings,
+    wording: Wording,
+    make_ask: MakeAsk,
+    concurrency: int,
+    watch: _Watch,
+) -> None:
     """Asks with threads of this process."""
     halt = threading.Event()
     ask = make_ask(halt, 1)
@@ -223,7 +283,7 @@ def _ask_here(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, wordi
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-# --- images that a stage has made itself ------------------------------------------------------------------------------------
+# --- images that a stage has made itself ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -257,9 +317,11 @@ def ask_about(
     highest_price: float | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Path, list[Entry]]:
-    """Judges images that lie anywhere; answers are kept below `store` by judge, so that a stage that is run again asks about new images alone.
+    """Judges images that lie anywhere; answers are kept below `store` by judge, so that a stage that is run again asks
+    about new images alone.
 
-    Returns the folder of answers and an entry an image, in order. The other arguments are those of `judge_folder`, and so are the faults.
+    Returns the folder of answers and an entry an image, in order. The other arguments are those of `judge_folder`, and
+    so are the faults.
     """
     if settings.faults():
         raise UserErrors("the judge's settings:", settings.faults())
@@ -274,5 +336,15 @@ def ask_about(
     say(estimate.text())
     _check_price(estimate, highest_price)
     claim(folder, {"judge": identity})
-    _ask_all(wanted, folder, settings, wording, make_ask, concurrency=concurrency, workers=workers, scheduler=scheduler, shard=(0, 1))
+    _ask_all(
+        wanted,
+        folder,
+        settings,
+        wording,
+        make_ask,
+        concurrency=concurrency,
+        workers=workers,
+        scheduler=scheduler,
+        shard=(0, 1),
+    )
     return folder, entries

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.gedit.questions import Job
-from benchmarks.judge.protocol import (
-    JudgeSettings,
-)
+from benchmarks.judge.protocol import JudgeSettings
 from benchmarks.judge.wording import SEMANTIC, Wording
 
 COMPLETION_TOKENS = 80  # a typical reply
@@ -17,7 +15,9 @@ CHARACTERS_A_TOKEN = 4
 
 
 def tile_tokens(width: float, height: float) -> int:
-    """Tokens of an image by OpenAI's rule for tiles: to 2048 px at most, short side to 768 px at most, 85 + 170 a 512 px tile."""
+    """Tokens of an image by OpenAI's rule for tiles: to 2048 px at most, short side to 768 px at most, 85 + 170 a 512
+    px tile.
+    """
     scale = min(1.0, 2048 / max(width, height))
     scale *= min(1.0, 768 / (min(width, height) * scale))
     return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
@@ -33,7 +33,9 @@ IMAGE_TOKENS: dict[str, Callable[[float, float], int]] = {"tiles": tile_tokens, 
 
 @dataclass(frozen=True)
 class Preview:
-    """What is about to be asked: questions by purpose, those already answered, and an estimate of tokens and price (None where no price was given)."""
+    """What is about to be asked: questions by purpose, those already answered, and an estimate of tokens and price
+    (None where no price was given).
+    """
 
     questions: int
     answered: int
@@ -51,7 +53,13 @@ class Preview:
 
 
 def preview(
-    jobs: Sequence[Job], answered: int, unjudgeable: int, settings: JudgeSettings, wording: Wording, rule: str, prices: tuple[float, float] | None
+    jobs: Sequence[Job],
+    answered: int,
+    unjudgeable: int,
+    settings: JudgeSettings,
+    wording: Wording,
+    rule: str,
+    prices: tuple[float, float] | None,
 ) -> Preview:
     """An estimate for `jobs`; `rule` is one of IMAGE_TOKENS, `prices` are per million prompt and completion tokens."""
     tokens = 0

@@ -35,7 +35,9 @@ SUITE = "gedit"
 
 @dataclass(frozen=True)
 class Entry:
-    """One image to be judged, or the reason why it cannot be. Paths are relative to the folder of judgements, sizes (width, height) in pixels."""
+    """One image to be judged, or the reason why it cannot be. Paths are relative to the folder of judgements, sizes
+    (width, height) in pixels.
+    """
 
     purpose: str  # SAMPLE, or ANCHOR for one of the frozen set
     id: str
@@ -73,7 +75,9 @@ class Job:
 
 
 def image_seed(task: EditTask, seed: int) -> int:
-    """Of one edited image, from suite, row and base seed alone, so that two models start from the same noise. 63 bits."""
+    """Of one edited image, from suite, row and base seed alone, so that two models start from the same noise. 63
+    bits.
+    """
     return int.from_bytes(hashlib.sha256(f"{SUITE}|{task.id}|0|{seed}".encode()).digest()[:8], "big") >> 1
 
 
@@ -97,13 +101,29 @@ def _entry(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> 
             status, fault = "bad_image", str(error)
     source, path = (os.path.relpath(file, out) for file in (task.source, edited))
     return Entry(
-        purpose, task.id, task.key, task.language, task.category, task.instruction, task.intersection, source, task.source_sha256, source_size,
-        path, sha256, size, seed, status, fault,
-    )  # fmt: skip
+        purpose,
+        task.id,
+        task.key,
+        task.language,
+        task.category,
+        task.instruction,
+        task.intersection,
+        source,
+        task.source_sha256,
+        source_size,
+        path,
+        sha256,
+        size,
+        seed,
+        status,
+        fault,
+    )
 
 
 def plan(tasks: Sequence[EditTask], folder: Path, out: Path) -> list[Entry]:
-    """An entry for every task and its image below `folder` (the official layout). Raises UserError(s) for unreadable sources or a folder of something else."""
+    """An entry for every task and its image below `folder` (the official layout). Raises UserError(s) for unreadable
+    sources or a folder of something else.
+    """
     check_folder(folder, tasks)
     settings = made_with(folder)
     base = settings.get("seed") if settings.get("suite") == SUITE else None
@@ -126,41 +146,67 @@ def read_manifest(out: str | Path) -> tuple[dict[str, Any], list[Entry]]:
     try:
         return value, [entry_from_json(entry) for entry in value["entries"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of judgements ({error!r}); run `python -m benchmarks gedit judge` again") from error
+        raise UserError(
+            f"{path}: not a manifest of judgements ({error!r}); run `python -m benchmarks gedit judge` again"
+        ) from error
 
 
 def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
-    """(entries, the frozen record with its reference scores). Raises UserErrors for images that are gone or are no longer the frozen ones."""
+    """(entries, the frozen record with its reference scores). Raises UserErrors for images that are gone or are no
+    longer the frozen ones.
+    """
     frozen = read_json(folder / ANCHORS_FILE)
     entries, faults = [], []
     try:
         for row in frozen["anchors"]:
             source, edited = folder / row["source"], folder / row["edited"]
             wrong = [
-                str(file) for file, sha in ((source, row["source_sha256"]), (edited, row["edited_sha256"])) if not file.is_file() or sha256_file(file) != sha
+                str(file)
+                for file, sha in ((source, row["source_sha256"]), (edited, row["edited_sha256"]))
+                if not file.is_file() or sha256_file(file) != sha
             ]
             faults += [f"{file}: missing, or not the frozen image" for file in wrong]
             if not wrong:
-                task = EditTask(row["id"], row["language"], row["category"], row["instruction"], False, source, row["source_sha256"])
+                task = EditTask(
+                    row["id"], row["language"], row["category"], row["instruction"], False, source, row["source_sha256"]
+                )
                 entries.append(_entry(task, edited, out, ANCHOR, UNKNOWN_SEED))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / ANCHORS_FILE}: not a set of anchors ({error!r}); make one with `python -m benchmarks gedit anchors`") from error
+        raise UserError(
+            f"{folder / ANCHORS_FILE}: not a set of anchors ({error!r}); make one with `python -m benchmarks gedit anchors`"
+        ) from error
     if faults:
         raise UserErrors(f"{folder}: the anchors have changed, so no drift can be measured:", faults)
     return entries, dict(frozen)
 
 
 def job_key(job: Job, identity: Mapping[str, Any], wording: Wording) -> str:
-    """The address of a question's result. An anchor's differs from a sample's, and the same quality question about one image is asked once."""
+    """The address of a question's result. An anchor's differs from a sample's, and the same quality question about one
+    image is asked once.
+    """
     entry, semantic = job.entry, job.kind == SEMANTIC
     images = [entry.source_sha256, entry.edited_sha256] if semantic else [entry.edited_sha256, list(entry.source_size)]
     text = sha256_bytes(wording.text(job.kind, entry.instruction).encode())
-    return result_key("judge", purpose=entry.purpose, question=job.kind, text=text, images=images, judge=dict(identity), repeat=job.repeat)
+    return result_key(
+        "judge",
+        purpose=entry.purpose,
+        question=job.kind,
+        text=text,
+        images=images,
+        judge=dict(identity),
+        repeat=job.repeat,
+    )
 
 
 def jobs_of(entries: Sequence[Entry], repeats: int) -> list[Job]:
     """Every question of the entries that can be judged."""
-    return [Job(entry, kind, repeat) for entry in entries if entry.status == "ok" for repeat in range(repeats) for kind in KINDS]
+    return [
+        Job(entry, kind, repeat)
+        for entry in entries
+        if entry.status == "ok"
+        for repeat in range(repeats)
+        for kind in KINDS
+    ]
 
 
 def question_of(job: Job, settings: JudgeSettings, wording: Wording, out: Path) -> Question:
@@ -172,7 +218,9 @@ def question_of(job: Job, settings: JudgeSettings, wording: Wording, out: Path) 
     source = read_rgb(out / entry.source)
     edited = match_source(source.size, read_rgb(out / entry.edited), settings)
     images = prepare_images(source if job.kind == SEMANTIC else None, edited, settings)
-    return Question(job.kind, wording.text(job.kind, entry.instruction), images, f"image/{settings.image_format}", job.repeat)
+    return Question(
+        job.kind, wording.text(job.kind, entry.instruction), images, f"image/{settings.image_format}", job.repeat
+    )
 
 
 def value_status(value: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""The report of a judged folder: the shared page, with what is particular to a judge: who it was, what it left out, how steady it is."""
+"""The report of a judged folder: the shared page, with what is particular to a judge: who it was, what it left out, how
+steady it is.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ from benchmarks.scores.page import write_report
 from benchmarks.scores.scorecard import Scorecard, check_same_evaluator, read_scorecard
 
 
-def notes_of(judgements: Judgements, column: str, *, allow_partial: bool, seed: int, resamples: int, confidence: float) -> list[str]:
-    """Sentences below the headline: the judge, what has no score and how far that could move the average, the other columns, the judge's noise and drift."""
+def notes_of(
+    judgements: Judgements, column: str, *, allow_partial: bool, seed: int, resamples: int, confidence: float
+) -> list[str]:
+    """Sentences below the headline: the judge, what has no score and how far that could move the average, the other
+    columns, the judge's noise and drift.
+    """
     identity, table = judgements.identity, columns(judgements, allow_partial=allow_partial)
     found = table[column]
     notes = [
@@ -28,19 +34,27 @@ def notes_of(judgements: Judgements, column: str, *, allow_partial: bool, seed: 
             f"Scores: {statuses}; coverage {means.coverage:.1%}. "
             f"Had the images without a score earned 0 or 10, the average would be {means.low:.2f} or {means.high:.2f}."
         )
-    others = [f"{name} {means.average.overall:.2f} (n={means.average.n})" for name, means in table.items() if name != column and not isinstance(means, str)]
+    others = [
+        f"{name} {means.average.overall:.2f} (n={means.average.n})"
+        for name, means in table.items()
+        if name != column and not isinstance(means, str)
+    ]
     if others:
         notes.append(f"Other columns of the same judgements: {', '.join(others)}.")
     stretched = sum(entry.stretched for entry, _ in judgements.samples)
     if stretched:
-        notes.append(f"{stretched} edited images have another aspect than their source; they were judged as {identity['resize']} says.")
+        notes.append(
+            f"{stretched} edited images have another aspect than their source; they were judged as {identity['resize']} says."
+        )
     noise, moved = repeat_noise(judgements), drift(judgements, seed=seed, resamples=resamples, confidence=confidence)
     if noise and noise["within"] is not None:
         spread = f"standard deviation {noise['within']:.2f} within an image, {noise['of_mean']:.3f} of the mean over {noise['samples']} images"
         notes.append(f"The judge's own noise: {spread}.")
     if moved and moved["difference"] is not None:
         word = "The judge has drifted" if moved["drifted"] else "No drift of the judge is visible"
-        notes.append(f"{word}: anchors {moved['difference']:+.2f} [{moved['low']:+.2f}, {moved['high']:+.2f}] on {moved['n']} images since they were frozen.")
+        notes.append(
+            f"{word}: anchors {moved['difference']:+.2f} [{moved['low']:+.2f}, {moved['high']:+.2f}] on {moved['n']} images since they were frozen."
+        )
     return notes
 
 
@@ -58,7 +72,8 @@ def write_gedit_report(
 ) -> None:
     """Writes the page for one column of a folder of judgements, beside the scorecards of other models.
 
-    Raises UserErrors for a scorecard that was judged by another judge or on other rows: their figures may not share a table.
+    Raises UserErrors for a scorecard that was judged by another judge or on other rows: their figures may not share a
+    table.
     """
     judgements = read_judgements(folder, wording)
     numbers: dict[str, Any] = {"seed": seed, "resamples": resamples, "confidence": confidence}
@@ -71,7 +86,13 @@ def write_gedit_report(
     check_same_evaluator(cards)
     entries = {entry.id: entry for entry, _ in judgements.samples}
     write_report(
-        path, cards=cards, scores=rows, folder=folder, prompts={row.example_id: entries[row.example_id].instruction for row in rows},
+        path,
+        cards=cards,
+        scores=rows,
+        folder=folder,
+        prompts={row.example_id: entries[row.example_id].instruction for row in rows},
         images={row.example_id: [("source", Path(folder) / entries[row.example_id].source)] for row in rows},
-        title=f"GEdit-Bench: {card.model}", notes=notes_of(judgements, column, allow_partial=allow_partial, **numbers), files=["scores.parquet"],
-    )  # fmt: skip
+        title=f"GEdit-Bench: {card.model}",
+        notes=notes_of(judgements, column, allow_partial=allow_partial, **numbers),
+        files=["scores.parquet"],
+    )

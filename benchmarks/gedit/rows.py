@@ -1,7 +1,8 @@
 """GEdit-Bench's rows and images, from the hub's files or from a folder of one's own.
 
-The hub's schema (stepfun-ai/GEdit-Bench, split `train`): task_type, key, instruction, instruction_language, input_image, input_image_raw, Intersection_exist;
-images are {"bytes", "path"} as the datasets library writes them. Nothing is downloaded: get the files with `huggingface-cli download --repo-type dataset`.
+The hub's schema (stepfun-ai/GEdit-Bench, split `train`): task_type, key, instruction, instruction_language,
+input_image, input_image_raw, Intersection_exist; images are {"bytes", "path"} as the datasets library writes them.
+Nothing is downloaded: get the files with `huggingface-cli download --repo-type dataset`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from data.files import atomic_file, digest, sha256_bytes, sha256_file
 from data.records import GEDIT_CATEGORIES, OFFICIAL_COUNTS
 
 NEEDED = ("key", "task_type", "instruction", "instruction_language", "input_image")
-INTERSECTION = "intersection_exist"  # column names are compared in lower case: the data write it with a capital I, the result files do not
+# column names are compared in lower case: the data write it with a capital I, the result files do not
+INTERSECTION = "intersection_exist"
 MANIFESTS = ("manifest.csv", "manifest.jsonl")
 SHOWN = 10  # faults that are listed before the rest is counted
 SUFFIX = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
@@ -31,7 +33,9 @@ SUFFIX = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 
 @dataclass(frozen=True)
 class EditTask:
-    """One row: what is asked of which source image. (language, key) is unique; the same key in both languages is the same edit."""
+    """One row: what is asked of which source image. (language, key) is unique; the same key in both languages is the
+    same edit.
+    """
 
     key: str
     language: str  # "en" or "cn"
@@ -69,7 +73,9 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
                 for first in range(0, batch.num_rows, 32):
                     yield from batch.slice(first, 32).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable {file.suffix.lstrip('.')} file ({str(error).splitlines()[0]}); download it again") from error
+        raise UserError(
+            f"{file}: not a readable {file.suffix.lstrip('.')} file ({str(error).splitlines()[0]}); download it again"
+        ) from error
 
 
 def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -89,11 +95,15 @@ def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def files_of_set(path: Path) -> list[Path]:
-    """The files that hold the rows: the file itself; in a folder its manifest, or else every Parquet or Arrow file below it, by name."""
+    """The files that hold the rows: the file itself; in a folder its manifest, or else every Parquet or Arrow file
+    below it, by name.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; give GEdit-Bench's Parquet or Arrow files, or a folder with {' or '.join(MANIFESTS)}")
+        raise UserError(
+            f"{path}: no such file or folder; give GEdit-Bench's Parquet or Arrow files, or a folder with {' or '.join(MANIFESTS)}"
+        )
     manifests = [path / name for name in MANIFESTS if (path / name).is_file()]
     if manifests:
         return manifests[:1]
@@ -108,7 +118,9 @@ def _truth(value: Any) -> bool:
 
 
 def _image(value: Any, file: Path, unpacked: Path) -> tuple[Path, str]:
-    """(file of the source image, its SHA-256). Bytes are unpacked under the name of their digest, once. Raises UserError with what is wrong."""
+    """(file of the source image, its SHA-256). Bytes are unpacked under the name of their digest, once. Raises
+    UserError with what is wrong.
+    """
     content = value.get("bytes") if isinstance(value, Mapping) else value if isinstance(value, bytes) else None
     if content:
         name = sha256_bytes(content)
@@ -131,7 +143,9 @@ def _task(row: Mapping[str, Any], file: Path, unpacked: Path) -> EditTask:
     missing = [name for name in NEEDED if name not in values]
     if missing:
         raise UserError(f"columns {missing} are missing")
-    key, language, category, instruction = (str(values[name] or "").strip() for name in ("key", "instruction_language", "task_type", "instruction"))
+    key, language, category, instruction = (
+        str(values[name] or "").strip() for name in ("key", "instruction_language", "task_type", "instruction")
+    )
     if not key or "/" in key or key.startswith("."):
         raise UserError(f"key = {key!r}: a file name is needed")
     if language not in LANGUAGES:
@@ -145,21 +159,29 @@ def _task(row: Mapping[str, Any], file: Path, unpacked: Path) -> EditTask:
 
 
 def load_tasks(path: str | Path, unpacked: str | Path) -> list[EditTask]:
-    """Every row of a set, by language and key; images that come as bytes are written below `unpacked`, named by their SHA-256.
+    """Every row of a set, by language and key; images that come as bytes are written below `unpacked`, named by their
+    SHA-256.
 
-    `path`: a Parquet or Arrow file, a folder of them (as downloaded from the hub or saved by the datasets library), or a manifest (CSV or JSON Lines, or the
-    folder that holds `manifest.csv` or `manifest.jsonl`) with the hub's columns, `input_image` a path relative to it. Raises UserErrors with all faulty rows.
+    `path`: a Parquet or Arrow file, a folder of them (as downloaded from the hub or saved by the datasets library), or
+    a manifest (CSV or JSON Lines, or the folder that holds `manifest.csv` or `manifest.jsonl`) with the hub's columns,
+    `input_image` a path relative to it. Raises UserErrors with all faulty rows.
     """
     tasks: list[EditTask] = []
     faults: list[str] = []
     for file in files_of_set(Path(path)):
-        for number, row in enumerate(_arrow_rows(file) if file.suffix in (".parquet", ".arrow") else _text_rows(file), start=1):
+        for number, row in enumerate(
+            _arrow_rows(file) if file.suffix in (".parquet", ".arrow") else _text_rows(file), start=1
+        ):
             try:
                 tasks.append(_task(row, file, Path(unpacked)))
             except UserError as error:
                 faults.append(f"{file.name}, row {number}: {error}")
     counts = Counter((task.language, task.key) for task in tasks)
-    faults += [f"{language} {key}: {count} rows of one key; keep one" for (language, key), count in sorted(counts.items()) if count > 1]
+    faults += [
+        f"{language} {key}: {count} rows of one key; keep one"
+        for (language, key), count in sorted(counts.items())
+        if count > 1
+    ]
     if faults:
         more = [f"and {len(faults) - SHOWN} more such faults"] if len(faults) > SHOWN else []
         raise UserErrors(f"{path}: not a usable set of edits:", faults[:SHOWN] + more)
@@ -169,7 +191,8 @@ def load_tasks(path: str | Path, unpacked: str | Path) -> list[EditTask]:
 
 
 def check_official(tasks: Sequence[EditTask]) -> None:
-    """Raises UserErrors unless every language present has the official set's eleven categories, and English its 606 rows.
+    """Raises UserErrors unless every language present has the official set's eleven categories, and English its 606
+    rows.
 
     The number of Chinese rows is not published: where both languages are present, they must hold the same keys.
     """
@@ -177,16 +200,25 @@ def check_official(tasks: Sequence[EditTask]) -> None:
     by_language = {language: [task for task in tasks if task.language == language] for language in LANGUAGES}
     counts = Counter(task.category for task in by_language["en"])
     if by_language["en"]:
-        faults += [f"en {name}: {counts[name]} rows, the official set has {n}" for name, n in OFFICIAL_COUNTS.items() if counts[name] != n]
+        faults += [
+            f"en {name}: {counts[name]} rows, the official set has {n}"
+            for name, n in OFFICIAL_COUNTS.items()
+            if counts[name] != n
+        ]
     for language, members in by_language.items():
         missing = [name for name in GEDIT_CATEGORIES if members and name not in {task.category for task in members}]
         faults += [f"{language}: no row of {missing}"] if missing else []
     keys = {language: {(task.key, task.category) for task in members} for language, members in by_language.items()}
     if all(keys.values()) and keys["en"] != keys["cn"]:
         unlike = sorted(keys["en"] ^ keys["cn"])
-        faults.append(f"{len(unlike)} keys stand in one language only, or in two categories: {[key for key, _ in unlike[:3]]}")
+        faults.append(
+            f"{len(unlike)} keys stand in one language only, or in two categories: {[key for key, _ in unlike[:3]]}"
+        )
     if faults:
-        raise UserErrors("this is not the official GEdit-Bench; download it again, or say that the set is your own (--custom-set):", faults)
+        raise UserErrors(
+            "this is not the official GEdit-Bench; download it again, or say that the set is your own (--custom-set):",
+            faults,
+        )
 
 
 def is_official(tasks: Sequence[EditTask]) -> bool:
@@ -199,7 +231,9 @@ def is_official(tasks: Sequence[EditTask]) -> bool:
 
 
 def select(tasks: Sequence[EditTask], language: str, subset: str) -> list[EditTask]:
-    """The rows of a column: one language, and all rows, the intersection's or the paper's six categories. Raises UserError for an unknown name or no row."""
+    """The rows of a column: one language, and all rows, the intersection's or the paper's six categories. Raises
+    UserError for an unknown name or no row.
+    """
     for name, value, known in (("language", language, LANGUAGES), ("subset", subset, SUBSETS)):
         if value not in known:
             raise UserError(f"{name} = {value!r}; choose one of {list(known)}")
@@ -215,14 +249,21 @@ def select(tasks: Sequence[EditTask], language: str, subset: str) -> list[EditTa
 
 def set_digest(tasks: Sequence[EditTask]) -> str:
     """SHA-256 of all that the rows say, images by their digests."""
-    return digest([[task.language, task.key, task.category, task.instruction, task.intersection, task.source_sha256] for task in tasks])
+    return digest(
+        [
+            [task.language, task.key, task.category, task.instruction, task.intersection, task.source_sha256]
+            for task in tasks
+        ]
+    )
 
 
-# --- folders of edited images -----------------------------------------------------------------------------------------------
+# --- folders of edited images -----------------------------------------------------------------------------------------
 
 
 def edited_path(root: str | Path, task: EditTask) -> Path:
-    """Where a model's image lies: ROOT/fullset/TASK_TYPE/LANGUAGE/KEY.png, ROOT being the model's folder (the official layout)."""
+    """Where a model's image lies: ROOT/fullset/TASK_TYPE/LANGUAGE/KEY.png, ROOT being the model's folder (the official
+    layout).
+    """
     return Path(root) / "fullset" / task.category / task.language / f"{task.key}.png"
 
 

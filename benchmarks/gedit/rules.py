@@ -1,7 +1,9 @@
-"""GEdit-Bench's arithmetic: from a judge's four numbers to a sample's score, a category's mean and the macro average. The micro judge and the real share it.
+"""GEdit-Bench's arithmetic: from a judge's four numbers to a sample's score, a category's mean and the macro average.
+The micro judge and the real share it.
 
-SC = min of the two semantic scores, PQ = min of the two quality scores, O = sqrt(SC * PQ), all on 0 to 10; the average weighs categories, not samples
-(stepfun-ai/Step1X-Edit, GEdit-Bench/calculate_statistics.py). A judge that failed gives a status, never a number.
+SC = min of the two semantic scores, PQ = min of the two quality scores, O = sqrt(SC * PQ), all on 0 to 10; the average
+weighs categories, not samples (stepfun-ai/Step1X-Edit, GEdit-Bench/calculate_statistics.py). A judge that failed gives
+a status, never a number.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ SUBSETS = ("full", "intersection", "paper")  # all rows; those flagged Intersect
 
 @dataclass(frozen=True)
 class Sample:
-    """What the judge said of one edited image: `semantic` = (editing success, no over-editing), `quality` = (naturalness, no artifacts).
+    """What the judge said of one edited image: `semantic` = (editing success, no over-editing), `quality` =
+    (naturalness, no artifacts).
 
-    Each score lies in [0, 10]; both are empty unless the status is ok. `repeats` holds further judgements of the same image, as (semantic, quality) pairs: the
-    sample is worth the mean over all of them.
+    Each score lies in [0, 10]; both are empty unless the status is ok. `repeats` holds further judgements of the same
+    image, as (semantic, quality) pairs: the sample is worth the mean over all of them.
     """
 
     example_id: str
@@ -40,7 +43,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Means:
-    """Means over the ok samples, 0 to 10. `low` and `high` bound the mean of O if every sample without a score had earned 0, or 10."""
+    """Means over the ok samples, 0 to 10. `low` and `high` bound the mean of O if every sample without a score had
+    earned 0, or 10.
+    """
 
     sc: float
     pq: float
@@ -66,13 +71,17 @@ def overall(semantic: Sequence[float], quality: Sequence[float]) -> tuple[float,
     """(SC, PQ, O) of one sample, each in [0, 10]. Raises UserError for a missing, non-finite or out-of-range score."""
     for name, scores in (("semantic", semantic), ("quality", quality)):
         if not scores or not all(math.isfinite(score) and 0.0 <= score <= HIGHEST for score in scores):
-            raise UserError(f"{name} scores {list(scores)}: one or more finite numbers from 0 to 10 are needed; a failed judgement has a status instead")
+            raise UserError(
+                f"{name} scores {list(scores)}: one or more finite numbers from 0 to 10 are needed; a failed judgement has a status instead"
+            )
     sc, pq = float(min(semantic)), float(min(quality))
     return sc, pq, math.sqrt(sc * pq)
 
 
 def sample_scores(sample: Sample) -> tuple[float, float, float]:
-    """(SC, PQ, O) of an ok sample: means over its judgements, so O is the mean of the roots. Raises UserError as `overall` does."""
+    """(SC, PQ, O) of an ok sample: means over its judgements, so O is the mean of the roots. Raises UserError as
+    `overall` does.
+    """
     judged = [overall(semantic, quality) for semantic, quality in ((sample.semantic, sample.quality), *sample.repeats)]
     sc, pq, o = (float(value) for value in np.mean(judged, axis=0))
     return sc, pq, o
@@ -85,14 +94,20 @@ def _faults(samples: Sequence[Sample]) -> list[str]:
         if sample.status not in STATUSES:
             faults.append(f"{where}: status = {sample.status!r}; choose one of {list(STATUSES)}")
         elif sample.status != "ok" and (sample.semantic or sample.quality or sample.repeats):
-            faults.append(f"{where}: status = {sample.status!r} but scores {list(sample.semantic)} {list(sample.quality)}; a failed judgement has none")
+            faults.append(
+                f"{where}: status = {sample.status!r} but scores {list(sample.semantic)} {list(sample.quality)}; a failed judgement has none"
+            )
         elif sample.status == "ok":
             try:
                 sample_scores(sample)
             except UserError as error:
                 faults.append(f"{where}: {error}")
     counts = Counter((sample.category, sample.example_id) for sample in samples)
-    faults += [f"{category} {name}: {count} judgements of one sample; keep one" for (category, name), count in counts.items() if count > 1]
+    faults += [
+        f"{category} {name}: {count} judgements of one sample; keep one"
+        for (category, name), count in counts.items()
+        if count > 1
+    ]
     return faults
 
 
@@ -107,16 +122,22 @@ def _means(samples: Sequence[Sample]) -> Means:
 def aggregate(samples: Sequence[Sample], categories: Sequence[str], *, allow_partial: bool = False) -> Aggregate:
     """Means per category and their unweighted average.
 
-    Raises UserErrors for malformed or repeated samples, for a category without any score, and, unless `allow_partial`, where fewer than MINIMUM_COVERAGE
-    of a category's samples have one.
+    Raises UserErrors for malformed or repeated samples, for a category without any score, and, unless `allow_partial`,
+    where fewer than MINIMUM_COVERAGE of a category's samples have one.
     """
     faults = _faults(samples)
     groups = {category: [sample for sample in samples if sample.category == category] for category in categories}
-    faults += [f"{sample.category} {sample.example_id}: not one of the categories {list(categories)}" for sample in samples if sample.category not in groups]
+    faults += [
+        f"{sample.category} {sample.example_id}: not one of the categories {list(categories)}"
+        for sample in samples
+        if sample.category not in groups
+    ]
     for category, members in groups.items():
         scored = sum(sample.status == "ok" for sample in members)
         if not scored:
-            faults.append(f"{category}: none of {len(members)} samples has a score; an average over nothing does not exist")
+            faults.append(
+                f"{category}: none of {len(members)} samples has a score; an average over nothing does not exist"
+            )
         elif scored < MINIMUM_COVERAGE * len(members) and not allow_partial:
             others = dict(Counter(sample.status for sample in members if sample.status != "ok"))
             bound = f"at least {MINIMUM_COVERAGE:.0%} are needed: judge the rest, or allow a partial result"

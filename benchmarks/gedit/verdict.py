@@ -1,4 +1,6 @@
-"""From raw replies to GEdit's numbers: a pure function of a folder of judgements, which can be run again at will and asks nobody anything."""
+"""From raw replies to GEdit's numbers: a pure function of a folder of judgements, which can be run again at will and
+asks nobody anything.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ import numpy as np
 
 from benchmarks.gedit.judging import MadeEdit, MakeAsk, answers_of, ask_about
 from benchmarks.gedit.questions import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, job_key, read_manifest
-from benchmarks.gedit.rules import LANGUAGES, PAPER_CATEGORIES, SUBSETS, Aggregate, Sample, aggregate, overall, sample_scores
+from benchmarks.gedit.rules import (
+    LANGUAGES,
+    PAPER_CATEGORIES,
+    SUBSETS,
+    Aggregate,
+    Sample,
+    aggregate,
+    overall,
+    sample_scores,
+)
 from benchmarks.judge.protocol import JudgeSettings, Outcome, identity_of_judge, outcome, reply_from_json
 from benchmarks.judge.wording import KINDS, QUALITY, SEMANTIC, Wording
 from benchmarks.scores.scorecard import ExampleScore, Scorecard, identity_of, summarise
@@ -34,7 +45,9 @@ class Judgements:
     model: str
     repeats: int
     about_set: dict[str, Any]  # "digest", and "kind": "official" or "custom"
-    made_with: dict[str, Any]  # the settings that the images' folder names: model, sampler, seed; empty for images made elsewhere
+    made_with: dict[
+        str, Any
+    ]  # the settings that the images' folder names: model, sampler, seed; empty for images made elsewhere
     identity: dict[str, Any]  # of the judge
     answered_by: str  # the model's name as the server gave it
     samples: list[tuple[Entry, Judged]]
@@ -73,7 +86,9 @@ class _Replies:
     def of(self, entry: Entry) -> Judged:
         judged: Judged = []
         for repeat in range(self._repeats) if entry.status == "ok" else ():
-            pair = {kind: self._outcome(job_key(Job(entry, kind, repeat), self._identity, self._wording)) for kind in KINDS}
+            pair = {
+                kind: self._outcome(job_key(Job(entry, kind, repeat), self._identity, self._wording)) for kind in KINDS
+            }
             semantic, quality = pair[SEMANTIC], pair[QUALITY]
             if semantic is not None and quality is not None:
                 judged.append((semantic, quality))
@@ -82,7 +97,9 @@ class _Replies:
     def check(self, out: str | Path) -> None:
         faults = []
         if self.open_questions:
-            faults.append(f"{self.open_questions} questions have no answer yet; run `python -m benchmarks gedit judge` again, it goes on")
+            faults.append(
+                f"{self.open_questions} questions have no answer yet; run `python -m benchmarks gedit judge` again, it goes on"
+            )
         if len(self.models) > 1:
             faults.append(
                 f"{len(self.models)} models answered: {dict(sorted(self.models.items()))}; name one with its date, and judge anew into another folder"
@@ -94,24 +111,35 @@ class _Replies:
 def read_judgements(out: str | Path, wording: Wording) -> Judgements:
     """Reads a folder of judgements; `wording` must be the one it was made with.
 
-    Raises UserErrors for questions that have no answer yet, and for a run that several models answered (a floating name whose meaning has changed).
+    Raises UserErrors for questions that have no answer yet, and for a run that several models answered (a floating name
+    whose meaning has changed).
     """
     manifest, entries = read_manifest(out)
     identity = read_settings(out)["judge"]
     if identity["wording"] != wording.identity():
-        raise UserError(f"{out}: was judged with the {identity['wording']['name']!r} wording, not with this {wording.name!r} one; give the same --wording")
+        raise UserError(
+            f"{out}: was judged with the {identity['wording']['name']!r} wording, not with this {wording.name!r} one; give the same --wording"
+        )
     replies = _Replies(read_results(out), identity, wording, int(manifest["repeats"]))
     found: dict[str, list[tuple[Entry, Judged]]] = {SAMPLE: [], ANCHOR: []}
     for entry in entries:
         found[entry.purpose].append((entry, replies.of(entry)))
     replies.check(out)
     return Judgements(
-        manifest["model"], int(manifest["repeats"]), manifest["set"], manifest["made_with"], identity, replies.answered_by, found[SAMPLE], found[ANCHOR],
-        manifest.get("anchors", {}), dict(replies.usage),
-    )  # fmt: skip
+        manifest["model"],
+        int(manifest["repeats"]),
+        manifest["set"],
+        manifest["made_with"],
+        identity,
+        replies.answered_by,
+        found[SAMPLE],
+        found[ANCHOR],
+        manifest.get("anchors", {}),
+        dict(replies.usage),
+    )
 
 
-# --- samples and rows -------------------------------------------------------------------------------------------------------
+# --- samples and rows -------------------------------------------------------------------------------------------------
 
 
 def status_of(entry: Entry, judged: Judged) -> str:
@@ -125,8 +153,12 @@ def status_of(entry: Entry, judged: Judged) -> str:
 
 
 def sample_of(entry: Entry, judged: Judged) -> Sample:
-    """The scores of an image's good repeats; failed repeats take no part, and a sample without a good one has a status and no score."""
-    pairs = [(semantic.scores, quality.scores) for semantic, quality in judged if semantic.status == quality.status == "ok"]
+    """The scores of an image's good repeats; failed repeats take no part, and a sample without a good one has a status
+    and no score.
+    """
+    pairs = [
+        (semantic.scores, quality.scores) for semantic, quality in judged if semantic.status == quality.status == "ok"
+    ]
     if not pairs:
         return Sample(entry.id, entry.category, status=status_of(entry, judged))
     return Sample(entry.id, entry.category, *pairs[0], repeats=tuple(pairs[1:]))
@@ -140,14 +172,21 @@ def _reasons(entry: Entry, judged: Judged) -> tuple[str, ...]:
     for kind, place in ((SEMANTIC, 0), (QUALITY, 1)):
         for pair in judged:
             found = pair[place]
-            texts.append(f"{kind} {list(found.scores)}: {found.reasoning}" if found.status == "ok" else f"{kind}: {found.status} ({found.fault})")
+            texts.append(
+                f"{kind} {list(found.scores)}: {found.reasoning}"
+                if found.status == "ok"
+                else f"{kind}: {found.status} ({found.fault})"
+            )
     return tuple(texts)
 
 
 def rows_of(judgements: Judgements) -> list[ExampleScore]:
-    """One row an image: values {"O", "sc", "pq", "sc1", "sc2", "pq1", "pq2"}, means over the repeats; reasons are the judge's own words."""
+    """One row an image: values {"O", "sc", "pq", "sc1", "sc2", "pq1", "pq2"}, means over the repeats; reasons are the
+    judge's own words.
+    """
     return [
-        _row(judgements.model, entry, judged, k=0, seed=entry.seed, image=entry.edited if entry.status == "ok" else "") for entry, judged in judgements.samples
+        _row(judgements.model, entry, judged, k=0, seed=entry.seed, image=entry.edited if entry.status == "ok" else "")
+        for entry, judged in judgements.samples
     ]
 
 
@@ -156,9 +195,13 @@ def _row(model: str, entry: Entry, judged: Judged, *, k: int, seed: int, image: 
     values: dict[str, float] = {}
     if sample.status == "ok":
         sc, pq, o = sample_scores(sample)
-        pairs = np.array([[*semantic, *quality] for semantic, quality in ((sample.semantic, sample.quality), *sample.repeats)]).mean(0)
+        pairs = np.array(
+            [[*semantic, *quality] for semantic, quality in ((sample.semantic, sample.quality), *sample.repeats)]
+        ).mean(0)
         values = {"O": o, "sc": sc, "pq": pq, **dict(zip(("sc1", "sc2", "pq1", "pq2"), map(float, pairs), strict=True))}
-    return ExampleScore(model, "gedit", entry.category, entry.id, k, seed, values, _reasons(entry, judged), image, sample.status)
+    return ExampleScore(
+        model, "gedit", entry.category, entry.id, k, seed, values, _reasons(entry, judged), image, sample.status
+    )
 
 
 def score_made(
@@ -171,7 +214,8 @@ def score_made(
     make_ask: MakeAsk,
     **how: Any,
 ) -> tuple[list[ExampleScore], dict[str, Any]]:
-    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the row's key. `how`: see `ask_about`.
+    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the
+    row's key. `how`: see `ask_about`.
 
     Raises UserError(s) as `ask_about` does, and for a run that several models answered.
     """
@@ -180,7 +224,10 @@ def score_made(
     replies = _Replies(read_results(folder), identity, wording, settings.repeats)
     judged = [replies.of(entry) for entry in entries]
     replies.check(folder)
-    rows = [_row(model, entry, found, k=one.k, seed=one.seed, image=one.image) for one, entry, found in zip(made, entries, judged, strict=True)]
+    rows = [
+        _row(model, entry, found, k=one.k, seed=one.seed, image=one.image)
+        for one, entry, found in zip(made, entries, judged, strict=True)
+    ]
     rows = [replace(row, example_id=one.task.key) for row, one in zip(rows, made, strict=True)]
     return rows, {**identity, "answered_by": replies.answered_by}
 
@@ -188,7 +235,9 @@ def score_made(
 def coverage_of(rows: Sequence[ExampleScore]) -> float:
     """The lowest share, over the categories, of images that have a score."""
     categories = {row.category for row in rows}
-    return min(float(np.mean([row.status == "ok" for row in rows if row.category == category])) for category in categories)
+    return min(
+        float(np.mean([row.status == "ok" for row in rows if row.category == category])) for category in categories
+    )
 
 
 def answered_by(store: str | Path, settings: JudgeSettings, wording: Wording) -> str:
@@ -201,11 +250,13 @@ def answered_by(store: str | Path, settings: JudgeSettings, wording: Wording) ->
     models = Counter(reply.model for reply in replies if reply.status == "ok" and reply.model)
     if len(models) > 1:
         advice = f"name one with its date, or remove {folder} and judge everything anew"
-        raise UserError(f"{folder}: {len(models)} models answered under the name {settings.model}: {dict(sorted(models.items()))}; {advice}")
+        raise UserError(
+            f"{folder}: {len(models)} models answered under the name {settings.model}: {dict(sorted(models.items()))}; {advice}"
+        )
     return next(iter(models), "")
 
 
-# --- columns ----------------------------------------------------------------------------------------------------------------
+# --- columns ----------------------------------------------------------------------------------------------------------
 
 
 def _column(entries: Sequence[Entry], language: str, subset: str) -> list[Entry]:
@@ -221,7 +272,9 @@ def categories_of(entries: Sequence[Entry]) -> list[str]:
 
 
 def columns(judgements: Judgements, *, allow_partial: bool) -> dict[str, Aggregate | str]:
-    """ "LANGUAGE/SUBSET" -> its means, or the sentence why it has none (too few judged). Languages are never mixed: there is no such number."""
+    """ "LANGUAGE/SUBSET" -> its means, or the sentence why it has none (too few judged). Languages are never mixed:
+    there is no such number.
+    """
     samples = {entry.id: sample_of(entry, judged) for entry, judged in judgements.samples}
     found: dict[str, Aggregate | str] = {}
     for language in LANGUAGES:
@@ -230,7 +283,9 @@ def columns(judgements: Judgements, *, allow_partial: bool) -> dict[str, Aggrega
             if not members:
                 continue
             try:
-                found[f"{language}/{subset}"] = aggregate([samples[entry.id] for entry in members], categories_of(members), allow_partial=allow_partial)
+                found[f"{language}/{subset}"] = aggregate(
+                    [samples[entry.id] for entry in members], categories_of(members), allow_partial=allow_partial
+                )
             except UserError as error:
                 found[f"{language}/{subset}"] = str(error)
     return found
@@ -241,32 +296,48 @@ def column_scorecard(
 ) -> tuple[Scorecard, list[ExampleScore]]:
     """The scorecard of one column ("en/full", "cn/paper", ...) with its rows.
 
-    Raises UserError for an unknown column or one without rows, UserErrors for too few judged images unless `allow_partial`.
+    Raises UserError for an unknown column or one without rows, UserErrors for too few judged images unless
+    `allow_partial`.
     """
     language, _, subset = column.partition("/")
     if language not in LANGUAGES or subset not in SUBSETS:
-        raise UserError(f"column = {column!r}; choose of {[f'{language}/{subset}' for language in LANGUAGES for subset in SUBSETS]}")
+        raise UserError(
+            f"column = {column!r}; choose of {[f'{language}/{subset}' for language in LANGUAGES for subset in SUBSETS]}"
+        )
     members = _column([entry for entry, _ in judgements.samples], language, subset)
     if not members:
         raise UserError(f"column {column}: the set has no such row")
     kept = {entry.id for entry in members}
     rows = [row for row in rows_of(judgements) if row.example_id in kept]
-    expected = {category: {(entry.id, 0) for entry in members if entry.category == category} for category in categories_of(members)}
-    metrics = summarise(rows, expected=expected, seed=seed, resamples=resamples, confidence=confidence, allow_partial=allow_partial)
+    expected = {
+        category: {(entry.id, 0) for entry in members if entry.category == category}
+        for category in categories_of(members)
+    }
+    metrics = summarise(
+        rows, expected=expected, seed=seed, resamples=resamples, confidence=confidence, allow_partial=allow_partial
+    )
     statuses = Counter(row.status for row in rows)
     identity = {
-        "prompts": digest([[entry.id, entry.category, entry.instruction, entry.source_sha256] for entry in members]), "set": judgements.about_set["kind"],
-        "language": language, "subset": subset, "judge": {**judgements.identity, "answered_by": judgements.answered_by}, "repeats": judgements.repeats,
-        "coverage": coverage_of(rows), "statuses": dict(sorted(statuses.items())), "images": judgements.made_with,
-    }  # fmt: skip
+        "prompts": digest([[entry.id, entry.category, entry.instruction, entry.source_sha256] for entry in members]),
+        "set": judgements.about_set["kind"],
+        "language": language,
+        "subset": subset,
+        "judge": {**judgements.identity, "answered_by": judgements.answered_by},
+        "repeats": judgements.repeats,
+        "coverage": coverage_of(rows),
+        "statuses": dict(sorted(statuses.items())),
+        "images": judgements.made_with,
+    }
     return Scorecard(judgements.model, identity_of(expected), {"gedit": identity}, metrics), rows
 
 
-# --- the judge's own noise --------------------------------------------------------------------------------------------------
+# --- the judge's own noise --------------------------------------------------------------------------------------------
 
 
 def repeat_noise(judgements: Judgements) -> dict[str, Any] | None:
-    """How far repeats lie apart, as standard deviations of O: within a sample (pooled) and of the mean over samples; None for a single repeat."""
+    """How far repeats lie apart, as standard deviations of O: within a sample (pooled) and of the mean over samples;
+    None for a single repeat.
+    """
     if judgements.repeats < 2:
         return None
     complete = []
@@ -277,22 +348,37 @@ def repeat_noise(judgements: Judgements) -> dict[str, Any] | None:
     if len(complete) < 2:
         return {"samples": len(complete), "within": None, "of_mean": None}
     table = np.array(complete)  # (samples, repeats)
-    return {"samples": len(complete), "within": float(np.sqrt(table.var(1, ddof=1).mean())), "of_mean": float(table.mean(0).std(ddof=1))}
+    return {
+        "samples": len(complete),
+        "within": float(np.sqrt(table.var(1, ddof=1).mean())),
+        "of_mean": float(table.mean(0).std(ddof=1)),
+    }
 
 
 def drift(judgements: Judgements, *, seed: int, resamples: int, confidence: float) -> dict[str, Any] | None:
     """The anchors' scores now minus those when they were frozen, paired; None without anchors.
 
-    Raises UserError when the anchors were frozen with other settings, because the difference would then not be the judge's.
+    Raises UserError when the anchors were frozen with other settings, because the difference would then not be the
+    judge's.
     """
     if not judgements.frozen:
         return None
     if judgements.frozen["judge"] != judgements.identity:
-        raise UserError("the anchors were frozen with other settings of the judge; freeze them anew with these, or judge without them")
+        raise UserError(
+            "the anchors were frozen with other settings of the judge; freeze them anew with these, or judge without them"
+        )
     reference = {row["id"]: float(row["o"]) for row in judgements.frozen["anchors"]}
-    now = {entry.key: sample_scores(sample)[2] for entry, judged in judgements.anchors if (sample := sample_of(entry, judged)).status == "ok"}
+    now = {
+        entry.key: sample_scores(sample)[2]
+        for entry, judged in judgements.anchors
+        if (sample := sample_of(entry, judged)).status == "ok"
+    }
     both = sorted(now)
-    result: dict[str, Any] = {"n": len(both), "without_score": len(reference) - len(both), "frozen_with": judgements.frozen["answered_by"]}
+    result: dict[str, Any] = {
+        "n": len(both),
+        "without_score": len(reference) - len(both),
+        "frozen_with": judgements.frozen["answered_by"],
+    }
     if len(both) < 2:
         return {**result, "difference": None}
     a, b = ({"anchors": np.array([values[name] for name in both])} for values in (now, reference))
@@ -300,23 +386,38 @@ def drift(judgements: Judgements, *, seed: int, resamples: int, confidence: floa
     moves = sorted(both, key=lambda name: (-abs(now[name] - reference[name]), name))[:3]
     moved = found.low > 0.0 or found.high < 0.0
     return {
-        **result, "difference": found.difference, "low": found.low, "high": found.high, "p": found.p, "drifted": moved,
+        **result,
+        "difference": found.difference,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p,
+        "drifted": moved,
         "largest": {name: now[name] - reference[name] for name in moves if now[name] != reference[name]},
-    }  # fmt: skip
+    }
 
 
 def freeze_anchors(judgements: Judgements, out: str | Path, target: str | Path, *, count: int, seed: int) -> int:
-    """Copies `count` judged images, spread over the categories, with their scores into `target`: the set by which the judge's drift is measured later.
+    """Copies `count` judged images, spread over the categories, with their scores into `target`: the set by which the
+    judge's drift is measured later.
 
     Raises UserError when fewer than two can be taken.
     """
-    scored = {entry.id: (entry, sample) for entry, judged in judgements.samples if (sample := sample_of(entry, judged)).status == "ok"}
+    scored = {
+        entry.id: (entry, sample)
+        for entry, judged in judgements.samples
+        if (sample := sample_of(entry, judged)).status == "ok"
+    }
     circles = {
         category: [names[int(i)] for i in numpy_generator(seed, 0, 0, f"anchors/{category}").permutation(len(names))]
         for category in GEDIT_CATEGORIES
         if (names := sorted(name for name, (entry, _) in scored.items() if entry.category == category))
     }
-    order = [names[turn] for turn in range(max(map(len, circles.values()), default=0)) for names in circles.values() if turn < len(names)]
+    order = [
+        names[turn]
+        for turn in range(max(map(len, circles.values()), default=0))
+        for names in circles.values()
+        if turn < len(names)
+    ]
     chosen = sorted(order[:count])
     if len(chosen) < 2:
         raise UserError(f"anchors: {len(chosen)} images can be taken; judge at least two images with scores first")
@@ -325,41 +426,76 @@ def freeze_anchors(judgements: Judgements, out: str | Path, target: str | Path, 
         (folder / "images").mkdir()
         for name in chosen:
             entry, sample = scored[name]
-            files = {kind: f"images/{name}_{kind}{Path(path).suffix}" for kind, path in (("source", entry.source), ("edited", entry.edited))}
+            files = {
+                kind: f"images/{name}_{kind}{Path(path).suffix}"
+                for kind, path in (("source", entry.source), ("edited", entry.edited))
+            }
             for kind, path in (("source", entry.source), ("edited", entry.edited)):
                 shutil.copyfile(Path(out) / path, folder / files[kind])
             sc, pq, o = sample_scores(sample)
-            rows.append({
-                "id": name, "language": entry.language, "category": entry.category, "instruction": entry.instruction, **files,
-                "source_sha256": entry.source_sha256, "edited_sha256": entry.edited_sha256, "sc": sc, "pq": pq, "o": o,
-            })  # fmt: skip
-        write_json(folder / ANCHORS_FILE, {"judge": judgements.identity, "answered_by": judgements.answered_by, "anchors": rows})
+            rows.append(
+                {
+                    "id": name,
+                    "language": entry.language,
+                    "category": entry.category,
+                    "instruction": entry.instruction,
+                    **files,
+                    "source_sha256": entry.source_sha256,
+                    "edited_sha256": entry.edited_sha256,
+                    "sc": sc,
+                    "pq": pq,
+                    "o": o,
+                }
+            )
+        write_json(
+            folder / ANCHORS_FILE,
+            {"judge": judgements.identity, "answered_by": judgements.answered_by, "anchors": rows},
+        )
     return len(rows)
 
 
-# --- everything at once -----------------------------------------------------------------------------------------------------
+# --- everything at once -----------------------------------------------------------------------------------------------
 
 
 def _means(value: Any) -> dict[str, Any]:
     return {**asdict(value), "coverage": value.coverage}
 
 
-def summary(judgements: Judgements, *, allow_partial: bool, seed: int, resamples: int, confidence: float) -> dict[str, Any]:
-    """All columns with SC, PQ, O, the bounds by which failures could move O, coverage and statuses; noise, drift, and what was judged with what."""
+def summary(
+    judgements: Judgements, *, allow_partial: bool, seed: int, resamples: int, confidence: float
+) -> dict[str, Any]:
+    """All columns with SC, PQ, O, the bounds by which failures could move O, coverage and statuses; noise, drift, and
+    what was judged with what.
+    """
     table: dict[str, Any] = {}
     for name, found in columns(judgements, allow_partial=allow_partial).items():
         if isinstance(found, str):
             table[name] = {"refused": found}
         else:
-            table[name] = {"average": _means(found.average), "categories": {category: _means(means) for category, means in found.categories.items()}}
+            table[name] = {
+                "average": _means(found.average),
+                "categories": {category: _means(means) for category, means in found.categories.items()},
+            }
     entries = [entry for entry, _ in judgements.samples]
     failed: Mapping[str, int] = Counter(
-        f"{kind} {found.status}" for _, judged in judgements.samples for pair in judged for kind, found in zip(KINDS, pair, strict=True) if found.status != "ok"
+        f"{kind} {found.status}"
+        for _, judged in judgements.samples
+        for pair in judged
+        for kind, found in zip(KINDS, pair, strict=True)
+        if found.status != "ok"
     )
     return {
-        "model": judgements.model, "set": judgements.about_set, "images": judgements.made_with, "samples": len(entries), "repeats": judgements.repeats,
+        "model": judgements.model,
+        "set": judgements.about_set,
+        "images": judgements.made_with,
+        "samples": len(entries),
+        "repeats": judgements.repeats,
         "judge": judgements.identity,
-        "answered_by": judgements.answered_by, "usage": dict(sorted(judgements.usage.items())), "failed_questions": dict(sorted(failed.items())),
-        "stretched": sum(entry.stretched for entry in entries), "noise": repeat_noise(judgements),
-        "drift": drift(judgements, seed=seed, resamples=resamples, confidence=confidence), "columns": table,
-    }  # fmt: skip
+        "answered_by": judgements.answered_by,
+        "usage": dict(sorted(judgements.usage.items())),
+        "failed_questions": dict(sorted(failed.items())),
+        "stretched": sum(entry.stretched for entry in entries),
+        "noise": repeat_noise(judgements),
+        "drift": drift(judgements, seed=seed, resamples=resamples, confidence=confidence),
+        "columns": table,
+    }

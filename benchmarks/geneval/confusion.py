@@ -25,7 +25,9 @@ def _put(table: Confusion, asked: str, found: str, place: int) -> None:
 
 
 def count_confusion(scores: Sequence[ExampleScore], records: Mapping[str, Mapping[str, Any]]) -> Confusion:
-    """How many things a counting prompt asked for and how many were found. `records` holds GenEval's record of every example id."""
+    """How many things a counting prompt asked for and how many were found. `records` holds GenEval's record of every
+    example id.
+    """
     table: Confusion = {}
     for place, score in enumerate(scores):
         record = records.get(score.example_id, {})
@@ -33,14 +35,18 @@ def count_confusion(scores: Sequence[ExampleScore], records: Mapping[str, Mappin
             continue
         clause = record["include"][0]
         asked = str(clause["count"])
-        numbers = [match.group(1) for reason in _reasons_of(score, clause["class"], None) if (match := FOUND.search(reason))]
+        numbers = [
+            match.group(1) for reason in _reasons_of(score, clause["class"], None) if (match := FOUND.search(reason))
+        ]
         if numbers or not score.reasons:
             _put(table, asked, numbers[-1] if numbers else asked, place)
     return dict(sorted(table.items(), key=lambda item: int(item[0])))
 
 
 def color_confusion(scores: Sequence[ExampleScore], records: Mapping[str, Mapping[str, Any]]) -> Confusion:
-    """Which colour a clause asked for and which its thing had, "nothing" where no such thing was found. One clause of a prompt counts once."""
+    """Which colour a clause asked for and which its thing had, "nothing" where no such thing was found. One clause of a
+    prompt counts once.
+    """
     table: Confusion = {}
     for place, score in enumerate(scores):
         record = records.get(score.example_id, {})

@@ -1,7 +1,8 @@
-"""GenEval's folder of images, as its own scripts write and read it: ROOT/00017/metadata.jsonl and ROOT/00017/samples/00000.png, one folder a prompt.
+"""GenEval's folder of images, as its own scripts write and read it: ROOT/00017/metadata.jsonl and
+ROOT/00017/samples/00000.png, one folder a prompt.
 
-Images made elsewhere are read too: any folder whose name is a number, any PNG whose name begins with one. Which prompt a folder belongs to is told by its
-metadata and by nothing else.
+Images made elsewhere are read too: any folder whose name is a number, any PNG whose name begins with one. Which prompt
+a folder belongs to is told by its metadata and by nothing else.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def image_path(index: int, k: int) -> str:
 
 
 def image_seed(index: int, k: int, seed: int) -> int:
-    """Of one image, from suite, prompt, sample and base seed alone: two models start from the same noise, two prompts do not. 63 bits."""
+    """Of one image, from suite, prompt, sample and base seed alone: two models start from the same noise, two prompts
+    do not. 63 bits.
+    """
     return int.from_bytes(hashlib.sha256(f"{SUITE}|{example_id(index)}|{k}|{seed}".encode()).digest()[:8], "big") >> 1
 
 
@@ -90,7 +93,11 @@ def _folders(root: Path, records: Sequence[Mapping[str, Any]], faults: list[str]
         else:
             found[index] = folder
     faults += [f"{len(broken)} folders without a readable {METADATA_FILE}: {_some(broken)}"] if broken else []
-    faults += [f"{len(foreign)} folders whose {METADATA_FILE} is no record of the prompt set: {_some(foreign)}"] if foreign else []
+    faults += (
+        [f"{len(foreign)} folders whose {METADATA_FILE} is no record of the prompt set: {_some(foreign)}"]
+        if foreign
+        else []
+    )
     faults += [f"{len(repeated)} prompts appear in two folders: {_some(repeated)}"] if repeated else []
     missing = [example_id(index) for index in range(len(records)) if index not in found]
     faults += [f"{len(missing)} of {len(records)} prompts have no folder: {_some(missing)}"] if missing else []
@@ -112,13 +119,17 @@ def _samples(folder: Path, faults: list[str]) -> dict[int, str]:
 
 
 def read_images(root: str | Path, records: Sequence[Mapping[str, Any]], samples: int | None = None) -> list[Item]:
-    """Every image of the set in the order of prompts and samples; `samples` images a prompt, or as many as there are where None.
+    """Every image of the set in the order of prompts and samples; `samples` images a prompt, or as many as there are
+    where None.
 
-    Raises UserErrors with all faults at once: a wrong or missing metadata file, a prompt that is missing or there twice, an unequal number of images.
+    Raises UserErrors with all faults at once: a wrong or missing metadata file, a prompt that is missing or there
+    twice, an unequal number of images.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give the folder that holds 00000/{METADATA_FILE} and 00000/{SAMPLES}/")
+        raise UserError(
+            f"{root}: no such folder; give the folder that holds 00000/{METADATA_FILE} and 00000/{SAMPLES}/"
+        )
     faults: list[str] = []
     folders = _folders(root, records, faults)
     names = {index: _samples(folder, faults) for index, folder in sorted(folders.items())}

@@ -1,4 +1,5 @@
-"""GenEval's prompt set, drawn anew from its recipe and pinned by digest: 553 records, equal byte for byte to the published metadata file.
+"""GenEval's prompt set, drawn anew from its recipe and pinned by digest: 553 records, equal byte for byte to the
+published metadata file.
 
 Recipe: djghosh13/geneval, prompts/create_prompts.py (PCG64 with seed 43, 100 draws a task, exact duplicates dropped).
 """
@@ -23,15 +24,87 @@ DRAWS = 100
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # COCO's 80 things in the order of their labels; three are renamed: mouse, remote and keyboard say what they belong to
 CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
-    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed",
-    "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven",
-    "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "computer mouse",
+    "tv remote",
+    "computer keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
+)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SIZES = dict(zip(GENEVAL_TAGS, (80, 99, 80, 94, 100, 100), strict=True))  # records a tag
 METADATA_MD5 = "9a0ed515640279a48ed3380d90aec0ed"
@@ -56,16 +129,31 @@ def _draws() -> list[Metadata]:
     records: list[Metadata] = []
     for index in rng.choice(count, size=count, replace=False):
         name = CLASSES[index]
-        records.append({"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of {with_article(name)}"})
+        records.append(
+            {
+                "tag": "single_object",
+                "include": [{"class": name, "count": 1}],
+                "prompt": f"a photo of {with_article(name)}",
+            }
+        )
     for _ in range(DRAWS):
         a, b = (CLASSES[index] for index in rng.choice(count, size=2, replace=False))
         include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-        records.append({"tag": "two_object", "include": include, "prompt": f"a photo of {with_article(a)} and {with_article(b)}"})
+        records.append(
+            {"tag": "two_object", "include": include, "prompt": f"a photo of {with_article(a)} and {with_article(b)}"}
+        )
     for _ in range(DRAWS):
         name = CLASSES[rng.choice(count)]
         number = int(rng.integers(2, 4, endpoint=True))
         include, exclude = [{"class": name, "count": number}], [{"class": name, "count": number + 1}]
-        records.append({"tag": "counting", "include": include, "exclude": exclude, "prompt": f"a photo of {NUMBERS[number]} {plural(name)}"})
+        records.append(
+            {
+                "tag": "counting",
+                "include": include,
+                "exclude": exclude,
+                "prompt": f"a photo of {NUMBERS[number]} {plural(name)}",
+            }
+        )
     for _ in range(DRAWS):
         name = CLASSES[rng.choice(count - 1) + 1]  # a person has no colour
         color = COLORS[rng.choice(len(COLORS))]
@@ -76,12 +164,24 @@ def _draws() -> list[Metadata]:
         relation = RELATIONS[rng.choice(len(RELATIONS))]
         # the object that is referred to comes first in the record and last in the caption
         include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-        records.append({"tag": "position", "include": include, "prompt": f"a photo of {with_article(a)} {relation} {with_article(b)}"})
+        records.append(
+            {
+                "tag": "position",
+                "include": include,
+                "prompt": f"a photo of {with_article(a)} {relation} {with_article(b)}",
+            }
+        )
     for _ in range(DRAWS):
         a, b = (CLASSES[index + 1] for index in rng.choice(count - 1, size=2, replace=False))
         c, d = (COLORS[index] for index in rng.choice(len(COLORS), size=2, replace=False))
         include = [{"class": a, "count": 1, "color": c}, {"class": b, "count": 1, "color": d}]
-        records.append({"tag": "color_attr", "include": include, "prompt": f"a photo of {with_article(c)} {a} and {with_article(d)} {b}"})
+        records.append(
+            {
+                "tag": "color_attr",
+                "include": include,
+                "prompt": f"a photo of {with_article(c)} {a} and {with_article(d)} {b}",
+            }
+        )
     return records
 
 
@@ -99,7 +199,9 @@ def set_digest(records: Sequence[Mapping[str, Any]]) -> str:
 def _official() -> tuple[str, ...]:
     lines = tuple(dict.fromkeys(json.dumps(record) for record in _draws()))
     if hashlib.md5(("\n".join(lines) + "\n").encode(), usedforsecurity=False).hexdigest() != METADATA_MD5:
-        raise RuntimeError(f"GenEval's records do not have the published digest {METADATA_MD5}: numpy {np.__version__} draws otherwise")
+        raise RuntimeError(
+            f"GenEval's records do not have the published digest {METADATA_MD5}: numpy {np.__version__} draws otherwise"
+        )
     return lines
 
 
@@ -113,11 +215,15 @@ def is_official(records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def read_prompts(path: str | Path) -> list[Metadata]:
-    """A metadata file of one's own (JSON Lines), e.g. with rewritten prompts. Raises UserErrors with every line at fault, or for two equal records."""
+    """A metadata file of one's own (JSON Lines), e.g. with rewritten prompts. Raises UserErrors with every line at
+    fault, or for two equal records.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a JSON Lines file as `python -m benchmarks geneval prompts` prints it") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); give a JSON Lines file as `python -m benchmarks geneval prompts` prints it"
+        ) from error
     records: list[Metadata] = []
     faults: list[str] = []
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,6 @@
-"""What `python -m benchmarks geneval report` prints and writes: a model's table, its paired comparisons with others, and its page."""
+"""What `python -m benchmarks geneval report` prints and writes: a model's table, its paired comparisons with others,
+and its page.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.geneval.run import SCORECARD_FILE, VERDICT
-from benchmarks.scores.scorecard import MACRO, SCORES_FILE, ExampleScore, Scorecard, check_same_evaluator, compare, over_trainings, read_scorecard, read_scores
+from benchmarks.scores.scorecard import (
+    MACRO,
+    SCORES_FILE,
+    ExampleScore,
+    Scorecard,
+    check_same_evaluator,
+    compare,
+    over_trainings,
+    read_scorecard,
+    read_scores,
+)
 from benchmarks.scores.statistics import Comparison, holm
 from data.errors import UserError
 from data.files import write_text
@@ -38,7 +50,9 @@ def _named(folders: Sequence[Path]) -> dict[str, tuple[Scorecard, list[ExampleSc
 
 
 def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
-    """p by metric path: the macro average is the declared question and keeps its own, the categories are adjusted together (Holm)."""
+    """p by metric path: the macro average is the declared question and keeps its own, the categories are adjusted
+    together (Holm).
+    """
     primary = {path: one.p for path, one in comparisons.items() if path in MACRO.values()}
     return {**primary, **holm({path: one.p for path, one in comparisons.items() if path not in primary})}
 
@@ -48,13 +62,28 @@ def _table(cards: Mapping[str, Scorecard]) -> list[str]:
     lines = [f"{'metric':24}" + "".join(f"{name[:26]:>28}" for name in cards)]
     for path in paths:
         cells = [card.metrics.get(path) for card in cards.values()]
-        lines.append(f"{path:24}" + "".join(f"{'-' if cell is None else f'{cell.mean:.4f} [{cell.low:.3f}, {cell.high:.3f}]':>28}" for cell in cells))
+        lines.append(
+            f"{path:24}"
+            + "".join(
+                f"{'-' if cell is None else f'{cell.mean:.4f} [{cell.low:.3f}, {cell.high:.3f}]':>28}" for cell in cells
+            )
+        )
     return lines
 
 
-def report(folder: Path, against: Sequence[Path], trainings: Sequence[Path], *, images: Path | None, seed: int, resamples: int, confidence: float) -> str:
-    """The text of the table and comparisons; also written beside the first scorecard, with the page where its images are given. `trainings` are other training
-    seeds of the first model's recipe: with two or more of them the recipe gets intervals of its own.
+def report(
+    folder: Path,
+    against: Sequence[Path],
+    trainings: Sequence[Path],
+    *,
+    images: Path | None,
+    seed: int,
+    resamples: int,
+    confidence: float,
+) -> str:
+    """The text of the table and comparisons; also written beside the first scorecard, with the page where its images
+    are given. `trainings` are other training seeds of the first model's recipe: with two or more of them the recipe
+    gets intervals of its own.
 
     Raises UserErrors for mixed detectors or prompt sets, for unlike image sets, or for images of different seeds.
     """
@@ -78,10 +107,21 @@ def report(folder: Path, against: Sequence[Path], trainings: Sequence[Path], *, 
             )
     if trainings:
         lines += ["", f"over {len(again)} trainings, two-level bootstrap:"]
-        metrics = over_trainings([rows for _, rows in again.values()], expected=expected, seed=seed, resamples=resamples, confidence=confidence)
-        lines += [f"{path:24}{metric.mean:9.4f}   {metric.low:.4f} to {metric.high:.4f}" for path, metric in metrics.items()]
+        metrics = over_trainings(
+            [rows for _, rows in again.values()],
+            expected=expected,
+            seed=seed,
+            resamples=resamples,
+            confidence=confidence,
+        )
+        lines += [
+            f"{path:24}{metric.mean:9.4f}   {metric.low:.4f} to {metric.high:.4f}" for path, metric in metrics.items()
+        ]
     identity: Mapping[str, Any] = card.identities.get("geneval", {})
-    lines += ["", f"set: {identity.get('set')}, images a prompt: {identity.get('images_per_prompt')}, prompts sha256 {str(identity.get('prompts'))[:12]}"]
+    lines += [
+        "",
+        f"set: {identity.get('set')}, images a prompt: {identity.get('images_per_prompt')}, prompts sha256 {str(identity.get('prompts'))[:12]}",
+    ]
     text = "\n".join(lines)
     write_text(first / TABLE_FILE, text + "\n")
     if images is not None:

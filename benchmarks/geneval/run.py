@@ -1,7 +1,9 @@
-"""GenEval on a folder of images: detect (everything a verdict could need, stored once), then verdict and summary (arithmetic on what is stored).
+"""GenEval on a folder of images: detect (everything a verdict could need, stored once), then verdict and summary
+(arithmetic on what is stored).
 
-Detection is slow and its results are kept by address: image bytes, record, detector and classifier. The verdict is a function of them and of the thresholds, so
-thresholds can be swept without the networks, and a run that was killed ends with the same bytes as one that was not.
+Detection is slow and its results are kept by address: image bytes, record, detector and classifier. The verdict is a
+function of them and of the thresholds, so thresholds can be swept without the networks, and a run that was killed ends
+with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ from data.progress import progress
 DETECTIONS, VERDICT = "detections", "verdict"  # folders of results
 RESULTS_FILE, SUMMARY_FILE, SCORECARD_FILE = "results.jsonl", "summary.json", "scorecard.json"
 UNKNOWN_SEED = -1  # of images made elsewhere
-ACCEPTED_IMAGES, ACCEPTED_AGREEMENT, ACCEPTED_DIFFERENCE = 2000, 0.97, 0.01  # from here a port of the detector may stand in for the reference
+ACCEPTED_IMAGES, ACCEPTED_AGREEMENT, ACCEPTED_DIFFERENCE = (
+    2000,
+    0.97,
+    0.01,
+)  # from here a port of the detector may stand in for the reference
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Which networks look at the images: folders or names on the hub (`classifier` may be empty where no record asks for a colour), and the torch device."""
+    """Which networks look at the images: folders or names on the hub (`classifier` may be empty where no record asks
+    for a colour), and the torch device.
+    """
 
     detector: str
     classifier: str
@@ -43,7 +51,9 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a worker needs: pictures, their records, and the evaluator with the identity that it must have over there too."""
+    """What a worker needs: pictures, their records, and the evaluator with the identity that it must have over there
+    too.
+    """
 
     images: tuple[np.ndarray, ...]
     records: tuple[Mapping[str, Any], ...]
@@ -51,22 +61,32 @@ class _Batch:
     identity: dict[str, Any]
 
 
-# --- detect -----------------------------------------------------------------------------------------------------------------
+# --- detect -----------------------------------------------------------------------------------------------------------
 
 
 def evaluator_identity(evaluator: Evaluator, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What every result names. Raises UserError for a model that is not there, or records with colours and no classifier."""
+    """What every result names. Raises UserError for a model that is not there, or records with colours and no
+    classifier.
+    """
     colored = any("color" in clause for record in records for clause in record["include"])
     if evaluator.detector == MICRO:
         from data.microworld import World
 
-        return {"detector": {"architecture": MICRO, "world": json.loads(json.dumps(asdict(World())))}, "classifier": None}
+        return {
+            "detector": {"architecture": MICRO, "world": json.loads(json.dumps(asdict(World())))},
+            "classifier": None,
+        }
     if colored and not evaluator.classifier:
-        raise UserError("the prompt set asks for colours: name the colour classifier too (--classifier, a folder or openai/clip-vit-large-patch14)")
+        raise UserError(
+            "the prompt set asks for colours: name the colour classifier too (--classifier, a folder or openai/clip-vit-large-patch14)"
+        )
     from benchmarks.geneval.colors import classifier_identity
     from benchmarks.geneval.detector import detector_identity
 
-    return {"detector": detector_identity(evaluator.detector), "classifier": classifier_identity(evaluator.classifier) if evaluator.classifier else None}
+    return {
+        "detector": detector_identity(evaluator.detector),
+        "classifier": classifier_identity(evaluator.classifier) if evaluator.classifier else None,
+    }
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +128,10 @@ def _micro_rows(batch: _Batch) -> list[dict[str, Any]]:
     rows = []
     for image in batch.images:
         things = parse(world, image).things
-        found = [{"class": thing.class_name, "score": thing.score, "box": list(thing.box), "color": thing.color} for thing in things]
+        found = [
+            {"class": thing.class_name, "score": thing.score, "box": list(thing.box), "color": thing.color}
+            for thing in things
+        ]
         rows.append({"size": list(image.shape[:2]), "detections": found})
     return rows
 
@@ -122,13 +145,23 @@ def _network_rows(batch: _Batch) -> list[dict[str, Any]]:
     rows = []
     for image, record, found in zip(batch.images, batch.records, instances, strict=True):
         asked = asked_colors(record)
-        chosen = [index for name, count in asked.items() for index in [i for i, one in enumerate(found) if one.class_name == name][:count]]
+        chosen = [
+            index
+            for name, count in asked.items()
+            for index in [i for i, one in enumerate(found) if one.class_name == name][:count]
+        ]
         colors: dict[int, str] = {}
         if chosen:
             classifier = _loaded_classifier(batch.evaluator.classifier, device)
             colors = dict(zip(chosen, classify(classifier, image, [found[index] for index in chosen]), strict=True))
         detections = [
-            {"class": one.class_name, "score": one.score, "box": list(one.box), "color": colors.get(index), "mask": encode_mask(one.mask)}
+            {
+                "class": one.class_name,
+                "score": one.score,
+                "box": list(one.box),
+                "color": colors.get(index),
+                "mask": encode_mask(one.mask),
+            }
             for index, one in enumerate(found)
         ]
         rows.append({"size": list(image.shape[:2]), "detections": detections})
@@ -136,16 +169,23 @@ def _network_rows(batch: _Batch) -> list[dict[str, Any]]:
 
 
 def evaluate(batch: _Batch) -> list[dict[str, Any]]:
-    """One row an image: {"size": [H, W], "detections": [{"class", "score", "box", "color", "mask"}, ...]}, most confident first. Runs in a worker."""
+    """One row an image: {"size": [H, W], "detections": [{"class", "score", "box", "color", "mask"}, ...]}, most
+    confident first. Runs in a worker.
+    """
     if batch.evaluator.detector == MICRO:
         return _micro_rows(batch)
     if _identity_here(batch.evaluator, bool(batch.evaluator.classifier)) != json.dumps(batch.identity, sort_keys=True):
-        raise UserError(f"detector {batch.evaluator.detector}: a worker has other weights than this machine; give all machines the same files")
+        raise UserError(
+            f"detector {batch.evaluator.detector}: a worker has other weights than this machine; give all machines the same files"
+        )
     return _network_rows(batch)
 
 
 def _keys(root: Path, pictures: Sequence[tuple[str, Mapping[str, Any]]], identity: Mapping[str, Any]) -> list[str]:
-    return [result_key("geneval/detections", image=sha256_file(root / path), record=record, evaluator=identity) for path, record in pictures]
+    return [
+        result_key("geneval/detections", image=sha256_file(root / path), record=record, evaluator=identity)
+        for path, record in pictures
+    ]
 
 
 def detect_images(
@@ -160,15 +200,27 @@ def detect_images(
     workers: int = 1,
     scheduler: str = "",
 ) -> dict[str, int]:
-    """Detects what the set's images show and keeps it below `out`/detections; images that were looked at before are not looked at again.
+    """Detects what the set's images show and keeps it below `out`/detections; images that were looked at before are not
+    looked at again.
 
-    Returns {"images", "kept", "detected"}. Raises UserErrors for an incomplete set, UserError for networks that are not the folder's or cannot be loaded.
+    Returns {"images", "kept", "detected"}. Raises UserErrors for an incomplete set, UserError for networks that are not
+    the folder's or cannot be loaded.
     """
     items = read_images(root, records, samples)
     identity = evaluator_identity(evaluator, records)
     claim(out / DETECTIONS, {"suite": SUITE, "prompts": set_digest(records), "evaluator": identity})
     pictures = [(item.path, item.record) for item in items]
-    counts = _look(root, out / DETECTIONS, pictures, evaluator, identity, batch=batch, shard=shard, workers=workers, scheduler=scheduler)
+    counts = _look(
+        root,
+        out / DETECTIONS,
+        pictures,
+        evaluator,
+        identity,
+        batch=batch,
+        shard=shard,
+        workers=workers,
+        scheduler=scheduler,
+    )
     return {"images": len(items), **counts}
 
 
@@ -184,15 +236,23 @@ def _look(
     workers: int,
     scheduler: str,
 ) -> dict[str, int]:
-    """Stores what the evaluator sees in pictures (path relative to `root`, record) below `folder`. Returns {"kept", "detected"}."""
+    """Stores what the evaluator sees in pictures (path relative to `root`, record) below `folder`. Returns {"kept",
+    "detected"}.
+    """
     keys = _keys(root, pictures, identity)
     known = read_results(folder)
     dealt = batches(list(zip(keys, pictures, strict=True)), batch)[shard[0] :: shard[1]]
-    # A batch is evaluated as a whole even where a killed run left a part of it: what a network makes of an image may depend on the batch in the last bits.
+    # A batch is evaluated as a whole even where a killed run left a part of it: what a network makes of an image may
+    # depend on the batch in the last bits.
     todo = [members for members in dealt if any(key not in known for key, _ in members)]
 
     def prepared(members: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...]) -> _Batch:
-        return _Batch(tuple(read_pixels(root / path) for _, (path, _) in members), tuple(record for _, (_, record) in members), evaluator, identity)
+        return _Batch(
+            tuple(read_pixels(root / path) for _, (path, _) in members),
+            tuple(record for _, (_, record) in members),
+            evaluator,
+            identity,
+        )
 
     total = sum(map(len, todo))
     with open_shard(folder, shard_name(shard)) as results, progress("detect: images", total) as advance:
@@ -207,7 +267,7 @@ def _look(
     return {"kept": sum(map(len, dealt)) - total, "detected": total}
 
 
-# --- verdict ----------------------------------------------------------------------------------------------------------------
+# --- verdict ----------------------------------------------------------------------------------------------------------
 
 
 def _detections(row: Mapping[str, Any]) -> dict[str, list[Detection]]:
@@ -218,23 +278,33 @@ def _detections(row: Mapping[str, Any]) -> dict[str, list[Detection]]:
     return found
 
 
-def stored_detections(root: Path, out: Path, records: Sequence[Mapping[str, Any]], samples: int | None = None) -> tuple[list[Item], list[dict[str, Any]]]:
-    """Every image of the set with its stored row. Raises UserErrors where a set is incomplete, was detected for other prompts, or not to its end."""
+def stored_detections(
+    root: Path, out: Path, records: Sequence[Mapping[str, Any]], samples: int | None = None
+) -> tuple[list[Item], list[dict[str, Any]]]:
+    """Every image of the set with its stored row. Raises UserErrors where a set is incomplete, was detected for other
+    prompts, or not to its end.
+    """
     items = read_images(root, records, samples)
     folder = out / DETECTIONS
     settings = read_settings(folder)
     if settings.get("prompts") != set_digest(records):
-        raise UserError(f"{folder}: its detections were made for another prompt set; give the same --prompts as then, or detect into another folder")
+        raise UserError(
+            f"{folder}: its detections were made for another prompt set; give the same --prompts as then, or detect into another folder"
+        )
     known = read_results(folder)
     rows = [known.get(key) for key in _keys(root, [(item.path, item.record) for item in items], settings["evaluator"])]
     missing = [item.path for item, row in zip(items, rows, strict=True) if row is None]
     if missing:
         first = ", ".join(missing[:3])
-        raise UserError(f"{folder}: {len(missing)} of {len(items)} images have no detections, e.g. {first}; run the detect step to its end (every shard of it)")
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(items)} images have no detections, e.g. {first}; run the detect step to its end (every shard of it)"
+        )
     return items, [row for row in rows if row is not None]
 
 
-def _official_row(item: Item, correct: bool, reasons: Sequence[str], seen: Mapping[str, Sequence[Detection]]) -> dict[str, Any]:
+def _official_row(
+    item: Item, correct: bool, reasons: Sequence[str], seen: Mapping[str, Sequence[Detection]]
+) -> dict[str, Any]:
     """A line of the reference's per-image file; metadata and details are JSON text in it."""
     details = {name: [[*one.box, one.score] for one in found] for name, found in seen.items() if found}
     return {
@@ -249,7 +319,9 @@ def _official_row(item: Item, correct: bool, reasons: Sequence[str], seen: Mappi
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The reference's summary of its per-image rows: pooled share of images, share of prompts with any correct image, share by tag, and their plain mean."""
+    """The reference's summary of its per-image rows: pooled share of images, share of prompts with any correct image,
+    share by tag, and their plain mean.
+    """
     by_tag: dict[str, list[bool]] = {}
     by_prompt: dict[str, bool] = {}
     for row in rows:
@@ -260,7 +332,10 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "prompts": len(by_prompt),
         "correct_images": float(np.mean([row["correct"] for row in rows])),
         "correct_prompts": float(np.mean(list(by_prompt.values()))),
-        "tags": {tag: {"score": float(np.mean(values)), "correct": sum(values), "images": len(values)} for tag, values in by_tag.items()},
+        "tags": {
+            tag: {"score": float(np.mean(values)), "correct": sum(values), "images": len(values)}
+            for tag, values in by_tag.items()
+        },
         "overall": float(np.mean([np.mean(values) for values in by_tag.values()])),
     }
 
@@ -288,8 +363,9 @@ def judge_images(
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Scorecard:
-    """Verdicts from stored detections, written below `to` (default `out`/verdict): results.jsonl (the reference's per-image file), scores.parquet,
-    summary.json and scorecard.json. A pure function of images, detections and arguments: run again it writes the same bytes.
+    """Verdicts from stored detections, written below `to` (default `out`/verdict): results.jsonl (the reference's
+    per-image file), scores.parquet, summary.json and scorecard.json. A pure function of images, detections and
+    arguments: run again it writes the same bytes.
 
     Raises UserErrors for an incomplete or repeated set, UserError where the detector saw nothing in any image.
     """
@@ -298,14 +374,27 @@ def judge_images(
     found = [_detections(row) for row in rows]
     seen = [surviving(parse_record(item.record), one, thresholds) for item, one in zip(items, found, strict=True)]
     if not any(objects for one in seen for objects in one.values()):
-        raise UserError(f"{out}: the detector saw nothing above the threshold in any of {len(items)} images; its weights or the images are wrong")
+        raise UserError(
+            f"{out}: the detector saw nothing above the threshold in any of {len(items)} images; its weights or the images are wrong"
+        )
     _check_colors(items, seen)
     outcomes = [verdict(item.record, one, thresholds) for item, one in zip(items, found, strict=True)]
-    official = [_official_row(item, outcome.correct, outcome.reasons, one) for item, outcome, one in zip(items, outcomes, seen, strict=True)]
+    official = [
+        _official_row(item, outcome.correct, outcome.reasons, one)
+        for item, outcome, one in zip(items, outcomes, seen, strict=True)
+    ]
     settings = _settings_of(root)
     scores = [
         ExampleScore(
-            model, SUITE, item.record["tag"], item.example_id, item.k, _seed_of(item, settings), {"correct": float(outcome.correct)}, outcome.reasons, item.path
+            model,
+            SUITE,
+            item.record["tag"],
+            item.example_id,
+            item.k,
+            _seed_of(item, settings),
+            {"correct": float(outcome.correct)},
+            outcome.reasons,
+            item.path,
         )
         for item, outcome in zip(items, outcomes, strict=True)
     ]
@@ -318,7 +407,16 @@ def judge_images(
         "thresholds": asdict(thresholds),
         "images": settings,
     }
-    card = scorecard(model, scores, {}, expected_of(records, images_per_prompt), {SUITE: identity}, seed=seed, resamples=resamples, confidence=confidence)
+    card = scorecard(
+        model,
+        scores,
+        {},
+        expected_of(records, images_per_prompt),
+        {SUITE: identity},
+        seed=seed,
+        resamples=resamples,
+        confidence=confidence,
+    )
     summary = {**summary_of(official), "identity": identity}
     write_text(to / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in official))
     write_scores(to, scores)
@@ -346,10 +444,18 @@ def _seed_of(item: Item, settings: Mapping[str, Any] | None) -> int:
 
 
 def judge_pictures(
-    root: Path, store: Path, pictures: Sequence[tuple[str, Mapping[str, Any]]], evaluator: Evaluator, *, batch: int, workers: int, scheduler: str
+    root: Path,
+    store: Path,
+    pictures: Sequence[tuple[str, Mapping[str, Any]]],
+    evaluator: Evaluator,
+    *,
+    batch: int,
+    workers: int,
+    scheduler: str,
 ) -> tuple[list[Verdict], dict[str, Any]]:
-    """Verdicts of pictures in any layout, in order, and the evaluator's identity: for a stage that has drawn them itself. `pictures`: (path relative to `root`,
-    record). What was seen is kept below `store`, so that a stage that was killed does not look at equal images twice.
+    """Verdicts of pictures in any layout, in order, and the evaluator's identity: for a stage that has drawn them
+    itself. `pictures`: (path relative to `root`, record). What was seen is kept below `store`, so that a stage that was
+    killed does not look at equal images twice.
 
     Raises UserError as `detect_images` does.
     """
@@ -359,10 +465,13 @@ def judge_pictures(
     claim(folder, {"suite": SUITE, "evaluator": identity})
     _look(root, folder, pictures, evaluator, identity, batch=batch, shard=(0, 1), workers=workers, scheduler=scheduler)
     known = read_results(folder)
-    return [verdict(record, _detections(known[key])) for key, record in zip(_keys(root, pictures, identity), records, strict=True)], identity
+    return [
+        verdict(record, _detections(known[key]))
+        for key, record in zip(_keys(root, pictures, identity), records, strict=True)
+    ], identity
 
 
-# --- two detectors ----------------------------------------------------------------------------------------------------------
+# --- two detectors ----------------------------------------------------------------------------------------------------
 
 
 def read_official_rows(path: Path) -> list[dict[str, Any]]:
@@ -375,7 +484,14 @@ def read_official_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append({**row, "correct": bool(row["correct"]), "key": (row["metadata"], Path(row["filename"]).name), "tag": row["tag"]})
+            rows.append(
+                {
+                    **row,
+                    "correct": bool(row["correct"]),
+                    "key": (row["metadata"], Path(row["filename"]).name),
+                    "tag": row["tag"],
+                }
+            )
         except (ValueError, KeyError, TypeError) as error:
             faults.append(f"line {number}: {error!r}")
     if faults or not rows:
@@ -384,13 +500,23 @@ def read_official_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def agreement(ours: Path, reference: Path) -> dict[str, Any]:
-    """How two evaluators judged the same images: agreeing share, difference of the overall score, and by tag [both right, only ours, only theirs, both wrong].
+    """How two evaluators judged the same images: agreeing share, difference of the overall score, and by tag [both
+    right, only ours, only theirs, both wrong].
 
     "accepted" says whether one may stand in for the other (the ACCEPTED_ constants). Raises UserErrors for unlike sets.
     """
-    a, b = ({(json.dumps(json.loads(row["key"][0]), sort_keys=True), row["key"][1]): row for row in read_official_rows(path)} for path in (ours, reference))
+    a, b = (
+        {
+            (json.dumps(json.loads(row["key"][0]), sort_keys=True), row["key"][1]): row
+            for row in read_official_rows(path)
+        }
+        for path in (ours, reference)
+    )
     if a.keys() != b.keys():
-        faults = [f"{len(a.keys() - b.keys())} images only in {ours}", f"{len(b.keys() - a.keys())} images only in {reference}"]
+        faults = [
+            f"{len(a.keys() - b.keys())} images only in {ours}",
+            f"{len(b.keys() - a.keys())} images only in {reference}",
+        ]
         raise UserErrors("the two files do not hold the same images:", faults)
     cell = {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}
     tags: dict[str, list[int]] = {}

@@ -1,9 +1,10 @@
 """The micro world's detector: reads a picture back into things, without learning anything.
 
-Every 8-pixel cell is its own window, so two squares that touch stay two. In a cell each hypothesis is a picture: the background with one shape in one colour
-at one of the positions and radii that the world draws, sharp or a little soft. The hypothesis with the least squared error wins (maximum likelihood under white
-noise, which settles colour and shape from all pixels at once). Its confidence comes from margins on the straight line between two pictures: 1 at the winner, 0
-halfway to a rival.
+Every 8-pixel cell is its own window, so two squares that touch stay two. In a cell each hypothesis is a picture: the
+background with one shape in one colour at one of the positions and radii that the world draws, sharp or a little soft.
+The hypothesis with the least squared error wins (maximum likelihood under white noise, which settles colour and shape
+from all pixels at once). Its confidence comes from margins on the straight line between two pictures: 1 at the winner,
+0 halfway to a rival.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from benchmarks.geneval.rules import Detection
 from data.errors import UserError
 from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, STYLES, World, _coverage, style_colors
 
-# Where a margin turns into a confidence: LOWEST gives 0, HIGHEST gives 1, straight between. Fitted once on renders of all styles, then frozen: clean
-# pictures, and plain ones with noise of 8 levels, a blur of 0.6 px or a linear codec's error, stay above GenEval's 0.9; a thing mixed half and half with
-# the background or its nearest rival (margin 0), or at 60 % of its contrast (margin 0.2), stays below 0.3.
+# Where a margin turns into a confidence: LOWEST gives 0, HIGHEST gives 1, straight between. Fitted once on renders of
+# all styles, then frozen: clean pictures, and plain ones with noise of 8 levels, a blur of 0.6 px or a linear codec's
+# error, stay above GenEval's 0.9; a thing mixed half and half with the background or its nearest rival (margin 0), or
+# at 60 % of its contrast (margin 0.2), stays below 0.3.
 LOWEST, HIGHEST = 0.1, 0.5
 KEEP = 0.05  # detections with less confidence are not reported
 FOREGROUND = 48.0  # RGB distance from the background that makes a pixel foreground
@@ -33,8 +35,9 @@ QUANTUM = 1.0  # RGB distance that rounding to 8 bits can cause
 class Detections:
     """What a picture shows. `cells[i]` is the grid cell of `things[i]`; things come most confident first.
 
-    `unexplained` in [0, 1]: share of the foreground's pixels that no detected thing accounts for. `palette_distance` in [0, 1]: mean distance of pixels from
-    the colours that the style can draw, over PALETTE; the worse of foreground and background.
+    `unexplained` in [0, 1]: share of the foreground's pixels that no detected thing accounts for. `palette_distance` in
+    [0, 1]: mean distance of pixels from the colours that the style can draw, over PALETTE; the worse of foreground and
+    background.
     """
 
     background: str
@@ -53,12 +56,18 @@ class Detections:
 
     def layout(self, threshold: float = 0.3) -> dict[int, tuple[str, str]]:
         """cell -> (shape, colour) of the things with confidence above `threshold`."""
-        return {cell: (thing.class_name, str(thing.color)) for cell, thing in zip(self.cells, self.things, strict=True) if thing.score > threshold}
+        return {
+            cell: (thing.class_name, str(thing.color))
+            for cell, thing in zip(self.cells, self.things, strict=True)
+            if thing.score > threshold
+        }
 
 
 @dataclass(frozen=True)
 class _Templates:
-    """All pictures of one thing that a style draws: `alpha` (T, 64) coverage, `shape` (T,) index into the world's shapes, `gram` (T, T) = alpha alpha'."""
+    """All pictures of one thing that a style draws: `alpha` (T, 64) coverage, `shape` (T,) index into the world's
+    shapes, `gram` (T, T) = alpha alpha'.
+    """
 
     alpha: np.ndarray
     shape: np.ndarray
@@ -81,18 +90,28 @@ def _blurred(mask: np.ndarray, sigma: float) -> np.ndarray:
 def _templates(shapes: tuple[str, ...], outline: bool, cell: int) -> _Templates:
     looks = list(product(shapes, BLURS, RADII, JITTER, JITTER))
     sharp = [_coverage(shape, dx, dy, radius, outline, cell) for shape, _, radius, dx, dy in looks]
-    alpha = np.stack([_blurred(mask, look[1]).ravel() for mask, look in zip(sharp, looks, strict=True)]).astype(np.float64)
+    alpha = np.stack([_blurred(mask, look[1]).ravel() for mask, look in zip(sharp, looks, strict=True)]).astype(
+        np.float64
+    )
     inside = np.stack([mask.ravel() >= 0.75 * mask.max() for mask in sharp]).astype(np.float64)
-    # a filled thing is opaque inside, however soft its edge; an outline is as thin as a pixel, so a soft one is nowhere opaque
+    # a filled thing is opaque inside, however soft its edge; an outline is as thin as a pixel, so a soft one is nowhere
+    # opaque
     core = inside / (inside * (alpha if outline else 1.0)).sum(1, keepdims=True)
     each = len(looks) // len(shapes)
-    return _Templates(alpha, np.repeat(np.arange(len(shapes)), each), alpha @ alpha.T, np.arange(len(shapes)) * each, core)
+    return _Templates(
+        alpha, np.repeat(np.arange(len(shapes)), each), alpha @ alpha.T, np.arange(len(shapes)) * each, core
+    )
 
 
 @lru_cache(maxsize=16)
-def _palettes(colors: tuple[str, ...], backgrounds: tuple[str, ...], style: str) -> tuple[np.ndarray, np.ndarray, float]:
+def _palettes(
+    colors: tuple[str, ...], backgrounds: tuple[str, ...], style: str
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Colours (K, 3) and backgrounds (G, 3) as the style shows them, and how much it shrinks distances."""
-    plain, grounds = np.array([COLORS[name] for name in colors], dtype=np.float64), np.array([BACKGROUNDS[name] for name in backgrounds], dtype=np.float64)
+    plain, grounds = (
+        np.array([COLORS[name] for name in colors], dtype=np.float64),
+        np.array([BACKGROUNDS[name] for name in backgrounds], dtype=np.float64),
+    )
     shrink = float(np.abs(style_colors(style, np.full(3, 255.0)) - style_colors(style, np.zeros(3))).max() / 255.0)
     return style_colors(style, plain), style_colors(style, grounds), shrink
 
@@ -102,7 +121,9 @@ def _border(pixels: np.ndarray) -> np.ndarray:
 
 
 def _distance_to_segments(points: np.ndarray, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
-    """Distance (N,) of points (N, 3) from the nearest of the segments origin .. origin + ray, rays (K, 3): all that anti-aliasing can mix."""
+    """Distance (N,) of points (N, 3) from the nearest of the segments origin .. origin + ray, rays (K, 3): all that
+    anti-aliasing can mix.
+    """
     offset = points - origin
     lengths = (rays**2).sum(1)
     along = np.clip(offset @ rays.T / lengths, 0.0, 1.0)  # (N, K)
@@ -113,11 +134,14 @@ def _distance_to_segments(points: np.ndarray, origin: np.ndarray, rays: np.ndarr
 def check_image(world: World, image: np.ndarray) -> None:
     """Raises UserError unless the image is (size, size, 3) uint8."""
     if image.shape != (world.size, world.size, 3) or image.dtype != np.uint8:
-        raise UserError(f"image of shape {image.shape} and type {image.dtype}: this micro world needs ({world.size}, {world.size}, 3) uint8")
+        raise UserError(
+            f"image of shape {image.shape} and type {image.dtype}: this micro world needs ({world.size}, {world.size}, 3) uint8"
+        )
 
 
 def detect(world: World, image: np.ndarray, style: str = "plain") -> Detections:
-    """Parses a picture, (size, size, 3) uint8, as the style would draw it. Deterministic; well under a millisecond or two.
+    """Parses a picture, (size, size, 3) uint8, as the style would draw it. Deterministic; well under a millisecond or
+    two.
 
     Raises UserError for an image of another size or type, or an unknown style.
     """
@@ -135,11 +159,15 @@ def detect(world: World, image: np.ndarray, style: str = "plain") -> Detections:
     rays = colors - grounds[ground]  # (K, 3)
 
     n, side = world.grid, world.cell
-    offset = (pixels - grounds[ground]).reshape(n, side, n, side, 3).transpose(0, 2, 1, 3, 4).reshape(n * n, side * side, 3)  # (cells, 64, 3)
+    offset = (
+        (pixels - grounds[ground]).reshape(n, side, n, side, 3).transpose(0, 2, 1, 3, 4).reshape(n * n, side * side, 3)
+    )  # (cells, 64, 3)
     color_gram = rays @ rays.T  # (K, K)
     energy = (offset**2).sum((1, 2))  # (cells,)
     size = np.diag(templates.gram)[:, None] * np.diag(color_gram)  # (T, K)
-    projection = templates.alpha @ (offset @ rays.T)  # (cells, T, K): a small product a cell, which no BLAS spreads over threads
+    projection = templates.alpha @ (
+        offset @ rays.T
+    )  # (cells, T, K): a small product a cell, which no BLAS spreads over threads
     error = energy[:, None, None] - 2.0 * projection + size  # (cells, T, K)
 
     flat = error.reshape(n * n, -1).argmin(1)
@@ -170,7 +198,11 @@ def detect(world: World, image: np.ndarray, style: str = "plain") -> Detections:
         rows, columns = np.nonzero((seen if seen.any() else mask > 0.4).reshape(side, side))
         x, y = (index % n) * side, (index // n) * side
         box = (float(x + columns.min()), float(y + rows.min()), float(x + columns.max() + 1), float(y + rows.max() + 1))
-        things.append(Detection(world.shapes[templates.shape[winner[index]]], world.colors[color[index]], float(score[index]), box))
+        things.append(
+            Detection(
+                world.shapes[templates.shape[winner[index]]], world.colors[color[index]], float(score[index]), box
+            )
+        )
         cells.append(int(index))
         residual[index] -= mask[:, None] * ray
 
@@ -178,6 +210,8 @@ def detect(world: World, image: np.ndarray, style: str = "plain") -> Detections:
     foreground = distance > FOREGROUND * shrink
     foreign = np.sqrt((residual**2).sum(-1)).ravel() > PALETTE * shrink
     unexplained = float((foreign & foreground).sum() / foreground.sum()) if foreground.any() else 0.0
-    off_palette = np.maximum(_distance_to_segments(offset.reshape(-1, 3), np.zeros(3), rays) - QUANTUM, 0.0) / (PALETTE * shrink)
+    off_palette = np.maximum(_distance_to_segments(offset.reshape(-1, 3), np.zeros(3), rays) - QUANTUM, 0.0) / (
+        PALETTE * shrink
+    )
     means = [float(off_palette[part].mean()) for part in (foreground, ~foreground) if part.any()]
     return Detections(world.backgrounds[ground], style, tuple(things), tuple(cells), unexplained, min(1.0, max(means)))

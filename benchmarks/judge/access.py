@@ -22,8 +22,9 @@ _digest_of = lru_cache(weights_digest)  # a large checkpoint takes minutes to re
 
 
 def name_of_local(folder: str | Path) -> str:
-    """How results name a checkpoint on this machine: its folder's name and the first half of its weights' SHA-256 (read once a process), so that answers of
-    one judge are never taken for those of another in a folder of the same name. Raises UserError for a folder that is not there."""
+    """How results name a checkpoint on this machine: its folder's name and the first half of its weights' SHA-256 (read
+    once a process), so that answers of one judge are never taken for those of another in a folder of the same name.
+    Raises UserError for a folder that is not there."""
     path = Path(folder).resolve()
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")
@@ -32,8 +33,9 @@ def name_of_local(folder: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Access:
-    """The judge of `settings`: `endpoint` is the server of kind "endpoint"; `folder` holds the checkpoint of kind "local" (loaded in `dtype` to `device`), or
-    the recorded judgements of kind "replay". Nothing but `settings` changes a score."""
+    """The judge of `settings`: `endpoint` is the server of kind "endpoint"; `folder` holds the checkpoint of kind
+    "local" (loaded in `dtype` to `device`), or the recorded judgements of kind "replay". Nothing but `settings` changes
+    a score."""
 
     settings: JudgeSettings
     endpoint: Endpoint | None = None
@@ -42,7 +44,9 @@ class Access:
     dtype: str = "bfloat16"
 
     def check(self) -> None:
-        """Raises UserError(s), before anything expensive runs, for a server that does not answer or refuses the key, or a checkpoint that is not there."""
+        """Raises UserError(s), before anything expensive runs, for a server that does not answer or refuses the key, or
+        a checkpoint that is not there.
+        """
         if self.settings.kind == "local":
             name_of_local(self.folder)
         if self.settings.kind == "endpoint":
@@ -58,7 +62,9 @@ class Access:
         return self.endpoint
 
     def __call__(self, halt: threading.Event, processes: int) -> Ask:
-        """Opens the judge. `halt` ends its waits; `processes` ask at the same time and share the requests a minute. Raises UserError(s)."""
+        """Opens the judge. `halt` ends its waits; `processes` ask at the same time and share the requests a minute.
+        Raises UserError(s).
+        """
         if self.settings.kind == "fake":
             return fake_judge()
         if self.settings.kind == "replay":

@@ -1,7 +1,9 @@
-"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a server of one's own (vLLM and others speak the same).
+"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a server of one's own (vLLM and others speak the
+same).
 
-Every request is bounded: so many tries, so long a wait between them, so many seconds for one. What the server answers after that is the reply's status. The key
-comes from an environment variable and is nowhere else: it is struck out of every text that is kept.
+Every request is bounded: so many tries, so long a wait between them, so many seconds for one. What the server answers
+after that is the reply's status. The key comes from an environment variable and is nowhere else: it is struck out of
+every text that is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ from data.errors import UserError
 from data.randomness import seed_of
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
-FILTERED = {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "responsible_ai_policy_violation"}
+FILTERED = {
+    "content_filter",
+    "content_policy_violation",
+    "moderation_blocked",
+    "responsibleaipolicyviolation",
+    "responsible_ai_policy_violation",
+}
 OUT_OF_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 LONGEST_ERROR = 500  # characters kept of an error's text
 LONGEST_CHECK_S = 20.0  # seconds that a try to reach the server may take
@@ -36,7 +44,12 @@ SCHEMA = {
         "schema": {
             "type": "object",
             "properties": {
-                "score": {"type": "array", "items": {"type": "number"}, "minItems": SCORES_A_REPLY, "maxItems": SCORES_A_REPLY},
+                "score": {
+                    "type": "array",
+                    "items": {"type": "number"},
+                    "minItems": SCORES_A_REPLY,
+                    "maxItems": SCORES_A_REPLY,
+                },
                 "reasoning": {"type": "string"},
             },
             "required": ["score", "reasoning"],
@@ -50,9 +63,10 @@ SCHEMA = {
 class Endpoint:
     """How a server is reached; none of it changes a score, so none of it is part of the judge's identity.
 
-    `key_variable` names the environment variable that holds the key ("" for a server that asks for none). A failed request is tried up to `tries` times with
-    exponential waits from `wait_s` up to `longest_wait_s` (seconds), or what the server's Retry-After says, up to the same bound. `per_minute` limits the
-    requests that begin in a minute, 0 does not.
+    `key_variable` names the environment variable that holds the key ("" for a server that asks for none). A failed
+    request is tried up to `tries` times with exponential waits from `wait_s` up to `longest_wait_s` (seconds), or what
+    the server's Retry-After says, up to the same bound. `per_minute` limits the requests that begin in a minute, 0 does
+    not.
     """
 
     base_url: str
@@ -64,9 +78,21 @@ class Endpoint:
     per_minute: int
 
     def faults(self) -> list[str]:
-        found = [] if self.base_url.startswith(("http://", "https://")) else [f"base_url = {self.base_url!r}: expected http://... or https://..."]
-        found += [f"{name} = {getattr(self, name)}: expected more than 0" for name in ("timeout_s", "tries") if getattr(self, name) <= 0]
-        return found + [f"{name} = {getattr(self, name)}: expected 0 or more" for name in ("wait_s", "longest_wait_s", "per_minute") if getattr(self, name) < 0]
+        found = (
+            []
+            if self.base_url.startswith(("http://", "https://"))
+            else [f"base_url = {self.base_url!r}: expected http://... or https://..."]
+        )
+        found += [
+            f"{name} = {getattr(self, name)}: expected more than 0"
+            for name in ("timeout_s", "tries")
+            if getattr(self, name) <= 0
+        ]
+        return found + [
+            f"{name} = {getattr(self, name)}: expected 0 or more"
+            for name in ("wait_s", "longest_wait_s", "per_minute")
+            if getattr(self, name) < 0
+        ]
 
 
 class _Again(Exception):
@@ -103,7 +129,9 @@ class _Pace:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a server asks to wait: Retry-After-Ms, or Retry-After as seconds or as a date (`now`: since 1970); None where it says nothing usable."""
+    """Seconds that a server asks to wait: Retry-After-Ms, or Retry-After as seconds or as a date (`now`: since 1970);
+    None where it says nothing usable.
+    """
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         try:
@@ -132,37 +160,65 @@ def _judge_of_fault(error: openai.APIStatusError, model: str) -> Exception:
     if codes & FILTERED:
         return _Final("refused", text)
     if codes & OUT_OF_CREDIT:
-        return UserError(f"judge {model}: the account has no credit left ({text}); what was judged is kept: run the same command again once it has")
+        return UserError(
+            f"judge {model}: the account has no credit left ({text}); what was judged is kept: run the same command again once it has"
+        )
     if status in (401, 403):
-        return UserError(f"judge {model}: HTTP {status}, the key is refused ({text}); check the environment variable that holds it")
+        return UserError(
+            f"judge {model}: HTTP {status}, the key is refused ({text}); check the environment variable that holds it"
+        )
     if status == 404 or "model_not_found" in codes:
-        return UserError(f"judge {model!r}: HTTP {status}, the server does not know it ({text}); check the model's name and the base URL")
+        return UserError(
+            f"judge {model!r}: HTTP {status}, the server does not know it ({text}); check the model's name and the base URL"
+        )
     if status in RETRIED or status >= 500:
         return _Again(f"HTTP {status}: {text}", retry_after(error.response.headers, time.time()))
     return _Final("api_error", f"HTTP {status}: {text}")
 
 
 def _messages(question: Question, turns: Sequence[Turn], settings: JudgeSettings) -> list[dict[str, Any]]:
-    images = [{"type": "image_url", "image_url": {"url": f"data:{question.media_type};base64,{base64.b64encode(image).decode()}"}} for image in question.images]
+    images = [
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:{question.media_type};base64,{base64.b64encode(image).decode()}"},
+        }
+        for image in question.images
+    ]
     text = {"type": "text", "text": question.text}
-    messages: list[dict[str, Any]] = [{"role": "user", "content": [text, *images] if settings.text_first else [*images, text]}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [text, *images] if settings.text_first else [*images, text]}
+    ]
     for reply, answer in turns:
         messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": answer}]
     return messages
 
 
 def _read(response: Any) -> tuple[str, str, str, dict[str, int], str]:
-    """(text, refusal, finish reason, token counts, model) of a completion. Raises _Again for a body without an answer."""
+    """(text, refusal, finish reason, token counts, model) of a completion. Raises _Again for a body without an
+    answer.
+    """
     choices = getattr(response, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        found = (getattr(response, "model_extra", None) or {}).get("error") if hasattr(response, "model_extra") else str(response)[:200]
+        found = (
+            (getattr(response, "model_extra", None) or {}).get("error")
+            if hasattr(response, "model_extra")
+            else str(response)[:200]
+        )
         raise _Again(f"the server's answer holds no choice ({found})")
     message, usage = choices[0].message, getattr(response, "usage", None)
     content = message.content
     if content is not None and not isinstance(content, str):
         raise _Again("the server's answer holds no text")
-    counts = {name: int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens")} if usage else {}
-    return content or "", str(getattr(message, "refusal", None) or ""), str(choices[0].finish_reason or ""), counts, str(getattr(response, "model", "") or "")
+    counts = (
+        {name: int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens")} if usage else {}
+    )
+    return (
+        content or "",
+        str(getattr(message, "refusal", None) or ""),
+        str(choices[0].finish_reason or ""),
+        counts,
+        str(getattr(response, "model", "") or ""),
+    )
 
 
 def _key(settings: JudgeSettings, endpoint: Endpoint) -> str:
@@ -174,30 +230,46 @@ def _key(settings: JudgeSettings, endpoint: Endpoint) -> str:
 
 
 def check_reachable(settings: JudgeSettings, endpoint: Endpoint) -> None:
-    """Asks the server for its models, which costs nothing. Raises UserError for a key variable that is not set, a refused key, or a server that is not there.
+    """Asks the server for its models, which costs nothing. Raises UserError for a key variable that is not set, a
+    refused key, or a server that is not there.
 
     Any other answer will do: not every server lists its models.
     """
     key = _key(settings, endpoint)
-    client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=min(2, endpoint.tries - 1), timeout=min(endpoint.timeout_s, LONGEST_CHECK_S))
+    client = openai.OpenAI(
+        base_url=endpoint.base_url,
+        api_key=key,
+        max_retries=min(2, endpoint.tries - 1),
+        timeout=min(endpoint.timeout_s, LONGEST_CHECK_S),
+    )
     try:
         client.models.list()
     except openai.AuthenticationError as error:
         text = str(error.message).replace(key, "[key]")
-        raise UserError(f"judge {settings.model}: the key in {endpoint.key_variable or 'no variable'} is refused ({text})") from error
+        raise UserError(
+            f"judge {settings.model}: the key in {endpoint.key_variable or 'no variable'} is refused ({text})"
+        ) from error
     except openai.APIConnectionError as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""
         advice = "start it or correct the base URL; nothing was asked or drawn"
-        raise UserError(f"judge {settings.model}: no server answers at {endpoint.base_url} ({type(error).__name__}{cause}); {advice}") from error
+        raise UserError(
+            f"judge {settings.model}: no server answers at {endpoint.base_url} ({type(error).__name__}{cause}); {advice}"
+        ) from error
     except (openai.OpenAIError, ValueError):
         return
 
 
-def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.Event | None = None, sleep: Callable[[float], None] | None = None) -> Ask:
-    """A judge that asks a server. Threads may share it. Once `halt` is set no request is tried again; `sleep` is what it waits with (default: for `halt`).
+def endpoint_judge(
+    settings: JudgeSettings,
+    endpoint: Endpoint,
+    halt: threading.Event | None = None,
+    sleep: Callable[[float], None] | None = None,
+) -> Ask:
+    """A judge that asks a server. Threads may share it. Once `halt` is set no request is tried again; `sleep` is what
+    it waits with (default: for `halt`).
 
-    Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and an account without credit, because no
-    further request could succeed. Every other fault ends as a reply's status.
+    Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and
+    an account without credit, because no further request could succeed. Every other fault ends as a reply's status.
     """
     key = _key(settings, endpoint)
     client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout_s)
@@ -226,12 +298,21 @@ def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.
             )
             return _read(completion)
         except openai.APIStatusError as error:
-            if structured and error.status_code in (400, 422) and any(word in str(error).lower() for word in ("response_format", "json_schema", "guided")):
+            if (
+                structured
+                and error.status_code in (400, 422)
+                and any(word in str(error).lower() for word in ("response_format", "json_schema", "guided"))
+            ):
                 plain.set()  # the server knows no schemas: the wording alone asks for the form
                 raise _Again(f"HTTP {error.status_code}: the server takes no response_format", 0.0) from error
             fault = _judge_of_fault(error, settings.model)
             raise (UserError(clean(str(fault))) if isinstance(fault, UserError) else fault) from error
-        except (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (
+            openai.APIConnectionError,
+            openai.APIResponseValidationError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+        ) as error:
             cause = f": {error.__cause__}" if error.__cause__ else ""
             raise _Again(f"{type(error).__name__}: {error}{cause}") from error
 
@@ -246,11 +327,32 @@ def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
             asked = error.after if isinstance(error, _Again) else None
-            jitter = 0.5 + seed_of(0, state.attempt_number, len(turns), question.digest()) / 2**64  # 0.5 to 1, so that threads do not come back together
-            return min(endpoint.longest_wait_s, asked if asked is not None else endpoint.wait_s * 2 ** (state.attempt_number - 1) * jitter)
+            jitter = (
+                0.5 + seed_of(0, state.attempt_number, len(turns), question.digest()) / 2**64
+            )  # 0.5 to 1, so that threads do not come back together
+            return min(
+                endpoint.longest_wait_s,
+                asked if asked is not None else endpoint.wait_s * 2 ** (state.attempt_number - 1) * jitter,
+            )
 
-        def reply(status: str, text: str = "", error: str = "", model: str = "", finish: str = "", usage: dict[str, int] | None = None) -> Reply:
-            return Reply(status, clean(text), model, finish, usage, sent, clean(error)[:LONGEST_ERROR], round(time.monotonic() - begun, 3))
+        def reply(
+            status: str,
+            text: str = "",
+            error: str = "",
+            model: str = "",
+            finish: str = "",
+            usage: dict[str, int] | None = None,
+        ) -> Reply:
+            return Reply(
+                status,
+                clean(text),
+                model,
+                finish,
+                usage,
+                sent,
+                clean(error)[:LONGEST_ERROR],
+                round(time.monotonic() - begun, 3),
+            )
 
         tries = tenacity.stop_any(tenacity.stop_after_attempt(endpoint.tries), tenacity.stop_when_event_set(halt))
         try:
@@ -262,6 +364,8 @@ def endpoint_judge(settings: JudgeSettings, endpoint: Endpoint, halt: threading.
         except _Final as error:
             return reply(error.status, error=str(error))
         refused = bool(refusal) or finish == "content_filter"
-        return reply("refused" if refused else "ok", text, refusal or ("content filter" if refused else ""), model, finish, usage)
+        return reply(
+            "refused" if refused else "ok", text, refusal or ("content filter" if refused else ""), model, finish, usage
+        )
 
     return ask

@@ -1,6 +1,7 @@
 """A judge on this machine: Qwen2.5-VL through transformers, greedy, one question at a time.
 
-The chat's frame is the one that the model was trained on; the image processor is the one without torchvision. Greedy decoding makes every repeat equal.
+The chat's frame is the one that the model was trained on; the image processor is the one without torchvision. Greedy
+decoding makes every repeat equal.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ class LocalModel:
 
 
 def load_local(path: str | Path, device: str, dtype: str) -> LocalModel:
-    """Loads a checkpoint folder (config, safetensors, tokenizer; the image processor's settings where it has them). Nothing is downloaded.
+    """Loads a checkpoint folder (config, safetensors, tokenizer; the image processor's settings where it has them).
+    Nothing is downloaded.
 
-    `dtype` is a name of torch's ("bfloat16", "float32"). Raises UserError for a folder that is not such a checkpoint, or an unknown dtype or device.
+    `dtype` is a name of torch's ("bfloat16", "float32"). Raises UserError for a folder that is not such a checkpoint,
+    or an unknown dtype or device.
     """
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -46,11 +49,17 @@ def load_local(path: str | Path, device: str, dtype: str) -> LocalModel:
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such folder; the local judge needs a Qwen2.5-VL checkpoint there")
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=kind, local_files_only=True).to(device).eval()
+        model = (
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=kind, local_files_only=True)
+            .to(device)
+            .eval()
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: not a usable Qwen2.5-VL checkpoint for {device}, {dtype} ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a usable Qwen2.5-VL checkpoint for {device}, {dtype} ({str(error).splitlines()[0]})"
+        ) from error
     return LocalModel(model, tokenizer, processor, Path(path).name)
 
 
@@ -64,8 +73,11 @@ def chat(question: Question, turns: Sequence[Turn], text_first: bool) -> str:
     return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in lines) + "<|im_start|>assistant\n"
 
 
-def inputs_of(local: LocalModel, question: Question, turns: Sequence[Turn], text_first: bool) -> dict[str, torch.Tensor]:
-    """The model's inputs: `input_ids` and `attention_mask` (1, T), `mm_token_type_ids` (1, T) 1 at image tokens, `pixel_values`, `image_grid_thw` (images, 3).
+def inputs_of(
+    local: LocalModel, question: Question, turns: Sequence[Turn], text_first: bool
+) -> dict[str, torch.Tensor]:
+    """The model's inputs: `input_ids` and `attention_mask` (1, T), `mm_token_type_ids` (1, T) 1 at image tokens,
+    `pixel_values`, `image_grid_thw` (images, 3).
 
     Every pad token is repeated once a merged patch of its image.
     """
@@ -80,13 +92,18 @@ def inputs_of(local: LocalModel, question: Question, turns: Sequence[Turn], text
     pad = local.model.config.image_token_id
     ids = tokens["input_ids"]
     return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == pad).long(),
-        "pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"],
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == pad).long(),
+        "pixel_values": seen["pixel_values"],
+        "image_grid_thw": seen["image_grid_thw"],
+    }
 
 
 def local_judge(settings: JudgeSettings, local: LocalModel) -> Ask:
-    """A judge that runs the network itself. Threads take turns: the device is one. Raises UserError for a temperature: decoding is greedy."""
+    """A judge that runs the network itself. Threads take turns: the device is one. Raises UserError for a temperature:
+    decoding is greedy.
+    """
     if settings.temperature:
         raise UserError(f"local judge: temperature = {settings.temperature}; it decodes greedily, so it must be 0")
     end, turn = local.tokenizer.convert_tokens_to_ids(END), threading.Lock()
@@ -94,10 +111,15 @@ def local_judge(settings: JudgeSettings, local: LocalModel) -> Ask:
     @torch.inference_mode()
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
         begun = time.monotonic()
-        inputs = {name: value.to(local.model.device) for name, value in inputs_of(local, question, turns, settings.text_first).items()}
+        inputs = {
+            name: value.to(local.model.device)
+            for name, value in inputs_of(local, question, turns, settings.text_first).items()
+        }
         inputs["pixel_values"] = inputs["pixel_values"].to(local.model.dtype)
         with turn:
-            made = local.model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+            made = local.model.generate(
+                **inputs, max_new_tokens=settings.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+            )
         new = made[0, inputs["input_ids"].shape[1] :].tolist()
         finish = "stop" if end in new else "length"
         text = local.tokenizer.decode(new, skip_special_tokens=True)

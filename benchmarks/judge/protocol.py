@@ -1,9 +1,10 @@
 """A judge of edits, whatever answers: what it is asked, how its reply is read, and when it has given no score.
 
-A judge answers two questions on 0 to 10 about an edited image: the semantic one sees source, result and instruction and grades success and over-editing; the
-quality one sees the result alone and grades naturalness and artifacts (the protocol of GEdit-Bench: VIEScore's "tie" task, arXiv 2312.14867, as used by
-stepfun-ai/Step1X-Edit). The wording is ours; the upstream's is read at run time where a user has it. A reply that cannot be read is asked for once more,
-then it is `unparseable`: no score is ever guessed.
+A judge answers two questions on 0 to 10 about an edited image: the semantic one sees source, result and instruction and
+grades success and over-editing; the quality one sees the result alone and grades naturalness and artifacts (the
+protocol of GEdit-Bench: VIEScore's "tie" task, arXiv 2312.14867, as used by stepfun-ai/Step1X-Edit). The wording is
+ours; the upstream's is read at run time where a user has it. A reply that cannot be read is asked for once more, then
+it is `unparseable`: no score is ever guessed.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ LONGEST_REPLY = 20_000  # characters that are read; a judge limited to a few hun
 OPENINGS = 20  # braces that open nothing before a reply is given up on
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
     """What a score depends on besides the images: two results with different settings are never averaged together.
 
-    `provider` names who serves the model (providers filter and score differently), `seed` None sends none, `resize` acts on the edited image ("match-source":
-    to the source's size, as upstream; "area512": both images to 512 x 512 pixels in area; "none"). `repeats` asks each question several times, with seed + i.
+    `provider` names who serves the model (providers filter and score differently), `seed` None sends none, `resize`
+    acts on the edited image ("match-source": to the source's size, as upstream; "area512": both images to 512 x 512
+    pixels in area; "none"). `repeats` asks each question several times, with seed + i.
     """
 
     kind: str  # one of JUDGES
@@ -62,20 +64,31 @@ class JudgeSettings:
     def faults(self) -> list[str]:
         found = [
             f"{name} = {value!r}: choose one of {list(known)}"
-            for name, value, known in (("kind", self.kind, JUDGES), ("image_format", self.image_format, IMAGE_FORMATS), ("resize", self.resize, RESIZES))
+            for name, value, known in (
+                ("kind", self.kind, JUDGES),
+                ("image_format", self.image_format, IMAGE_FORMATS),
+                ("resize", self.resize, RESIZES),
+            )
             if value not in known
         ]
-        found += [f"{name} = {getattr(self, name)}: expected 1 or more" for name in ("max_tokens", "repeats") if getattr(self, name) < 1]
+        found += [
+            f"{name} = {getattr(self, name)}: expected 1 or more"
+            for name in ("max_tokens", "repeats")
+            if getattr(self, name) < 1
+        ]
         found += [] if self.temperature >= 0 else [f"temperature = {self.temperature}: expected 0 or more"]
         return found + ([] if self.model else ["model: name the model that judges, with its date where it has one"])
 
 
 def identity_of_judge(settings: JudgeSettings, wording: Wording) -> dict[str, Any]:
     """All that a judgement depends on besides the images and how often it was asked for."""
-    return {**{name: value for name, value in asdict(settings).items() if name != "repeats"}, "wording": wording.identity()}
+    return {
+        **{name: value for name, value in asdict(settings).items() if name != "repeats"},
+        "wording": wording.identity(),
+    }
 
 
-# --- questions and replies --------------------------------------------------------------------------------------------------
+# --- questions and replies --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,21 @@ class Question:
     repeat: int
 
     def digest(self) -> str:
-        return digest({"kind": self.kind, "text": self.text, "images": [sha256_bytes(image) for image in self.images], "repeat": self.repeat})
+        return digest(
+            {
+                "kind": self.kind,
+                "text": self.text,
+                "images": [sha256_bytes(image) for image in self.images],
+                "repeat": self.repeat,
+            }
+        )
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: `status` "ok" (with whatever text), "refused" (the server says so) or "api_error" (no answer within the tries)."""
+    """What came back: `status` "ok" (with whatever text), "refused" (the server says so) or "api_error" (no answer
+    within the tries).
+    """
 
     status: str
     text: str
@@ -121,7 +143,9 @@ class Outcome:
 
 
 def last_object(text: str) -> str | None:
-    """The last balanced {...} at the outermost level, with braces inside strings not counted; None where there is none."""
+    """The last balanced {...} at the outermost level, with braces inside strings not counted; None where there is
+    none.
+    """
     found, start, failed = None, text.find("{"), 0
     while start >= 0 and failed < OPENINGS:
         depth, in_string, escaped, end = 0, False, False, -1
@@ -156,7 +180,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_reply(text: str) -> Outcome:
     """Reads a judge's text: the last JSON object's `score`, a list of exactly two finite numbers from 0 to 10.
 
-    Code fences, prose around the object and trailing commas are tolerated, nothing else: the outcome is then `unparseable` with the fault in words.
+    Code fences, prose around the object and trailing commas are tolerated, nothing else: the outcome is then
+    `unparseable` with the fault in words.
     """
     body = last_object(text[:LONGEST_REPLY])
     if body is None:
@@ -178,7 +203,11 @@ def parse_reply(text: str) -> Outcome:
     if not all(abs(score) <= 1e9 and math.isfinite(score) and 0.0 <= score <= HIGHEST for score in scores):
         return Outcome("unparseable", fault="its scores do not lie between 0 and 10")
     reasoning = value.get("reasoning", "")
-    return Outcome("ok", tuple(float(score) for score in scores), reasoning if isinstance(reasoning, str) else json.dumps(reasoning))
+    return Outcome(
+        "ok",
+        tuple(float(score) for score in scores),
+        reasoning if isinstance(reasoning, str) else json.dumps(reasoning),
+    )
 
 
 DECLINED = re.compile(
@@ -193,7 +222,9 @@ def declined(text: str) -> bool:
 
 
 def outcome(replies: Sequence[Reply]) -> Outcome:
-    """The end of a question from its replies, of which the last one counts. A pure function: stored replies can be read again."""
+    """The end of a question from its replies, of which the last one counts. A pure function: stored replies can be read
+    again.
+    """
     last = replies[-1]
     if last.status != "ok":
         return Outcome(last.status, fault=last.error)
@@ -218,10 +249,12 @@ def reply_from_json(value: Mapping[str, Any]) -> Reply:
     try:
         return Reply(**value)
     except TypeError as error:
-        raise UserError(f"stored reply {str(value)[:80]}: {error}; remove that line of the shard, and it is asked for again") from error
+        raise UserError(
+            f"stored reply {str(value)[:80]}: {error}; remove that line of the shard, and it is asked for again"
+        ) from error
 
 
-# --- images -----------------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -238,7 +271,8 @@ def _to_area(image: Image.Image, area: int) -> Image.Image:
 def prepare_images(source: Image.Image | None, edited: Image.Image, settings: JudgeSettings) -> tuple[bytes, ...]:
     """The images of a question, encoded as the judge receives them: (source, edited) or, without a source, (edited,).
 
-    "match-source" needs the source's size: for the quality question pass the edited image already resized by `match_source`.
+    "match-source" needs the source's size: for the quality question pass the edited image already resized by
+    `match_source`.
     """
     images = [edited] if source is None else [source, edited]
     if settings.resize == "area512":
@@ -247,7 +281,9 @@ def prepare_images(source: Image.Image | None, edited: Image.Image, settings: Ju
 
 
 def match_source(source_size: tuple[int, int], edited: Image.Image, settings: JudgeSettings) -> Image.Image:
-    """The edited image as it is judged: stretched to the source's (width, height) under "match-source", where aspect is not kept, as upstream."""
+    """The edited image as it is judged: stretched to the source's (width, height) under "match-source", where aspect is
+    not kept, as upstream.
+    """
     return edited.resize(source_size) if settings.resize == "match-source" and edited.size != source_size else edited
 
 
@@ -261,7 +297,7 @@ def _encoded(image: Image.Image, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-# --- judges that ask nobody -------------------------------------------------------------------------------------------------
+# --- judges that ask nobody -------------------------------------------------------------------------------------------
 
 
 def fake_judge() -> Ask:
@@ -269,17 +305,32 @@ def fake_judge() -> Ask:
 
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
         scores = [seed_of(0, 0, slot, question.digest()) % 11 for slot in range(SCORES_A_REPLY)]
-        return Reply("ok", json.dumps({"score": scores, "reasoning": "made up from the images' digest"}), model="fake", finish_reason="stop")
+        return Reply(
+            "ok",
+            json.dumps({"score": scores, "reasoning": "made up from the images' digest"}),
+            model="fake",
+            finish_reason="stop",
+        )
 
     return ask
 
 
 def replay_judge(values: Mapping[str, Any]) -> Ask:
-    """Answers from stored results (`benchmarks.store.read_results` of an earlier run); what was not asked then is an api_error now."""
-    known = {value["question"]: [reply_from_json(reply) for reply in value["replies"]] for value in values.values() if "question" in value}
+    """Answers from stored results (`benchmarks.store.read_results` of an earlier run); what was not asked then is an
+    api_error now.
+    """
+    known = {
+        value["question"]: [reply_from_json(reply) for reply in value["replies"]]
+        for value in values.values()
+        if "question" in value
+    }
 
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
         replies = known.get(question.digest(), [])
-        return replies[len(turns)] if len(turns) < len(replies) else Reply("api_error", "", attempts=0, error="not among the recorded replies")
+        return (
+            replies[len(turns)]
+            if len(turns) < len(replies)
+            else Reply("api_error", "", attempts=0, error="not among the recorded replies")
+        )
 
     return ask

@@ -37,7 +37,8 @@ dominate; 10 means that there are none.
 
 {_REPLY}"""
 REPAIR = "That reply cannot be used: <fault>. " + _REPLY
-OFFICIAL = {  # sha256 of the upstream texts before the instruction is put in: Step1X-Edit at 570eba6, read with `load_wording`
+# sha256 of the upstream texts before the instruction is put in: Step1X-Edit at 570eba6, read with `load_wording`
+OFFICIAL = {
     SEMANTIC: "8f529562c2f89f8db51a3f7cc4d487686f676909c21010b67b0e65ec78150de5",
     QUALITY: "2473ff2c7406e06545c5c039ceb039ff2604ebacf150868a48f0bf07c9e733b0",
 }
@@ -61,7 +62,11 @@ class Wording:
 
     def identity(self) -> dict[str, str]:
         """The name and both texts' SHA-256, which are stored with every result."""
-        return {"name": self.name, SEMANTIC: sha256_bytes(self.semantic.encode()), QUALITY: sha256_bytes(self.quality.encode())}
+        return {
+            "name": self.name,
+            SEMANTIC: sha256_bytes(self.semantic.encode()),
+            QUALITY: sha256_bytes(self.quality.encode()),
+        }
 
 
 def _constants(path: Path) -> dict[str, str]:
@@ -80,10 +85,12 @@ def _constants(path: Path) -> dict[str, str]:
 
 
 def load_wording(path: str | Path | None) -> Wording:
-    """Our own texts for None; else a folder with `semantic.txt` and `quality.txt`, or the upstream's `vie_prompts.py` (or the folder that holds it).
+    """Our own texts for None; else a folder with `semantic.txt` and `quality.txt`, or the upstream's `vie_prompts.py`
+    (or the folder that holds it).
 
-    The texts are used as they stand; the placeholder `<instruction>` in the semantic one receives the instruction. They count as "official" when their
-    SHA-256 is the upstream's. Raises UserError(s) for missing files, missing constants or a missing placeholder.
+    The texts are used as they stand; the placeholder `<instruction>` in the semantic one receives the instruction. They
+    count as "official" when their SHA-256 is the upstream's. Raises UserError(s) for missing files, missing constants
+    or a missing placeholder.
     """
     if path is None:
         return Wording(OWN_SEMANTIC, OWN_QUALITY, "own")

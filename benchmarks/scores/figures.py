@@ -14,7 +14,18 @@ from benchmarks.scores.scorecard import Scorecard
 from data.errors import UserError
 from data.files import atomic_file
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#4d4d4d", "#f0e442", "#661100")  # tell apart without red and green
+COLORS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#d55e00",
+    "#8c8c8c",
+    "#4d4d4d",
+    "#f0e442",
+    "#661100",
+)  # tell apart without red and green
 STRIPS_A_LINE = 2
 
 
@@ -38,9 +49,13 @@ def _wrap(text: str, width: int) -> str:
 
 
 def sample_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: str | Path, columns: int = 6) -> None:
-    """A PNG sheet of images (H, W, 3) uint8 with their titles. Raises UserError for none, or another number of titles."""
+    """A PNG sheet of images (H, W, 3) uint8 with their titles. Raises UserError for none, or another number of
+    titles.
+    """
     if not images or len(images) != len(titles):
-        raise UserError(f"{path}: {len(images)} images with {len(titles)} titles; give one title an image and at least one image")
+        raise UserError(
+            f"{path}: {len(images)} images with {len(titles)} titles; give one title an image and at least one image"
+        )
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.7 * columns, 2.1 * rows))
@@ -53,9 +68,15 @@ def sample_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: str |
 
 
 def edit_strips(
-    sources: Sequence[np.ndarray], teachers: Sequence[np.ndarray], students: Sequence[np.ndarray], prompts: Sequence[str], path: str | Path
+    sources: Sequence[np.ndarray],
+    teachers: Sequence[np.ndarray],
+    students: Sequence[np.ndarray],
+    prompts: Sequence[str],
+    path: str | Path,
 ) -> None:
-    """A PNG sheet with two edits a line: source, teacher, student, each (H, W, 3) uint8, under the instruction. Raises UserError for unequal or empty lists."""
+    """A PNG sheet with two edits a line: source, teacher, student, each (H, W, 3) uint8, under the instruction. Raises
+    UserError for unequal or empty lists.
+    """
     lengths = {"sources": len(sources), "teachers": len(teachers), "students": len(students), "prompts": len(prompts)}
     if len(set(lengths.values())) > 1 or not prompts:
         raise UserError(f"{path}: lists of lengths {lengths}; give one of each an edit and at least one edit")
@@ -67,7 +88,9 @@ def edit_strips(
     for place, prompt in enumerate(prompts):
         line, first = divmod(place, STRIPS_A_LINE)
         row = grid[line, 3 * first : 3 * first + 3]
-        for axes, name, image in zip(row, ("source", "teacher", "student"), (sources[place], teachers[place], students[place]), strict=True):
+        for axes, name, image in zip(
+            row, ("source", "teacher", "student"), (sources[place], teachers[place], students[place]), strict=True
+        ):
             axes.set_axis_on()
             axes.imshow(image, interpolation="nearest")
             axes.set_xticks([])
@@ -78,7 +101,9 @@ def edit_strips(
 
 
 def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> None:
-    """A PNG of every metric of every model with its interval, one panel a benchmark. Raises UserError when there is no metric at all."""
+    """A PNG of every metric of every model with its interval, one panel a benchmark. Raises UserError when there is no
+    metric at all.
+    """
     paths = _all_paths(scorecards)
     panels = [[path for path in paths if path.startswith(f"{kind}/")] for kind in ("geneval", "gedit", "retention")]
     panels = [panel for panel in panels if panel]
@@ -87,19 +112,33 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
     figure = Figure(figsize=(10, 3.4 * len(panels)), layout="constrained")
     color_of = {name: COLORS[index % len(COLORS)] for index, name in enumerate(scorecards)}
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
-        present = {name: card.metrics for name, card in scorecards.items() if any(metric in card.metrics for metric in panel)}
+        present = {
+            name: card.metrics for name, card in scorecards.items() if any(metric in card.metrics for metric in panel)
+        }
         width = min(0.3, 0.8 / len(present))
         for index, (name, metrics) in enumerate(present.items()):
             known = [(place, metrics[metric]) for place, metric in enumerate(panel) if metric in metrics]
             x = np.array([place for place, _ in known]) + (index - (len(present) - 1) / 2) * width
             means = np.array([metric.mean for _, metric in known])
-            spread = np.array([[metric.mean - metric.low, metric.high - metric.mean] for _, metric in known]).T.clip(min=0.0)
-            axes.bar(x, means, width, yerr=spread, label=name, color=color_of[name], error_kw={"elinewidth": 0.8, "capsize": 1.5})
+            spread = np.array([[metric.mean - metric.low, metric.high - metric.mean] for _, metric in known]).T.clip(
+                min=0.0
+            )
+            axes.bar(
+                x,
+                means,
+                width,
+                yerr=spread,
+                label=name,
+                color=color_of[name],
+                error_kw={"elinewidth": 0.8, "capsize": 1.5},
+            )
         axes.set_xticks(range(len(panel)), [metric.split("/")[1].replace("_", "_\n") for metric in panel], fontsize=8)
         axes.set_title(f"{panel[0].split('/')[0]} (mean and interval)", fontsize=9, loc="left")
         axes.set_ylim(bottom=0.0)
         axes.set_xlim(-0.6, len(panel) - 0.4)
         axes.spines[["top", "right"]].set_visible(False)
-    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    entries = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(6, len(entries)), fontsize=8)
     _save(figure, path)

@@ -1,7 +1,8 @@
 """What a reviewer reads: one HTML page that needs nothing beside it, and PNG sheets of images and scores.
 
-Every figure on the page is a link to the images that earned it, as far as their rows are given, worst first. Images are embedded: small ones as they are,
-larger ones as thumbnails; the browser draws only what is in view, so that a page of thousands opens at once.
+Every figure on the page is a link to the images that earned it, as far as their rows are given, worst first. Images are
+embedded: small ones as they are, larger ones as thumbnails; the browser draws only what is in view, so that a page of
+thousands opens at once.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem .8rem}dd{margin:
 """
 
 
-# --- images -----------------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path) -> bytes:
@@ -78,7 +79,9 @@ def _read(file: Path) -> bytes:
 
 
 def thumbnail(file: Path, longest: int) -> tuple[str, bool]:
-    """(data URI of an image at most `longest` px on its longest side, whether it is embedded as it is). Raises UserError for a missing or unreadable file."""
+    """(data URI of an image at most `longest` px on its longest side, whether it is embedded as it is). Raises
+    UserError for a missing or unreadable file.
+    """
     content = _read(file)
     kind = {b"\x89PNG": "png", b"\xff\xd8\xff\xe0": "jpeg", b"RIFF": "webp"}.get(content[:4])
     try:
@@ -113,7 +116,7 @@ class _Images:
         return f'<img{small} loading="lazy" decoding="async" src="{uri}" alt="{escape(caption)}">'
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _slug(text: str) -> str:
@@ -146,7 +149,11 @@ class _Places:
             capability = CAPABILITIES.get(name)
             wanted = list(capability.categories) if capability else []
         else:
-            wanted = [category for category, of in BENCHMARK_OF.items() if of == benchmark] if path in MACRO.values() else [name]
+            wanted = (
+                [category for category, of in BENCHMARK_OF.items() if of == benchmark]
+                if path in MACRO.values()
+                else [name]
+            )
         first = next((category for category in self._shown.get(model, ()) if category in wanted), None)
         if first is not None:
             return f"#{self.anchor(model, first)}"
@@ -178,7 +185,9 @@ def _table(cards: Mapping[str, Scorecard], paths: Sequence[str], places: _Places
 
 def _bars(cards: Mapping[str, Scorecard], path: str, places: _Places) -> str:
     """One metric as horizontal bars with interval whiskers, an inline SVG."""
-    known = [(index, name, card.metrics[path]) for index, (name, card) in enumerate(cards.items()) if path in card.metrics]
+    known = [
+        (index, name, card.metrics[path]) for index, (name, card) in enumerate(cards.items()) if path in card.metrics
+    ]
     left, right, row = 108, 272, 18
     scale = (right - left) / max(_highest(path), *(metric.high for _, _, metric in known))
     parts = []
@@ -207,7 +216,11 @@ def _differences(comparisons: Sequence[Mapping[str, Any]]) -> str:
             f'<tr><td>{escape(row["path"])}</td><td>{escape(row["a"])}</td><td>{escape(row["b"])}</td><td class="{mark}">{row["difference"]:+.{digits}f}</td>'
             f"<td>[{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]</td><td>{row['p']:.3g}</td><td>{row['n']}</td><td>{row['discordant']}</td></tr>"
         )
-    tables = {macro: f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(found)}</tbody></table></div>' for macro, found in lines.items() if found}
+    tables = {
+        macro: f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(found)}</tbody></table></div>'
+        for macro, found in lines.items()
+        if found
+    }
     rest = f"<details><summary>By category</summary>{tables[False]}</details>" if False in tables else ""
     return tables.get(True, "") + rest
 
@@ -224,13 +237,15 @@ def _confusion(title: str, asked: str, table: Confusion, numbers: bool) -> str:
         for column in columns:
             members = row.get(column, [])
             mark = "zero" if not members else "hit" if column == name else "miss"
-            cells.append(f'<td class="{mark}">{_linked(str(len(members)), f"#e{members[0]}" if members else None)}</td>')
+            cells.append(
+                f'<td class="{mark}">{_linked(str(len(members)), f"#e{members[0]}" if members else None)}</td>'
+            )
         lines.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
     head = f"<tr><th>{escape(asked)} / found</th>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>"
     return f'<div><h3>{escape(title)}</h3><div class="wide"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div></div>'
 
 
-# --- rows and their images --------------------------------------------------------------------------------------------------
+# --- rows and their images --------------------------------------------------------------------------------------------
 
 
 def _values(score: ExampleScore) -> str:
@@ -246,7 +261,9 @@ def _has_image(score: ExampleScore) -> bool:
 
 
 def extremes(scores: Sequence[ExampleScore], count: int) -> tuple[list[ExampleScore], list[ExampleScore]]:
-    """The `count` worst and best rows of a category, no row in both; ties go by id, so the choice does not depend on the rows' order."""
+    """The `count` worst and best rows of a category, no row in both; ties go by id, so the choice does not depend on
+    the rows' order.
+    """
     ordered = sorted(scores, key=lambda score: (_primary(score), score.example_id, score.k))
     worst = ordered[: min(count, (len(ordered) + 1) // 2)]
     best = [score for score in reversed(ordered) if score not in worst][:count]
@@ -257,7 +274,15 @@ def _figure(images: _Images, file: Path, longest: int, caption: str) -> str:
     return f"<figure>{images.tag(file, longest, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _card(score: ExampleScore, which: str, place: int, prompt: str, folder: Path, beside: Sequence[tuple[str, Path]], images: _Images) -> str:
+def _card(
+    score: ExampleScore,
+    which: str,
+    place: int,
+    prompt: str,
+    folder: Path,
+    beside: Sequence[tuple[str, Path]],
+    images: _Images,
+) -> str:
     figures = [_figure(images, file, CLOSE_UP, caption) for caption, file in beside]
     figures += [_figure(images, folder / score.image, CLOSE_UP, score.model)] if _has_image(score) else []
     reasons = "<br>".join(escape(reason) for reason in score.reasons) or "nothing to object to"
@@ -269,8 +294,12 @@ def _card(score: ExampleScore, which: str, place: int, prompt: str, folder: Path
     )
 
 
-def _one(score: ExampleScore, name: str, prompt: str, source: Path | None, folder: Path, page: Path, images: _Images | None) -> str:
-    """A row among all: its value, its image (with the source of an edit), what was asked and what is wrong; without `images` the value alone, a link."""
+def _one(
+    score: ExampleScore, name: str, prompt: str, source: Path | None, folder: Path, page: Path, images: _Images | None
+) -> str:
+    """A row among all: its value, its image (with the source of an edit), what was asked and what is wrong; without
+    `images` the value alone, a link.
+    """
     primary = PRIMARY[score.benchmark]
     value = f"{score.values[primary[0]]:.3g}" if score.status == "ok" else score.status
     mark = "good" if _primary(score) >= 0.9 * primary[1] else "bad" if _primary(score) <= 0.5 * primary[1] else ""
@@ -298,8 +327,15 @@ def _rows(scores: Iterable[ExampleScore], prompts: Mapping[str, str]) -> str:
 
 
 def _facts(card: Scorecard) -> str:
-    facts: dict[str, Any] = {**{f"benchmark {name}": value for name, value in card.benchmarks.items()}, **card.identities}
-    return "<dl>" + "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()) + "</dl>"
+    facts: dict[str, Any] = {
+        **{f"benchmark {name}": value for name, value in card.benchmarks.items()},
+        **card.identities,
+    }
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+        + "</dl>"
+    )
 
 
 def _in_order(scores: Sequence[ExampleScore]) -> list[ExampleScore]:
@@ -311,7 +347,7 @@ def _worst_first(members: Sequence[tuple[int, ExampleScore]]) -> list[tuple[int,
     return sorted(members, key=lambda pair: (_primary(pair[1]), pair[0]))
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -333,40 +369,61 @@ def write_report(
 ) -> None:
     """Writes one self-contained HTML page, whole or not at all.
 
-    `cards` maps a name to its scorecard: the candidate first, then champion, teachers, base, the ends of the scale. `scores` are the candidate's rows;
-    `prompts` holds the prompt of every example id; `folder` is what `ExampleScore.image` is relative to. `images` maps an example id to (caption, file) pairs
-    to show beside the candidate's image, of which the one captioned "source" stands beside it everywhere. `files` names the scores files of all models.
-    `records` holds GenEval's records for the confusion tables. `others` maps further models of `cards` to (folder, rows) whose images are shown, too; `pages`
-    maps models to the address of a page of their own. `comparisons` are paired differences ({"a", "b", "path", "difference", "low", "high", "p", "n",
-    "discordant"}); `notes` are sentences below the headline. Raises UserError for a missing image or prompt.
+    `cards` maps a name to its scorecard: the candidate first, then champion, teachers, base, the ends of the scale.
+    `scores` are the candidate's rows;
+    `prompts` holds the prompt of every example id; `folder` is what `ExampleScore.image` is relative to. `images` maps
+    an example id to (caption, file) pairs to show beside the candidate's image, of which the one captioned "source"
+    stands beside it everywhere. `files` names the scores files of all models.
+    `records` holds GenEval's records for the confusion tables. `others` maps further models of `cards` to (folder,
+    rows) whose images are shown, too; `pages` maps models to the address of a page of their own. `comparisons` are
+    paired differences ({"a", "b", "path", "difference", "low", "high", "p", "n", "discordant"}); `notes` are sentences
+    below the headline. Raises UserError for a missing image or prompt.
     """
     if not cards:
         raise UserError(f"{path_html}: a report needs at least the candidate's scorecard")
     unknown = sorted({score.example_id for score in scores} - prompts.keys())
     if unknown:
-        raise UserError(f"{path_html}: {len(unknown)} scored examples have no prompt, e.g. {unknown[:3]}; pass the examples that were scored")
+        raise UserError(
+            f"{path_html}: {len(unknown)} scored examples have no prompt, e.g. {unknown[:3]}; pass the examples that were scored"
+        )
     page, folder, beside = Path(path_html), Path(folder), images or {}
     name, candidate = next(iter(cards.items()))
     rows = {name: (folder, _in_order(scores))}
-    further = {other: (Path(place), _in_order(theirs)) for other, (place, theirs) in (others or {}).items() if other in cards and other != name}
+    further = {
+        other: (Path(place), _in_order(theirs))
+        for other, (place, theirs) in (others or {}).items()
+        if other in cards and other != name
+    }
     rows |= further
     drawn = {name}  # whose images stand on the page itself
     for other, (_, theirs) in further.items():
         if sum(len(rows[model][1]) for model in drawn) + len(theirs) <= MOST_IMAGES:
             drawn.add(other)
-    places = _Places({model: [score.category for score in ordered] for model, (_, ordered) in rows.items()}, pages or {})
+    places = _Places(
+        {model: [score.category for score in ordered] for model, (_, ordered) in rows.items()}, pages or {}
+    )
     paths = _all_paths(cards)
-    headline = [path for path in paths if path in MACRO.values()] + [path for path in paths if path.startswith("retention/")]
+    headline = [path for path in paths if path in MACRO.values()] + [
+        path for path in paths if path.startswith("retention/")
+    ]
     ordered = rows[name][1]
     numbered = list(enumerate(ordered))
-    groups = {category: [pair for pair in numbered if pair[1].category == category] for category in dict.fromkeys(score.category for score in ordered)}
+    groups = {
+        category: [pair for pair in numbered if pair[1].category == category]
+        for category in dict.fromkeys(score.category for score in ordered)
+    }
     chosen = {category: extremes([score for _, score in members], per_category) for category, members in groups.items()}
     sources = {example: file for example, pairs in beside.items() for caption, file in pairs if caption == "source"}
 
     close_ups = [score for pair in chosen.values() for scores_ in pair for score in scores_]
     wanted = [(file, CLOSE_UP) for score in close_ups for _, file in beside.get(score.example_id, ())]
     wanted += [(folder / score.image, CLOSE_UP) for score in close_ups if _has_image(score)]
-    wanted += [(place / score.image, THUMBNAIL) for model, (place, members) in rows.items() for score in members if model in drawn and _has_image(score)]
+    wanted += [
+        (place / score.image, THUMBNAIL)
+        for model, (place, members) in rows.items()
+        for score in members
+        if model in drawn and _has_image(score)
+    ]
     wanted += [(sources[score.example_id], THUMBNAIL) for score in ordered if score.example_id in sources]
     shown = _Images(wanted)
 
@@ -374,7 +431,9 @@ def write_report(
     examples = []
     for category, pair in chosen.items():
         inner = "".join(
-            _card(score, which, place_of[key], prompts[score.example_id], folder, beside.get(score.example_id, ()), shown)
+            _card(
+                score, which, place_of[key], prompts[score.example_id], folder, beside.get(score.example_id, ()), shown
+            )
             for which, members in zip(("worst", "best"), pair, strict=True)
             for score in members
             for key in [(score.category, score.example_id, score.k)]
@@ -386,20 +445,42 @@ def write_report(
         own, inside = model == name, shown if model in drawn else None
         for category in dict.fromkeys(score.category for score in members):
             inner = "".join(
-                _one(score, f"e{index}" if own else "", prompts.get(score.example_id, ""), sources.get(score.example_id) if own else None, place, page, inside)
+                _one(
+                    score,
+                    f"e{index}" if own else "",
+                    prompts.get(score.example_id, ""),
+                    sources.get(score.example_id) if own else None,
+                    place,
+                    page,
+                    inside,
+                )
                 for index, score in _worst_first([pair for pair in enumerate(members) if pair[1].category == category])
             )
             anchor = places.anchor(model, category)
             kind = "all" if own else "all few" if inside else "links"
-            everything.append(f'<h4 id="{anchor}">{escape(model)}, {escape(category)}</h4><div class="{kind}">{inner}</div>')
+            everything.append(
+                f'<h4 id="{anchor}">{escape(model)}, {escape(category)}</h4><div class="{kind}">{inner}</div>'
+            )
     if rows.keys() - drawn:
         left = ", ".join(model for model in rows if model not in drawn)
-        everything.append(f'<p class="note">The values of {escape(left)} are links to their images: the page would hold more than {MOST_IMAGES} images.</p>')
+        everything.append(
+            f'<p class="note">The values of {escape(left)} are links to their images: the page would hold more than {MOST_IMAGES} images.</p>'
+        )
     counts = _confusion("How many things", "asked", count_confusion(ordered, records or {}), True)
     colors = _confusion("Which colour", "asked", color_confusion(ordered, records or {}), False)
     parts: list[tuple[str, str, str]] = [
-        ("headline", "Headline", _table(cards, headline, places) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes) + CHAMPION),
-        ("categories", "By category", '<div class="bars">' + "".join(_bars(cards, path, places) for path in paths) + "</div>"),
+        (
+            "headline",
+            "Headline",
+            _table(cards, headline, places)
+            + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+            + CHAMPION,
+        ),
+        (
+            "categories",
+            "By category",
+            '<div class="bars">' + "".join(_bars(cards, path, places) for path in paths) + "</div>",
+        ),
         ("differences", "Paired differences", _differences(comparisons) if comparisons else ""),
         ("confusion", "Asked and found", f'<div class="tables">{counts}{colors}</div>' if counts or colors else ""),
         ("figures", "All figures", _table(cards, paths, places)),
@@ -412,7 +493,11 @@ def write_report(
         "retention is the candidate's mean over the teacher's on that teacher's own categories. A figure leads to its images, an image to its file where the "
         "page lies beside it.</p>"
     )
-    body = [f"<h1>{escape(title)}</h1>", intro, "<nav>" + "".join(f'<a href="#{key}">{text}</a>' for key, text, content in parts if content) + "</nav>"]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        intro,
+        "<nav>" + "".join(f'<a href="#{key}">{text}</a>' for key, text, content in parts if content) + "</nav>",
+    ]
     body += [f'<h2 id="{key}">{text}</h2>{content}' for key, text, content in parts if content]
     body.append(
         f"<h2>Rows</h2><p>The candidate's figures are means of these {len(ordered)} rows."
@@ -432,23 +517,33 @@ def add_champion(
     folder: str,
     champion_page: str | None = None,
 ) -> str:
-    """The page with a section that sets the candidate against the reigning champion, below its headline: the champion is known only after the page is made.
+    """The page with a section that sets the candidate against the reigning champion, below its headline: the champion
+    is known only after the page is made.
 
-    `comparison` maps a metric path to the paired difference {"difference", "low", "high", "p", "n"}; None where the two were not scored on the same images.
-    `folder` is where the page's files lie as seen from the new page's place ("score/"); `champion_page` the address of the champion's own page, where the
-    images behind its figures are. Raises UserError for a page without a place for the section.
+    `comparison` maps a metric path to the paired difference {"difference", "low", "high", "p", "n"}; None where the two
+    were not scored on the same images.
+    `folder` is where the page's files lie as seen from the new page's place ("score/"); `champion_page` the address of
+    the champion's own page, where the images behind its figures are. Raises UserError for a page without a place for
+    the section.
     """
     if CHAMPION not in page:
         raise UserError("the report page has no place for the champion; run the score stage again")
     paths = [path for path in candidate.metrics if path in champion.metrics]
-    shown = [category for category in BENCHMARK_OF if f'id="m0-{_slug(category)}"' in page]  # the candidate is the page's first model
+    shown = [
+        category for category in BENCHMARK_OF if f'id="m0-{_slug(category)}"' in page
+    ]  # the candidate is the page's first model
     places = _Places({"": shown}, {})
-    head = "<tr><th>metric</th><th>candidate</th>" + f"<th>champion, version {escape(version)}</th><th>difference</th><th>p</th></tr>"
+    head = (
+        "<tr><th>metric</th><th>candidate</th>"
+        + f"<th>champion, version {escape(version)}</th><th>difference</th><th>p</th></tr>"
+    )
     lines = []
     for path in paths:
         digits, row = _digits(path), (comparison or {}).get(path)
         at = places.link("", path)
-        cells = _cell(path, candidate.metrics[path], at) + _cell(path, champion.metrics[path], _within(champion_page, at))
+        cells = _cell(path, candidate.metrics[path], at) + _cell(
+            path, champion.metrics[path], _within(champion_page, at)
+        )
         if row is None:
             cells += "<td>-</td><td>-</td>"
         else:
@@ -456,12 +551,18 @@ def add_champion(
             interval = f"<small>[{row['low']:+.{digits}f}, {row['high']:+.{digits}f}] n={row['n']}</small>"
             cells += f'<td class="{mark}">{row["difference"]:+.{digits}f}<br>{interval}</td><td>{row["p"]:.3g}</td>'
         lines.append(f'<tr class="{"first" if path in MACRO.values() else ""}"><td>{escape(path)}</td>{cells}</tr>')
-    note = "" if comparison else '<p class="note">The two were not scored on the same images with the same seeds, so no paired difference is given.</p>'
+    note = (
+        ""
+        if comparison
+        else '<p class="note">The two were not scored on the same images with the same seeds, so no paired difference is given.</p>'
+    )
     section = f'<h3>Against the champion</h3><div class="wide sticky"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>{note}'
     moved = re.sub(r'href="(?!#|[a-z]+:)', f'href="{folder}', page)
     return moved.replace(CHAMPION, section, 1)
 
 
 def _within(page: str | None, anchor: str | None) -> str | None:
-    """The anchor on another page of this kind, where the candidate comes first too; one that is shown inside MLflow's pages has no anchors."""
+    """The anchor on another page of this kind, where the candidate comes first too; one that is shown inside MLflow's
+    pages has no anchors.
+    """
     return page if page is None or anchor is None or "#" in page else page + anchor

@@ -1,9 +1,11 @@
-"""How sure a number is: standard errors, intervals, paired comparisons. The unit is the prompt; images of one prompt are averaged first.
+"""How sure a number is: standard errors, intervals, paired comparisons. The unit is the prompt; images of one prompt
+are averaged first.
 
-Groups map a category to one value a prompt, (n,) float. A macro average weighs categories equally, so every resampling is stratified by category. Random
-numbers come from PCG64, addressed by seed and purpose: equal input gives equal output. Methods: E. B. Wilson 1927 (binary proportions), B. Efron (percentile
-bootstrap, with T. Hesterberg's correction for small n), Q. McNemar 1947 (exact form), S. Holm 1979, A. Owen 2007, E. Miller 2024, "Adding Error Bars to
-Evals" (clusters, paired differences).
+Groups map a category to one value a prompt, (n,) float. A macro average weighs categories equally, so every resampling
+is stratified by category. Random numbers come from PCG64, addressed by seed and purpose: equal input gives equal
+output. Methods: E. B. Wilson 1927 (binary proportions), B. Efron (percentile bootstrap, with T. Hesterberg's correction
+for small n), Q. McNemar 1947 (exact form), S. Holm 1979, A. Owen 2007, E. Miller 2024, "Adding Error Bars to Evals"
+(clusters, paired differences).
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Model a minus model b on the same prompts, with interval and two-sided p; `discordant` counts the prompts on which they differ."""
+    """Model a minus model b on the same prompts, with interval and two-sided p; `discordant` counts the prompts on
+    which they differ.
+    """
 
     difference: float
     low: float
@@ -51,9 +55,13 @@ def check_groups(groups: Groups) -> None:
         raise UserError("statistics: no category was given")
     for category, values in groups.items():
         if len(values) < 2:
-            raise UserError(f"statistics: {category} has {len(values)} prompt(s); two or more are needed for a standard error")
+            raise UserError(
+                f"statistics: {category} has {len(values)} prompt(s); two or more are needed for a standard error"
+            )
         if not np.isfinite(values).all():
-            raise UserError(f"statistics: {category} holds {int((~np.isfinite(values)).sum())} values that are not finite; score those prompts again")
+            raise UserError(
+                f"statistics: {category} holds {int((~np.isfinite(values)).sum())} values that are not finite; score those prompts again"
+            )
 
 
 def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
@@ -75,7 +83,9 @@ def macro_mean(groups: Groups) -> float:
 
 
 def resampled_means(groups: Groups, *, seed: int, resamples: int) -> dict[str, np.ndarray]:
-    """Per category, means (B, ...) over prompts drawn with replacement. Values (n,) or (n, M): the M columns of one prompt stay together (paired)."""
+    """Per category, means (B, ...) over prompts drawn with replacement. Values (n,) or (n, M): the M columns of one
+    prompt stay together (paired).
+    """
     means = {}
     for category, values in groups.items():
         n = len(values)
@@ -85,7 +95,9 @@ def resampled_means(groups: Groups, *, seed: int, resamples: int) -> dict[str, n
 
 
 def _student_t(probability: float, freedom: int) -> float:
-    """The quantile of Student's t, by the Cornish-Fisher series (Abramowitz and Stegun 26.7.5); error below 0.01 at 4 or more degrees of freedom."""
+    """The quantile of Student's t, by the Cornish-Fisher series (Abramowitz and Stegun 26.7.5); error below 0.01 at 4
+    or more degrees of freedom.
+    """
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
@@ -102,14 +114,19 @@ def _student_quantile(probability: float, freedom: float) -> float:
 
 
 def _percentiles(draws: np.ndarray, confidence: float, smallest: int) -> tuple[float, float]:
-    """The draws' interval, widened for the narrowness of percentile intervals when the smallest category has few prompts."""
+    """The draws' interval, widened for the narrowness of percentile intervals when the smallest category has few
+    prompts.
+    """
     tail = NormalDist().cdf(-math.sqrt(smallest / (smallest - 1)) * _student_t(0.5 + confidence / 2, smallest - 1))
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     return float(low), float(high)
 
 
-def category_metric(values: np.ndarray, *, category: str, binary: bool, seed: int, resamples: int, confidence: float) -> Metric:
-    """One category. `binary`: every value is one image's 0 or 1, and the interval is Wilson's; otherwise a bootstrap over prompts.
+def category_metric(
+    values: np.ndarray, *, category: str, binary: bool, seed: int, resamples: int, confidence: float
+) -> Metric:
+    """One category. `binary`: every value is one image's 0 or 1, and the interval is Wilson's; otherwise a bootstrap
+    over prompts.
 
     Raises UserError as `check_groups` does.
     """
@@ -118,12 +135,16 @@ def category_metric(values: np.ndarray, *, category: str, binary: bool, seed: in
     if binary:
         low, high = wilson(round(float(values.sum())), len(values), confidence)
     else:
-        low, high = _percentiles(resampled_means({category: values}, seed=seed, resamples=resamples)[category], confidence, len(values))
+        low, high = _percentiles(
+            resampled_means({category: values}, seed=seed, resamples=resamples)[category], confidence, len(values)
+        )
     return Metric(mean, error, low, high, len(values))
 
 
 def macro_metric(groups: Groups, *, seed: int, resamples: int, confidence: float) -> Metric:
-    """The unweighted mean of the categories' means, with a bootstrap stratified by category. Raises UserError as `check_groups` does."""
+    """The unweighted mean of the categories' means, with a bootstrap stratified by category. Raises UserError as
+    `check_groups` does.
+    """
     check_groups(groups)
     draws = np.mean(list(resampled_means(groups, seed=seed, resamples=resamples).values()), axis=0)
     low, high = _percentiles(draws, confidence, min(map(len, groups.values())))
@@ -148,12 +169,16 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def sign_test(differences: np.ndarray) -> float:
-    """Two-sided exact p that paired differences (n,) fall either way with equal chance; equal pairs say nothing. For 0 and 1 it is McNemar's test."""
+    """Two-sided exact p that paired differences (n,) fall either way with equal chance; equal pairs say nothing. For 0
+    and 1 it is McNemar's test.
+    """
     return mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p values adjusted for their number (S. Holm 1979), by name: below alpha means significant with the family-wise error at alpha or less."""
+    """p values adjusted for their number (S. Holm 1979), by name: below alpha means significant with the family-wise
+    error at alpha or less.
+    """
     adjusted: dict[str, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: (p_values[name], name))):
@@ -163,19 +188,25 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def sign_flip(differences: Groups, *, seed: int, resamples: int) -> float:
-    """Two-sided p that the macro mean of the paired differences is 0: prompts' signs are flipped at random, category by category."""
+    """Two-sided p that the macro mean of the paired differences is 0: prompts' signs are flipped at random, category by
+    category.
+    """
     observed = abs(macro_mean(differences))
     flipped = np.zeros(resamples)
     for category, values in differences.items():
-        signs = numpy_generator(seed, 0, 0, f"sign-flip/{category}").integers(0, 2, size=(resamples, len(values)), dtype=np.int8) * np.int8(2) - np.int8(1)
+        signs = numpy_generator(seed, 0, 0, f"sign-flip/{category}").integers(
+            0, 2, size=(resamples, len(values)), dtype=np.int8
+        ) * np.int8(2) - np.int8(1)
         flipped += signs @ values / len(values) / len(differences)
     return float((1 + (np.abs(flipped) >= observed - 1e-12).sum()) / (resamples + 1))
 
 
 def compare_paired(a: Groups, b: Groups, *, binary: bool, seed: int, resamples: int, confidence: float) -> Comparison:
-    """a minus b, row i of a category being the same prompt with the same noise in both; the interval is a stratified paired bootstrap's.
+    """a minus b, row i of a category being the same prompt with the same noise in both; the interval is a stratified
+    paired bootstrap's.
 
-    p is McNemar's for one category of single binary images, and a stratified sign-flip permutation's otherwise. Raises UserError for unpaired groups.
+    p is McNemar's for one category of single binary images, and a stratified sign-flip permutation's otherwise. Raises
+    UserError for unpaired groups.
     """
     _check_pairs(a, b)
     differences = {category: a[category] - b[category] for category in a}
@@ -192,14 +223,18 @@ def compare_paired(a: Groups, b: Groups, *, binary: bool, seed: int, resamples: 
 def retention(student: Groups, teacher: Groups, *, seed: int, resamples: int, confidence: float) -> Metric:
     """Macro mean of the student over that of the teacher on the same prompts.
 
-    The standard error is the delta method's; the interval a stratified paired bootstrap's, without the draws in which the teacher scores nothing (they have no
-    ratio). Raises UserError for unpaired groups, or a teacher that scores 0.
+    The standard error is the delta method's; the interval a stratified paired bootstrap's, without the draws in which
+    the teacher scores nothing (they have no ratio). Raises UserError for unpaired groups, or a teacher that scores 0.
     """
     _check_pairs(student, teacher)
     if macro_mean(teacher) <= 0.0:
-        raise UserError(f"retention: the teacher scores 0 on {list(teacher)}, so nothing can be retained; check the teacher")
+        raise UserError(
+            f"retention: the teacher scores 0 on {list(teacher)}, so nothing can be retained; check the teacher"
+        )
     ratio = macro_mean(student) / macro_mean(teacher)
-    error = standard_error({category: student[category] - ratio * teacher[category] for category in student}) / macro_mean(teacher)
+    error = standard_error(
+        {category: student[category] - ratio * teacher[category] for category in student}
+    ) / macro_mean(teacher)
     pairs = {category: np.stack([student[category], teacher[category]], axis=1) for category in student}
     means = np.mean(list(resampled_means(pairs, seed=seed, resamples=resamples).values()), axis=0)  # (B, 2)
     means = means[means[:, 1] > 0.0]
@@ -208,22 +243,30 @@ def retention(student: Groups, teacher: Groups, *, seed: int, resamples: int, co
 
 
 def over_training_seeds(groups: Sequence[Groups], *, seed: int, resamples: int, confidence: float) -> Metric:
-    """The macro mean over several trainings of one recipe, all scored on the same prompts: how well the recipe is known, not one of its models.
+    """The macro mean over several trainings of one recipe, all scored on the same prompts: how well the recipe is
+    known, not one of its models.
 
-    A two-level bootstrap (A. Owen 2007, "The pigeonhole bootstrap"): trainings and prompts are drawn with replacement, prompts the same for all trainings. A
-    draw's deviation has a part of the trainings, widened by sqrt(S / (S - 1)) since S of them vary less than their population, and one of the prompts. With few
-    trainings percentiles are too narrow, so the interval is Student's, with the degrees of freedom of the two parts together (Welch and Satterthwaite). It is
-    somewhat conservative: what trainings and prompts do only together is counted in both parts. n counts prompts. Raises UserError for fewer than three
-    trainings, or other prompts in one of them.
+    A two-level bootstrap (A. Owen 2007, "The pigeonhole bootstrap"): trainings and prompts are drawn with replacement,
+    prompts the same for all trainings. A draw's deviation has a part of the trainings, widened by sqrt(S / (S - 1))
+    since S of them vary less than their population, and one of the prompts. With few trainings percentiles are too
+    narrow, so the interval is Student's, with the degrees of freedom of the two parts together (Welch and
+    Satterthwaite). It is somewhat conservative: what trainings and prompts do only together is counted in both parts. n
+    counts prompts. Raises UserError for fewer than three trainings, or other prompts in one of them.
     """
     if len(groups) < 3:
-        raise UserError(f"training seeds: {len(groups)} training(s); three or more are needed to tell how far trainings differ")
+        raise UserError(
+            f"training seeds: {len(groups)} training(s); three or more are needed to tell how far trainings differ"
+        )
     for other in groups[1:]:
         _check_pairs(groups[0], other)
     count = len(groups)
-    columns = {category: np.stack([of_training[category] for of_training in groups], axis=1) for category in groups[0]}  # (n, S)
+    columns = {
+        category: np.stack([of_training[category] for of_training in groups], axis=1) for category in groups[0]
+    }  # (n, S)
     grand = float(np.mean([values.mean() for values in columns.values()]))
-    draws = np.mean(list(resampled_means(columns, seed=seed, resamples=resamples).values()), axis=0)  # (B, S): every training's macro mean of drawn prompts
+    draws = np.mean(
+        list(resampled_means(columns, seed=seed, resamples=resamples).values()), axis=0
+    )  # (B, S): every training's macro mean of drawn prompts
     drawn = numpy_generator(seed, 0, 0, "bootstrap/trainings").integers(count, size=(resamples, count))
     prompts_part = draws.mean(1) - grand
     trainings_part = (np.take_along_axis(draws, drawn, axis=1).mean(1) - draws.mean(1)) * math.sqrt(count / (count - 1))

@@ -1,4 +1,6 @@
-"""Duplicates and leakage: exact ones by hash, near ones by perceptual distance, evaluation images among the training ones."""
+"""Duplicates and leakage: exact ones by hash, near ones by perceptual distance, evaluation images among the training
+ones.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def without_exact_duplicates(rows: Sequence[Candidate]) -> tuple[list[Candidate]
 
 
 class _Neighbours:
-    """Finds a known item whose pictures are all within `limit` bits. Only items of nearly the same number of set bits are compared, which loses none."""
+    """Finds a known item whose pictures are all within `limit` bits. Only items of nearly the same number of set bits
+    are compared, which loses none.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -41,14 +45,19 @@ class _Neighbours:
         """The first item added that is near, and its distance in bits (that of the picture that differs most)."""
         weight = sum(picture.weight for picture in pictures)
         reach = self.limit * max(len(pictures), 1)
-        low, high = bisect.bisect_left(self.items, (weight - reach, -1)), bisect.bisect_right(self.items, (weight + reach, len(self.rows)))
+        low, high = (
+            bisect.bisect_left(self.items, (weight - reach, -1)),
+            bisect.bisect_right(self.items, (weight + reach, len(self.rows))),
+        )
         nearby = sorted(index for _, index in self.items[low:high])
         if not nearby:
             return None
         if not pictures:
             return self.rows[nearby[0]], 0
         stacked = np.stack([self.bits[index] for index in nearby])  # (N, pictures, bytes)
-        apart = np.max([distances(picture.fingerprint, stacked[:, i]) for i, picture in enumerate(pictures)], axis=0)  # (N,)
+        apart = np.max(
+            [distances(picture.fingerprint, stacked[:, i]) for i, picture in enumerate(pictures)], axis=0
+        )  # (N,)
         near = np.flatnonzero(apart <= self.limit)
         return (self.rows[nearby[near[0]]], int(apart[near[0]])) if len(near) else None
 
@@ -70,7 +79,9 @@ def without_near_duplicates(rows: Sequence[Candidate], *, distance: int) -> tupl
     groups: defaultdict[tuple[Any, ...], _Neighbours] = defaultdict(lambda: _Neighbours(distance))
     kept, rejected = [], []
     for candidate in rows:
-        group = groups[candidate.row.split, normalise(candidate.row.prompt), _size(candidate.source), _size(candidate.target)]
+        group = groups[
+            candidate.row.split, normalise(candidate.row.prompt), _size(candidate.source), _size(candidate.target)
+        ]
         pictures = [picture for picture in (candidate.source, candidate.target) if picture]
         if found := group.find(pictures):
             detail = f"{found[1]} bits from {where(found[0])}, more than {distance} wanted (near_duplicate_distance)"
@@ -84,8 +95,9 @@ def without_near_duplicates(rows: Sequence[Candidate], *, distance: int) -> tupl
 def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
     """Training rows that give away what is scored are rejected; evaluation rows all stay.
 
-    A T2I row leaks when its normalised prompt is scored; an edit when an instruction and a near-identical source are scored together; any row when one of
-    its images is, pixel for pixel, an image of an evaluation row. Images of one flat colour (what remains when the only thing is removed) give nothing away.
+    A T2I row leaks when its normalised prompt is scored; an edit when an instruction and a near-identical source are
+    scored together; any row when one of its images is, pixel for pixel, an image of an evaluation row. Images of one
+    flat colour (what remains when the only thing is removed) give nothing away.
     """
     prompts: dict[str, RawRow] = {}
     images: dict[str, RawRow] = {}
@@ -109,7 +121,12 @@ def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[C
     return kept, rejected
 
 
-def _leak(candidate: Candidate, prompts: Mapping[str, RawRow], images: Mapping[str, RawRow], edits: Mapping[tuple[Any, ...], _Neighbours]) -> str | None:
+def _leak(
+    candidate: Candidate,
+    prompts: Mapping[str, RawRow],
+    images: Mapping[str, RawRow],
+    edits: Mapping[tuple[Any, ...], _Neighbours],
+) -> str | None:
     prompt = normalise(candidate.row.prompt)
     if not candidate.source and prompt in prompts:
         return f"the prompt is scored in {where(prompts[prompt])}"

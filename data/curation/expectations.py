@@ -33,7 +33,9 @@ FIRST_ROWS = 5  # ids named per failure
 
 @dataclass(frozen=True)
 class Outcome:
-    """One expectation's result. `rows` counts the rows at fault, `ids` are the first of them; `observed` is what a whole-table expectation saw."""
+    """One expectation's result. `rows` counts the rows at fault, `ids` are the first of them; `observed` is what a
+    whole-table expectation saw.
+    """
 
     name: str
     meaning: str
@@ -48,12 +50,16 @@ class Outcome:
         return f"{self.name} ({self.meaning}; {self.type}): {seen}"
 
 
-def validate_curated(examples: Sequence[Example], options: Options, docs: str | Path, *, folder: str | Path) -> dict[str, Any]:
-    """Runs the suite over the examples of the curated `folder` and builds Data Docs into `docs`, replaced as a whole, on success and on failure.
+def validate_curated(
+    examples: Sequence[Example], options: Options, docs: str | Path, *, folder: str | Path
+) -> dict[str, Any]:
+    """Runs the suite over the examples of the curated `folder` and builds Data Docs into `docs`, replaced as a whole,
+    on success and on failure.
 
-    `docs` then holds `index.html` and `index.md` (every expectation with its outcome), `validation.html` and `suite.html` (Great Expectations' own pages).
-    Returns {"success", "evaluated", "successful", "suite", "expectations": [{"name", "meaning", "type", "success", "rows", "ids", "observed"}]}.
-    Raises UserErrors that names each failed expectation, the count and the first rows' ids.
+    `docs` then holds `index.html` and `index.md` (every expectation with its outcome), `validation.html` and
+    `suite.html` (Great Expectations' own pages). Returns {"success", "evaluated", "successful", "suite",
+    "expectations": [{"name", "meaning", "type", "success", "rows", "ids", "observed"}]}. Raises UserErrors that names
+    each failed expectation, the count and the first rows' ids.
     """
     docs = Path(docs)
     frame = table_of(examples, Path(folder))
@@ -62,7 +68,9 @@ def validate_curated(examples: Sequence[Example], options: Options, docs: str | 
         _write_index(pages, outcomes, len(frame))
     failed = [outcome for outcome in outcomes if not outcome.success]
     if failed:
-        title = f"the curated set fails {len(failed)} of {len(outcomes)} expectations (all of them: {docs / 'index.html'})"
+        title = (
+            f"the curated set fails {len(failed)} of {len(outcomes)} expectations (all of them: {docs / 'index.html'})"
+        )
         raise UserErrors(title, [outcome.fault() for outcome in failed])
     return {
         "success": True,
@@ -73,12 +81,19 @@ def validate_curated(examples: Sequence[Example], options: Options, docs: str | 
     }
 
 
-# --- what is promised --------------------------------------------------------------------------------------------------------
+# --- what is promised -------------------------------------------------------------------------------------------------
 
 
 def table_of(examples: Sequence[Example], folder: Path) -> pd.DataFrame:
-    """The examples' own columns (without the record) and what is computed from them, as Great Expectations judges columns."""
-    prompts = {split: {normalise(example.prompt) for example in examples if example.capability == "t2i" and example.split == split} for split in SPLITS}
+    """The examples' own columns (without the record) and what is computed from them, as Great Expectations judges
+    columns.
+    """
+    prompts = {
+        split: {
+            normalise(example.prompt) for example in examples if example.capability == "t2i" and example.split == split
+        }
+        for split in SPLITS
+    }
     rows = []
     for example in examples:
         sizes = [_size_if_intact(folder / path) for path in (example.source, example.target) if path]
@@ -102,12 +117,20 @@ def table_of(examples: Sequence[Example], folder: Path) -> pd.DataFrame:
 
 TABLE_COLUMNS = [
     *(name for name in COLUMNS if name != "record"),
-    "task", "prompt_words", "source_as_needed", "images_intact", "shortest_edge", "longest_edge", "prompt_in_other_split",
-]  # fmt: skip
+    "task",
+    "prompt_words",
+    "source_as_needed",
+    "images_intact",
+    "shortest_edge",
+    "longest_edge",
+    "prompt_in_other_split",
+]
 
 
 def _size_if_intact(path: Path) -> tuple[int, int] | None:
-    """(width, height) in pixels of a file whose name is the SHA-256 of its bytes; None when it is missing or altered."""
+    """(width, height) in pixels of a file whose name is the SHA-256 of its bytes; None when it is missing or
+    altered.
+    """
     try:
         if sha256_file(path) != path.stem:
             return None
@@ -118,7 +141,9 @@ def _size_if_intact(path: Path) -> tuple[int, int] | None:
 
 
 def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
-    """name -> (meaning, expectation) of everything a curated set must hold. None of them passes on an empty table alone: `row_count` fails there."""
+    """name -> (meaning, expectation) of everything a curated set must hold. None of them passes on an empty table
+    alone: `row_count` fails there.
+    """
     import great_expectations.expectations as gxe
 
     tasks = [f"{name}/{category}" for name in BUCKETS for category in CAPABILITIES[name].categories]
@@ -126,25 +151,73 @@ def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
     words = options.max_prompt_words
     least = max(1, sum(options.minimum_train.values()) + sum(options.minimum_eval.values()))
     suite: dict[str, tuple[str, Expectation]] = {
-        "columns": ("the table has exactly its columns", gxe.ExpectTableColumnsToMatchSet(column_set=TABLE_COLUMNS, exact_match=True)),
+        "columns": (
+            "the table has exactly its columns",
+            gxe.ExpectTableColumnsToMatchSet(column_set=TABLE_COLUMNS, exact_match=True),
+        ),
         "row_count": (f"at least {least} rows", gxe.ExpectTableRowCountToBeBetween(min_value=least)),
-        "id_form": ("every row has an id that can name a file", gxe.ExpectColumnValuesToMatchRegex(column="id", regex=f"^{ID_PATTERN.pattern}$")),
+        "id_form": (
+            "every row has an id that can name a file",
+            gxe.ExpectColumnValuesToMatchRegex(column="id", regex=f"^{ID_PATTERN.pattern}$"),
+        ),
         "id_unique": ("no id is used twice", gxe.ExpectColumnValuesToBeUnique(column="id")),
-        "sha256_form": ("sha256 is 64 hexadecimal digits", gxe.ExpectColumnValuesToMatchRegex(column="sha256", regex="^[0-9a-f]{64}$")),
-        "sha256_unique": ("no two rows of a split are equal", gxe.ExpectCompoundColumnsToBeUnique(column_list=["split", "sha256"])),
-        "provenance": ("every row names its manifest", gxe.ExpectColumnValuesToMatchRegex(column="origin", regex=r".+\.(?:csv|jsonl|parquet)$")),
-        "provenance_row": ("rows of a manifest count from 1", gxe.ExpectColumnValuesToBeBetween(column="row", min_value=1)),
-        "split_known": ("split is train or eval", gxe.ExpectColumnValuesToBeInSet(column="split", value_set=list(SPLITS))),
-        "capability_known": ("capability is one of three", gxe.ExpectColumnValuesToBeInSet(column="capability", value_set=list(BUCKETS))),
-        "category_known": ("category is a GenEval tag or a GEdit task", gxe.ExpectColumnValuesToBeInSet(column="category", value_set=categories)),
-        "category_fits": ("category belongs to its capability", gxe.ExpectColumnValuesToBeInSet(column="task", value_set=tasks)),
+        "sha256_form": (
+            "sha256 is 64 hexadecimal digits",
+            gxe.ExpectColumnValuesToMatchRegex(column="sha256", regex="^[0-9a-f]{64}$"),
+        ),
+        "sha256_unique": (
+            "no two rows of a split are equal",
+            gxe.ExpectCompoundColumnsToBeUnique(column_list=["split", "sha256"]),
+        ),
+        "provenance": (
+            "every row names its manifest",
+            gxe.ExpectColumnValuesToMatchRegex(column="origin", regex=r".+\.(?:csv|jsonl|parquet)$"),
+        ),
+        "provenance_row": (
+            "rows of a manifest count from 1",
+            gxe.ExpectColumnValuesToBeBetween(column="row", min_value=1),
+        ),
+        "split_known": (
+            "split is train or eval",
+            gxe.ExpectColumnValuesToBeInSet(column="split", value_set=list(SPLITS)),
+        ),
+        "capability_known": (
+            "capability is one of three",
+            gxe.ExpectColumnValuesToBeInSet(column="capability", value_set=list(BUCKETS)),
+        ),
+        "category_known": (
+            "category is a GenEval tag or a GEdit task",
+            gxe.ExpectColumnValuesToBeInSet(column="category", value_set=categories),
+        ),
+        "category_fits": (
+            "category belongs to its capability",
+            gxe.ExpectColumnValuesToBeInSet(column="task", value_set=tasks),
+        ),
         "prompt_given": ("every row has a prompt", gxe.ExpectColumnValuesToMatchRegex(column="prompt", regex=r"\S")),
-        "prompt_length": (f"1 to {words} words", gxe.ExpectColumnValuesToBeBetween(column="prompt_words", min_value=1, max_value=words)),
-        "source_as_needed": ("edits have a source image and T2I has none", gxe.ExpectColumnValuesToBeInSet(column="source_as_needed", value_set=[True])),
-        "images_intact": ("image files exist and their bytes give their names", gxe.ExpectColumnValuesToBeInSet(column="images_intact", value_set=[True])),
-        "image_size_min": (f"edges of {options.min_edge} px or more", gxe.ExpectColumnValuesToBeBetween(column="shortest_edge", min_value=options.min_edge)),
-        "image_size_max": (f"edges of {options.max_edge} px or less", gxe.ExpectColumnValuesToBeBetween(column="longest_edge", max_value=options.max_edge)),
-        "no_leakage": ("no T2I prompt is both trained and scored", gxe.ExpectColumnValuesToBeInSet(column="prompt_in_other_split", value_set=[False])),
+        "prompt_length": (
+            f"1 to {words} words",
+            gxe.ExpectColumnValuesToBeBetween(column="prompt_words", min_value=1, max_value=words),
+        ),
+        "source_as_needed": (
+            "edits have a source image and T2I has none",
+            gxe.ExpectColumnValuesToBeInSet(column="source_as_needed", value_set=[True]),
+        ),
+        "images_intact": (
+            "image files exist and their bytes give their names",
+            gxe.ExpectColumnValuesToBeInSet(column="images_intact", value_set=[True]),
+        ),
+        "image_size_min": (
+            f"edges of {options.min_edge} px or more",
+            gxe.ExpectColumnValuesToBeBetween(column="shortest_edge", min_value=options.min_edge),
+        ),
+        "image_size_max": (
+            f"edges of {options.max_edge} px or less",
+            gxe.ExpectColumnValuesToBeBetween(column="longest_edge", max_value=options.max_edge),
+        ),
+        "no_leakage": (
+            "no T2I prompt is both trained and scored",
+            gxe.ExpectColumnValuesToBeInSet(column="prompt_in_other_split", value_set=[False]),
+        ),
     }
     for split, minimum in (("train", options.minimum_train), ("eval", options.minimum_eval)):
         for name, count in minimum.items():
@@ -156,7 +229,7 @@ def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
     return suite
 
 
-# --- running it --------------------------------------------------------------------------------------------------------------
+# --- running it -------------------------------------------------------------------------------------------------------
 
 
 def _run(frame: pd.DataFrame, options: Options, scratch: Path, pages: Path) -> list[Outcome]:
@@ -170,8 +243,19 @@ def _run(frame: pd.DataFrame, options: Options, scratch: Path, pages: Path) -> l
     context.variables.progress_bars = {"globally": False, "metric_calculations": False}
     site = scratch / "site"
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site)}
-    context.add_data_docs_site(SUITE, {"class_name": "SiteBuilder", "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"}, "store_backend": store})
-    batch = context.data_sources.add_pandas(SUITE).add_dataframe_asset("examples").add_batch_definition_whole_dataframe("all")
+    context.add_data_docs_site(
+        SUITE,
+        {
+            "class_name": "SiteBuilder",
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            "store_backend": store,
+        },
+    )
+    batch = (
+        context.data_sources.add_pandas(SUITE)
+        .add_dataframe_asset("examples")
+        .add_batch_definition_whole_dataframe("all")
+    )
     suite = context.suites.add(gx.ExpectationSuite(name=SUITE))
     for name, (meaning, expectation) in promised.items():
         expectation.description, expectation.meta = f"{name}: {meaning}", {"name": name}
@@ -199,11 +283,15 @@ def _outcome(item: Any, promised: dict[str, tuple[str, Expectation]]) -> Outcome
     observed = str(found.get("observed_value", ""))
     if not found:  # the expectation itself broke
         broken = next(iter(item.exception_info.values()), None)
-        observed = str(broken.get("exception_message") if isinstance(broken, dict) else item.exception_info.get("exception_message"))
+        observed = str(
+            broken.get("exception_message")
+            if isinstance(broken, dict)
+            else item.exception_info.get("exception_message")
+        )
     return Outcome(name, promised[name][0], kind, bool(item.success), rows, ids[:FIRST_ROWS], observed)
 
 
-# --- pages that need no network ----------------------------------------------------------------------------------------------
+# --- pages that need no network ---------------------------------------------------------------------------------------
 
 
 STYLE = """
@@ -217,12 +305,15 @@ th { background: #f2f2f2; } .bad { background: #fbe3e3; } img, svg { max-width: 
 
 
 def _offline(page: str) -> str:
-    """One of Great Expectations' pages without what it loads from elsewhere (styles, scripts, fonts, logos), in a plain style of its own."""
+    """One of Great Expectations' pages without what it loads from elsewhere (styles, scripts, fonts, logos), in a plain
+    style of its own.
+    """
     page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
     page = re.sub(r"<(?:link|img|source)\b[^>]*>", "", page)
     page = re.sub(r"<style\b.*?</style>", "", page, flags=re.DOTALL)
     page = re.sub(r"<p>[^<]*newsletter.*?</p>", "", page, flags=re.DOTALL)
-    # What tells of this run alone, so that equal data gives equal pages: when it ran, and the random names of folded parts.
+    # What tells of this run alone, so that equal data gives equal pages: when it ran, and the random names of folded
+    # parts.
     page = re.sub(r'(aria-current="page">Validations / [^/<]*) /[^<]*<', r"\1<", page)
     cell = r'<tr>\s*<td id="[^"]*-collapse-item-\d+-cell-\d+-1"'
     page = re.sub(cell + r"(?:(?!</?tr).)*>(?:Run Time|ge_load_time)<.*?</tr>", "", page, flags=re.DOTALL)
@@ -243,13 +334,31 @@ def _write_index(pages: Path, outcomes: Sequence[Outcome], rows: int) -> None:
     good = sum(outcome.success for outcome in outcomes)
     headline = f"{good} of {len(outcomes)} expectations hold on {rows} rows"
     columns = ("expectation", "meaning", "outcome", "rows at fault", "first ids", "observed")
-    cells = [(o.name, o.meaning, "holds" if o.success else "FAILS", str(o.rows), ", ".join(o.ids), o.observed if not o.rows else "") for o in outcomes]
-    table = [columns, ["---"] * len(columns), *([value.replace("|", "\\|").replace("\n", " ") for value in row] for row in cells)]
+    cells = [
+        (
+            o.name,
+            o.meaning,
+            "holds" if o.success else "FAILS",
+            str(o.rows),
+            ", ".join(o.ids),
+            o.observed if not o.rows else "",
+        )
+        for o in outcomes
+    ]
+    table = [
+        columns,
+        ["---"] * len(columns),
+        *([value.replace("|", "\\|").replace("\n", " ") for value in row] for row in cells),
+    ]
     lines = ["# Curated data: validation", "", headline + ".", "", *(f"| {' | '.join(row)} |" for row in table)]
     (pages / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     body = ""
     for outcome, row in zip(outcomes, cells, strict=True):
-        body += f"<tr{'' if outcome.success else ' class=bad'}>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>"
+        body += (
+            f"<tr{'' if outcome.success else ' class=bad'}>"
+            + "".join(f"<td>{html.escape(value)}</td>" for value in row)
+            + "</tr>"
+        )
     head = "".join(f"<th>{name}</th>" for name in columns)
     (pages / "index.html").write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

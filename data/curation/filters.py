@@ -13,7 +13,11 @@ from data.images import ImageFault, Picture, decode_image, picture_of
 from data.manifests import RawRow, Rejection
 from data.records import CAPABILITIES, SPLITS
 
-BUCKETS = ("t2i", "local_edit", "global_edit")  # the capabilities that a row may have; "edit" is their union, for routes only
+BUCKETS = (
+    "t2i",
+    "local_edit",
+    "global_edit",
+)  # the capabilities that a row may have; "edit" is their union, for routes only
 Progress = Callable[[int, int, str], None]
 
 
@@ -83,7 +87,9 @@ def known_tasks(rows: Sequence[RawRow]) -> tuple[list[RawRow], list[Rejection]]:
             rejected.append(reject(row, "unknown capability", f"{row.capability!r}; choose of {', '.join(BUCKETS)}"))
         elif row.category not in CAPABILITIES[row.capability].categories:
             known = ", ".join(CAPABILITIES[row.capability].categories)
-            rejected.append(reject(row, "unknown task", f"{row.category!r} is no category of {row.capability}; choose of {known}"))
+            rejected.append(
+                reject(row, "unknown task", f"{row.category!r} is no category of {row.capability}; choose of {known}")
+            )
         elif row.split not in SPLITS:
             rejected.append(reject(row, "unknown split", f"{row.split!r}; choose of {', '.join(SPLITS)}"))
         else:
@@ -97,14 +103,18 @@ def unique_ids(rows: Sequence[RawRow]) -> tuple[list[RawRow], list[Rejection]]:
     rejected = []
     for row in rows:
         if row.id in first:
-            rejected.append(reject(row, "duplicate id", f"already used by {first[row.id].origin} row {first[row.id].row}"))
+            rejected.append(
+                reject(row, "duplicate id", f"already used by {first[row.id].origin} row {first[row.id].row}")
+            )
         else:
             first[row.id] = row
     return list(first.values()), rejected
 
 
 # Han, kana and hangul are written without spaces: each sign counts as a word.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+"
+)
 
 
 def count_words(prompt: str) -> int:
@@ -114,10 +124,14 @@ def count_words(prompt: str) -> int:
 def normalise(prompt: str) -> str:
     """What two prompts have in common that differ in case, punctuation, spacing or Unicode form only."""
     text = unicodedata.normalize("NFKC", prompt).casefold()
-    return " ".join("".join(" " if unicodedata.category(character)[0] in "PZC" else character for character in text).split())
+    return " ".join(
+        "".join(" " if unicodedata.category(character)[0] in "PZC" else character for character in text).split()
+    )
 
 
-def usable_prompts(rows: Sequence[RawRow], *, max_words: int, vocabulary: Collection[str] | None = None) -> tuple[list[RawRow], list[Rejection]]:
+def usable_prompts(
+    rows: Sequence[RawRow], *, max_words: int, vocabulary: Collection[str] | None = None
+) -> tuple[list[RawRow], list[Rejection]]:
     """Prompts with at least one word, at most `max_words`, and, where a vocabulary is given, no word outside it."""
     kept, rejected = [], []
     known = None if vocabulary is None else frozenset(vocabulary)
@@ -140,20 +154,34 @@ def consistent_sources(rows: Sequence[RawRow]) -> tuple[list[RawRow], list[Rejec
     kept, rejected = [], []
     for row in rows:
         if CAPABILITIES[row.capability].is_edit and row.source is None:
-            rejected.append(reject(row, "missing source", f"{row.category} edits an image: name it in the column source"))
+            rejected.append(
+                reject(row, "missing source", f"{row.category} edits an image: name it in the column source")
+            )
         elif not CAPABILITIES[row.capability].is_edit and row.source is not None:
-            rejected.append(reject(row, "unexpected source", f"{row.category} starts from the prompt alone, but source = {row.source!r}"))
+            rejected.append(
+                reject(
+                    row,
+                    "unexpected source",
+                    f"{row.category} starts from the prompt alone, but source = {row.source!r}",
+                )
+            )
         else:
             kept.append(row)
     return kept, rejected
 
 
 def scorable(rows: Sequence[RawRow]) -> tuple[list[RawRow], list[Rejection]]:
-    """Held-out T2I rows carry GenEval's metadata, without which no verdict can be given: a tag equal to the category and a list `include`."""
+    """Held-out T2I rows carry GenEval's metadata, without which no verdict can be given: a tag equal to the category
+    and a list `include`.
+    """
     kept, rejected = [], []
     for row in rows:
         include = row.record.get("include")
-        good = isinstance(include, list) and include and all(isinstance(item, dict) and "class" in item and "count" in item for item in include)
+        good = (
+            isinstance(include, list)
+            and include
+            and all(isinstance(item, dict) and "class" in item and "count" in item for item in include)
+        )
         if row.capability == "t2i" and row.split == "eval" and not (good and row.record.get("tag") == row.category):
             wanted = f'record needs "tag": "{row.category}" and "include": [{{"class", "count", ...}}], as in GenEval\'s metadata'
             rejected.append(reject(row, "unscorable record", wanted))
@@ -163,9 +191,15 @@ def scorable(rows: Sequence[RawRow]) -> tuple[list[RawRow], list[Rejection]]:
 
 
 def decoded(
-    rows: Sequence[RawRow], folder: Path, options: Options, *, save: Callable[[str, bytes], None] | None = None, progress: Progress | None = None
+    rows: Sequence[RawRow],
+    folder: Path,
+    options: Options,
+    *,
+    save: Callable[[str, bytes], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[Candidate], list[Rejection]]:
-    """Rows whose images are readable, RGB and of the right size after EXIF orientation; both images of an edit have one size.
+    """Rows whose images are readable, RGB and of the right size after EXIF orientation; both images of an edit have one
+    size.
 
     Each image is read once; `save(sha256, png)` is handed its curated form.
     """
@@ -186,7 +220,10 @@ def decoded(
         try:
             source, target = picture(row.source), picture(row.target)
             if source and target and (source.width, source.height) != (target.width, target.height):
-                raise ImageFault("wrong size", f"source is {source.width}x{source.height}, target {target.width}x{target.height}; both must be equal")
+                raise ImageFault(
+                    "wrong size",
+                    f"source is {source.width}x{source.height}, target {target.width}x{target.height}; both must be equal",
+                )
             kept.append(Candidate(row, source, target))
         except ImageFault as fault:
             rejected.append(reject(row, fault.reason, fault.detail))
@@ -201,8 +238,14 @@ def _read_picture(path: Path, options: Options, save: Callable[[str, bytes], Non
     except ImageFault as fault:
         return fault
     if not all(options.min_edge <= edge <= options.max_edge for edge in image.size):
-        wanted = f"{options.min_edge}x{options.min_edge}" if options.min_edge == options.max_edge else f"edges of {options.min_edge} to {options.max_edge}"
-        return ImageFault("wrong size", f"{path.name}: {image.width}x{image.height}, {wanted} pixels wanted (min_edge, max_edge)")
+        wanted = (
+            f"{options.min_edge}x{options.min_edge}"
+            if options.min_edge == options.max_edge
+            else f"edges of {options.min_edge} to {options.max_edge}"
+        )
+        return ImageFault(
+            "wrong size", f"{path.name}: {image.width}x{image.height}, {wanted} pixels wanted (min_edge, max_edge)"
+        )
     picture, content = picture_of(image)
     if save:
         save(picture.sha256, content)

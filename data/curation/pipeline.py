@@ -1,7 +1,8 @@
-"""From raw manifests to the curated set: a chain of pure filters, each of which returns what it keeps and what it rejects, with the reason.
+"""From raw manifests to the curated set: a chain of pure filters, each of which returns what it keeps and what it
+rejects, with the reason.
 
-Every row that was read is either kept or listed in `rejected.csv`. Curated: `examples.parquet`, `images/<sha256>.png` (RGB, upright), `rejected.csv`
-(origin, row, id, reason, detail) and `summary.json` with the counts.
+Every row that was read is either kept or listed in `rejected.csv`. Curated: `examples.parquet`, `images/<sha256>.png`
+(RGB, upright), `rejected.csv` (origin, row, id, reason, detail) and `summary.json` with the counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from data.curation.duplicates import without_exact_duplicates, without_leakage, without_near_duplicates
-from data.curation.filters import BUCKETS, Candidate, Options, Progress, consistent_sources, decoded, known_tasks, reject, scorable, unique_ids, usable_prompts
+from data.curation.filters import (
+    BUCKETS,
+    Candidate,
+    Options,
+    Progress,
+    consistent_sources,
+    decoded,
+    known_tasks,
+    reject,
+    scorable,
+    unique_ids,
+    usable_prompts,
+)
 from data.errors import UserErrors
 from data.files import atomic_folder, write_json
 from data.manifests import Manifests, RawRow, Rejection, read_manifests
@@ -25,7 +38,7 @@ REJECTED_FILE = "rejected.csv"
 SUMMARY_FILE = "summary.json"
 
 
-# --- balance -----------------------------------------------------------------------------------------------------------------
+# --- balance ----------------------------------------------------------------------------------------------------------
 
 
 def train_counts(rows: Sequence[Candidate]) -> Counter[str]:
@@ -44,7 +57,9 @@ def balanced(rows: Sequence[Candidate], *, max_ratio: float) -> tuple[list[Candi
     cap = int(max_ratio * counts[smallest])
     dropped: set[str] = set()
     for capability in counts:
-        ordered = sorted((c.sha256, c.row.id) for c in rows if c.row.split == "train" and c.row.capability == capability)
+        ordered = sorted(
+            (c.sha256, c.row.id) for c in rows if c.row.split == "train" and c.row.capability == capability
+        )
         dropped.update(name for _, name in ordered[cap:])
     kept, rejected = [], []
     for candidate in rows:
@@ -58,7 +73,9 @@ def balanced(rows: Sequence[Candidate], *, max_ratio: float) -> tuple[list[Candi
 
 
 def require_minimum(rows: Sequence[Candidate], rejected: Sequence[Rejection], minimum: Mapping[str, int]) -> None:
-    """Raises UserErrors that names each capability with too few training rows left, and what most rows were rejected for."""
+    """Raises UserErrors that names each capability with too few training rows left, and what most rows were rejected
+    for.
+    """
     counts = train_counts(rows)
     short = [
         f"{name}: {counts[name]} training rows are left, the minimum is {least} (minimum_train.{name})"
@@ -74,10 +91,13 @@ def _reasons(rejected: Sequence[Rejection]) -> list[str]:
     for rejection in rejected:
         groups[rejection.reason].append(rejection)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"rejected, {reason}: {len(group)} rows, the first {group[0].origin} row {group[0].row}: {group[0].detail}" for reason, group in ordered]
+    return [
+        f"rejected, {reason}: {len(group)} rows, the first {group[0].origin} row {group[0].row}: {group[0].detail}"
+        for reason, group in ordered
+    ]
 
 
-# --- the whole chain ---------------------------------------------------------------------------------------------------------
+# --- the whole chain --------------------------------------------------------------------------------------------------
 
 
 def curate(
@@ -89,10 +109,13 @@ def curate(
     accept: Callable[[Path, list[Example]], dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Reads the folder `raw`, applies every filter and writes the folder `out`, whole or not at all. Returns the summary.
+    """Reads the folder `raw`, applies every filter and writes the folder `out`, whole or not at all. Returns the
+    summary.
 
-    Equal input gives equal bytes. `accept(folder, examples)` looks at the finished folder before it takes its place: what it returns becomes the summary's
-    `validation`, what it raises leaves `out` as it was. Raises UserError(s) for unreadable manifests and for too few examples.
+    Equal input gives equal bytes. `accept(folder, examples)` looks at the finished folder before it takes its place:
+    what it returns becomes the summary's
+    `validation`, what it raises leaves `out` as it was. Raises UserError(s) for unreadable manifests and for too few
+    examples.
     """
     raw, out = Path(raw), Path(out)
     manifests = read_manifests(raw)
@@ -103,7 +126,9 @@ def curate(
         if not kept:
             raise UserErrors(f"{raw}: no row of {manifests.count} is left after curation", _reasons(rejected))
         require_minimum(kept, rejected, options.minimum_train)
-        used = {f"{picture.sha256}.png" for candidate in kept for picture in (candidate.source, candidate.target) if picture}
+        used = {
+            f"{picture.sha256}.png" for candidate in kept for picture in (candidate.source, candidate.target) if picture
+        }
         for path in images.iterdir():
             if path.name not in used:
                 path.unlink()
@@ -118,7 +143,12 @@ def curate(
 
 
 def _apply(
-    manifests: Manifests, raw: Path, images: Path, options: Options, vocabulary: Collection[str] | None, progress: Progress | None
+    manifests: Manifests,
+    raw: Path,
+    images: Path,
+    options: Options,
+    vocabulary: Collection[str] | None,
+    progress: Progress | None,
 ) -> tuple[list[Candidate], list[Rejection], list[dict[str, Any]]]:
     """The filters in order. Also returns what each of them did."""
     rejected = list(manifests.rejected)
@@ -145,14 +175,30 @@ def _apply(
     found = note("without_leakage", *without_leakage(found, distance=options.near_duplicate_distance))
     found = note("balanced", *balanced(found, max_ratio=options.max_ratio))
     if len(found) + len(rejected) != manifests.count:
-        raise RuntimeError(f"curation lost rows: {len(found)} kept + {len(rejected)} rejected of {manifests.count} read")
+        raise RuntimeError(
+            f"curation lost rows: {len(found)} kept + {len(rejected)} rejected of {manifests.count} read"
+        )
     return found, sorted(rejected, key=lambda rejection: (rejection.origin, rejection.row)), steps
 
 
 def _example(candidate: Candidate) -> Example:
     row = candidate.row
-    source, target = (f"{IMAGES_FOLDER}/{picture.sha256}.png" if picture else None for picture in (candidate.source, candidate.target))
-    return Example(row.id, row.split, row.capability, row.category, row.prompt, source, target, row.record, row.origin, row.row, candidate.sha256)
+    source, target = (
+        f"{IMAGES_FOLDER}/{picture.sha256}.png" if picture else None for picture in (candidate.source, candidate.target)
+    )
+    return Example(
+        row.id,
+        row.split,
+        row.capability,
+        row.category,
+        row.prompt,
+        source,
+        target,
+        row.record,
+        row.origin,
+        row.row,
+        candidate.sha256,
+    )
 
 
 def _write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
@@ -162,7 +208,13 @@ def _write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
         writer.writerows(asdict(rejection) for rejection in rejected)
 
 
-def _summary(manifests: Manifests, kept: Sequence[Candidate], rejected: Sequence[Rejection], steps: list[dict[str, Any]], images: int) -> dict[str, Any]:
+def _summary(
+    manifests: Manifests,
+    kept: Sequence[Candidate],
+    rejected: Sequence[Rejection],
+    steps: list[dict[str, Any]],
+    images: int,
+) -> dict[str, Any]:
     rows = Counter([row.origin for row in manifests.rows] + [rejection.origin for rejection in manifests.rejected])
     capabilities = Counter((candidate.row.capability, candidate.row.split) for candidate in kept)
     categories = Counter((candidate.row.category, candidate.row.split) for candidate in kept)
@@ -176,5 +228,8 @@ def _summary(manifests: Manifests, kept: Sequence[Candidate], rejected: Sequence
         "reasons": dict(sorted(Counter(rejection.reason for rejection in rejected).items())),
         "filters": steps,
         "capabilities": {name: {split: capabilities[name, split] for split in SPLITS} for name in BUCKETS},
-        "categories": {name: {split: categories[name, split] for split in SPLITS} for name in CAPABILITIES["t2i"].categories + CAPABILITIES["edit"].categories},
+        "categories": {
+            name: {split: categories[name, split] for split in SPLITS}
+            for name in CAPABILITIES["t2i"].categories + CAPABILITIES["edit"].categories
+        },
     }

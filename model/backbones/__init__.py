@@ -1,4 +1,6 @@
-"""A backbone binds a network family to the conventions of model/fields/base.py. It knows nothing of losses, optimizers, routes or checkpoints."""
+"""A backbone binds a network family to the conventions of model/fields/base.py. It knows nothing of losses, optimizers,
+routes or checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,18 @@ MAX_TOKENS = 256
 
 
 def check_sizes(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> None:
-    """Raises UserError for a picture (width, height in px) that is larger than the network has positions for, or is no whole number of its patches."""
+    """Raises UserError for a picture (width, height in px) that is larger than the network has positions for, or is no
+    whole number of its patches.
+    """
     for width, height in sizes:
         if max(width, height) > backbone.largest_edge:
-            raise UserError(f"{width} x {height} px: the network has positions for edges of up to {backbone.largest_edge} px; choose a smaller resolution")
+            raise UserError(
+                f"{width} x {height} px: the network has positions for edges of up to {backbone.largest_edge} px; choose a smaller resolution"
+            )
         if width % backbone.size_multiple or height % backbone.size_multiple:
-            raise UserError(f"{width} x {height} px: expected multiples of {backbone.size_multiple} px, as the network's latents and patches need")
+            raise UserError(
+                f"{width} x {height} px: expected multiples of {backbone.size_multiple} px, as the network's latents and patches need"
+            )
 
 
 class Backbone(Protocol):
@@ -67,7 +75,9 @@ class Backbone(Protocol):
         ...
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """Writes the base with all that belongs to it (or `network` in its place) as a folder that `load_backbone` reads."""
+        """Writes the base with all that belongs to it (or `network` in its place) as a folder that `load_backbone`
+        reads.
+        """
         ...
 
 
@@ -90,14 +100,21 @@ def _zimage(folder: Path, **options: Any) -> Backbone:
 
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {"micro": _micro, "sd3": _sd3, "zimage": _zimage}
-PIPELINES = {"MicroPipeline": "micro", "StableDiffusion3Pipeline": "sd3", "ZImagePipeline": "zimage", "ZImageOmniPipeline": "zimage"}
+PIPELINES = {
+    "MicroPipeline": "micro",
+    "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "zimage",
+    "ZImageOmniPipeline": "zimage",
+}
 
 
 def family_of(folder: Path) -> str:
     """The family of a pipeline folder, from its model_index.json. Raises UserError for a pipeline of no family here."""
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in PIPELINES:
-        raise UserError(f"{folder / 'model_index.json'}: _class_name = {kind!r}: choose a checkpoint of one of {sorted(PIPELINES)}")
+        raise UserError(
+            f"{folder / 'model_index.json'}: _class_name = {kind!r}: choose a checkpoint of one of {sorted(PIPELINES)}"
+        )
     return PIPELINES[kind]
 
 
@@ -110,15 +127,23 @@ def load_backbone(
     device: torch.device | str = "cpu",
     resolution: int | None = None,
 ) -> Backbone:
-    """The frozen base of a pipeline folder. `need`: the parts of `PARTS` that are read; training needs the transformer alone.
+    """The frozen base of a pipeline folder. `need`: the parts of `PARTS` that are read; training needs the transformer
+    alone.
 
-    `dtype` is the network's and the text encoders' (the micro backbone and every VAE stay in fp32); prompts of more than `max_tokens` tokens are cut; `device`
-    "auto" is the GPU where there is one; `resolution` (px) sets the usual picture's edge where the checkpoint's own is not wanted. The micro backbone takes
-    none of these: it is what its folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
+    `dtype` is the network's and the text encoders' (the micro backbone and every VAE stay in fp32); prompts of more
+    than `max_tokens` tokens are cut; `device` "auto" is the GPU where there is one; `resolution` (px) sets the usual
+    picture's edge where the checkpoint's own is not wanted. The micro backbone takes none of these: it is what its
+    folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"need": frozenset(need), "dtype": dtype, "max_tokens": max_tokens, "device": device, "resolution": resolution}
+    options = {
+        "need": frozenset(need),
+        "dtype": dtype,
+        "max_tokens": max_tokens,
+        "device": device,
+        "resolution": resolution,
+    }
     return BACKBONES[family_of(folder)](folder, **options)

@@ -1,7 +1,8 @@
-"""The micro world's backbone: the class of Stable Diffusion 3.5 (diffusers' SD3Transformer2DModel), tiny, on the latents of a linear codec.
+"""The micro world's backbone: the class of Stable Diffusion 3.5 (diffusers' SD3Transformer2DModel), tiny, on the
+latents of a linear codec.
 
-One latent token is one 8x8-pixel cell. The source image of an edit is concatenated on the channels, zeros for T2I (as UltraEdit does on SD3). The network takes
-1000 t and returns v, which is SD3's own convention.
+One latent token is one 8x8-pixel cell. The source image of an edit is concatenated on the channels, zeros for T2I (as
+UltraEdit does on SD3). The network takes 1000 t and returns v, which is SD3's own convention.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ PAD, UNKNOWN = 0, 1  # rows of the embedding table
 
 
 class LinearCodec(nn.Module):
-    """Pixels to latents and back by principal components of 8x8x3 patches, partly whitened. Buffers: mean (192), basis (C, 192), scale (C)."""
+    """Pixels to latents and back by principal components of 8x8x3 patches, partly whitened. Buffers: mean (192), basis
+    (C, 192), scale (C).
+    """
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -43,16 +46,22 @@ class LinearCodec(nn.Module):
     def _patches(self, images: torch.Tensor) -> torch.Tensor:
         b, c, h, w = images.shape
         p = self.patch
-        return images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h // p, w // p, c * p * p)
+        return (
+            images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h // p, w // p, c * p * p)
+        )
 
     def fit(self, images: torch.Tensor) -> float:
-        """Closed form, from images (B, 3, H, W) in [0, 1]; returns the share of pixel variance that the latents lose."""
+        """Closed form, from images (B, 3, H, W) in [0, 1]; returns the share of pixel variance that the latents
+        lose.
+        """
         patches = self._patches(images).reshape(-1, self.mean.numel()).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         channels = len(self.scale)
         top, basis = values.flip(0)[:channels].clamp_min(1e-12), vectors.flip(1)[:, :channels].T
-        basis = basis * torch.where(basis.gather(1, basis.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+        basis = basis * torch.where(
+            basis.gather(1, basis.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0
+        )  # eigenvectors have no sign of their own
         scale = top.pow(-0.25)  # half way to white: the latents' deviations are the square roots of the components' own
         scale = scale / (top * scale.square()).mean().sqrt()
         self.mean.copy_(mean)
@@ -71,7 +80,8 @@ class LinearCodec(nn.Module):
 
 
 class WordEncoder(nn.Module):
-    """A fixed vocabulary, positions, and one convolution that reads each word among its neighbours ("red" beside "circle"), as a text encoder does.
+    """A fixed vocabulary, positions, and one convolution that reads each word among its neighbours ("red" beside
+    "circle"), as a text encoder does.
 
     Two words become one token, which also makes the text stream half as long. Trained with the base, then frozen.
     """
@@ -92,7 +102,9 @@ class WordEncoder(nn.Module):
         for row, prompt in enumerate(prompts):
             words = prompt.lower().replace(",", " ").replace(".", " ").split()
             if len(words) > MAX_WORDS:
-                raise UserError(f"prompt of {len(words)} words, the micro backbone reads {MAX_WORDS}: {prompt!r}; shorten it or let the curate stage reject it")
+                raise UserError(
+                    f"prompt of {len(words)} words, the micro backbone reads {MAX_WORDS}: {prompt!r}; shorten it or let the curate stage reject it"
+                )
             ids[row, : len(words)] = torch.tensor([self.index.get(word, UNKNOWN) for word in words], dtype=torch.long)
         return ids
 
@@ -101,14 +113,17 @@ class WordEncoder(nn.Module):
         placed = words + self.positions.weight
         pairs = placed.unflatten(1, (MAX_WORDS // 2, 2)).mean(2)  # (B, L, D), L = MAX_WORDS / 2
         tokens = pairs + self.project(nn.functional.gelu(self.window(placed.mT).mT))
-        pooled = (words * (1.0 + self.gates.weight) * (ids != PAD).unsqueeze(-1)).sum(1) / MAX_WORDS**0.5 + tokens.mean(1)  # (B, D)
+        pooled = (words * (1.0 + self.gates.weight) * (ids != PAD).unsqueeze(-1)).sum(1) / MAX_WORDS**0.5 + tokens.mean(
+            1
+        )  # (B, D)
         return tokens, pooled
 
 
 def cell_codes(grid: int, width: int) -> torch.Tensor:
     """Position codes of the cells: (1, grid * grid, width), one block of the width for the row, one for the column.
 
-    Sinusoids made for hundreds of positions barely tell three apart; with them the micro base did not learn "left of" in 3000 steps.
+    Sinusoids made for hundreds of positions barely tell three apart; with them the micro base did not learn "left of"
+    in 3000 steps.
     """
     block = width // 2 // grid
     codes = torch.zeros(grid, grid, width)
@@ -125,16 +140,39 @@ class MicroBackbone:
     supports_edits = True
     edit_prompts = False
     max_tokens = MAX_WORDS
-    adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
+    adapter_targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "net.0.proj",
+        "net.2",
+    )
 
-    def __init__(self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]) -> None:
+    def __init__(
+        self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]
+    ) -> None:
         self.network, self.text, self.codec, self.scheduler = network, text, codec, scheduler
         self.latent_shape = (network.config.out_channels, network.config.sample_size, network.config.sample_size)
         self.pixels_per_latent = self.size_multiple = codec.patch
         self.largest_edge = network.config.pos_embed_max_size * network.config.patch_size * codec.patch
 
     @classmethod
-    def new(cls, vocabulary: Sequence[str], grid: int, width: int, layers: int, heads: int, channels: int, shift: float, seed: int) -> MicroBackbone:
+    def new(
+        cls,
+        vocabulary: Sequence[str],
+        grid: int,
+        width: int,
+        layers: int,
+        heads: int,
+        channels: int,
+        shift: float,
+        seed: int,
+    ) -> MicroBackbone:
         """An untrained one; weights depend on `seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -192,19 +230,36 @@ class MicroBackbone:
             module.eval()
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """A folder in diffusers' layout: transformer/, text_encoder/, vae/, scheduler/ and model_index.json; weights in half precision."""
+        """A folder in diffusers' layout: transformer/, text_encoder/, vae/, scheduler/ and model_index.json; weights in
+        half precision.
+        """
         net: Any = self.network if network is None else network
         for part, module in (("transformer", net), ("text_encoder", self.text), ("vae", self.codec)):
             (folder / part).mkdir(parents=True, exist_ok=True)
             # The codec stays in fp32: it is tiny, and rounding its basis would cost exact decoding.
             dtype = torch.float32 if part == "vae" else torch.float16
-            write_tensors(folder / part / "diffusion_pytorch_model.safetensors", {k: v.to(dtype) for k, v in module.state_dict().items()})
+            write_tensors(
+                folder / part / "diffusion_pytorch_model.safetensors",
+                {k: v.to(dtype) for k, v in module.state_dict().items()},
+            )
         (folder / "transformer" / "config.json").write_text(
-            json.dumps({"_class_name": "SD3Transformer2DModel", **{k: v for k, v in dict(net.config).items() if not k.startswith("_")}}, indent=2)
+            json.dumps(
+                {
+                    "_class_name": "SD3Transformer2DModel",
+                    **{k: v for k, v in dict(net.config).items() if not k.startswith("_")},
+                },
+                indent=2,
+            )
         )
-        write_json(folder / "text_encoder" / "config.json", {"vocabulary": list(self.text.vocabulary), "width": self.text.words.embedding_dim})
+        write_json(
+            folder / "text_encoder" / "config.json",
+            {"vocabulary": list(self.text.vocabulary), "width": self.text.words.embedding_dim},
+        )
         write_json(folder / "vae" / "config.json", {"channels": len(self.codec.scale), "patch": self.codec.patch})
-        write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": self.scheduler["type"], "shift": self.scheduler["shift"]})
+        write_json(
+            folder / "scheduler" / "scheduler_config.json",
+            {"_class_name": self.scheduler["type"], "shift": self.scheduler["shift"]},
+        )
         write_json(folder / "model_index.json", {"_class_name": "MicroPipeline", "backbone": self.name})
 
     @classmethod
@@ -213,7 +268,11 @@ class MicroBackbone:
         config = {k: v for k, v in read_json(folder / "transformer" / "config.json").items() if not k.startswith("_")}
         words, vae = read_json(folder / "text_encoder" / "config.json"), read_json(folder / "vae" / "config.json")
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        network, text, codec = SD3Transformer2DModel(**config), WordEncoder(words["vocabulary"], words["width"]), LinearCodec(vae["channels"], vae["patch"])
+        network, text, codec = (
+            SD3Transformer2DModel(**config),
+            WordEncoder(words["vocabulary"], words["width"]),
+            LinearCodec(vae["channels"], vae["patch"]),
+        )
         for part, module in (("transformer", network), ("text_encoder", text), ("vae", codec)):
             load_weights(module, folder / part / "diffusion_pytorch_model.safetensors")
         backbone = cls(network, text, codec, {"type": scheduler["_class_name"], "shift": scheduler["shift"]})
@@ -244,10 +303,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; `dvc pull` brings the bundled teachers, `dvc repro` makes the rest") from error
+        raise UserError(
+            f"{path}: no such file; `dvc pull` brings the bundled teachers, `dvc repro` makes the rest"
+        ) from error
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); remove it and make or pull it again") from error
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); remove it and make or pull it again"
+        ) from error
+    bad = [
+        name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
     if bad:
         raise UserError(f"{path}: tensor {bad[0]} holds values that are not finite; the checkpoint is damaged")
     return tensors

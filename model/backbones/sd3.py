@@ -1,8 +1,9 @@
-"""Stable Diffusion 3 and 3.5 (diffusers' SD3Transformer2DModel): T2I, and edits where the network reads the source beside the noise.
+"""Stable Diffusion 3 and 3.5 (diffusers' SD3Transformer2DModel): T2I, and edits where the network reads the source
+beside the noise.
 
-The network takes 1000 t and returns v, which is our convention. An edit's source latents are concatenated on the channels (in_channels = 2 C, as UltraEdit does
-on SD3), zeros for T2I. Prompts are what StableDiffusion3Pipeline makes of them: CLIP-L and CLIP-G beside each other, then T5, padded to a fixed length that the
-network attends to.
+The network takes 1000 t and returns v, which is our convention. An edit's source latents are concatenated on the
+channels (in_channels = 2 C, as UltraEdit does on SD3), zeros for T2I. Prompts are what StableDiffusion3Pipeline makes
+of them: CLIP-L and CLIP-G beside each other, then T5, padded to a fixed length that the network attends to.
 """
 
 from __future__ import annotations
@@ -28,9 +29,20 @@ class SD3Backbone:
 
     name = "sd3"
     edit_prompts = False
-    adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    adapter_targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
 
-    def __init__(self, folder: Path, network: Any, scheduler: dict[str, Any], pixels_per_latent: int, max_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, network: Any, scheduler: dict[str, Any], pixels_per_latent: int, max_tokens: int
+    ) -> None:
         self.folder, self.network, self.scheduler, self.max_tokens = folder, network, scheduler, max_tokens
         config = network.config
         channels = config.out_channels or config.in_channels
@@ -48,15 +60,27 @@ class SD3Backbone:
 
     @classmethod
     def load(
-        cls, folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str = "cpu", resolution: int | None = None
+        cls,
+        folder: Path,
+        *,
+        need: Collection[str],
+        dtype: torch.dtype,
+        max_tokens: int,
+        device: torch.device | str = "cpu",
+        resolution: int | None = None,
     ) -> SD3Backbone:
         """A frozen base from a pipeline folder; `need` names the parts that are read ("transformer", "text", "vae").
 
-        Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that differ, and for a scheduler not followed.
+        Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that
+        differ, and for a scheduler not followed.
         """
-        network = parts.load_network(SD3Transformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need)
+        network = parts.load_network(
+            SD3Transformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need
+        )
         backbone = cls(folder, network, parts.read_scheduler(folder), parts.pixels_per_latent(folder), max_tokens)
-        backbone.latent_shape = parts.check_latents(folder, backbone.latent_shape, resolution, backbone.pixels_per_latent)
+        backbone.latent_shape = parts.check_latents(
+            folder, backbone.latent_shape, resolution, backbone.pixels_per_latent
+        )
         if "vae" in need:
             backbone.vae = parts.load_vae(folder, device)
         if "text" in need:
@@ -88,12 +112,19 @@ class SD3Backbone:
         device = next(pipeline.text_encoder.parameters()).device
         with parts.quiet():
             embeds, _, pooled, _ = pipeline.encode_prompt(
-                list(prompts), None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=self.max_tokens
+                list(prompts),
+                None,
+                None,
+                device=device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_tokens,
             )
         return Prompts(embeds, pooled)
 
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
-        """How many of the prompts lose their end in each text encoder, by the encoder's name; CLIP reads 77 tokens, T5 `max_tokens`."""
+        """How many of the prompts lose their end in each text encoder, by the encoder's name; CLIP reads 77 tokens, T5
+        `max_tokens`.
+        """
         pipeline = _loaded(self._texts, "text encoders")
         counts = {}
         with parts.quiet():
@@ -111,11 +142,15 @@ class SD3Backbone:
         return parts.decode(_loaded(self.vae, "VAE"), latents)
 
     def velocity(self, network: Any, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The network's inputs are cast to its own dtype; latents and times stay fp32 outside. Raises UserError for an edit that the network cannot read."""
+        """The network's inputs are cast to its own dtype; latents and times stay fp32 outside. Raises UserError for an
+        edit that the network cannot read.
+        """
         dtype = network.proj_out.weight.dtype  # of the base: an adapter's weights are fp32 whatever it adapts
         hidden = x_t
         if self.supports_edits:
-            hidden = torch.cat([x_t, torch.zeros_like(x_t) if condition.source is None else condition.source.to(x_t)], dim=1)
+            hidden = torch.cat(
+                [x_t, torch.zeros_like(x_t) if condition.source is None else condition.source.to(x_t)], dim=1
+            )
         elif condition.source is not None:
             raise UserError(edit_fault(self.folder))
         return network(
@@ -127,7 +162,9 @@ class SD3Backbone:
         )[0].float()
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """A pipeline folder that diffusers loads: this base, or `network` in its transformer's place; the other parts are copied from where it came from."""
+        """A pipeline folder that diffusers loads: this base, or `network` in its transformer's place; the other parts
+        are copied from where it came from.
+        """
         net: Any = self.network if network is None else network
         parts.save_pipeline(folder, self.folder, net, parts.plain_state(net))
 
@@ -147,15 +184,20 @@ def edit_fault(folder: Path) -> str:
 
 @torch.no_grad()
 def widen_for_edits(network: Any) -> Any:
-    """A T2I network as one that also reads a source: in_channels doubled, the new input weights zero, so that its answers stay what they were.
+    """A T2I network as one that also reads a source: in_channels doubled, the new input weights zero, so that its
+    answers stay what they were.
 
-    The source has no effect until the input projection is trained, which an adapter on the attention does not do: train all parameters, or a teacher that does.
-    Raises UserError for a network that is wide already.
+    The source has no effect until the input projection is trained, which an adapter on the attention does not do: train
+    all parameters, or a teacher that does. Raises UserError for a network that is wide already.
     """
     config = network.config
     if config.in_channels != (config.out_channels or config.in_channels):
-        raise UserError(f"widen for edits: in_channels = {config.in_channels} already differs from out_channels = {config.out_channels}")
-    wide = SD3Transformer2DModel.from_config({**config, "in_channels": 2 * config.in_channels, "out_channels": config.in_channels})
+        raise UserError(
+            f"widen for edits: in_channels = {config.in_channels} already differs from out_channels = {config.out_channels}"
+        )
+    wide = SD3Transformer2DModel.from_config(
+        {**config, "in_channels": 2 * config.in_channels, "out_channels": config.in_channels}
+    )
     state, old = parts.plain_state(network), network.pos_embed.proj.weight
     wide = nn.Module.to(wide, device=old.device, dtype=old.dtype)
     wide.load_state_dict({**state, "pos_embed.proj.weight": torch.cat([old, torch.zeros_like(old)], dim=1)})

@@ -1,4 +1,5 @@
-"""The published networks' real sizes with random weights, for measuring speed and memory where the weights are not at hand.
+"""The published networks' real sizes with random weights, for measuring speed and memory where the weights are not at
+hand.
 
 Configurations as in transformer/config.json of stabilityai/stable-diffusion-3.5-medium, -large and Tongyi-MAI/Z-Image.
 """
@@ -21,17 +22,43 @@ from model.fields.base import Condition
 from model.randomness import torch_generator
 
 SD35_MEDIUM: dict[str, Any] = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
     "dual_attention_layers": tuple(range(13)),
-}  # fmt: skip
+}
 SD35_LARGE: dict[str, Any] = {
-    **SD35_MEDIUM, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192, "dual_attention_layers": (),
-}  # fmt: skip
+    **SD35_MEDIUM,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": (),
+}
 ZIMAGE: dict[str, Any] = {
-    "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30,
-    "cap_feat_dim": 2560, "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
-}  # fmt: skip
+    "all_patch_size": (2,),
+    "all_f_patch_size": (1,),
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
 SHIFT = 3.0  # of both published schedulers
 PIXELS_PER_LATENT = 8
 T5_TOKENS, CAPTION_TOKENS, EDIT_PARTS = 256, 128, (8, 144, 8)
@@ -52,7 +79,8 @@ SIZES: dict[str, Callable[[bool], tuple[Callable[[], Any], type]]] = {
 def random_network(make: Callable[[], Any], device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
     """A frozen network with random weights, matrices of half the usual deviation so that depth does not explode.
 
-    Made on the meta device and filled where it will live, so that memory holds it once; on device "meta" it has shapes alone.
+    Made on the meta device and filled where it will live, so that memory holds it once; on device "meta" it has shapes
+    alone.
     """
     with torch.device("meta"):
         network = make()
@@ -71,11 +99,14 @@ def random_network(make: Callable[[], Any], device: torch.device | str, dtype: t
     return network
 
 
-def random_backbone(name: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, edits: bool = False, seed: int = 0) -> Backbone:
-    """A frozen base of the published size `name` (a key of SIZES), its weights normal and small enough that activations stay finite.
+def random_backbone(
+    name: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, edits: bool = False, seed: int = 0
+) -> Backbone:
+    """A frozen base of the published size `name` (a key of SIZES), its weights normal and small enough that activations
+    stay finite.
 
-    Made on the meta device and filled where it will live, so that memory holds it once. `edits` gives SD3 the doubled input channels. On device "meta" it has
-    shapes alone. It has neither text encoder nor VAE.
+    Made on the meta device and filled where it will live, so that memory holds it once. `edits` gives SD3 the doubled
+    input channels. On device "meta" it has shapes alone. It has neither text encoder nor VAE.
     """
     make, family = SIZES[name](edits)
     network = random_network(make, device, dtype, seed)
@@ -88,8 +119,12 @@ def latent_shape(resolution: int) -> tuple[int, int, int]:
     return 16, resolution // PIXELS_PER_LATENT, resolution // PIXELS_PER_LATENT
 
 
-def random_condition(backbone: Backbone, batch: int, resolution: int, *, device: torch.device | str, edits: bool = False, seed: int = 0) -> Condition:
-    """Prompts of the usual number of tokens (T5's 256 after CLIP's 77; 128 for Z-Image) and, for an edit, a source, all standard normal."""
+def random_condition(
+    backbone: Backbone, batch: int, resolution: int, *, device: torch.device | str, edits: bool = False, seed: int = 0
+) -> Condition:
+    """Prompts of the usual number of tokens (T5's 256 after CLIP's 77; 128 for Z-Image) and, for an edit, a source, all
+    standard normal.
+    """
 
     def normal(*shape: int, purpose: str) -> torch.Tensor:
         return torch.randn(shape, generator=torch_generator(seed, 0, 0, purpose))
@@ -97,7 +132,10 @@ def random_condition(backbone: Backbone, batch: int, resolution: int, *, device:
     source = normal(batch, *latent_shape(resolution), purpose="source") if edits else None
     if backbone.name == "sd3":
         tokens, config = 77 + T5_TOKENS, backbone.network.config
-        embeds, pooled = normal(batch, tokens, config.joint_attention_dim, purpose="embeds"), normal(batch, config.pooled_projection_dim, purpose="pooled")
+        embeds, pooled = (
+            normal(batch, tokens, config.joint_attention_dim, purpose="embeds"),
+            normal(batch, config.pooled_projection_dim, purpose="pooled"),
+        )
         return Condition(embeds, pooled, torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0]), source).to(device)
     segments = torch.tensor([EDIT_PARTS if edits else (CAPTION_TOKENS,)] * batch)
     width = backbone.network.config.cap_feat_dim

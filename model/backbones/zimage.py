@@ -1,7 +1,9 @@
-"""Z-Image (diffusers' ZImageTransformer2DModel): T2I by its ordinary call, edits by its multi-image call, where the source is clean and the target noisy.
+"""Z-Image (diffusers' ZImageTransformer2DModel): T2I by its ordinary call, edits by its multi-image call, where the
+source is clean and the target noisy.
 
-The network takes 1 - t and returns -v. It takes lists: prompts keep their own lengths. An edit's prompt is cut into three parts, as ZImageOmniPipeline writes
-them, with the source after the first and the target after the second; SigLIP features are not used.
+The network takes 1 - t and returns -v. It takes lists: prompts keep their own lengths. An edit's prompt is cut into
+three parts, as ZImageOmniPipeline writes them, with the source after the first and the target after the second; SigLIP
+features are not used.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class ZImageBackbone:
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
     supports_edits = True
 
-    def __init__(self, folder: Path, network: Any, scheduler: dict[str, Any], pixels_per_latent: int, max_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, network: Any, scheduler: dict[str, Any], pixels_per_latent: int, max_tokens: int
+    ) -> None:
         self.folder, self.network, self.scheduler, self.max_tokens = folder, network, scheduler, max_tokens
         self.pixels_per_latent = pixels_per_latent
         edge = DEFAULT_EDGE // pixels_per_latent
@@ -40,15 +44,27 @@ class ZImageBackbone:
 
     @classmethod
     def load(
-        cls, folder: Path, *, need: Collection[str], dtype: torch.dtype, max_tokens: int, device: torch.device | str = "cpu", resolution: int | None = None
+        cls,
+        folder: Path,
+        *,
+        need: Collection[str],
+        dtype: torch.dtype,
+        max_tokens: int,
+        device: torch.device | str = "cpu",
+        resolution: int | None = None,
     ) -> ZImageBackbone:
         """A frozen base from a pipeline folder; `need` names the parts that are read ("transformer", "text", "vae").
 
-        Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that differ, and for a scheduler not followed.
+        Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that
+        differ, and for a scheduler not followed.
         """
-        network = parts.load_network(ZImageTransformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need)
+        network = parts.load_network(
+            ZImageTransformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need
+        )
         backbone = cls(folder, network, parts.read_scheduler(folder), parts.pixels_per_latent(folder), max_tokens)
-        backbone.latent_shape = parts.check_latents(folder, backbone.latent_shape, resolution, backbone.pixels_per_latent)
+        backbone.latent_shape = parts.check_latents(
+            folder, backbone.latent_shape, resolution, backbone.pixels_per_latent
+        )
         if "vae" in need:
             backbone.vae = parts.load_vae(folder, device)
         if "text" in need:
@@ -68,15 +84,25 @@ class ZImageBackbone:
 
         tokenizer, encoder = _loaded(self._texts, "text encoder")
         given = {"scheduler": None, "vae": None, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": None}
-        return ZImageOmniPipeline(**given, siglip=None, siglip_processor=None) if edits else ZImagePipeline(**given), next(encoder.parameters()).device
+        return ZImageOmniPipeline(**given, siglip=None, siglip_processor=None) if edits else ZImagePipeline(
+            **given
+        ), next(encoder.parameters()).device
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
-        """embeds (B, L, D) padded to the longest, with lengths and segments: one part for T2I, three for edits. pooled is empty (B, 0)."""
+        """embeds (B, L, D) padded to the longest, with lengths and segments: one part for T2I, three for edits. pooled
+        is empty (B, 0).
+        """
         pipeline, device = self._pipeline(edits)
         images = {"num_condition_images": 1} if edits else {}
         with parts.quiet():
-            found, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, **images)
+            found, _ = pipeline.encode_prompt(
+                list(prompts),
+                device=device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_tokens,
+                **images,
+            )
         split = [list(row) if edits else [row] for row in found]
         segments = torch.tensor([[len(part) for part in row] for row in split], dtype=torch.int64)
         embeds = torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in split], batch_first=True)
@@ -86,10 +112,17 @@ class ZImageBackbone:
         """How many of the prompts lose their end: those of more than `max_tokens` tokens with the chat's frame."""
         tokenizer, _ = _loaded(self._texts, "text encoder")
         if edits:
-            framed = [f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>" for prompt in prompts]
+            framed = [
+                f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>" for prompt in prompts
+            ]
         else:
             framed = [
-                tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=True,
+                )
                 for prompt in prompts
             ]
         with parts.quiet():
@@ -112,13 +145,19 @@ class ZImageBackbone:
         else:
             clean = list(condition.source.to(dtype).unsqueeze(2).unbind(0))
             answer = network(
-                [list(pair) for pair in zip(clean, noisy, strict=True)], time, captions, siglip_feats=[None] * len(noisy),
-                image_noise_mask=[[0, 1]] * len(noisy), return_dict=False,
-            )[0]  # fmt: skip
+                [list(pair) for pair in zip(clean, noisy, strict=True)],
+                time,
+                captions,
+                siglip_feats=[None] * len(noisy),
+                image_noise_mask=[[0, 1]] * len(noisy),
+                return_dict=False,
+            )[0]
         return -torch.stack([part.float() for part in answer]).squeeze(2)
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """A pipeline folder that diffusers loads: this base, or `network` in its transformer's place; the other parts are copied from where it came from."""
+        """A pipeline folder that diffusers loads: this base, or `network` in its transformer's place; the other parts
+        are copied from where it came from.
+        """
         net: Any = self.network if network is None else network
         parts.save_pipeline(folder, self.folder, net, parts.plain_state(net))
 

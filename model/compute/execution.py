@@ -1,4 +1,5 @@
-"""How a step is computed: batches that fit, precision, kernels, recomputation, the adapter merged for the rollout, and the count of network evaluations.
+"""How a step is computed: batches that fit, precision, kernels, recomputation, the adapter merged for the rollout, and
+the count of network evaluations.
 
 Nothing here changes what is learned: all but `precision` alters a result by rounding at most.
 """
@@ -42,10 +43,12 @@ ROLLOUT_FACTOR = 8  # rows of a rollout for each row of a micro-batch: without a
 
 @dataclass(frozen=True)
 class Execution:
-    """What a run uses, decided before its first step. `recompute`: how many of the network's blocks recompute their activations in the backward.
+    """What a run uses, decided before its first step. `recompute`: how many of the network's blocks recompute their
+    activations in the backward.
 
-    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step. `lockstep`: every process runs the same
-    sequence of forwards and backwards, which a sharded base needs; a process that has none left runs it on a row that counts nothing.
+    `deferred`: losses and norms are read one step late, so that the host never waits for the device within a step.
+    `lockstep`: every process runs the same sequence of forwards and backwards, which a sharded base needs; a process
+    that has none left runs it on a row that counts nothing.
     """
 
     device: torch.device
@@ -60,7 +63,9 @@ class Execution:
     compiled_rollout: bool = False
 
 
-WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False)  # fp32, nothing cut, nothing merged
+WHOLE_BATCH = Execution(
+    torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False
+)  # fp32, nothing cut, nothing merged
 
 
 def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
@@ -83,7 +88,9 @@ def networks_of(field: VelocityField) -> list[nn.Module]:
 
 
 def moved(value: T, device: torch.device) -> T:
-    """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that the copy waits for nothing that is still running there."""
+    """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that the copy waits for
+    nothing that is still running there.
+    """
     whole: Any = value
     if isinstance(value, torch.Tensor):
         if value.device == device:
@@ -92,14 +99,18 @@ def moved(value: T, device: torch.device) -> T:
     if hasattr(value, "to"):  # it knows what of it belongs on the host
         return whole.to(device)
     parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(whole)}
-    return dataclasses.replace(whole, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)})
+    return dataclasses.replace(
+        whole, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)}
+    )
 
 
-# --- what fits ----------------------------------------------------------------------------------------------------------------
+# --- what fits --------------------------------------------------------------------------------------------------------
 
 
 def activation_bytes(forward: Callable[[], torch.Tensor], networks: Iterable[nn.Module]) -> int:
-    """Bytes that the graph of `forward()` keeps for the backward, parameters aside: counted where autograd saves them, so equal on every machine."""
+    """Bytes that the graph of `forward()` keeps for the backward, parameters aside: counted where autograd saves them,
+    so equal on every machine.
+    """
     own = {parameter.untyped_storage().data_ptr() for network in networks for parameter in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -128,13 +139,26 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
-def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callable[[], torch.Tensor], batch: int, budget: int | None = None) -> Execution:
-    """Decides batch sizes and recomputation for `row()`, the student's forward on one row. `budget` in bytes: the free memory's share unless given.
+def fit(
+    params: ExecutionParams,
+    device: torch.device,
+    network: Any,
+    row: Callable[[], torch.Tensor],
+    batch: int,
+    budget: int | None = None,
+) -> Execution:
+    """Decides batch sizes and recomputation for `row()`, the student's forward on one row. `budget` in bytes: the free
+    memory's share unless given.
 
-    Recomputes only when memory asks for it: as few blocks as let one row fit (all of them where `checkpointing` is "always").
+    Recomputes only when memory asks for it: as few blocks as let one row fit (all of them where `checkpointing` is
+    "always").
     """
     blocks = blocks_of(network)
-    allowed = int(MEMORY_SHARE * free_memory(device) / (params.processes if device.type == "cpu" else 1)) if budget is None else budget
+    allowed = (
+        int(MEMORY_SHARE * free_memory(device) / (params.processes if device.type == "cpu" else 1))
+        if budget is None
+        else budget
+    )
     recompute = len(blocks) if params.checkpointing == "always" else 0
     measured = params.micro_batch == 0 or params.checkpointing == "auto"
     rows = max(params.micro_batch, 1)
@@ -147,9 +171,13 @@ def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callab
                 whole = need
                 recompute_blocks(network, len(blocks))
                 least = activation_bytes(row, [network])
-                # A block under recomputation rebuilds all its activations once in the backward, so one block's share comes on top of what is kept.
+                # A block under recomputation rebuilds all its activations once in the backward, so one block's share
+                # comes on top of what is kept.
                 share = (whole - least) / max(len(blocks), 1)
-                recompute = next((k for k in range(len(blocks) + 1) if (whole - k * share + (share if k else 0)) * rows <= allowed), len(blocks))
+                recompute = next(
+                    (k for k in range(len(blocks) + 1) if (whole - k * share + (share if k else 0)) * rows <= allowed),
+                    len(blocks),
+                )
                 need = int(whole - recompute * share + (share if recompute else 0))
             if params.micro_batch == 0:
                 rows = max(1, min(batch, allowed // max(need, 1)))
@@ -157,14 +185,23 @@ def fit(params: ExecutionParams, device: torch.device, network: Any, row: Callab
     recompute_blocks(network, recompute)
     merged = params.merge_rollout == "always" or (params.merge_rollout == "auto" and params.precision == "fp32")
     return Execution(
-        device, rows, min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR), PRECISION[params.precision], params.attention, merged, recompute,
+        device,
+        rows,
+        min(batch, params.rollout_batch or rows * ROLLOUT_FACTOR),
+        PRECISION[params.precision],
+        params.attention,
+        merged,
+        recompute,
         device.type == "cuda",
-        params.shard_base, params.compile == "rollout",
-    )  # fmt: skip
+        params.shard_base,
+        params.compile == "rollout",
+    )
 
 
 def recompute_blocks(network: Any, count: int) -> None:
-    """The first `count` blocks recompute their activations in the backward. A no-op for a network that cannot and need not."""
+    """The first `count` blocks recompute their activations in the backward. A no-op for a network that cannot and need
+    not.
+    """
     if not hasattr(network, "enable_gradient_checkpointing"):
         return
     if not count:
@@ -178,7 +215,7 @@ def recompute_blocks(network: Any, count: int) -> None:
     network.enable_gradient_checkpointing(run)
 
 
-# --- arithmetic and kernels ---------------------------------------------------------------------------------------------------
+# --- arithmetic and kernels -------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -193,8 +230,16 @@ def precision(device: torch.device, dtype: torch.dtype | None, attention: str = 
         yield
 
 
-def prepare_networks(params: ExecutionParams, device: torch.device, student: nn.Module, trained: Iterable[nn.Parameter], others: Iterable[nn.Module]) -> None:
-    """Moves the networks to the device; in bf16 everything frozen is stored so, unless all of the student trains (then both keep fp32 and round alike)."""
+def prepare_networks(
+    params: ExecutionParams,
+    device: torch.device,
+    student: nn.Module,
+    trained: Iterable[nn.Parameter],
+    others: Iterable[nn.Module],
+) -> None:
+    """Moves the networks to the device; in bf16 everything frozen is stored so, unless all of the student trains (then
+    both keep fp32 and round alike).
+    """
     kept = {id(parameter) for parameter in trained}
     if params.compile != "none":
         check_compiler(device)
@@ -214,12 +259,16 @@ def check_compiler(device: torch.device) -> None:
     """Raises UserError when torch.compile would find no C++ compiler; on CUDA it brings its own."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):
-        raise UserError(f"execution.compile: torch.compile needs {compiler} on a CPU, and it is not here; install it, name another as CXX, or choose none")
+        raise UserError(
+            f"execution.compile: torch.compile needs {compiler} on a CPU, and it is not here; install it, name another as CXX, or choose none"
+        )
 
 
 @contextmanager
 def rollout_ready(network: nn.Module, adapter: str | None, execution: Execution) -> Iterator[None]:
-    """Within it the network is as fast as `execution` allows without a gradient: the adapter merged, the blocks compiled. Leaves no trace."""
+    """Within it the network is as fast as `execution` allows without a gradient: the adapter merged, the blocks
+    compiled. Leaves no trace.
+    """
     with ExitStack() as stack:
         if execution.merged:
             stack.enter_context(merged_adapter(network, adapter))
@@ -230,10 +279,11 @@ def rollout_ready(network: nn.Module, adapter: str | None, execution: Execution)
 
 @contextmanager
 def merged_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Within it every LoRA layer that has `adapter`, the active one, multiplies by W + s B A, made anew in each call, and answers no gradient.
+    """Within it every LoRA layer that has `adapter`, the active one, multiplies by W + s B A, made anew in each call,
+    and answers no gradient.
 
-    On rows of many tokens that costs a fraction of the two extra products, takes no memory of its own, and leaves the base's weights untouched. A no-op
-    without an adapter.
+    On rows of many tokens that costs a fraction of the two extra products, takes no memory of its own, and leaves the
+    base's weights untouched. A no-op without an adapter.
     """
     named: list[Any] = [module for module in network.modules() if hasattr(module, "get_delta_weight")]
     layers = [layer for layer in named if adapter is not None and adapter in layer.lora_A]
@@ -250,14 +300,18 @@ def _merged_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def compiled_blocks(network: nn.Module) -> Iterator[None]:
-    """Within it the network's blocks run compiled (torch.compile, any number of rows). The first call of a kind of block takes tens of seconds."""
+    """Within it the network's blocks run compiled (torch.compile, any number of rows). The first call of a kind of
+    block takes tens of seconds.
+    """
     with _other_forwards({block: compiled_forward(cast(Any, type(block))) for block in blocks_of(network)}):
         yield
 
 
 @cache
 def compiled_forward(kind: Any) -> Callable[..., Any]:
-    """The forward of a class of modules, compiled; it takes the module as its first argument, so all modules of the class share it."""
+    """The forward of a class of modules, compiled; it takes the module as its first argument, so all modules of the
+    class share it.
+    """
     return torch.compile(kind.forward, dynamic=True)
 
 
@@ -273,15 +327,20 @@ def _other_forwards(chosen: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
             del module.forward  # the class's own shows again
 
 
-# --- counting -----------------------------------------------------------------------------------------------------------------
+# --- counting ---------------------------------------------------------------------------------------------------------
 
 
 class EvaluationCounter:
-    """Counts the rows that networks are asked, at the networks themselves: `rows` since the last `take()`. Recomputed blocks are no evaluations."""
+    """Counts the rows that networks are asked, at the networks themselves: `rows` since the last `take()`. Recomputed
+    blocks are no evaluations.
+    """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self.rows = 0
-        self.handles = [network.register_forward_pre_hook(self._count, with_kwargs=True) for network in {id(n): n for n in networks}.values()]
+        self.handles = [
+            network.register_forward_pre_hook(self._count, with_kwargs=True)
+            for network in {id(n): n for n in networks}.values()
+        ]
 
     def _count(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         first = inputs[0] if inputs else next(named[key] for key in ("hidden_states", "x") if key in named)

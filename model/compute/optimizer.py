@@ -1,8 +1,9 @@
 """AdamW, or Muon on the blocks' matrices with AdamW on the rest.
 
-Muon follows Keller Jordan's description (KellerJordan/Muon): momentum, then the update's nearest semi-orthogonal matrix by five quintic Newton-Schulz steps.
-torch.optim.Muon casts that iteration to bfloat16 and takes one matrix at a time; on a CPU without bfloat16 units that costs as much as the network itself.
-Ours keeps fp32 and iterates all matrices of one shape as a batch: three to five times faster there, and free of a cast.
+Muon follows Keller Jordan's description (KellerJordan/Muon): momentum, then the update's nearest semi-orthogonal matrix
+by five quintic Newton-Schulz steps. torch.optim.Muon casts that iteration to bfloat16 and takes one matrix at a time;
+on a CPU without bfloat16 units that costs as much as the network itself. Ours keeps fp32 and iterates all matrices of
+one shape as a batch: three to five times faster there, and free of a cast.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from torch import nn
 
 from data.errors import UserError
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients: singular values land in about [0.7, 1.2] after five steps
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # quintic coefficients: singular values land in about [0.7, 1.2] after five steps
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -33,14 +38,20 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 2-D parameters; the update is scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rates carry over (Moonshot, arXiv 2502.16982)."""
+    """Muon for 2-D parameters; the update is scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rates
+    carry over (Moonshot, arXiv 2502.16982).
+    """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None, ok: torch.Tensor | None = None) -> None:  # type: ignore[override]
-        """`ok`, a 0-dim tensor of 1 or 0: with 0 the step leaves parameters and momenta exactly as they are, without the host knowing."""
+        """`ok`, a 0-dim tensor of 1 or 0: with 0 the step leaves parameters and momenta exactly as they are, without
+        the host knowing.
+        """
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -58,7 +69,9 @@ class Muon(torch.optim.Optimizer):
                     gradients = [torch.where(ok > 0, gradient, 0.0) for gradient in gradients]
                     torch._foreach_mul_(momenta, torch.where(ok > 0, group["momentum"], 1.0))
                 torch._foreach_add_(momenta, gradients)
-                updates = list(orthogonalize(torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))).unbind())  # Nesterov
+                updates = list(
+                    orthogonalize(torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))).unbind()
+                )  # Nesterov
                 if ok is not None:
                     torch._foreach_mul_(updates, ok)
                 weights: list[torch.Tensor] = list(parameters)
@@ -80,7 +93,9 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, rate: float = 1.0, ok: torch.Tensor | None = None) -> None:
-        """One step at `rate` times the configured learning rates. With `ok` (0-dim, 1 or 0) equal to 0 nothing changes, and the host need not know."""
+        """One step at `rate` times the configured learning rates. With `ok` (0-dim, 1 or 0) equal to 0 nothing changes,
+        and the host need not know.
+        """
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * rate
@@ -96,7 +111,9 @@ class Optimizers:
         named = {}
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
-                named.update({f"{number}.{index}.{key}": torch.as_tensor(value).clone() for key, value in state.items()})
+                named.update(
+                    {f"{number}.{index}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+                )
         return named
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
@@ -123,25 +140,37 @@ def _build_muon(named: list[tuple[str, nn.Parameter]], learning_rate: float) -> 
     matrices = [p for name, p in named if p.ndim == 2 and "blocks" in name and ".norm" not in name]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    return Optimizers([o for o in ([Muon(matrices, lr=learning_rate)] if matrices else []) + ([_adamw(rest, learning_rate)] if rest else [])])
+    return Optimizers(
+        [
+            o
+            for o in ([Muon(matrices, lr=learning_rate)] if matrices else [])
+            + ([_adamw(rest, learning_rate)] if rest else [])
+        ]
+    )
 
 
 OPTIMIZERS = {"adamw": _build_adamw, "muon": _build_muon}
 
 
 def build_optimizer(name: str, named: Iterable[tuple[str, nn.Parameter]], learning_rate: float) -> Optimizers:
-    """Over all of `named`, whether or not an adapter is switched off just now. Raises UserError for an unknown name or parameters that are not fp32."""
+    """Over all of `named`, whether or not an adapter is switched off just now. Raises UserError for an unknown name or
+    parameters that are not fp32.
+    """
     trainable = list(named)
     if name not in OPTIMIZERS:
         raise UserError(f"optimizer = {name!r}: choose one of {sorted(OPTIMIZERS)}")
     wrong = [key for key, parameter in trainable if parameter.dtype != torch.float32]
     if wrong:
-        raise UserError(f"trainable parameters must be float32, {wrong[0]} is not (Adam's second moment cannot decay in bfloat16)")
+        raise UserError(
+            f"trainable parameters must be float32, {wrong[0]} is not (Adam's second moment cannot decay in bfloat16)"
+        )
     return OPTIMIZERS[name](trainable, learning_rate)
 
 
 def warmup_then_linear(step: int, steps: int, warmup: int, decay_from: float) -> float:
-    """Learning-rate factor of `step` (from 0): linear warm-up over `warmup` steps, 1 until `decay_from` of all steps, then linear to 0."""
+    """Learning-rate factor of `step` (from 0): linear warm-up over `warmup` steps, 1 until `decay_from` of all steps,
+    then linear to 0.
+    """
     if step < warmup:
         return (step + 1) / warmup
     start = decay_from * steps

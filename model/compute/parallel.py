@@ -31,13 +31,17 @@ ALONE = World(0, 1)
 
 @contextmanager
 def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterator[World]:
-    """The process group of `size` processes that all name the same new file `meeting`; gloo on the CPU, NCCL on CUDA."""
+    """The process group of `size` processes that all name the same new file `meeting`; gloo on the CPU, NCCL on
+    CUDA.
+    """
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group(backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=PATIENCE)
+    distributed.init_process_group(
+        backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=PATIENCE
+    )
     try:
         yield World(rank, size)
     finally:
@@ -45,7 +49,9 @@ def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterato
 
 
 def deal(costs: Sequence[float], size: int) -> list[list[int]]:
-    """Slots by rank, so that the sums of their costs are near equal: longest first, each to the rank with the least (Graham's LPT rule). Slots stay sorted."""
+    """Slots by rank, so that the sums of their costs are near equal: longest first, each to the rank with the least
+    (Graham's LPT rule). Slots stay sorted.
+    """
     dealt: list[list[int]] = [[] for _ in range(size)]
     sums = [0.0] * size
     for slot in sorted(range(len(costs)), key=lambda slot: (-costs[slot], slot)):
@@ -57,7 +63,9 @@ def deal(costs: Sequence[float], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def reduce_gradients(parameters: Iterable[nn.Parameter], others: torch.Tensor) -> torch.Tensor:
-    """Sums gradients over all processes in place, and returns the sum of `others` (n,): one collective. A parameter without a gradient counts as zero."""
+    """Sums gradients over all processes in place, and returns the sum of `others` (n,): one collective. A parameter
+    without a gradient counts as zero.
+    """
     trained = list(parameters)
     for parameter in trained:
         if parameter.grad is None:
@@ -65,7 +73,13 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], others: torch.Tensor) -
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), others])
     distributed.all_reduce(flat)
-    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(flat.split([g.numel() for g in gradients] + [len(others)]), gradients)])
+    torch._foreach_copy_(
+        gradients,
+        [
+            part.view_as(gradient)
+            for part, gradient in zip(flat.split([g.numel() for g in gradients] + [len(others)]), gradients)
+        ],
+    )
     return flat[-len(others) :]
 
 
@@ -89,7 +103,8 @@ def shared(value: float, world: World) -> float:
 
 
 def shard_frozen(blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Spreads the blocks' weights over the processes (FSDP2); each block is gathered while it computes. Adapters stay whole everywhere.
+    """Spreads the blocks' weights over the processes (FSDP2); each block is gathered while it computes. Adapters stay
+    whole everywhere.
 
     From here on every process must run the same sequence of forwards and backwards (`Execution.lockstep`).
     """
@@ -98,4 +113,8 @@ def shard_frozen(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params={parameter for name, parameter in block.named_parameters() if "lora_" in name})
+        fully_shard(
+            block,
+            mesh=mesh,
+            ignored_params={parameter for name, parameter in block.named_parameters() if "lora_" in name},
+        )

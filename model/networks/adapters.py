@@ -1,8 +1,10 @@
-"""LoRA adapters as files: read strictly from every common key style, written as PEFT and as the single file that ComfyUI and diffusers load.
+"""LoRA adapters as files: read strictly from every common key style, written as PEFT and as the single file that
+ComfyUI and diffusers load.
 
-A LoRA adapter adds (alpha / rank) B A to a linear layer's weight (Hu et al. 2021, equation 3). Read here: PEFT and diffusers keys, kohya and ComfyUI keys,
-with diffusers' module names or those of the original checkpoints, where one fused `qkv` layer stands for three. Every key is matched or the file is refused.
-Which names ComfyUI accepts: Comfy-Org/ComfyUI, comfy/lora.py, model_lora_keys_unet; comfy/utils.py, mmdit_to_diffusers and z_image_to_diffusers.
+A LoRA adapter adds (alpha / rank) B A to a linear layer's weight (Hu et al. 2021, equation 3). Read here: PEFT and
+diffusers keys, kohya and ComfyUI keys, with diffusers' module names or those of the original checkpoints, where one
+fused `qkv` layer stands for three. Every key is matched or the file is refused. Which names ComfyUI accepts:
+Comfy-Org/ComfyUI, comfy/lora.py, model_lora_keys_unet; comfy/utils.py, mmdit_to_diffusers and z_image_to_diffusers.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ ROLES = (
     (re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora_up|lora\.up)\.weight$"), "B"),
     (re.compile(r"\.alpha$"), "alpha"),
 )
-# diffusers' module name -> the original checkpoint's, by family; {qkv} marks three modules that one fused layer holds in that order.
+# diffusers' module name -> the original checkpoint's, by family; {qkv} marks three modules that one fused layer holds
+# in that order.
 ORIGINAL: dict[str, tuple[tuple[str, str], ...]] = {
     "sd3": (
         (r"transformer_blocks\.(\d+)\.(attn2?)\.to_([qkv])", r"joint_blocks.\1.x_block.\2.qkv"),
@@ -56,14 +59,20 @@ ORIGINAL: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 ORIGINAL["micro"] = ORIGINAL["sd3"]
-COMFYUI_PREFIX = {"sd3": "transformer.", "micro": "transformer.", "zimage": "diffusion_model."}  # with diffusers' module names after it
+COMFYUI_PREFIX = {
+    "sd3": "transformer.",
+    "micro": "transformer.",
+    "zimage": "diffusion_model.",
+}  # with diffusers' module names after it
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`tensors`: "MODULE.lora_A.weight" (rank, in) and "MODULE.lora_B.weight" (out, rank), for `modules` in sorted order; its delta is alpha / rank * B A.
+    """`tensors`: "MODULE.lora_A.weight" (rank, in) and "MODULE.lora_B.weight" (out, rank), for `modules` in sorted
+    order; its delta is alpha / rank * B A.
 
-    `alpha_from` says where alpha came from: "config", "keys", "metadata", or "rank" where the file names none and the libraries' rule alpha = rank holds.
+    `alpha_from` says where alpha came from: "config", "keys", "metadata", or "rank" where the file names none and the
+    libraries' rule alpha = rank holds.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -100,24 +109,31 @@ def fused_names(family: str, modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 def adapter_file(path: Path) -> Path:
-    """The one safetensors file of an adapter given as a folder or a file. Raises UserError when there is none, or more than one to choose from."""
+    """The one safetensors file of an adapter given as a folder or a file. Raises UserError when there is none, or more
+    than one to choose from.
+    """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{path}: adapters are read from .safetensors alone; other formats can carry code: convert it")
+            raise UserError(
+                f"{path}: adapters are read from .safetensors alone; other formats can carry code: convert it"
+            )
         return path
     named = [path / name for name in FILES if (path / name).is_file()]
     found = named or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        raise UserError(f"{path}: {len(found)} adapter files ({[file.name for file in found][:SHOWN]}); name the .safetensors file itself")
+        raise UserError(
+            f"{path}: {len(found)} adapter files ({[file.name for file in found][:SHOWN]}); name the .safetensors file itself"
+        )
     return found[0]
 
 
 def read_adapter(path: Path, network: nn.Module, family: str) -> Adapter:
     """An adapter for `network` from a PEFT folder or a single file in any of the styles above.
 
-    Layers of different rank are brought to one by zero rows, layers of different alpha by scaling B: neither changes the delta.
-    Raises UserErrors that name every kind of fault at once: a key nobody knows, a layer the network lacks, A without B, a shape or rank that does not fit,
-    a kind of layer covered in some blocks only (a file cut short), values that are not finite, settings of PEFT that are more than LoRA.
+    Layers of different rank are brought to one by zero rows, layers of different alpha by scaling B: neither changes
+    the delta. Raises UserErrors that name every kind of fault at once: a key nobody knows, a layer the network lacks, A
+    without B, a shape or rank that does not fit, a kind of layer covered in some blocks only (a file cut short), values
+    that are not finite, settings of PEFT that are more than LoRA.
     """
     file = adapter_file(path)
     tensors = read_tensors(file)
@@ -131,7 +147,9 @@ def read_adapter(path: Path, network: nn.Module, family: str) -> Adapter:
     if not tensors:
         faults.append("holds no tensor")
     if faults:
-        raise UserErrors(f"{file}: this adapter does not fit the base ({family}, {len(modules)} linear layers):", faults)
+        raise UserErrors(
+            f"{file}: this adapter does not fit the base ({family}, {len(modules)} linear layers):", faults
+        )
     return _uniform({name: (pair["A"], pair["B"]) for name, pair in parts.items()}, said, alpha_from)
 
 
@@ -146,7 +164,9 @@ def _matched(
     alphas: dict[str, float] = {}
     unknown, foreign, twice = [], [], []
     for key, value in tensors.items():
-        role, stem = next(((role, key[: match.start()]) for pattern, role in ROLES if (match := pattern.search(key))), (None, key))
+        role, stem = next(
+            ((role, key[: match.start()]) for pattern, role in ROLES if (match := pattern.search(key))), (None, key)
+        )
         if role is None:
             unknown.append(key)
             continue
@@ -158,25 +178,37 @@ def _matched(
             repeated = [module for module in held if module in alphas]
             alphas |= dict.fromkeys(held, float(value.float().reshape(-1)[0]) if value.numel() == 1 else float("nan"))
         else:
-            whole = role == "A" or value.shape[0] % len(held)  # a fused layer has one A for all, and the rows of B by turns
+            whole = role == "A" or value.shape[0] % len(
+                held
+            )  # a fused layer has one A for all, and the rows of B by turns
             shares = [value.clone() for _ in held] if whole else [share.clone() for share in value.chunk(len(held))]
             repeated = [module for module in held if role in parts.get(module, {})]
             for module, share in zip(held, shares, strict=True):
                 parts.setdefault(module, {})[role] = share
         if repeated:
             twice.append(key)
-    for keys, words in ((unknown, "keys that are no LoRA weight"), (foreign, "keys of layers that the base does not have"), (twice, "keys given twice")):
+    for keys, words in (
+        (unknown, "keys that are no LoRA weight"),
+        (foreign, "keys of layers that the base does not have"),
+        (twice, "keys given twice"),
+    ):
         if keys:
-            faults.append(f"{len(keys)} {words}: {', '.join(sorted(keys)[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}")
+            faults.append(
+                f"{len(keys)} {words}: {', '.join(sorted(keys)[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
+            )
     for first, second in (("A", "B"), ("B", "A")):
         lone = sorted(name for name, pair in parts.items() if first in pair and second not in pair)
         if lone:
-            faults.append(f"missing key: lora_{second} of {', '.join(lone[:SHOWN])}{f' and {len(lone) - SHOWN} more' if len(lone) > SHOWN else ''}")
+            faults.append(
+                f"missing key: lora_{second} of {', '.join(lone[:SHOWN])}{f' and {len(lone) - SHOWN} more' if len(lone) > SHOWN else ''}"
+            )
     without = sorted(alphas.keys() - parts.keys())
     if without:
         faults.append(f"alpha without weights: {', '.join(without[:SHOWN])}")
     if alphas and parts.keys() - alphas.keys():
-        faults.append(f"missing key: alpha of {', '.join(sorted(parts.keys() - alphas.keys())[:SHOWN])}, which other layers have")
+        faults.append(
+            f"missing key: alpha of {', '.join(sorted(parts.keys() - alphas.keys())[:SHOWN])}, which other layers have"
+        )
     return parts, alphas
 
 
@@ -192,7 +224,9 @@ def _held(stem: str, names: Mapping[str, list[str]], flat: Mapping[str, list[str
     return names.get(stem)
 
 
-def _shape_faults(parts: Mapping[str, dict[str, torch.Tensor]], modules: Mapping[str, tuple[int, int]], faults: list[str]) -> None:
+def _shape_faults(
+    parts: Mapping[str, dict[str, torch.Tensor]], modules: Mapping[str, tuple[int, int]], faults: list[str]
+) -> None:
     for name, pair in sorted(parts.items()):
         if {"A", "B"} - pair.keys():
             continue
@@ -209,11 +243,17 @@ def _coverage_faults(parts: Mapping[str, Any], modules: Mapping[str, tuple[int, 
     for kind, members in sorted(kinds.items()):
         lacking = [name for name in members if name not in parts]
         if lacking and len(lacking) < len(members):
-            faults.append(f"missing keys: {kind} is covered in {len(members) - len(lacking)} of {len(members)} blocks; not in {', '.join(lacking[:SHOWN])}")
+            faults.append(
+                f"missing keys: {kind} is covered in {len(members) - len(lacking)} of {len(members)} blocks; not in {', '.join(lacking[:SHOWN])}"
+            )
 
 
-def _settings(path: Path, file: Path, ranks: Mapping[str, int], alphas: Mapping[str, float], faults: list[str]) -> tuple[dict[str, tuple[float, int]], str]:
-    """Module -> (alpha, rank), and where alpha came from: the keys, PEFT's config beside the file, diffusers' metadata in it, or the rank."""
+def _settings(
+    path: Path, file: Path, ranks: Mapping[str, int], alphas: Mapping[str, float], faults: list[str]
+) -> tuple[dict[str, tuple[float, int]], str]:
+    """Module -> (alpha, rank), and where alpha came from: the keys, PEFT's config beside the file, diffusers' metadata
+    in it, or the rank.
+    """
     bad = [name for name, alpha in alphas.items() if not alpha > 0]
     if bad:
         faults.append(f"{bad[0]}: alpha = {alphas[bad[0]]}; expected one number above 0")
@@ -221,24 +261,43 @@ def _settings(path: Path, file: Path, ranks: Mapping[str, int], alphas: Mapping[
     origin = "metadata" if config is None else "config"
     config = _metadata(file) if config is None else config
     if config is None:
-        return {name: (alphas.get(name, float(rank)), rank) for name, rank in ranks.items()}, "keys" if alphas else "rank"
-    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False), ("peft_type", "LORA")):
+        return {
+            name: (alphas.get(name, float(rank)), rank) for name, rank in ranks.items()
+        }, "keys" if alphas else "rank"
+    for key, plain in (
+        ("use_dora", False),
+        ("bias", "none"),
+        ("modules_to_save", None),
+        ("lora_bias", False),
+        ("peft_type", "LORA"),
+    ):
         if config.get(key, plain) not in (plain, None, [], {}):
-            faults.append(f"{key} = {config[key]!r}: more than plain LoRA; only adapters of plain LoRA can be distilled or switched on the base")
-    wrong = [name for name, rank in ranks.items() if rank != _patterned(config, "rank_pattern", name, config.get("r", rank))]
+            faults.append(
+                f"{key} = {config[key]!r}: more than plain LoRA; only adapters of plain LoRA can be distilled or switched on the base"
+            )
+    wrong = [
+        name for name, rank in ranks.items() if rank != _patterned(config, "rank_pattern", name, config.get("r", rank))
+    ]
     if wrong:
-        faults.append(f"{wrong[0]}: rank {ranks[wrong[0]]} in the weights, but r = {config.get('r')} in {origin}; they do not belong together")
+        faults.append(
+            f"{wrong[0]}: rank {ranks[wrong[0]]} in the weights, but r = {config.get('r')} in {origin}; they do not belong together"
+        )
     if alphas:  # a scale inside the file is the file's own
         return {name: (alphas.get(name, float(rank)), rank) for name, rank in ranks.items()}, "keys"
     settings = {}
     for name, rank in ranks.items():
         alpha = float(_patterned(config, "alpha_pattern", name, config.get("lora_alpha", rank)))
-        settings[name] = (alpha * rank**0.5 if config.get("use_rslora") else alpha, rank)  # rank-stabilised: alpha / sqrt(rank)
+        settings[name] = (
+            alpha * rank**0.5 if config.get("use_rslora") else alpha,
+            rank,
+        )  # rank-stabilised: alpha / sqrt(rank)
     return settings, origin
 
 
 def _config(path: Path, file: Path) -> dict[str, Any] | None:
-    """LoraConfig's fields from the JSON beside the weights: PEFT's, or a record of this pipeline's own (teacher.json, student.json)."""
+    """LoraConfig's fields from the JSON beside the weights: PEFT's, or a record of this pipeline's own (teacher.json,
+    student.json).
+    """
     if not path.is_dir() and file.name != PEFT_WEIGHTS:
         return None
     if (file.parent / PEFT_CONFIG).is_file():
@@ -265,13 +324,19 @@ def _metadata(file: Path) -> dict[str, Any] | None:
             text = (opened.metadata() or {}).get("lora_adapter_metadata")
         if text is None:
             return None
-        fields = {key.removeprefix("transformer."): value for key, value in json.loads(text).items() if key.startswith("transformer.") or "." not in key}
+        fields = {
+            key.removeprefix("transformer."): value
+            for key, value in json.loads(text).items()
+            if key.startswith("transformer.") or "." not in key
+        }
     except (SafetensorError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: its LoRA metadata cannot be read ({error}); write the file again") from error
     return fields or None
 
 
-def _uniform(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], said: Mapping[str, tuple[float, int]], alpha_from: str) -> Adapter:
+def _uniform(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], said: Mapping[str, tuple[float, int]], alpha_from: str
+) -> Adapter:
     """One rank and one whole alpha for all layers; the tensors are left as they are where the file has that already."""
     rank = max(rank for _, rank in said.values())
     kinds = set(said.values())
@@ -286,17 +351,25 @@ def _uniform(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], said: Mappi
                 down = torch.cat([down, down.new_zeros(rank - own_rank, down.shape[1])])
                 up = torch.cat([up, up.new_zeros(up.shape[0], rank - own_rank)], dim=1)
         tensors |= {f"{name}.lora_A.weight": down.contiguous(), f"{name}.lora_B.weight": up.contiguous()}
-    return Adapter(tensors, tuple(sorted(pairs)), rank, int(alpha) if same and alpha == int(alpha) else rank, alpha_from)
+    return Adapter(
+        tensors, tuple(sorted(pairs)), rank, int(alpha) if same and alpha == int(alpha) else rank, alpha_from
+    )
 
 
 def concatenated(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
-    """One adapter whose delta is the weighted sum of the given ones' deltas, exactly: ranks add up, scales go into B, alpha = rank. In fp32."""
+    """One adapter whose delta is the weighted sum of the given ones' deltas, exactly: ranks add up, scales go into B,
+    alpha = rank. In fp32.
+    """
     members = list(adapters)
     rank = sum(adapter.rank for adapter, _ in members)
     modules = sorted({name for adapter, _ in members for name in adapter.modules})
     tensors: dict[str, torch.Tensor] = {}
     for name in modules:
-        shapes = {(a.tensors[f"{name}.lora_A.weight"].shape[1], a.tensors[f"{name}.lora_B.weight"].shape[0]) for a, _ in members if name in a.modules}
+        shapes = {
+            (a.tensors[f"{name}.lora_A.weight"].shape[1], a.tensors[f"{name}.lora_B.weight"].shape[0])
+            for a, _ in members
+            if name in a.modules
+        }
         ((into, out),) = shapes
         downs, ups = [], []
         for adapter, weight in members:
@@ -314,17 +387,22 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
     """A folder that `peft.PeftModel.from_pretrained(network, folder)` loads; `read_adapter` too."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / PEFT_WEIGHTS, {f"base_model.model.{key}": value for key, value in adapter.tensors.items()})
-    LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.modules), inference_mode=True).save_pretrained(str(folder))
+    LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.modules), inference_mode=True
+    ).save_pretrained(str(folder))
 
 
 def write_comfyui(file: Path, adapter: Adapter, family: str) -> None:
     """One file that ComfyUI's LoRA nodes load, and `load_lora_weights` of diffusers' pipeline of the family.
 
-    It has no alpha keys: diffusers refuses them for SD3. So alpha / rank is multiplied into B, and both take the missing alpha for the rank.
-    Raises UserError for a family that neither knows.
+    It has no alpha keys: diffusers refuses them for SD3. So alpha / rank is multiplied into B, and both take the
+    missing alpha for the rank. Raises UserError for a family that neither knows.
     """
     if family not in COMFYUI_PREFIX:
         raise UserError(f"backbone = {family!r}: no ComfyUI key style is known for it; choose another format")
     scale = adapter.alpha / adapter.rank
-    tensors = {key: value.float() * scale if key.endswith("lora_B.weight") else value.float() for key, value in adapter.tensors.items()}
+    tensors = {
+        key: value.float() * scale if key.endswith("lora_B.weight") else value.float()
+        for key, value in adapter.tensors.items()
+    }
     write_tensors(file, {f"{COMFYUI_PREFIX[family]}{key}": value for key, value in tensors.items()})

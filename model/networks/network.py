@@ -25,7 +25,8 @@ from model.networks.adapters import Adapter, linear_modules
 class NetworkField:
     """A network, with one of its adapters switched on or all switched off, as a velocity field.
 
-    `offload` names the device that the network visits for each of its evaluations, living on the CPU between them; None: it stays where it is.
+    `offload` names the device that the network visits for each of its evaluations, living on the CPU between them;
+    None: it stays where it is.
     """
 
     backbone: Backbone
@@ -41,7 +42,9 @@ class NetworkField:
 
 @contextmanager
 def visiting(network: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """The frozen network's tensors on `device` for the length of the block. The copies are dropped, not brought back: nothing in them has changed."""
+    """The frozen network's tensors on `device` for the length of the block. The copies are dropped, not brought back:
+    nothing in them has changed.
+    """
     if device is None:
         yield
         return
@@ -67,7 +70,9 @@ def switch_adapter(network: Any, adapter: str | None) -> None:
 
 
 def _is_switched(network: Any, adapter: str | None) -> bool:
-    """Whether nothing is left to switch. Layers are switched together, so the first tells; going through all of them costs as much as a small forward."""
+    """Whether nothing is left to switch. Layers are switched together, so the first tells; going through all of them
+    costs as much as a small forward.
+    """
     layer = next(module for module in network.modules() if hasattr(module, "lora_A"))
     if adapter is None or layer.disable_adapters:
         return adapter is None and bool(layer.disable_adapters)
@@ -75,13 +80,21 @@ def _is_switched(network: Any, adapter: str | None) -> bool:
     return ready and list(layer.active_adapters) == [adapter]
 
 
-def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int, targets: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """A fresh LoRA adapter on `targets`, or else the backbone's own (its output is zero until trained); returns its named fp32 parameters."""
+def add_adapter(
+    backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int, targets: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """A fresh LoRA adapter on `targets`, or else the backbone's own (its output is zero until trained); returns its
+    named fp32 parameters.
+    """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are the design
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config`"
+        )  # several adapters on one base are the design
         torch.manual_seed(seed)
         layers = list(targets or backbone.adapter_targets)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True), adapter_name=name)
+        network.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True), adapter_name=name
+        )
     parameters = adapter_parameters(network, name)
     for parameter in parameters.values():  # PEFT gives them the base's precision, in which moments would not decay
         parameter.data = parameter.data.float()
@@ -89,17 +102,28 @@ def add_adapter(backbone: Backbone, network: Any, name: str, rank: int, alpha: i
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    return {key: parameter for key, parameter in network.named_parameters() if re.search(rf"\.lora_\w+\.{re.escape(name)}\.", key)}
+    return {
+        key: parameter
+        for key, parameter in network.named_parameters()
+        if re.search(rf"\.lora_\w+\.{re.escape(name)}\.", key)
+    }
 
 
 def own_layers(backbone: Backbone) -> set[str]:
     """The linear layers of the base that an adapter of the family covers when nothing else is said."""
-    return {name for name in linear_modules(backbone.network) if any(name == end or name.endswith(f".{end}") for end in backbone.adapter_targets)}
+    return {
+        name
+        for name in linear_modules(backbone.network)
+        if any(name == end or name.endswith(f".{end}") for end in backbone.adapter_targets)
+    }
 
 
 def adapter_of(network: Any, name: str) -> Adapter:
     """An adapter that is on a network by now, as a value: fp32 copies."""
-    tensors = {key.replace(f".{name}.", "."): value.detach().float().cpu().clone() for key, value in adapter_parameters(network, name).items()}
+    tensors = {
+        key.replace(f".{name}.", "."): value.detach().float().cpu().clone()
+        for key, value in adapter_parameters(network, name).items()
+    }
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     config = network.peft_config[name]
     return Adapter(tensors, tuple(modules), int(config.r), int(config.lora_alpha), "config")
@@ -110,7 +134,9 @@ def load_adapter(parameters: dict[str, nn.Parameter], path: Path, name: str) -> 
     """Every key must match, in name and shape. Raises UserError otherwise."""
     tensors = read_tensors(path)
     expected = {key.replace(f".{name}.", "."): parameter for key, parameter in parameters.items()}
-    wrong = sorted(expected.keys() ^ tensors.keys()) or sorted(key for key in expected if expected[key].shape != tensors[key].shape)
+    wrong = sorted(expected.keys() ^ tensors.keys()) or sorted(
+        key for key in expected if expected[key].shape != tensors[key].shape
+    )
     if wrong:
         raise UserError(
             f"{path}: does not fit this adapter (first differing key: {wrong[0]}, {len(wrong)} in all); rank and target modules must be the record's"

@@ -1,4 +1,6 @@
-"""The student: a network that starts from the base, a teacher or their merge, and what of it trains: all parameters, or a LoRA adapter on it frozen."""
+"""The student: a network that starts from the base, a teacher or their merge, and what of it trains: all parameters, or
+a LoRA adapter on it frozen.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Student:
             parameter.copy_(values[name])
 
     def frozen_copy(self) -> NetworkField:
-        """The student as it is now, as a field that no longer changes: for an adapter a second one on the same network, else a network of its own."""
+        """The student as it is now, as a field that no longer changes: for an adapter a second one on the same network,
+        else a network of its own.
+        """
         if self.adapter is not None:
             config = self.network.peft_config[self.adapter]
             copied = add_adapter(self.backbone, self.network, FROZEN, config.r, config.lora_alpha, seed=0)
@@ -91,20 +95,40 @@ def _base_weight(backbone: Backbone) -> torch.Tensor:
     return next(iter(parts.plain_state(backbone.network).values()))
 
 
-def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], start: str, trainable: str, rank: int, alpha: int, seed: int) -> Student:
+def start_student(
+    backbone: Backbone,
+    teachers: Mapping[str, NetworkField],
+    start: str,
+    trainable: str,
+    rank: int,
+    alpha: int,
+    seed: int,
+) -> Student:
     """A student before its first step.
 
-    `start`: "base", a teacher's name, or "merged" (the base plus the mean difference of all teachers but the base). `trainable`: "all" or "adapter". An adapter
-    that starts from the base or from adapters on it shares the base's weights in memory: what it starts from lies in its first ranks, so it stays a plain
-    adapter. Every other start is a network of its own. Raises UserError for an unknown name, or a rank too small for the start.
+    `start`: "base", a teacher's name, or "merged" (the base plus the mean difference of all teachers but the base).
+    `trainable`: "all" or "adapter". An adapter that starts from the base or from adapters on it shares the base's
+    weights in memory: what it starts from lies in its first ranks, so it stays a plain adapter. Every other start is a
+    network of its own. Raises UserError for an unknown name, or a rank too small for the start.
     """
     others = {name: field for name, field in teachers.items() if name != BASE}
     base = NetworkField(backbone, backbone.network)
     if trainable not in TRAINABLE:
         raise UserError(f"trainable = {trainable!r}: choose one of {list(TRAINABLE)}")
     sources = list(others.values()) if start == MERGED else [others[start]] if start in others else []
-    if trainable == "adapter" and sources and all(field.adapter and field.network is backbone.network for field in sources):
-        return _start_in_adapter(backbone, [(adapter_of(field.network, str(field.adapter)), 1.0 / len(sources)) for field in sources], start, rank, alpha, seed)
+    if (
+        trainable == "adapter"
+        and sources
+        and all(field.adapter and field.network is backbone.network for field in sources)
+    ):
+        return _start_in_adapter(
+            backbone,
+            [(adapter_of(field.network, str(field.adapter)), 1.0 / len(sources)) for field in sources],
+            start,
+            rank,
+            alpha,
+            seed,
+        )
     if start == MERGED and others:
         weights: dict[str, torch.Tensor] | None = merged_weights(base, others)
     elif start in others:
@@ -112,7 +136,9 @@ def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], star
     elif start == BASE:
         weights = plain_weights(base) if trainable == "all" else None
     else:
-        raise UserError(f"start = {start!r}: choose {BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}")
+        raise UserError(
+            f"start = {start!r}: choose {BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}"
+        )
     # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.
     dtype = torch.float32 if trainable == "all" else _base_weight(backbone).dtype
     network = backbone.network if weights is None else _network_with(backbone, weights, dtype)
@@ -123,11 +149,17 @@ def start_student(backbone: Backbone, teachers: Mapping[str, NetworkField], star
     return Student(backbone, network, STUDENT, add_adapter(backbone, network, STUDENT, rank, alpha, seed))
 
 
-def _start_in_adapter(backbone: Backbone, sources: list[tuple[Adapter, float]], start: str, rank: int, alpha: int, seed: int) -> Student:
-    """An adapter whose first ranks are the given adapters, so that the student starts at their weighted sum exactly; the other ranks are fresh."""
+def _start_in_adapter(
+    backbone: Backbone, sources: list[tuple[Adapter, float]], start: str, rank: int, alpha: int, seed: int
+) -> Student:
+    """An adapter whose first ranks are the given adapters, so that the student starts at their weighted sum exactly;
+    the other ranks are fresh.
+    """
     joined = concatenated(sources)
     if joined.rank > rank:
-        raise UserError(f"start = {start!r} takes rank {joined.rank} of the student's adapter, which has rank = {rank}: raise rank, or train all parameters")
+        raise UserError(
+            f"start = {start!r} takes rank {joined.rank} of the student's adapter, which has rank = {rank}: raise rank, or train all parameters"
+        )
     network = backbone.network
     network.requires_grad_(False)
     own = own_layers(backbone)
@@ -142,7 +174,8 @@ def _start_in_adapter(backbone: Backbone, sources: list[tuple[Adapter, float]], 
 
 
 def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None:
-    """Writes `folder`: student.json, the trained weights in fp32, and for an adapter on a start of its own that start too.
+    """Writes `folder`: student.json, the trained weights in fp32, and for an adapter on a start of its own that start
+    too.
 
     The record's `resolution` and `max_tokens` are those it was trained with, so that it is drawn from as it was taught.
     An adapter on the shared base leaves the base out; the record's `base_sha256` binds the two.
@@ -161,30 +194,46 @@ def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None
             backbone.save(folder, frozen)
             write_tensors(whole, frozen.state_dict())
         write_tensors(weights, {name.replace(f".{STUDENT}.", "."): value for name, value in student.parameters.items()})
-    hashes = {"sha256": sha256_file(weights), "start_sha256": None if shared or weights == whole else sha256_file(whole)}
+    hashes = {
+        "sha256": sha256_file(weights),
+        "start_sha256": None if shared or weights == whole else sha256_file(whole),
+    }
     layers = {name.rsplit(".lora_", 1)[0] for name in student.parameters} if student.adapter else set()
     targets = sorted(layers) if layers and layers != own_layers(backbone) else []
     own = {
-        "backbone": backbone.name, "adapter": student.adapter is not None, "own_start": not shared, "targets": targets,
-        "resolution": backbone.latent_shape[1] * backbone.pixels_per_latent, "max_tokens": backbone.max_tokens,
-    }  # fmt: skip
+        "backbone": backbone.name,
+        "adapter": student.adapter is not None,
+        "own_start": not shared,
+        "targets": targets,
+        "resolution": backbone.latent_shape[1] * backbone.pixels_per_latent,
+        "max_tokens": backbone.max_tokens,
+    }
     write_json(folder / RECORD, {**record, **own, **hashes})
 
 
 def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: torch.device | str = "cpu") -> Student:
-    """The student on `backbone`; one with a start of its own takes the base network's place, on its device, or on `device` where the base was not loaded.
+    """The student on `backbone`; one with a start of its own takes the base network's place, on its device, or on
+    `device` where the base was not loaded.
 
     Raises UserError when the checkpoint is damaged, or was trained on another base than `backbone`'s."""
     record = read_json(folder / RECORD)
-    missing = [key for key in ("adapter", "own_start", "base_sha256", "sha256", "start_sha256", "backbone", "rank", "alpha") if key not in record]
+    missing = [
+        key
+        for key in ("adapter", "own_start", "base_sha256", "sha256", "start_sha256", "backbone", "rank", "alpha")
+        if key not in record
+    ]
     if missing:
         raise UserError(f"{folder / RECORD}: {missing[0]!r} is missing; run the stage that made it again")
     whole, weights = folder / "transformer" / WEIGHTS, folder / ADAPTER_WEIGHTS
     for file, sha256 in ((weights if record["adapter"] else whole, record["sha256"]), (whole, record["start_sha256"])):
         if sha256 is not None and (not file.exists() or sha256_file(file) != sha256):
-            raise UserError(f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again")
+            raise UserError(
+                f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again"
+            )
     if record["base_sha256"] != base_sha256:
-        raise UserError(f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base")
+        raise UserError(
+            f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base"
+        )
     weight = _base_weight(backbone)
     dtype = weight.dtype if record["adapter"] else torch.float32
     place = device if weight.is_meta else weight.device
@@ -193,13 +242,17 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: tor
     if not record["adapter"]:
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
-    parameters = add_adapter(backbone, network, STUDENT, record["rank"], record["alpha"], seed=0, targets=record.get("targets", ()))
+    parameters = add_adapter(
+        backbone, network, STUDENT, record["rank"], record["alpha"], seed=0, targets=record.get("targets", ())
+    )
     load_adapter(parameters, weights, STUDENT)
     return Student(backbone, network, STUDENT, adapter_parameters(network, STUDENT))
 
 
 def student_adapter(student: Student) -> Adapter:
-    """The student's whole difference from the base as one adapter. Raises UserError where there is none that is exact."""
+    """The student's whole difference from the base as one adapter. Raises UserError where there is none that is
+    exact.
+    """
     if student.adapter is None:
         raise UserError(
             "this student trained all its parameters: its difference from the base is no low-rank adapter; "

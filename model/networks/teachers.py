@@ -1,6 +1,7 @@
 """Teachers on disk and in memory: the base itself, adapters on it, or full checkpoints of the same network.
 
-A teacher is a folder: its weights and `teacher.json`, the record that binds them to a base, a latent space and a scheduler.
+A teacher is a folder: its weights and `teacher.json`, the record that binds them to a base, a latent space and a
+scheduler.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ RESERVED = ("student", "frozen", "merged")  # the student's adapter, its frozen 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """What `teacher.json` holds. `kind`: "base", "adapter" or "full"; rank and alpha are 0 unless it is an adapter; hashes are SHA-256 of the weight files.
+    """What `teacher.json` holds. `kind`: "base", "adapter" or "full"; rank and alpha are 0 unless it is an adapter;
+    hashes are SHA-256 of the weight files.
 
-    The last five have defaults because records written before them are still read: `base_id`, where the base came from; `source` and `revision`, where these
-    weights came from; `targets`, the layers of an adapter that covers others than its family's own; `files`, the SHA-256 of what comes along with a base.
+    The last five have defaults because records written before them are still read: `base_id`, where the base came from;
+    `source` and `revision`, where these weights came from; `targets`, the layers of an adapter that covers others than
+    its family's own; `files`, the SHA-256 of what comes along with a base.
     """
 
     name: str
@@ -60,7 +63,9 @@ def weights_file(folder: Path, kind: str) -> Path:
 
 
 def weight_files(folder: Path, kind: str) -> list[Path]:
-    """The files that hold the weights: one, or the shards that an index names (diffusers writes large networks so). A missing one is listed all the same."""
+    """The files that hold the weights: one, or the shards that an index names (diffusers writes large networks so). A
+    missing one is listed all the same.
+    """
     whole = weights_file(folder, kind)
     index = whole.with_name(f"{whole.name}.index.json")
     if whole.exists() or not index.exists():
@@ -79,29 +84,59 @@ def weights_sha256(folder: Path, kind: str) -> str:
 
 
 def save_teacher(
-    folder: Path, backbone: Backbone, network: nn.Module, *, name: str, capability: str, kind: str, base_sha256: str | None, rank: int = 0, alpha: int = 0
+    folder: Path,
+    backbone: Backbone,
+    network: nn.Module,
+    *,
+    name: str,
+    capability: str,
+    kind: str,
+    base_sha256: str | None,
+    rank: int = 0,
+    alpha: int = 0,
 ) -> TeacherRecord:
-    """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts along, in the precision it has."""
+    """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts
+    along, in the precision it has.
+    """
     if kind == "adapter":
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(
-            folder / ADAPTER_WEIGHTS, {key.replace(f".{name}.", "."): value.to(torch.float16) for key, value in adapter_parameters(network, name).items()}
+            folder / ADAPTER_WEIGHTS,
+            {
+                key.replace(f".{name}.", "."): value.to(torch.float16)
+                for key, value in adapter_parameters(network, name).items()
+            },
         )
     elif kind == "full":
         (folder / "transformer").mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "transformer" / WEIGHTS, {key: value.to(torch.float16) for key, value in network.state_dict().items()})
+        write_tensors(
+            folder / "transformer" / WEIGHTS,
+            {key: value.to(torch.float16) for key, value in network.state_dict().items()},
+        )
     else:
         backbone.save(folder, network)
     sha256, precision = sha256_file(weights_file(folder, kind)), precision_of([read_header(weights_file(folder, kind))])
     record = TeacherRecord(
-        name, capability, kind, backbone.name, base_sha256 or sha256, sha256, list(backbone.latent_shape), backbone.scheduler, precision, rank, alpha
+        name,
+        capability,
+        kind,
+        backbone.name,
+        base_sha256 or sha256,
+        sha256,
+        list(backbone.latent_shape),
+        backbone.scheduler,
+        precision,
+        rank,
+        alpha,
     )
     write_json(folder / RECORD, asdict(record))
     return record
 
 
 def read_records(folder: Path) -> dict[str, TeacherRecord]:
-    """Every teacher's record below `folder`, by name. Raises UserErrors for records that are damaged or missing altogether."""
+    """Every teacher's record below `folder`, by name. Raises UserErrors for records that are damaged or missing
+    altogether.
+    """
     records, faults = _scan(folder)
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
@@ -134,7 +169,8 @@ def _scan(folder: Path) -> tuple[dict[str, TeacherRecord], list[str]]:
 
 
 def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
-    """Why the named teachers cannot be distilled together: missing files, changed hashes, another base, latent space or scheduler.
+    """Why the named teachers cannot be distilled together: missing files, changed hashes, another base, latent space or
+    scheduler.
 
     Reads no weights, only their hashes.
     """
@@ -162,33 +198,47 @@ def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _weight_faults(folder: Path, record: TeacherRecord) -> list[str]:
-    """What is wrong with one teacher's weights: missing, changed, or other than the record says in precision or rank. The tensors are not loaded."""
+    """What is wrong with one teacher's weights: missing, changed, or other than the record says in precision or rank.
+    The tensors are not loaded.
+    """
     try:
         files = weight_files(folder, record.kind)
     except UserError as error:
         return [str(error)]
-    missing = [f"{file}: no such file; `dvc pull data/teachers` brings the bundled teachers" for file in files if not file.exists()]
+    missing = [
+        f"{file}: no such file; `dvc pull data/teachers` brings the bundled teachers"
+        for file in files
+        if not file.exists()
+    ]
     if missing:
         return missing
     if weights_sha256(folder, record.kind) != record.sha256:
-        return [f"{files[0]}: its SHA-256 is not the one of {folder.name}/{RECORD}; the file was changed or cut short, pull it again"]
+        return [
+            f"{files[0]}: its SHA-256 is not the one of {folder.name}/{RECORD}; the file was changed or cut short, pull it again"
+        ]
     try:
         headers = [read_header(file) for file in files]
     except UserError as error:
         return [str(error)]
     faults = []
     if record.precision != precision_of(headers):
-        faults.append(f"{folder.name}: precision = {record.precision!r}, the weights are {precision_of(headers)}; the record belongs to other weights")
+        faults.append(
+            f"{folder.name}: precision = {record.precision!r}, the weights are {precision_of(headers)}; the record belongs to other weights"
+        )
     ranks = {entry["shape"][0] for header in headers for key, entry in header.items() if key.endswith(".lora_A.weight")}
     if record.kind == "adapter" and ranks != {record.rank}:
-        faults.append(f"{folder.name}: rank = {record.rank}, the weights have {sorted(ranks)}; the record belongs to other weights")
+        faults.append(
+            f"{folder.name}: rank = {record.rank}, the weights have {sorted(ranks)}; the record belongs to other weights"
+        )
     if record.kind == "adapter" and record.alpha < 1:
         faults.append(f"{folder.name}: alpha = {record.alpha}; expected 1 or more")
     return faults
 
 
 def file_faults(folder: Path, names: Iterable[str]) -> list[str]:
-    """What came along with the named teachers (text encoders, VAE, tokenizers, scheduler) and is not what their records say. Hashes every file."""
+    """What came along with the named teachers (text encoders, VAE, tokenizers, scheduler) and is not what their records
+    say. Hashes every file.
+    """
     records, faults = _scan(folder)[0], []
     for name in dict.fromkeys([BASE, *names]):
         for file, sha256 in (records[name].files if name in records else {}).items():
@@ -201,15 +251,20 @@ def file_faults(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def load_base(folder: Path, **options: Any) -> Backbone:
-    """The frozen base below the teachers' folder; `options` are those of `load_backbone`. Raises UserErrors when it is missing or damaged."""
+    """The frozen base below the teachers' folder; `options` are those of `load_backbone`. Raises UserErrors when it is
+    missing or damaged.
+    """
     faults = compatibility_faults(folder, [])
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
     return load_backbone(folder / BASE, **options)
 
 
-def load_network(backbone: Backbone, folder: Path, record: TeacherRecord, device: torch.device | str | None = None) -> Any:
-    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that the base may carry by now.
+def load_network(
+    backbone: Backbone, folder: Path, record: TeacherRecord, device: torch.device | str | None = None
+) -> Any:
+    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that
+    the base may carry by now.
 
     In the base's own precision, so that student and teacher compute alike, and on its device unless another is named.
     """
@@ -222,11 +277,14 @@ def load_network(backbone: Backbone, folder: Path, record: TeacherRecord, device
     return network
 
 
-def load_teachers(folder: Path, names: Iterable[str], offload: bool = False, **options: Any) -> tuple[Backbone, dict[str, NetworkField]]:
-    """The shared base and the named teachers as fields: "base" is the base with every adapter off, adapters are switched on it, full checkpoints stand alone.
+def load_teachers(
+    folder: Path, names: Iterable[str], offload: bool = False, **options: Any
+) -> tuple[Backbone, dict[str, NetworkField]]:
+    """The shared base and the named teachers as fields: "base" is the base with every adapter off, adapters are
+    switched on it, full checkpoints stand alone.
 
-    `offload` keeps full checkpoints on the CPU but for their own evaluations. `options` are those of `load_backbone`. Raises UserErrors with every fault when
-    they do not belong together.
+    `offload` keeps full checkpoints on the CPU but for their own evaluations. `options` are those of `load_backbone`.
+    Raises UserErrors with every fault when they do not belong together.
     """
     names = list(dict.fromkeys(names))
     faults = compatibility_faults(folder, names)
@@ -243,7 +301,9 @@ def load_teachers(folder: Path, names: Iterable[str], offload: bool = False, **o
             network = load_network(backbone, folder / name, record, "cpu" if offload else None)
             fields[name] = NetworkField(backbone, network, None, device if offload else None)
         else:
-            parameters = add_adapter(backbone, backbone.network, name, record.rank, record.alpha, seed=0, targets=record.targets)
+            parameters = add_adapter(
+                backbone, backbone.network, name, record.rank, record.alpha, seed=0, targets=record.targets
+            )
             load_adapter(parameters, weights_file(folder / name, record.kind), name)
             fields[name] = NetworkField(backbone, backbone.network, name)
     backbone.network.requires_grad_(False)

@@ -1,7 +1,8 @@
-"""`python -m tasks doctor`: whether this machine and the servers that its settings name can do the job. One line for each check; the first thing to run.
+"""`python -m tasks doctor`: whether this machine and the servers that its settings name can do the job. One line for
+each check; the first thing to run.
 
-Nothing is changed but for probes: an object of no meaning beside the ledger and the published versions, which is removed again, and a tag on MLflow's
-experiment, which is made where there is none.
+Nothing is changed but for probes: an object of no meaning beside the ledger and the published versions, which is
+removed again, and a tag on MLflow's experiment, which is made where there is none.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from tasks.s3 import objects
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 LEAST_SPACE, LITTLE_SPACE = 1.0, 5.0  # GiB
-LITTLE_SKEW, MOST_SKEW = 10.0, 120.0  # s; S3 refuses requests that are 15 minutes off, and the ledger's times should be true
+LITTLE_SKEW, MOST_SKEW = (
+    10.0,
+    120.0,
+)  # s; S3 refuses requests that are 15 minutes off, and the ledger's times should be true
 SECONDS = 10.0  # for one answer
 WINDOW = 2  # minor versions that client and server may be apart
 
@@ -54,7 +58,17 @@ class Finding:
 
 def examine(project: Path) -> Iterator[Finding]:
     """Every check in turn, each finding as soon as it is known. What is not configured is said to be so."""
-    checks: list[Callable[[Path], Iterator[Finding]]] = [_packages, _code, _space, _rights, _data, _mlflow, _ledger, _buckets, _prefect]
+    checks: list[Callable[[Path], Iterator[Finding]]] = [
+        _packages,
+        _code,
+        _space,
+        _rights,
+        _data,
+        _mlflow,
+        _ledger,
+        _buckets,
+        _prefect,
+    ]
     for check in checks:
         try:
             yield from check(Path(project).resolve())
@@ -64,16 +78,31 @@ def examine(project: Path) -> Iterator[Finding]:
 
 def _packages(project: Path) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    yield Finding(OK if sys.version_info >= (3, 11) else FAILED, "python", version if sys.version_info >= (3, 11) else f"{version}: 3.11 or newer is needed")
+    yield Finding(
+        OK if sys.version_info >= (3, 11) else FAILED,
+        "python",
+        version if sys.version_info >= (3, 11) else f"{version}: 3.11 or newer is needed",
+    )
     lock = project / "requirements.lock"
     if not lock.is_file():
         yield Finding(WARNING, "packages", f"{lock.name} is not here: what is installed cannot be compared")
         return
     wanted = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
-    installed = {re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower(): one.version.split("+")[0] for one in importlib.metadata.distributions()}
-    other = [f"{name} {installed.get(name, 'missing')} (locked {version})" for name, version in wanted.items() if installed.get(name) != version]
+    installed = {
+        re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower(): one.version.split("+")[0]
+        for one in importlib.metadata.distributions()
+    }
+    other = [
+        f"{name} {installed.get(name, 'missing')} (locked {version})"
+        for name, version in wanted.items()
+        if installed.get(name) != version
+    ]
     if other:
-        yield Finding(FAILED, "packages", f"{len(other)} differ from {lock.name}: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''}; run make install")
+        yield Finding(
+            FAILED,
+            "packages",
+            f"{len(other)} differ from {lock.name}: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''}; run make install",
+        )
     else:
         yield Finding(OK, "packages", f"{len(wanted)} as locked")
 
@@ -81,9 +110,17 @@ def _packages(project: Path) -> Iterator[Finding]:
 def _code(project: Path) -> Iterator[Finding]:
     state = git_state(project)
     if not state["git.known"]:
-        yield Finding(WARNING, "code", f"no git revision ({state['git.reason']}): the gate refuses what is not versioned, unless gate.allow_unversioned")
+        yield Finding(
+            WARNING,
+            "code",
+            f"no git revision ({state['git.reason']}): the gate refuses what is not versioned, unless gate.allow_unversioned",
+        )
     elif state["git.dirty"]:
-        yield Finding(WARNING, "code", f"{state['git.sha'][:12]} with {len(state['git.changed'])} changed files: a run on it is not promoted")
+        yield Finding(
+            WARNING,
+            "code",
+            f"{state['git.sha'][:12]} with {len(state['git.changed'])} changed files: a run on it is not promoted",
+        )
     else:
         yield Finding(OK, "code", f"clean at {state['git.sha'][:12]}")
 
@@ -92,7 +129,11 @@ def _space(project: Path) -> Iterator[Finding]:
     for what, folder in (("space, project", project), ("space, temporary", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free / 2**30
         status = FAILED if free < LEAST_SPACE else WARNING if free < LITTLE_SPACE else OK
-        yield Finding(status, what, f"{free:.1f} GiB free in {folder}" + ("" if status == OK else f"; {LITTLE_SPACE:g} are wanted"))
+        yield Finding(
+            status,
+            what,
+            f"{free:.1f} GiB free in {folder}" + ("" if status == OK else f"; {LITTLE_SPACE:g} are wanted"),
+        )
 
 
 def _rights(project: Path) -> Iterator[Finding]:
@@ -105,13 +146,19 @@ def _rights(project: Path) -> Iterator[Finding]:
                     pass
             except OSError as error:
                 refused.append(f"{folder} ({error.strerror})")
-    yield Finding(FAILED, "rights", f"cannot write to {', '.join(refused)}") if refused else Finding(OK, "rights", "the project's folders can be written to")
+    yield (
+        Finding(FAILED, "rights", f"cannot write to {', '.join(refused)}")
+        if refused
+        else Finding(OK, "rights", "the project's folders can be written to")
+    )
 
 
 def _data(project: Path) -> Iterator[Finding]:
     teachers = project / "data" / "teachers"
     if any(teachers.glob("*/teacher.json")):
-        yield Finding(OK, "teachers", f"{len(list(teachers.glob('*/teacher.json')))} in {teachers.relative_to(project)}")
+        yield Finding(
+            OK, "teachers", f"{len(list(teachers.glob('*/teacher.json')))} in {teachers.relative_to(project)}"
+        )
     else:
         yield Finding(WARNING, "teachers", "none fetched yet: dvc pull data/teachers")
     for name, store in stores(project).items():
@@ -123,7 +170,9 @@ def _get(url: str, authorization: str | None = None, body: dict[str, Any] | None
     """(status, content, Date header) of an answer. Raises OSError when there is none."""
     headers = {"Authorization": authorization} if authorization else {}
     content = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(url, data=content, headers={**headers, **({"Content-Type": "application/json"} if content else {})})
+    request = urllib.request.Request(
+        url, data=content, headers={**headers, **({"Content-Type": "application/json"} if content else {})}
+    )
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return answer.status, answer.read(), answer.headers.get("Date", "")
@@ -138,12 +187,21 @@ def _basic(credentials: str) -> str:
 def _clock(what: str, theirs: datetime) -> Finding:
     skew = abs((datetime.now(UTC) - theirs).total_seconds())
     status = FAILED if skew > MOST_SKEW else WARNING if skew > LITTLE_SKEW else OK
-    return Finding(status, f"clock, {what}", f"{skew:.0f} s apart" + ("" if status == OK else "; let both machines follow a time server (NTP)"))
+    return Finding(
+        status,
+        f"clock, {what}",
+        f"{skew:.0f} s apart" + ("" if status == OK else "; let both machines follow a time server (NTP)"),
+    )
 
 
 def _apart(ours: str, theirs: str) -> bool:
     numbers = [[int(part) for part in re.findall(r"\d+", version)[:2]] for version in (ours, theirs)]
-    return len(numbers[0]) < 2 or len(numbers[1]) < 2 or numbers[0][0] != numbers[1][0] or abs(numbers[0][1] - numbers[1][1]) > WINDOW
+    return (
+        len(numbers[0]) < 2
+        or len(numbers[1]) < 2
+        or numbers[0][0] != numbers[1][0]
+        or abs(numbers[0][1] - numbers[1][1]) > WINDOW
+    )
 
 
 def _mlflow_login(uri: str) -> str | None:
@@ -158,13 +216,24 @@ def _mlflow(project: Path) -> Iterator[Finding]:
     uri = server.tracking_uri(project)
     if not uri.startswith("http"):
         store = tracking.open_store(project)
-        yield Finding(OK, "mlflow", f"{store.uri} (inside the project; MLFLOW_TRACKING_URI is not set)" if store.is_local else store.uri)
+        yield Finding(
+            OK,
+            "mlflow",
+            f"{store.uri} (inside the project; MLFLOW_TRACKING_URI is not set)" if store.is_local else store.uri,
+        )
         return
     where = server.without_credentials(uri).rstrip("/")
     store = tracking.open_store(project)  # also proves the credentials
     status, content, date = _get(f"{where}/version", _mlflow_login(uri))  # with accounts, it answers to those it knows
-    theirs, ours = content.decode(errors="replace").strip() if status == 200 else f"unknown ({status})", importlib.metadata.version("mlflow")
-    yield Finding(WARNING if _apart(ours, theirs) else OK, "mlflow", f"{where}, server {theirs}, client {ours}, account {server.account()}")
+    theirs, ours = (
+        content.decode(errors="replace").strip() if status == 200 else f"unknown ({status})",
+        importlib.metadata.version("mlflow"),
+    )
+    yield Finding(
+        WARNING if _apart(ours, theirs) else OK,
+        "mlflow",
+        f"{where}, server {theirs}, client {ours}, account {server.account()}",
+    )
     if date:
         yield _clock("mlflow", parsedate_to_datetime(date).astimezone(UTC))
     anonymous, _, _ = _get(f"{where}/api/2.0/mlflow/experiments/search", body={"max_results": 1})
@@ -173,11 +242,23 @@ def _mlflow(project: Path) -> Iterator[Finding]:
     else:
         loopback = urllib.parse.urlsplit(where).hostname in ("127.0.0.1", "localhost", "::1")
         wide = "anybody who reaches it may change everything: start it with --app-name basic-auth"
-        yield Finding(WARNING if loopback else FAILED, "mlflow, strangers", f"a request without an account is answered ({anonymous}); {wide}")
+        yield Finding(
+            WARNING if loopback else FAILED,
+            "mlflow, strangers",
+            f"a request without an account is answered ({anonymous}); {wide}",
+        )
     versions.try_to_write(project)
-    yield Finding(OK, "mlflow, rights", f"the account {server.account()} may write runs, and change {versions.MODEL} if it is there")
+    yield Finding(
+        OK,
+        "mlflow, rights",
+        f"the account {server.account()} may write runs, and change {versions.MODEL} if it is there",
+    )
     kept = list((store.project / server.FOLDER / tracking.SPOOL).glob("*/*/"))
-    yield Finding(WARNING, "mlflow, spool", f"{len(kept)} runs wait to be sent") if kept else Finding(OK, "mlflow, spool", "nothing waits to be sent")
+    yield (
+        Finding(WARNING, "mlflow, spool", f"{len(kept)} runs wait to be sent")
+        if kept
+        else Finding(OK, "mlflow, spool", "nothing waits to be sent")
+    )
 
 
 def _ledger(project: Path) -> Iterator[Finding]:
@@ -189,14 +270,17 @@ def _ledger(project: Path) -> Iterator[Finding]:
     elif entries:
         yield Finding(OK, "aliases", "as the ledger says")
     if isinstance(place, Path) and server.tracking_uri(project).startswith("http"):
-        yield Finding(WARNING, "ledger", f"{environment.LEDGER} is not set: decisions on other machines are not seen here")
+        yield Finding(
+            WARNING, "ledger", f"{environment.LEDGER} is not set: decisions on other machines are not seen here"
+        )
 
 
 def _buckets(project: Path) -> Iterator[Finding]:
     places = {
-        "ledger": environment.setting(environment.LEDGER), "published": environment.setting(environment.PUBLISH),
+        "ledger": environment.setting(environment.LEDGER),
+        "published": environment.setting(environment.PUBLISH),
         **{f"dvc {name}": store for name, store in stores(project).items() if objects.is_s3(store)},
-    }  # fmt: skip
+    }
     told: set[str] = set()
     for what, uri in places.items():
         if uri is None:
@@ -215,7 +299,9 @@ def _buckets(project: Path) -> Iterator[Finding]:
 
 
 def _writes(what: str, uri: str, conditional: bool) -> Finding:
-    """Writes, reads and removes a probe; the store must refuse to write over it, and to write on a state that has passed."""
+    """Writes, reads and removes a probe; the store must refuse to write over it, and to write on a state that has
+    passed.
+    """
     probe = objects.join(uri, f".doctor-{uuid.uuid4().hex[:12]}")
     first = objects.put_new(probe, b"1")
     faults = []
@@ -238,8 +324,16 @@ def _writes(what: str, uri: str, conditional: bool) -> Finding:
     finally:
         removed = _removed(probe)
     if faults:
-        return Finding(FAILED, what, f"{uri}: the store does not keep to {' and '.join(faults)}; two decisions at once would both be taken: use another store")
-    kept = "" if removed else f"; it may not remove (the probe {probe.rpartition('/')[2]} stays), which suits an append-only ledger"
+        return Finding(
+            FAILED,
+            what,
+            f"{uri}: the store does not keep to {' and '.join(faults)}; two decisions at once would both be taken: use another store",
+        )
+    kept = (
+        ""
+        if removed
+        else f"; it may not remove (the probe {probe.rpartition('/')[2]} stays), which suits an append-only ledger"
+    )
     return Finding(OK, what, f"{uri}: reads, writes{', conditional writes' if conditional else ''}{kept}")
 
 
@@ -263,7 +357,11 @@ def _prefect(project: Path) -> Iterator[Finding]:
         status, content, _ = _get(f"{where}/admin/version", authorization)
     except OSError as error:
         reason = getattr(error, "reason", None) or error
-        yield Finding(FAILED, "prefect", f"{where}: no server answers ({reason}); start it (prefect server start), or unset PREFECT_API_URL")
+        yield Finding(
+            FAILED,
+            "prefect",
+            f"{where}: no server answers ({reason}); start it (prefect server start), or unset PREFECT_API_URL",
+        )
         return
     if status in (401, 403):
         yield Finding(FAILED, "prefect", f"{where}: refused ({status}); set PREFECT_API_AUTH_STRING")
@@ -283,7 +381,9 @@ def _prefect(project: Path) -> Iterator[Finding]:
 
 def cli(argv: Sequence[str]) -> int:
     """Prints the findings; returns 1 when one of them failed."""
-    argparse.ArgumentParser(prog="python -m tasks doctor", description="Check this machine, the stores and the servers.").parse_args(list(argv))
+    argparse.ArgumentParser(
+        prog="python -m tasks doctor", description="Check this machine, the stores and the servers."
+    ).parse_args(list(argv))
     failed = 0
     for finding in examine(Path.cwd()):
         print(finding, flush=True)

@@ -1,10 +1,13 @@
-"""Where a registered version comes from, and whether all of it can still be had: `python -m tasks lineage models:/danceopd@champion`.
+"""Where a registered version comes from, and whether all of it can still be had: `python -m tasks lineage
+models:/danceopd@champion`.
 
-From the version to its git revision, the digests of data, teachers and weights in DVC's cache and remotes, the params, the environment's lock, the verdict and
-the decisions; and back: `python -m tasks lineage 6f1c0a94` lists the versions that have a digest (or revision) in their lineage.
+From the version to its git revision, the digests of data, teachers and weights in DVC's cache and remotes, the params,
+the environment's lock, the verdict and the decisions; and back: `python -m tasks lineage 6f1c0a94` lists the versions
+that have a digest (or revision) in their lineage.
 
-DVC's stores are read by their layout, `files/md5/AA/BBB...` with a folder as a JSON list named `....dir`, so that any revision can be looked up, not only the
-one that is checked out. Object contents in the cache are hashed again; in an S3 remote their presence is what is verified.
+DVC's stores are read by their layout, `files/md5/AA/BBB...` with a folder as a JSON list named `....dir`, so that any
+revision can be looked up, not only the one that is checked out. Object contents in the cache are hashed again; in an S3
+remote their presence is what is verified.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ class Line:
 
 
 def stores(project: Path) -> dict[str, str]:
-    """The cache (as `cache`) and every remote in .dvc/config and .dvc/config.local by name -> folder or s3:// address; other kinds are left out."""
+    """The cache (as `cache`) and every remote in .dvc/config and .dvc/config.local by name -> folder or s3:// address;
+    other kinds are left out.
+    """
     found = {"cache": str(project / ".dvc" / "cache")}
     for name in ("config", "config.local"):
         parser = configparser.ConfigParser(interpolation=None)
@@ -69,7 +74,9 @@ class Contents:
         self.listed: dict[str, set[str]] = {}
 
     def find(self, md5: str) -> str | None:
-        """The store that holds the object; None when none does. A file in a folder is hashed again: `altered` says that it is not what its name says."""
+        """The store that holds the object; None when none does. A file in a folder is hashed again: `altered` says that
+        it is not what its name says.
+        """
         for store in self.stores:
             if objects.is_s3(store):
                 prefix = objects.join(store, "files", "md5", md5[:2]) + "/"
@@ -119,7 +126,8 @@ def _git(project: Path, *arguments: str) -> bytes | None:
 
 
 def _with_revision(project: Path, sha: str) -> Path | None:
-    """The git folder that has the commit: the project's own, else the mirror of the workers' repository, brought up to date; None when neither has it.
+    """The git folder that has the commit: the project's own, else the mirror of the workers' repository, brought up to
+    date; None when neither has it.
 
     Raises UserError when that repository does not answer.
     """
@@ -135,12 +143,30 @@ def _with_revision(project: Path, sha: str) -> Path | None:
 
 
 def _revision(folder: Path, sha: str) -> str:
-    names = (_git(folder, "for-each-ref", "--contains", sha, "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes") or b"").decode().split()
+    names = (
+        (
+            _git(
+                folder,
+                "for-each-ref",
+                "--contains",
+                sha,
+                "--format=%(refname:short)",
+                "refs/heads",
+                "refs/tags",
+                "refs/remotes",
+            )
+            or b""
+        )
+        .decode()
+        .split()
+    )
     return f"git, in {', '.join(names[:3])}" if names else "git, on no branch: it will be pruned"
 
 
 def lineage(project: Path, reference: str) -> tuple[str, list[Line]]:
-    """(version, lines) of a registered version. Raises UserError when there is no such version or a store cannot be read."""
+    """(version, lines) of a registered version. Raises UserError when there is no such version or a store cannot be
+    read.
+    """
     project = Path(project).resolve()
     known = versions.facts(project, reference)
     return str(known["version"]), list(_lines(project, known))
@@ -157,7 +183,11 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
     for name in DVC_PATHS:
         md5 = tags.get(f"dvc.{name}.md5", "")
         at_hand = md5 if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5) else ""
-        yield Line(f"dvc.{name}.md5", md5 or "not recorded", contents.whole(at_hand) or _in_workspace(project, name, at_hand) if at_hand else None)
+        yield Line(
+            f"dvc.{name}.md5",
+            md5 or "not recorded",
+            contents.whole(at_hand) or _in_workspace(project, name, at_hand) if at_hand else None,
+        )
     yield from _teachers(tags, contents)
     for key, name in (
         ("params.sha256", "params.yaml"),
@@ -168,7 +198,9 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
         value = tags.get(key, "")
         yield Line(key, value or "not recorded", run if value and known["artifacts"][name] == value else None)
     value = tags.get("env.lock.sha256", "")
-    yield Line("env.lock.sha256", value or "not recorded", _environment(folder, sha, value, "./" if folder == project else ""))
+    yield Line(
+        "env.lock.sha256", value or "not recorded", _environment(folder, sha, value, "./" if folder == project else "")
+    )
     weights = {key: value for key, value in tags.items() if key.startswith("weights.")}
     for key, value in sorted(weights.items()):
         name = key.removeprefix("weights.").removesuffix(".sha256")
@@ -179,7 +211,11 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
         if not any(fault.startswith(f"{key.removeprefix('weights.').removesuffix('.sha256')}:") for key in weights):
             yield Line("weights", fault, None)
     for entry in known["entries"]:
-        yield Line(f"ledger {entry['number']:06d}", f"{entry['action']} by {entry['actor']}: {entry['reason']}", f"{entry['time']} {entry['hash'][:12]}")
+        yield Line(
+            f"ledger {entry['number']:06d}",
+            f"{entry['action']} by {entry['actor']}: {entry['reason']}",
+            f"{entry['time']} {entry['hash'][:12]}",
+        )
 
 
 def _in_workspace(project: Path, name: str, md5: str) -> str | None:
@@ -188,7 +224,9 @@ def _in_workspace(project: Path, name: str, md5: str) -> str | None:
 
 
 def _teachers(tags: dict[str, str], contents: Contents) -> Iterator[Line]:
-    """Each teacher's weights, by their hash, in the folder that DVC keeps under dvc.teachers.md5: the record says which file, the listing that it is there."""
+    """Each teacher's weights, by their hash, in the folder that DVC keeps under dvc.teachers.md5: the record says which
+    file, the listing that it is there.
+    """
     listing = contents.listing(tags.get("dvc.teachers.md5", "")) if tags.get("dvc.teachers.md5") else {}
     for key, value in sorted(tags.items()):
         match = re.fullmatch(r"teacher\.(.+)\.sha256", key)
@@ -204,7 +242,9 @@ def _teachers(tags: dict[str, str], contents: Contents) -> Iterator[Line]:
 
 
 def _environment(folder: Path | None, sha: str, value: str, prefix: str) -> str | None:
-    """The lock of the environment, as it was at that revision. `prefix`: of the project's paths in that git folder; in a bare one "./" means nothing."""
+    """The lock of the environment, as it was at that revision. `prefix`: of the project's paths in that git folder; in
+    a bare one "./" means nothing.
+    """
     if folder is None or not value:
         return None
     for name in LOCK_FILES:
@@ -215,17 +255,34 @@ def _environment(folder: Path | None, sha: str, value: str, prefix: str) -> str 
 
 
 def versions_with(project: Path, part: str) -> list[tuple[str, str, str]]:
-    """(version, key, value) of every tag of a digest or revision that starts with `part`. Raises UserError when it is too short to mean anything."""
+    """(version, key, value) of every tag of a digest or revision that starts with `part`. Raises UserError when it is
+    too short to mean anything.
+    """
     if not re.fullmatch(rf"[0-9a-f]{{{SHORTEST},}}(\.dir)?", part):
-        raise UserError(f"{part!r}: neither a version (models:/{versions.MODEL}@champion, 3) nor {SHORTEST} or more characters of a digest")
+        raise UserError(
+            f"{part!r}: neither a version (models:/{versions.MODEL}@champion, 3) nor {SHORTEST} or more characters of a digest"
+        )
     tags = versions.all_tags(project)
-    return [(version, key, value) for version, known in tags.items() for key, value in sorted(known.items()) if value.startswith(part)]
+    return [
+        (version, key, value)
+        for version, known in tags.items()
+        for key, value in sorted(known.items())
+        if value.startswith(part)
+    ]
 
 
 def cli(argv: Sequence[str]) -> int:
-    """Prints a version's lineage, or the versions that have a digest in theirs. Returns 1 when something is missing, or nothing was found."""
-    parser = argparse.ArgumentParser(prog="python -m tasks lineage", description="Where a version comes from, verified; or which versions come from a digest.")
-    parser.add_argument("reference", help=f"models:/{versions.MODEL}@{versions.CHAMPION}, models:/{versions.MODEL}/3, 3, or a digest or git revision")
+    """Prints a version's lineage, or the versions that have a digest in theirs. Returns 1 when something is missing, or
+    nothing was found.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks lineage",
+        description="Where a version comes from, verified; or which versions come from a digest.",
+    )
+    parser.add_argument(
+        "reference",
+        help=f"models:/{versions.MODEL}@{versions.CHAMPION}, models:/{versions.MODEL}/3, 3, or a digest or git revision",
+    )
     reference, project = parser.parse_args(list(argv)).reference, Path.cwd()
     if re.fullmatch(rf"[0-9a-f]{{{SHORTEST},}}(\.dir)?", reference):
         found = versions_with(project, reference)
@@ -239,5 +296,9 @@ def cli(argv: Sequence[str]) -> int:
     for line in lines:
         print(line)
     missing = [line.key for line in lines if line.where is None]
-    print(f"missing: {', '.join(missing)}" if missing else f"all {len(lines)} are there; the checkpoint is DVC's {CHECKPOINT_FOLDER} at that revision")
+    print(
+        f"missing: {', '.join(missing)}"
+        if missing
+        else f"all {len(lines)} are there; the checkpoint is DVC's {CHECKPOINT_FOLDER} at that revision"
+    )
     return int(bool(missing))

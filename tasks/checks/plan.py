@@ -1,7 +1,9 @@
-"""`python -m tasks plan`: what params.yaml or a preset would run: stages, what is cached, evaluations, time, memory, and weights that are missing.
+"""`python -m tasks plan`: what params.yaml or a preset would run: stages, what is cached, evaluations, time, memory,
+and weights that are missing.
 
-Evaluations count single samples through the network, as the loop's counter does; a backward costs about one more with an adapter, two more when all
-parameters train. Times come from the rate that this project's last run of the same network measured, or else from floating-point operations; which, is said.
+Evaluations count single samples through the network, as the loop's counter does; a backward costs about one more with
+an adapter, two more when all parameters train. Times come from the rate that this project's last run of the same
+network measured, or else from floating-point operations; which, is said.
 """
 
 from __future__ import annotations
@@ -32,16 +34,22 @@ from tasks.weights.sources import availability, cached
 
 PRESETS, TEACHERS = Path("presets"), Path("data/teachers")
 GUIDED = 2  # evaluations of a field under classifier-free guidance
-# Floating-point operations of one forward of one sample, 1e12 (T2I, edit) by resolution; Z-Image with 128 and 160 text tokens.
+# Floating-point operations of one forward of one sample, 1e12 (T2I, edit) by resolution; Z-Image with 128 and 160 text
+# tokens.
 ZIMAGE_TERA = {512: (13.7, 27.4), 1024: (56.6, 128.8)}
-GPU_RATE, GPU_SHARE = 790e12, 0.4  # one H100: bf16 matrices per second in practice, and the share of it that a whole step reaches
+GPU_RATE, GPU_SHARE = (
+    790e12,
+    0.4,
+)  # one H100: bf16 matrices per second in practice, and the share of it that a whole step reaches
 CPU_RATE = 2e10  # one core in fp32
 ADAM, GRADIENT, VALUE = 8, 4, 4  # bytes of one trained fp32 parameter: two moments, gradient, itself
 
 
 @dataclass(frozen=True)
 class Row:
-    """One stage. `evaluations` and `seconds` are None where they cannot be known yet, 0 where no network runs; `note` says from what they follow."""
+    """One stage. `evaluations` and `seconds` are None where they cannot be known yet, 0 where no network runs; `note`
+    says from what they follow.
+    """
 
     stage: str
     state: str
@@ -79,7 +87,9 @@ def step_evaluations(params: Any, teacher: float, method: str, states: str, quer
 
 def backward_evaluations(params: Any, method: str, query_states: int, trainable: str) -> float:
     """What the backward of one sample costs, in forwards."""
-    passes = {"merge": 0, "diffusionopd": params.rollout_steps, "flowopd": params.rollout_steps}.get(method, query_states)
+    passes = {"merge": 0, "diffusionopd": params.rollout_steps, "flowopd": params.rollout_steps}.get(
+        method, query_states
+    )
     return passes * (1.0 if trainable == "adapter" else 2.0)
 
 
@@ -95,22 +105,32 @@ def _images(params: Mapping[str, Any], project: Path) -> tuple[dict[str, int] | 
     elif (project / "data/curated/summary.json").is_file():
         from data.records import read_examples
 
-        categories = [example.category for example in read_examples(project / "data/curated") if example.split == "eval"]
+        categories = [
+            example.category for example in read_examples(project / "data/curated") if example.split == "eval"
+        ]
         counts = {category: categories.count(category) for category in set(categories)}
     else:
         return None, "depends on the data: curate it first"
     each = params["validate"].sampling.images_per_prompt
-    return {name: each * sum(counts.get(category, 0) for category in one.categories) for name, one in CAPABILITIES.items() if name != "edit"}, ""
+    return {
+        name: each * sum(counts.get(category, 0) for category in one.categories)
+        for name, one in CAPABILITIES.items()
+        if name != "edit"
+    }, ""
 
 
 def measured_rate(project: Path, family: str) -> float | None:
-    """Network evaluations a second, as the last distillation of this family on this machine counted them; None where there is none."""
+    """Network evaluations a second, as the last distillation of this family on this machine counted them; None where
+    there is none.
+    """
     folder = project / "checkpoints" / "student"
     try:
         if read_json(folder / "student.json").get("backbone") != family:
             return None
         speed = speed_file(project, folder)
-        seconds = {line["step"]: line["value"] for line in (read_metrics(speed) if speed else []) if line["name"] == "seconds"}
+        seconds = {
+            line["step"]: line["value"] for line in (read_metrics(speed) if speed else []) if line["name"] == "seconds"
+        }
         with open(folder / "steps.csv", newline="") as file:
             count = sum(float(row["evaluations"]) for row in csv.DictReader(file) if int(row["step"]) in seconds)
     except (UserError, OSError, KeyError, ValueError):
@@ -121,7 +141,9 @@ def measured_rate(project: Path, family: str) -> float | None:
 
 @dataclass(frozen=True)
 class Size:
-    """The network: parameters, those of a rank-1 adapter (sum of in + out over its layers), tokens of a T2I sample, width and blocks."""
+    """The network: parameters, those of a rank-1 adapter (sum of in + out over its layers), tokens of a T2I sample,
+    width and blocks.
+    """
 
     parameters: int
     per_rank: int
@@ -131,8 +153,8 @@ class Size:
 
 
 def size_of(params: Mapping[str, Any], project: Path) -> Size:
-    """From shapes alone: of the base that `teachers.sources` names, or of the one among the teachers, where it is here and the family's; else of the published
-    network."""
+    """From shapes alone: of the base that `teachers.sources` names, or of the one among the teachers, where it is here
+    and the family's; else of the published network."""
     from model.backbones import family_of, load_backbone
     from model.networks.adapters import linear_modules
     from model.networks.network import own_layers
@@ -166,7 +188,9 @@ def size_of(params: Mapping[str, Any], project: Path) -> Size:
 
 
 def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> float:
-    """Floating-point operations of one forward of one sample: 2 per parameter and token, and 4 tokens^2 width per block for the attention."""
+    """Floating-point operations of one forward of one sample: 2 per parameter and token, and 4 tokens^2 width per block
+    for the attention.
+    """
     if family == "zimage" and resolution in ZIMAGE_TERA:
         return ZIMAGE_TERA[resolution][edit] * 1e12
     tokens = size.tokens * (2 if edit and family == "zimage" else 1)  # the others read the source beside the noise
@@ -183,14 +207,18 @@ def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> d
     found = {
         "base": size.parameters * width,
         "full-checkpoint teachers": 0 if b.pretrained and b.pretrained.offload else full * size.parameters * width,
-        "adapter teachers (rank taken as the student's)": sum(kind == "adapter" for kind in kinds.values()) * adapter * VALUE,
+        "adapter teachers (rank taken as the student's)": sum(kind == "adapter" for kind in kinds.values())
+        * adapter
+        * VALUE,
         "student: values, gradients, moments, average": trained * (VALUE + GRADIENT + ADAM + VALUE),
     }
     return {name: value / 1e9 for name, value in found.items() if value}
 
 
 def stage_states(project: Path, same_params: Mapping[str, bool]) -> dict[str, str]:
-    """Stage -> "cached", "runs: why" or "frozen", by `dvc status`; `same_params`: whether its sections are those in force."""
+    """Stage -> "cached", "runs: why" or "frozen", by `dvc status`; `same_params`: whether its sections are those in
+    force.
+    """
     from tasks.running.repro import stream
 
     ended = stream([sys.executable, "-m", "dvc", "status", "--json"], project, lambda _: None)
@@ -219,7 +247,9 @@ def stage_states(project: Path, same_params: Mapping[str, bool]) -> dict[str, st
 
 
 def plan(path: Path, project: Path) -> dict[str, Any]:
-    """Everything the command prints, as JSON: stages, totals, memory (GB), weights. Raises UserErrors for faults of the file."""
+    """Everything the command prints, as JSON: stages, totals, memory (GB), weights. Raises UserErrors for faults of the
+    file.
+    """
     check_all(path)
     params, document, force = _sections(path), read_yaml(path), project / PARAMS_FILE
     in_force = read_yaml(force) if force.exists() else {}
@@ -231,21 +261,39 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     rate = measured_rate(project, family)
     gpu = family != "micro"
     assumed = GPU_RATE * GPU_SHARE if gpu else CPU_RATE
-    basis = f"{rate:.1f} evaluations/s, measured by the last run here" if rate else (
-        f"from operations at {GPU_SHARE:.0%} of {GPU_RATE / 1e12:.0f} TF/s: one H100" if gpu else f"from operations at {CPU_RATE / 1e9:.0f} GF/s: one core"
-    )  # fmt: skip
+    basis = (
+        f"{rate:.1f} evaluations/s, measured by the last run here"
+        if rate
+        else (
+            f"from operations at {GPU_SHARE:.0%} of {GPU_RATE / 1e12:.0f} TF/s: one H100"
+            if gpu
+            else f"from operations at {CPU_RATE / 1e9:.0f} GF/s: one core"
+        )
+    )
 
     def seconds(counts: Mapping[str, float]) -> float:
         if rate:
             return sum(counts.values()) / rate
-        return sum(count * forward_operations(size, family, resolution, CAPABILITIES[name].is_edit) for name, count in counts.items()) / assumed
+        return (
+            sum(
+                count * forward_operations(size, family, resolution, CAPABILITIES[name].is_edit)
+                for name, count in counts.items()
+            )
+            / assumed
+        )
 
     def split(total: float, shares: Mapping[str, float]) -> dict[str, float]:
         return {name: total * share / sum(shares.values()) for name, share in shares.items()}
 
     rows: dict[str, Row] = {}
     for name in ("collect", "curate", "encode"):
-        rows[name] = Row(name, states[name], 0, None, "no network" if name != "encode" else "text encoders and VAE, once a prompt and picture")
+        rows[name] = Row(
+            name,
+            states[name],
+            0,
+            None,
+            "no network" if name != "encode" else "text encoders and VAE, once a prompt and picture",
+        )
     fetched = params["teachers"].sources
     trained = {name: one.training.steps * one.training.batch for name, one in params["teachers"].teachers.items()}
     note = "fetched and checked" if fetched else "trained once; the weights come with the repository"
@@ -256,7 +304,13 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     cost = per + backward_evaluations(p, p.method, p.query_states, p.trainable)
     samples = 0 if p.method == "merge" else p.steps * p.batch
     note = f"{samples} samples of {per:.2f} evaluations (E[j] = {expected_index(p.rollout_steps, p.query):.2f} of N = {p.rollout_steps}, {p.query}); {p.method}"
-    rows["distill"] = Row("distill", states["distill"], round(samples * per), seconds(split(samples * (per if rate else cost), shares)), note)
+    rows["distill"] = Row(
+        "distill",
+        states["distill"],
+        round(samples * per),
+        seconds(split(samples * (per if rate else cost), shares)),
+        note,
+    )
     a = params["absorb"]
     weights = sum(field.weight for field in a.fields)
     guided = sum(field.weight * (1 if field.scale == 1.0 else GUIDED) for field in a.fields) / weights
@@ -265,7 +319,13 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     samples = a.steps * a.batch
     note = f"{samples} samples of {per:.2f} evaluations, the guided teacher {guided:.2f} of them"
     shares = {field.capability: field.weight for field in a.fields}
-    rows["absorb"] = Row("absorb", states["absorb"], round(samples * per), seconds(split(samples * (per if rate else cost), shares)), note)
+    rows["absorb"] = Row(
+        "absorb",
+        states["absorb"],
+        round(samples * per),
+        seconds(split(samples * (per if rate else cost), shares)),
+        note,
+    )
     images, why = _images(params, project)
     teachers = {"base", *(route.teacher for route in p.routing.routes)}
     for name, factor in (("validate", len(teachers)), ("score", 2 + GUIDED)):
@@ -277,17 +337,29 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
         if name == "validate":
             counts["t2i"] += GUIDED * images["t2i"] * sampling.steps
         total = sum(counts.values())
-        rows[name] = Row(name, states[name], total, seconds(counts), f"{sum(images.values())} images of {sampling.steps} steps, {factor} times; judges aside")
+        rows[name] = Row(
+            name,
+            states[name],
+            total,
+            seconds(counts),
+            f"{sum(images.values())} images of {sampling.steps} steps, {factor} times; judges aside",
+        )
     known: Mapping[str, Any] = fetched or params["teachers"].teachers
     kinds = {name: known[name].kind for name in teachers if name in known}
     wanted = addresses(fetched)
     networks = evaluators(document, project)
     return {
-        "params": str(path), "backbone": family, "basis": basis, "stages": [asdict(rows[name]) for name in STAGES], "memory": memory(params, size, kinds),
+        "params": str(path),
+        "backbone": family,
+        "basis": basis,
+        "stages": [asdict(rows[name]) for name in STAGES],
+        "memory": memory(params, size, kinds),
         "parameters": size.parameters,
-        "weights": [{"key": key, "uri": wanted[key], "state": state} for key, state in availability(wanted, project).items()]
+        "weights": [
+            {"key": key, "uri": wanted[key], "state": state} for key, state in availability(wanted, project).items()
+        ]
         + [{"key": key, "uri": name, "state": state} for key, (name, state) in networks.items()],
-    }  # fmt: skip
+    }
 
 
 def _duration(seconds: float | None) -> str:
@@ -306,33 +378,53 @@ def print_plan(found: Mapping[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 170)
     table = Table(title=f"{found['params']}: {found['backbone']}, {found['parameters'] / 1e6:.1f} M parameters")
-    for column, justify in (("stage", "left"), ("state", "left"), ("evaluations", "right"), ("time", "right"), ("what", "left")):
+    for column, justify in (
+        ("stage", "left"),
+        ("state", "left"),
+        ("evaluations", "right"),
+        ("time", "right"),
+        ("what", "left"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in found["stages"]:
         count = "-" if row["evaluations"] is None else f"{row['evaluations']:,}"
         table.add_row(row["stage"], Text(row["state"]), count, _duration(row["seconds"]), Text(row["note"]))
     console.print(table)
     total = sum(row["seconds"] or 0.0 for row in found["stages"] if not row["state"].startswith(("cached", "frozen")))
-    console.print(f"time    {_duration(total)} for what runs with a network, where known; {found['basis']}", markup=False, highlight=False)
+    console.print(
+        f"time    {_duration(total)} for what runs with a network, where known; {found['basis']}",
+        markup=False,
+        highlight=False,
+    )
     parts = ", ".join(f"{name} {value:.2f}" for name, value in found["memory"].items())
-    console.print(f"memory  {sum(found['memory'].values()):.2f} GB while training, activations aside ({parts})", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"memory  {sum(found['memory'].values()):.2f} GB while training, activations aside ({parts})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     for one in found["weights"]:
         remedy = {
-            "here": "", "to fetch": ": fetched when a run needs it; `python -m tasks check` asks whether it can be",
+            "here": "",
+            "to fetch": ": fetched when a run needs it; `python -m tasks check` asks whether it can be",
             "missing": f": put the weights there, or set {one['key']} to where they are (a path, hf://owner/name, s3://bucket/key, models:/name@alias)",
-        }[one["state"]]  # fmt: skip
+        }[one["state"]]
         console.print(f"weights {one['state']:8} {one['uri']}{remedy}", markup=False, highlight=False, soft_wrap=True)
 
 
 def cli(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m tasks plan", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--preset", default=None, metavar="NAME", help="plan presets/NAME.yaml instead of the params in force")
+    parser.add_argument(
+        "--preset", default=None, metavar="NAME", help="plan presets/NAME.yaml instead of the params in force"
+    )
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(argv))
     path = PRESETS / f"{options.preset}.yaml" if options.preset else options.params
     if options.preset and not path.is_file():
-        raise UserError(f"unknown preset {options.preset!r}; choose of {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))}")
+        raise UserError(
+            f"unknown preset {options.preset!r}; choose of {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))}"
+        )
     found = plan(path, Path.cwd())
     if options.json:
         print(json.dumps(found, indent=2))

@@ -1,4 +1,6 @@
-"""Faults that can be known before anything expensive runs: the whole of params.yaml, and the teachers that its routes name."""
+"""Faults that can be known before anything expensive runs: the whole of params.yaml, and the teachers that its routes
+name.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TEACHERS = Path("data/teachers")
 
 
 def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None:
-    """Raises UserErrors with every fault found: all sections and, once the teachers have been fetched, each teacher whose files are missing."""
+    """Raises UserErrors with every fault found: all sections and, once the teachers have been fetched, each teacher
+    whose files are missing.
+    """
     faults: list[str] = []
     try:
         check_all(path)
@@ -25,21 +29,37 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
         faults += errors.faults
     document = read_yaml(path)
     project = teachers.absolute().parents[1]
-    faults += teacher_faults(document, teachers) + folder_faults(document, project) + network_faults(document, project) + judge_faults(document)
+    faults += (
+        teacher_faults(document, teachers)
+        + folder_faults(document, project)
+        + network_faults(document, project)
+        + judge_faults(document)
+    )
     if faults:
-        raise UserErrors(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults)
+        raise UserErrors(
+            f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults
+        )
 
 
 def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
     """The folder of examples that section `collect` names, where it is not there."""
     collect = document.get("collect")
-    if not isinstance(collect, dict) or collect.get("source") != "folder" or not collect.get("folder") or (project / str(collect["folder"])).is_dir():
+    if (
+        not isinstance(collect, dict)
+        or collect.get("source") != "folder"
+        or not collect.get("folder")
+        or (project / str(collect["folder"])).is_dir()
+    ):
         return []
-    return [f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"]
+    return [
+        f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"
+    ]
 
 
 def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
-    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro world's detector needs none."""
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro
+    world's detector needs none.
+    """
     from data.microworld import MICRO
 
     benchmark, found = document.get("benchmark"), {}
@@ -47,7 +67,10 @@ def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, 
         name = str(benchmark.get(key) or "") if isinstance(benchmark, dict) else ""
         if name and name != MICRO:
             here = (project / name).is_dir() or _in_hub_cache(name)
-            found[f"benchmark.{key}"] = name, "here" if here else "to fetch" if HUB.fullmatch(f"hf://{name}") else "missing"
+            found[f"benchmark.{key}"] = (
+                name,
+                "here" if here else "to fetch" if HUB.fullmatch(f"hf://{name}") else "missing",
+            )
     return found
 
 
@@ -55,11 +78,15 @@ def _in_hub_cache(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     model, _, revision = name.partition("@")
-    return HUB.fullmatch(f"hf://{name}") is not None and isinstance(try_to_load_from_cache(model, "config.json", revision=revision or None), str)
+    return HUB.fullmatch(f"hf://{name}") is not None and isinstance(
+        try_to_load_from_cache(model, "config.json", revision=revision or None), str
+    )
 
 
 def network_faults(document: dict[str, Any], project: Path) -> list[str]:
-    """Networks that look at the images and are nowhere, and what of them and of the teachers' weights the hub would have to give and does not."""
+    """Networks that look at the images and are nowhere, and what of them and of the teachers' weights the hub would
+    have to give and does not.
+    """
     uris, known = _source_uris(document), evaluators(document, project)
     faults = [
         f"{label} = {name!r}: no such folder, and no name on the hub (owner/name); put the network there, or name where it is"
@@ -73,7 +100,10 @@ def network_faults(document: dict[str, Any], project: Path) -> list[str]:
 def _source_uris(document: dict[str, Any]) -> dict[str, str]:
     """The params' key -> address; none where the section is not written as it should be, which its own check names."""
     try:
-        return {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in dict(document["teachers"].get("sources") or {}).items()}
+        return {
+            f"teachers.sources.{name}.uri": str(source["uri"])
+            for name, source in dict(document["teachers"].get("sources") or {}).items()
+        }
     except (KeyError, TypeError, AttributeError):
         return {}
 
@@ -84,21 +114,33 @@ def judge_faults(document: dict[str, Any]) -> list[str]:
 
     try:
         judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
-        edits = sorted({route["capability"] for route in document["routing"]["routes"] if CAPABILITIES[route["capability"]].is_edit})
+        edits = sorted(
+            {
+                route["capability"]
+                for route in document["routing"]["routes"]
+                if CAPABILITIES[route["capability"]].is_edit
+            }
+        )
         variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
     except (KeyError, TypeError):
         return []  # the sections' own checks name what is wrong with them
     if micro or not edits:
         return []
     if judge["kind"] == "none":
-        return [f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"]
+        return [
+            f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"
+        ]
     if variable and not os.environ.get(variable):
-        return [f'judge.server.key_variable = {variable!r}: this variable is not set; export it, or write "" for a server that needs no key']
+        return [
+            f'judge.server.key_variable = {variable!r}: this variable is not set; export it, or write "" for a server that needs no key'
+        ]
     return []
 
 
 def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
-    """Teachers that `routing.routes` names and that section `teachers` does not make, or that have no files in the folder `teachers`, where it is there yet."""
+    """Teachers that `routing.routes` names and that section `teachers` does not make, or that have no files in the
+    folder `teachers`, where it is there yet.
+    """
     try:
         routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
         sources = dict(document["teachers"].get("sources") or {})
@@ -116,9 +158,13 @@ def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
     faults = []
     for index, name in routed:
         if name not in made:
-            faults.append(f"routing.routes[{index}].teacher = {name!r}: no such teacher in section teachers; choose of {', '.join(map(str, made))}")
+            faults.append(
+                f"routing.routes[{index}].teacher = {name!r}: no such teacher in section teachers; choose of {', '.join(map(str, made))}"
+            )
         elif teachers.is_dir() and not any((teachers / name).rglob("*.safetensors")):
-            faults.append(f"routing.routes[{index}].teacher = {name!r}: no weights in {teachers / name}; restore them with: dvc checkout --force {teachers}")
+            faults.append(
+                f"routing.routes[{index}].teacher = {name!r}: no weights in {teachers / name}; restore them with: dvc checkout --force {teachers}"
+            )
     return faults
 
 
@@ -140,7 +186,9 @@ def other_teachers(document: dict[str, Any], teachers: Path) -> list[str]:
         made_from = read_json(record).get("source") if record.is_file() else None
         if made_from != source["uri"]:
             remedy = f"make it again: python -m tasks teachers --out {teachers}, then dvc commit --force teachers"
-            faults.append(f"{record.parent}: made from {made_from or 'nothing that is named'}, teachers.sources.{name}.uri is {source['uri']}; {remedy}")
+            faults.append(
+                f"{record.parent}: made from {made_from or 'nothing that is named'}, teachers.sources.{name}.uri is {source['uri']}; {remedy}"
+            )
     return faults
 
 

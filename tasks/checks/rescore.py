@@ -1,6 +1,7 @@
 """`python -m tasks rescore`: one checkpoint scored again on the examples and with the noise of the run it came from.
 
-Not a stage: nothing of the pipeline depends on it. The same weights, examples and seeds give the same scores, so a difference comes from what changed around
+Not a stage: nothing of the pipeline depends on it. The same weights, examples and seeds give the same scores, so a
+difference comes from what changed around
 them: libraries, drivers, hardware, data.
 """
 
@@ -31,7 +32,9 @@ from tasks.scoring.sampling import evaluation_set, score_field
 from tasks.stages import score
 
 
-def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: Path, checkpoint: Path, out: Path) -> dict[str, Any]:
+def rescore(
+    params: score.Params, *, curated: Path, teachers: Path, validated: Path, checkpoint: Path, out: Path
+) -> dict[str, Any]:
     """Writes `out`: the images and scorecard.json. Returns metric path -> mean.
 
     Raises UserError for weights that do not fit the base and for a teacher without scores.
@@ -49,25 +52,49 @@ def rescore(params: score.Params, *, curated: Path, teachers: Path, validated: P
         raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
     own = {route.capability: reference[route.teacher] for route in routes}
     identities: dict[str, Any] = {
-        "base": records[BASE].sha256, "teachers": {route.teacher: records[route.teacher].sha256 for route in routes},
-        "student": read_json(checkpoint / RECORD)["sha256"], "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
-    }  # fmt: skip
+        "base": records[BASE].sha256,
+        "teachers": {route.teacher: records[route.teacher].sha256 for route in routes},
+        "student": read_json(checkpoint / RECORD)["sha256"],
+        "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
+    }
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scores = score_field(
-                student.field, load_base(teachers, **loading), params.world.world(), evaluation, params.sampling, model="rescored", scale=1.0, folder=folder,
-                advance=advance, benchmark=params.benchmark, judge=params.judge,
-            )  # fmt: skip
+                student.field,
+                load_base(teachers, **loading),
+                params.world.world(),
+                evaluation,
+                params.sampling,
+                model="rescored",
+                scale=1.0,
+                folder=folder,
+                advance=advance,
+                benchmark=params.benchmark,
+                judge=params.judge,
+            )
         if params.benchmark.detector != MICRO:
             identities |= identities_of_scores(scores, evaluation.examples, params.benchmark, params.judge)
-        card = make_scorecard("rescored", scores, own, expected, identities, seed=params.seed, resamples=params.resamples, confidence=params.confidence)
+        card = make_scorecard(
+            "rescored",
+            scores,
+            own,
+            expected,
+            identities,
+            seed=params.seed,
+            resamples=params.resamples,
+            confidence=params.confidence,
+        )
         write_scorecard(folder / "scorecard.json", card)
     return {path: metric.mean for path, metric in card.metrics.items()}
 
 
 def cli(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m tasks rescore", description="Score one checkpoint again, on this folder's held-out examples.")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a student as the stages save it")
+    parser = argparse.ArgumentParser(
+        "python -m tasks rescore", description="Score one checkpoint again, on this folder's held-out examples."
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FOLDER", help="a student as the stages save it"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where images and scorecard.json go")
     parsed = parser.parse_args(list(argv))
     params = load_params(score.Params, "score", Path(PARAMS_FILE))
@@ -85,16 +112,22 @@ def registered_scorecard(project: Path, version: Version, folder: Path) -> dict[
     with server.explained(store.uri):
         path = Path(store.client.download_artifacts(version.run_id, Path(SCORECARD_FILE).name, str(folder)))
     if sha256_file(path) != version.tags.get("scorecard.json.sha256"):
-        raise UserError(f"version {version.number}: scorecard.json of run {version.run_id} is not the file that was judged")
+        raise UserError(
+            f"version {version.number}: scorecard.json of run {version.run_id} is not the file that was judged"
+        )
     scorecard: dict[str, Any] = read_json(path)
     return scorecard
 
 
 def drifted(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Metrics whose new mean lies outside the interval it was registered with, or is missing: [{"metric", "registered", "low", "high", "now"}]."""
+    """Metrics whose new mean lies outside the interval it was registered with, or is missing: [{"metric", "registered",
+    "low", "high", "now"}].
+    """
     rows = []
     for path, metric in before["metrics"].items():
         now = gate.finite((after["metrics"].get(path) or {}).get("mean"))
         if now is None or not metric["low"] <= now <= metric["high"]:
-            rows.append({"metric": path, "registered": metric["mean"], "low": metric["low"], "high": metric["high"], "now": now})
+            rows.append(
+                {"metric": path, "registered": metric["mean"], "low": metric["low"], "high": metric["high"], "now": now}
+            )
     return rows

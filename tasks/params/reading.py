@@ -1,7 +1,8 @@
 """params.yaml, read strictly: every number of a run is there once, and a mistake in it is found before anything runs.
 
-A stage's parameters are a frozen dataclass without defaults, filled from the stage's own section. A field that is named like a shared section (`SHARED`)
-and typed with its dataclass is filled from that top-level section instead, so that stages which must agree cannot be told different things.
+A stage's parameters are a frozen dataclass without defaults, filled from the stage's own section. A field that is named
+like a shared section (`SHARED`) and typed with its dataclass is filled from that top-level section instead, so that
+stages which must agree cannot be told different things.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ T = TypeVar("T")
 PARAMS_FILE = "params.yaml"
 
 
-# --- reading the file -------------------------------------------------------------------------------------------------------
+# --- reading the file -------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, as DVC reads the same file: 1e-3 is a number, `on` and `no` are text; a key given twice is a mistake."""
+    """YAML 1.2's scalars, as DVC reads the same file: 1e-3 is a number, `on` and `no` are text; a key given twice is a
+    mistake.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {}  # YAML 1.1's, which the base class has
@@ -38,7 +41,11 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
     ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+.0123456789"]),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        [*"-+.0123456789"],
+    ),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
@@ -51,7 +58,9 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice; keep one", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice; keep one", node.start_mark
+            )
     return loader.construct_mapping(node, deep=True)
 
 
@@ -60,11 +69,15 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The file as a mapping. Raises UserError when it is missing, unreadable, not YAML, or not a mapping of sections."""
+    """The file as a mapping. Raises UserError when it is missing, unreadable, not YAML, or not a mapping of
+    sections.
+    """
     try:
         value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; run from the project's folder, or name another with --params") from error
+        raise UserError(
+            f"{path}: no such file; run from the project's folder, or name another with --params"
+        ) from error
     except OSError as error:
         raise explain(error, Path(path)) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,14 +87,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-# --- filling a dataclass ----------------------------------------------------------------------------------------------------
+# --- filling a dataclass ----------------------------------------------------------------------------------------------
 
 
 def load_params(cls: type[T], section: str, path: str | Path = PARAMS_FILE) -> T:
     """A stage's parameters from `section` of the file, shared sections included.
 
-    Raises UserErrors with every fault at once: unknown key (with the nearest valid name), missing key, wrong type, a cross-field fault of the
-    dataclass's own `faults()`. `float` takes whole numbers, `int` takes no booleans, numbers are finite.
+    Raises UserErrors with every fault at once: unknown key (with the nearest valid name), missing key, wrong type, a
+    cross-field fault of the dataclass's own `faults()`. `float` takes whole numbers, `int` takes no booleans, numbers
+    are finite.
     """
     faults: list[str] = []
     value = fill_section(cls, section, read_yaml(path), faults)
@@ -112,11 +126,17 @@ def check_sections(classes: Mapping[str, type], path: str | Path = PARAMS_FILE) 
 def shared_fields(cls: type) -> dict[str, type]:
     """The fields of a parameter class that are filled from shared sections: name -> dataclass."""
     hints = typing.get_type_hints(cls)
-    return {field.name: SHARED[field.name] for field in dataclasses.fields(cls) if SHARED.get(field.name) is hints[field.name]}
+    return {
+        field.name: SHARED[field.name]
+        for field in dataclasses.fields(cls)
+        if SHARED.get(field.name) is hints[field.name]
+    }
 
 
 def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: list[str]) -> Any:
-    """As `load_params` on a document already read; adds to `faults` (dotted keys) and returns None where there are any."""
+    """As `load_params` on a document already read; adds to `faults` (dotted keys) and returns None where there are
+    any.
+    """
     shared = {name: _shared_section(name, document, faults) for name in shared_fields(cls)}
     names = [field.name for field in dataclasses.fields(cls) if field.name not in shared]
     if section not in document and names:
@@ -127,7 +147,9 @@ def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: l
 
 def _shared_section(name: str, document: Mapping[str, Any], faults: list[str]) -> Any:
     if name not in document:
-        faults.append(f"{name}: the section is missing; it needs the keys {', '.join(field.name for field in dataclasses.fields(SHARED[name]))}")
+        faults.append(
+            f"{name}: the section is missing; it needs the keys {', '.join(field.name for field in dataclasses.fields(SHARED[name]))}"
+        )
         return None
     return _dataclass(SHARED[name], document[name], name, faults)
 
@@ -141,7 +163,9 @@ def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mappin
         return None
     for name in value:
         if name in given:
-            faults.append(f"{key}.{name} = {_shown(value[name])}: this is the shared top-level section {name!r}; remove it here")
+            faults.append(
+                f"{key}.{name} = {_shown(value[name])}: this is the shared top-level section {name!r}; remove it here"
+            )
         elif name not in names:
             faults.append(f"{key}.{name} = {_shown(value[name])}: unknown key{_nearest(str(name), names)}")
     hints = typing.get_type_hints(cls)
@@ -173,7 +197,10 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if not fixed or len(value) == len(arguments):
             kinds = arguments if fixed else [arguments[0]] * len(value)
-            items = [_convert(kind, item, f"{key}[{index}]", faults) for index, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+            items = [
+                _convert(kind, item, f"{key}[{index}]", faults)
+                for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+            ]
             return items if origin is list else tuple(items)
     elif origin is dict and isinstance(value, dict):
         for name in value:
@@ -183,7 +210,9 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
     elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
-        faults.append(f"{key} = {_shown(value)}: expected {_expected(hint)}{_nearest(value, arguments) if isinstance(value, str) else ''}")
+        faults.append(
+            f"{key} = {_shown(value)}: expected {_expected(hint)}{_nearest(value, arguments) if isinstance(value, str) else ''}"
+        )
         return None
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
@@ -194,7 +223,7 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
     return None
 
 
-# --- words ------------------------------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _expected(hint: Any) -> str:

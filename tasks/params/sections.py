@@ -44,7 +44,9 @@ class WorldParams:
 
 @dataclass(frozen=True)
 class MicroParams:
-    """Key `backbone.micro`: the size of the network that stage `teachers` trains. `width` is the hidden size, split evenly over `heads`."""
+    """Key `backbone.micro`: the size of the network that stage `teachers` trains. `width` is the hidden size, split
+    evenly over `heads`.
+    """
 
     width: int
     layers: int
@@ -56,8 +58,10 @@ class MicroParams:
 class PretrainedParams:
     """Key `backbone.pretrained`: how a published checkpoint is loaded and fed.
 
-    `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is), `device` "auto", "cpu" or "cuda",
-    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut; stage `encode` counts them.
+    `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is),
+    `device` "auto", "cpu" or "cuda",
+    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens`
+    tokens are cut; stage `encode` counts them.
     `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
     """
 
@@ -70,7 +74,9 @@ class PretrainedParams:
 
 @dataclass(frozen=True)
 class BackboneParams:
-    """Section `backbone`: the network all teachers and the student share. `name` "micro" takes the key `micro`, every other family `pretrained`."""
+    """Section `backbone`: the network all teachers and the student share. `name` "micro" takes the key `micro`, every
+    other family `pretrained`.
+    """
 
     name: Literal["micro", "sd3", "zimage"]
     micro: MicroParams | None
@@ -83,9 +89,13 @@ class BackboneParams:
         if getattr(self, other) is not None:
             return [f"{other}: name = {self.name!r} does not read it; write {other}: null"]
         if self.micro is not None:
-            faults = [f"micro.{fault}" for fault in _positive(self.micro, "width", "layers", "heads", "latent_channels")]
+            faults = [
+                f"micro.{fault}" for fault in _positive(self.micro, "width", "layers", "heads", "latent_channels")
+            ]
             if not faults and self.micro.width % self.micro.heads:
-                faults.append(f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}")
+                faults.append(
+                    f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}"
+                )
             return faults
         assert self.pretrained is not None
         faults = [f"pretrained.{fault}" for fault in _positive(self.pretrained, "resolution", "max_tokens")]
@@ -99,11 +109,18 @@ class BackboneParams:
         return self.pretrained is not None and self.pretrained.offload
 
     def loading(self, device: str | None = None) -> dict[str, Any]:
-        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro backbone, which is what its folder says."""
+        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro
+        backbone, which is what its folder says.
+        """
         if self.pretrained is None:
             return {}
         p = self.pretrained
-        return {"dtype": p.precision, "device": device or p.device, "resolution": p.resolution, "max_tokens": p.max_tokens}
+        return {
+            "dtype": p.precision,
+            "device": device or p.device,
+            "resolution": p.resolution,
+            "max_tokens": p.max_tokens,
+        }
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,9 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RoutingParams:
-    """Section `routing`: which teacher answers for which capability; the stages that validate, distil and score must agree on it."""
+    """Section `routing`: which teacher answers for which capability; the stages that validate, distil and score must
+    agree on it.
+    """
 
     routes: tuple[Route, ...]
 
@@ -140,8 +159,9 @@ class RoutingParams:
 class BenchmarkParams:
     """Section `benchmark`: who looks at the images that validate and score draw.
 
-    `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on the hub), and `classifier` the CLIP
-    that tells colours. `batch` images pass them together on `device`, in `workers` processes of this machine, or in the workers of the dask `scheduler` named.
+    `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on
+    the hub), and `classifier` the CLIP that tells colours. `batch` images pass them together on `device`, in `workers`
+    processes of this machine, or in the workers of the dask `scheduler` named.
     """
 
     detector: str
@@ -154,14 +174,17 @@ class BenchmarkParams:
     def faults(self) -> list[str]:
         faults = _positive(self, "batch", "workers")
         if not self.detector:
-            faults.append("detector is empty: write micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance")
+            faults.append(
+                "detector is empty: write micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance"
+            )
         return faults
 
 
 @dataclass(frozen=True)
 class RequestParams:
-    """Key `judge.request`: what is asked of the judge besides text and images; all of it may move a score. `seed` null sends none; `resize` acts on the images
-    ("match-source": the edited one to its source's size, "area512": both to the area of 512 x 512 px); `extra` are further fields of the request's body."""
+    """Key `judge.request`: what is asked of the judge besides text and images; all of it may move a score. `seed` null
+    sends none; `resize` acts on the images ("match-source": the edited one to its source's size, "area512": both to the
+    area of 512 x 512 px); `extra` are further fields of the request's body."""
 
     temperature: float
     seed: int | None
@@ -175,8 +198,10 @@ class RequestParams:
 
 @dataclass(frozen=True)
 class ServerParams:
-    """Key `judge.server`: how an OpenAI-compatible endpoint is reached. `key_variable` names the environment variable with the key ("": it wants none);
-    `provider` who serves the model ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin in a minute (0: no limit)."""
+    """Key `judge.server`: how an OpenAI-compatible endpoint is reached. `key_variable` names the environment variable
+    with the key ("": it wants none);
+    `provider` who serves the model ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin
+    in a minute (0: no limit)."""
 
     base_url: str
     key_variable: str
@@ -190,12 +215,16 @@ class ServerParams:
 
 @dataclass(frozen=True)
 class JudgeParams:
-    """Section `judge`: who scores edits where section `benchmark` names GenEval's networks; the micro world's pictures are parsed.
+    """Section `judge`: who scores edits where section `benchmark` names GenEval's networks; the micro world's pictures
+    are parsed.
 
-    `kind` "endpoint" asks the `server`; "local" is Qwen2.5-VL in the folder `model`, on benchmark.device in `dtype`; "none" refuses edits. `wording` is ""
-    (ours), or a file or folder with other texts. Edits in another `language`, or outside `categories` (none named: all), are left out. An image gets
-    `repeats` judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or by those of benchmark.scheduler.
-    `retry` names statuses whose questions a later run asks again. `prices` are per million prompt and completion tokens; a run estimated above
+    `kind` "endpoint" asks the `server`; "local" is Qwen2.5-VL in the folder `model`, on benchmark.device in `dtype`;
+    "none" refuses edits. `wording` is "" (ours), or a file or folder with other texts. Edits in another `language`, or
+    outside `categories` (none named: all), are left out. An image gets
+    `repeats` judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or
+    by those of benchmark.scheduler.
+    `retry` names statuses whose questions a later run asks again. `prices` are per million prompt and completion
+    tokens; a run estimated above
     `highest_price` does not begin.
     """
 
@@ -215,17 +244,35 @@ class JudgeParams:
     highest_price: float | None
 
     def faults(self) -> list[str]:
-        faults = _positive(self, "repeats", "concurrency", "workers") + [f"request.{fault}" for fault in _positive(self.request, "max_tokens")]
+        faults = _positive(self, "repeats", "concurrency", "workers") + [
+            f"request.{fault}" for fault in _positive(self.request, "max_tokens")
+        ]
         faults += [f"server.{fault}" for fault in _positive(self.server, "tries")]
-        faults += [f"categories: {name!r} is no category of edits; choose of {', '.join(EDITS)}" for name in self.categories if name not in EDITS]
+        faults += [
+            f"categories: {name!r} is no category of edits; choose of {', '.join(EDITS)}"
+            for name in self.categories
+            if name not in EDITS
+        ]
         if self.kind != "none" and not self.model:
-            faults.append(f"model is empty, but kind = {self.kind!r}: name the model as the server does, with its date, or the checkpoint's folder")
+            faults.append(
+                f"model is empty, but kind = {self.kind!r}: name the model as the server does, with its date, or the checkpoint's folder"
+            )
         if self.kind == "endpoint" and not self.server.base_url.startswith(("http://", "https://")):
             faults.append(f"server.base_url = {self.server.base_url!r}: expected http://... or https://...")
         if self.kind == "local" and self.request.temperature:
-            faults.append(f"request.temperature = {self.request.temperature}: a local judge decodes greedily, so it must be 0")
-        faults += [f"request.temperature = {self.request.temperature}: expected 0 or more"] if self.request.temperature < 0 else []
-        faults += [f"server.{name} = {getattr(self.server, name)}: expected more than 0" for name in ("timeout_s",) if getattr(self.server, name) <= 0]
+            faults.append(
+                f"request.temperature = {self.request.temperature}: a local judge decodes greedily, so it must be 0"
+            )
+        faults += (
+            [f"request.temperature = {self.request.temperature}: expected 0 or more"]
+            if self.request.temperature < 0
+            else []
+        )
+        faults += [
+            f"server.{name} = {getattr(self.server, name)}: expected more than 0"
+            for name in ("timeout_s",)
+            if getattr(self.server, name) <= 0
+        ]
         negative = [name for name in ("wait_s", "longest_wait_s", "per_minute") if getattr(self.server, name) < 0]
         return faults + [f"server.{name} = {getattr(self.server, name)}: expected 0 or more" for name in negative]
 

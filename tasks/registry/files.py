@@ -24,7 +24,8 @@ MLFLOWS_OWN = ("MLmodel", "registered_model_meta", "conda.yaml", "python_env.yam
 def weight_hashes(folder: Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file of a checkpoint folder.
 
-    Raises UserErrors when it is missing, holds no readable safetensors, or holds a file of a kind that could carry code (pickle).
+    Raises UserErrors when it is missing, holds no readable safetensors, or holds a file of a kind that could carry code
+    (pickle).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -32,7 +33,11 @@ def weight_hashes(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder}: no such checkpoint folder; run the absorb stage first")
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     allowed = ", ".join(CHECKPOINT_SUFFIXES)
-    faults = [f"{name}: only {allowed} files belong in a checkpoint" for name, path in files.items() if path.suffix not in CHECKPOINT_SUFFIXES]
+    faults = [
+        f"{name}: only {allowed} files belong in a checkpoint"
+        for name, path in files.items()
+        if path.suffix not in CHECKPOINT_SUFFIXES
+    ]
     if not any(path.suffix == WEIGHTS for path in files.values()):
         faults.append(f"no {WEIGHTS} file")
     for name, path in files.items():
@@ -64,7 +69,8 @@ class OtherFiles(UserErrors, Refusal):
 
 
 def fetch_weights(store: server.Store, found: ModelVersion, folder: Path) -> tuple[Path, dict[str, str]]:
-    """(folder below `folder`, name -> SHA-256) of the version's files, each of them the one it was registered under. Nothing is opened but for its hash.
+    """(folder below `folder`, name -> SHA-256) of the version's files, each of them the one it was registered under.
+    Nothing is opened but for its hash.
 
     Raises UserErrors naming every file that is missing, was changed or was added (a pickle, say).
     """
@@ -74,10 +80,16 @@ def fetch_weights(store: server.Store, found: ModelVersion, folder: Path) -> tup
     fetched = Path(download_artifacts(artifact_uri=found.source, dst_path=str(folder), tracking_uri=store.uri))
     for name in MLFLOWS_OWN:
         (fetched / name).unlink(missing_ok=True)
-    actual = {path.relative_to(fetched).as_posix(): sha256_file(path) for path in sorted(fetched.rglob("*")) if path.is_file()}
+    actual = {
+        path.relative_to(fetched).as_posix(): sha256_file(path) for path in sorted(fetched.rglob("*")) if path.is_file()
+    }
     faults = [f"{name}: missing" for name in expected if name not in actual]
     faults += [f"{name}: not among the files registered" for name in actual if name not in expected]
-    faults += [f"{name}: SHA-256 is {actual[name]}, registered as {value}" for name, value in expected.items() if name in actual and actual[name] != value]
+    faults += [
+        f"{name}: SHA-256 is {actual[name]}, registered as {value}"
+        for name, value in expected.items()
+        if name in actual and actual[name] != value
+    ]
     if faults or not expected:
         title = f"version {found.version}: its files are not the ones that were judged; submit the candidate again"
         raise OtherFiles(title, faults or ["no weights.*.sha256 tag: not registered by this pipeline"])

@@ -1,8 +1,10 @@
-"""Who became champion, when and why: an append-only chain of entries, `000001.json`, `000002.json`, ..., in a folder or below an S3 address.
+"""Who became champion, when and why: an append-only chain of entries, `000001.json`, `000002.json`, ..., in a folder or
+below an S3 address.
 
-Taking the next number is the compare-and-swap that the registry's aliases lack: of two writers that saw the same head, one gets the name and the other is
-told. In a folder the name is taken by an exclusive link, in an S3 store by a put that must not find an object there (`If-None-Match: *`). Each entry holds the
-hash of the one before, so an entry changed or removed later is found on the next read. The ledger is the truth about champions; aliases are a copy of its
+Taking the next number is the compare-and-swap that the registry's aliases lack: of two writers that saw the same head,
+one gets the name and the other is told. In a folder the name is taken by an exclusive link, in an S3 store by a put
+that must not find an object there (`If-None-Match: *`). Each entry holds the hash of the one before, so an entry
+changed or removed later is found on the next read. The ledger is the truth about champions; aliases are a copy of its
 last entry.
 """
 
@@ -65,11 +67,17 @@ def read(place: Place) -> list[Entry]:
     for number, (name, content) in enumerate(_contents(place), 1):
         where = f"{place}/{name}"
         if name != f"{number:06d}.json":
-            raise UserError(f"{place}: entry {number:06d}.json is missing (next is {name}); the ledger was tampered with: restore it from a backup")
+            raise UserError(
+                f"{place}: entry {number:06d}.json is missing (next is {name}); the ledger was tampered with: restore it from a backup"
+            )
         if not isinstance(content, dict) or not keys - LATER_FIELDS <= set(content) <= keys:
-            raise UserError(f"{where}: not a ledger entry (its keys differ); the ledger was tampered with: restore it from a backup")
+            raise UserError(
+                f"{where}: not a ledger entry (its keys differ); the ledger was tampered with: restore it from a backup"
+            )
         if content["number"] != number or content["before"] != before or content["hash"] != _sha256(content):
-            raise UserError(f"{where}: its hash does not fit its content and the entries before it; the ledger was tampered with: restore it from a backup")
+            raise UserError(
+                f"{where}: its hash does not fit its content and the entries before it; the ledger was tampered with: restore it from a backup"
+            )
         entries.append(Entry(**content))
         before = content["hash"]
     return entries
@@ -78,7 +86,11 @@ def read(place: Place) -> list[Entry]:
 def _contents(place: Place) -> list[tuple[str, Any]]:
     """(name, content) of every entry, by name."""
     if isinstance(place, Path):
-        names = sorted(path.name for path in place.glob("*.json") if not path.name.startswith(".")) if place.is_dir() else []
+        names = (
+            sorted(path.name for path in place.glob("*.json") if not path.name.startswith("."))
+            if place.is_dir()
+            else []
+        )
         return [(name, read_json(place / name)) for name in names]
     prefix = place.rstrip("/") + "/"
     found = []
@@ -88,12 +100,15 @@ def _contents(place: Place) -> list[tuple[str, Any]]:
             try:
                 found.append((name, json.loads(objects.read(one.uri)[0])))
             except ValueError as error:
-                raise UserError(f"{one.uri}: not valid JSON ({error}); the ledger was tampered with: restore it from a backup") from error
+                raise UserError(
+                    f"{one.uri}: not valid JSON ({error}); the ledger was tampered with: restore it from a backup"
+                ) from error
     return found
 
 
 def append(place: Place, entries: list[Entry], **decision: Any) -> Entry:
-    """Writes the entry that follows `entries` (the ledger as the caller saw it when deciding). `decision` gives the fields but number, before and hash.
+    """Writes the entry that follows `entries` (the ledger as the caller saw it when deciding). `decision` gives the
+    fields but number, before and hash.
 
     It appears whole under the next number or not at all. Raises Taken when somebody was faster.
     """

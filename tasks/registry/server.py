@@ -52,7 +52,9 @@ def tracking_uri(project: Path) -> str:
 def _probe(uri: str) -> None:
     """Raises UserError within seconds when no HTTP server answers at `uri`. Any answer counts, also a refusal."""
     parts = urllib.parse.urlsplit(uri)
-    where = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "", "", ""))  # no credentials in messages
+    where = urllib.parse.urlunsplit(
+        (parts.scheme, parts.netloc.rpartition("@")[2], "", "", "")
+    )  # no credentials in messages
     remedy = "start the server, or unset MLFLOW_TRACKING_URI to use the store inside the project; no result is lost, run the same command again"
     try:
         with urllib.request.urlopen(f"{where}/health", timeout=PROBE_SECONDS):
@@ -60,18 +62,25 @@ def _probe(uri: str) -> None:
     except urllib.error.HTTPError:
         return
     except (OSError, http.client.HTTPException) as error:
-        raise Outage(f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}") from error
+        raise Outage(
+            f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}"
+        ) from error
 
 
 class Outage(UserError):
-    """The server stopped answering. What was not sent is in the spool or in the project's files; the same command finishes the job."""
+    """The server stopped answering. What was not sent is in the spool or in the project's files; the same command
+    finishes the job.
+    """
 
 
 def account() -> str:
     """In whose name MLflow is spoken to: the account of the credentials in force, else the system's."""
     import getpass
 
-    named = os.environ.get("MLFLOW_TRACKING_USERNAME", "").strip() or urllib.parse.urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).username
+    named = (
+        os.environ.get("MLFLOW_TRACKING_USERNAME", "").strip()
+        or urllib.parse.urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).username
+    )
     try:
         return named or getpass.getuser()
     except (KeyError, OSError):
@@ -81,7 +90,9 @@ def account() -> str:
 def without_credentials(uri: str) -> str:
     """The address as it may be shown and kept: no user, no password, no query."""
     parts = urllib.parse.urlsplit(uri)
-    return uri if uri.startswith("sqlite") else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    return (
+        uri if uri.startswith("sqlite") else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    )
 
 
 def for_browsers(uri: str) -> str | None:
@@ -96,10 +107,14 @@ def _clean(error: BaseException) -> str:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the server did not answer, or answered that it cannot at the moment: worth trying again later, unlike a refusal."""
+    """Whether the server did not answer, or answered that it cannot at the moment: worth trying again later, unlike a
+    refusal.
+    """
     from requests.exceptions import RequestException
 
-    return isinstance(error, RequestException) or bool(re.search(r"failed with exception|error code 5\d\d|too many 5\d\d|Connection|timed out", str(error)))
+    return isinstance(error, RequestException) or bool(
+        re.search(r"failed with exception|error code 5\d\d|too many 5\d\d|Connection|timed out", str(error))
+    )
 
 
 @contextmanager
@@ -114,12 +129,16 @@ def explained(uri: str) -> Iterator[None]:
         first = (_clean(error).strip().splitlines() or [type(error).__name__])[0]
         where = without_credentials(uri)
         if uri.startswith("http") and is_outage(error):
-            raise Outage(f"MLflow ({where}) stopped answering; no result is lost, run the same command again when it is back ({first[:300]})") from error
+            raise Outage(
+                f"MLflow ({where}) stopped answering; no result is lost, run the same command again when it is back ({first[:300]})"
+            ) from error
         if re.search(r"error code 401|UNAUTHENTICATED", str(error)):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of this server"
             raise UserError(f"MLflow ({where}) does not know {account()!r} or its password; {remedy}") from error
         if re.search(r"error code 403|PERMISSION_DENIED", str(error)):
-            raise UserError(f"MLflow ({where}): the account {account()!r} may not do this; ask for the permission EDIT on {EXPERIMENT}") from error
+            raise UserError(
+                f"MLflow ({where}): the account {account()!r} may not do this; ask for the permission EDIT on {EXPERIMENT}"
+            ) from error
         raise UserError(f"MLflow ({where}): {first}") from error
     except OSError as error:
         raise explain(error, Path(error.filename or FOLDER)) from error
@@ -127,7 +146,9 @@ def explained(uri: str) -> Iterator[None]:
 
 @contextmanager
 def locked(project: Path) -> Iterator[None]:
-    """Held by one process of this project at a time: for creating the database and for moving aliases. Freed by the kernel when its holder dies."""
+    """Held by one process of this project at a time: for creating the database and for moving aliases. Freed by the
+    kernel when its holder dies.
+    """
     path = Path(project).resolve() / FOLDER / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""MLflow as a reading room: stages write plain files, this module publishes them afterwards. A dead server costs no training.
+"""MLflow as a reading room: stages write plain files, this module publishes them afterwards. A dead server costs no
+training.
 
-The store is `mlflow/mlflow.db` (SQLite) with `mlflow/artifacts` inside the project, or whatever `MLFLOW_TRACKING_URI` names. Nothing is reported home.
+The store is `mlflow/mlflow.db` (SQLite) with `mlflow/artifacts` inside the project, or whatever `MLFLOW_TRACKING_URI`
+names. Nothing is reported home.
 
     with run(project, "distill", tags={...}) as tracked:
         log_params(tracked, params)                      # nested sections become dotted names
@@ -27,7 +29,18 @@ import pandas as pd
 from data.errors import UserError
 from data.files import explain, sha256_bytes
 from tasks.environment import PROXIED
-from tasks.registry.server import EXPERIMENT, FOLDER, Store, _clean, _probe, explained, is_outage, locked, tracking_uri, without_credentials
+from tasks.registry.server import (
+    EXPERIMENT,
+    FOLDER,
+    Store,
+    _clean,
+    _probe,
+    explained,
+    is_outage,
+    locked,
+    tracking_uri,
+    without_credentials,
+)
 from tasks.training.metrics import METRICS, speed_file
 
 if TYPE_CHECKING:
@@ -66,7 +79,9 @@ class Run:
 
 
 def open_store(project: Path) -> Store:
-    """Opens (and the first time creates) the store, and sends what the spool has kept. Raises UserError within seconds when a server does not answer."""
+    """Opens (and the first time creates) the store, and sends what the spool has kept. Raises UserError within seconds
+    when a server does not answer.
+    """
     project = Path(project).resolve()
     uri = tracking_uri(project)
     for name, value in SWITCHES.items():
@@ -77,11 +92,16 @@ def open_store(project: Path) -> Store:
 
     for name in ("alembic", "mlflow.store.db"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with locked(project), explained(uri):  # two processes creating one SQLite database at once would trip over its migrations
+    with (
+        locked(project),
+        explained(uri),
+    ):  # two processes creating one SQLite database at once would trip over its migrations
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         store = Store(client, uri, project)
         if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=(project / FOLDER / "artifacts").as_uri() if store.is_local else None)
+            client.create_experiment(
+                EXPERIMENT, artifact_location=(project / FOLDER / "artifacts").as_uri() if store.is_local else None
+            )
         replay(store)
     return store
 
@@ -90,8 +110,8 @@ def open_store(project: Path) -> Store:
 def run(project: Path, name: str, tags: Mapping[str, str], identity: str | None = None) -> Iterator[Run]:
     """A run that ends FINISHED, FAILED or KILLED (Ctrl-C). MLflow's failures inside it become UserError.
 
-    `identity` names what the run is about: the same call after a failure goes on with the run that it left. When the server stops answering, what is logged
-    from then on is kept in `mlflow/spool` and sent when a store is next opened.
+    `identity` names what the run is about: the same call after a failure goes on with the run that it left. When the
+    server stops answering, what is logged from then on is kept in `mlflow/spool` and sent when a store is next opened.
     """
     store = open_store(project)
     with explained(store.uri):
@@ -117,7 +137,9 @@ def _interrupted(store: Store, experiment_id: str, identity: str | None) -> Any:
     """The newest run about the same thing that did not finish; None when there is none."""
     if identity is None:
         return None
-    same = store.client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"])
+    same = store.client.search_runs(
+        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"]
+    )
     return next((one for one in same if one.info.status != "FINISHED"), None)
 
 
@@ -127,7 +149,8 @@ def _spool(store: Store) -> Path:
 
 
 def _send(tracked: Run, operation: Mapping[str, Any], spare: BaseException | None = None) -> None:
-    """Carries out one operation, or keeps it when the server does not answer; once one is kept the later ones are too, so that their order holds.
+    """Carries out one operation, or keeps it when the server does not answer; once one is kept the later ones are too,
+    so that their order holds.
 
     `spare`: an error on its way out, worth more than the failure to record it.
     """
@@ -143,7 +166,9 @@ def _send(tracked: Run, operation: Mapping[str, Any], spare: BaseException | Non
             if not (tracked.store.uri.startswith("http") and is_outage(error)):
                 if spare is None:
                     raise
-                logging.getLogger(__name__).warning("run %s: %s could not be recorded: %s", tracked.run_id, dict(operation), _clean(error))
+                logging.getLogger(__name__).warning(
+                    "run %s: %s could not be recorded: %s", tracked.run_id, dict(operation), _clean(error)
+                )
                 return
     _keep(folder, operation)
 
@@ -171,7 +196,8 @@ def _keep(folder: Path, operation: Mapping[str, Any]) -> None:
 def _apply(client: MlflowClient, run_id: str, operation: Mapping[str, Any], started: int) -> None:
     """Carries out one operation; repeating it changes nothing.
 
-    operation: {"metrics": [[name, value, step], ...], "model": number of a logged model}, {"params" or "tags": {...}}, {"file", "to"} or {"end"}.
+    operation: {"metrics": [[name, value, step], ...], "model": number of a logged model}, {"params" or "tags": {...}},
+    {"file", "to"} or {"end"}.
     """
     from mlflow.entities import Metric, Param, RunTag
 
@@ -183,16 +209,21 @@ def _apply(client: MlflowClient, run_id: str, operation: Mapping[str, Any], star
         client.log_artifact(run_id, operation["file"], operation["to"] or None)
     else:
         model = operation.get("model")
-        metrics = [Metric(name, value, started, step, model_id=model, run_id=run_id) for name, value, step in operation.get("metrics", ())]
+        metrics = [
+            Metric(name, value, started, step, model_id=model, run_id=run_id)
+            for name, value, step in operation.get("metrics", ())
+        ]
         params = [Param(name, value) for name, value in operation.get("params", {}).items()]
-        client.log_batch(run_id, metrics, params, [RunTag(name, value) for name, value in operation.get("tags", {}).items()])
+        client.log_batch(
+            run_id, metrics, params, [RunTag(name, value) for name, value in operation.get("tags", {}).items()]
+        )
 
 
 def replay(store: Store) -> list[str]:
     """Sends what is kept in the spool, run by run in the order it was logged; returns the runs that are whole now.
 
-    Raises Outage when the server goes away again: what is kept stays kept, and nothing is logged twice. What the server refuses for good (the run was deleted)
-    is set aside as `RUN.refused`.
+    Raises Outage when the server goes away again: what is kept stays kept, and nothing is logged twice. What the server
+    refuses for good (the run was deleted) is set aside as `RUN.refused`.
     """
     from mlflow.exceptions import MlflowException
 
@@ -213,7 +244,12 @@ def replay(store: Store) -> list[str]:
             except MlflowException as error:
                 if is_outage(error):
                     raise
-                logging.getLogger(__name__).warning("run %s refuses what was kept for it (%s): set aside in %s.refused", folder.name, _clean(error), folder)
+                logging.getLogger(__name__).warning(
+                    "run %s refuses what was kept for it (%s): set aside in %s.refused",
+                    folder.name,
+                    _clean(error),
+                    folder,
+                )
                 folder.rename(folder.with_name(f"{folder.name}.refused"))
                 continue
         shutil.rmtree(folder)
@@ -224,12 +260,18 @@ def replay(store: Store) -> list[str]:
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested sections as dotted names; lists as JSON. An empty section stays visible as {}."""
     if isinstance(value, Mapping) and (value or not prefix):
-        return {name: text for key, inner in value.items() for name, text in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            name: text
+            for key, inner in value.items()
+            for name, text in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     return {prefix: value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)}
 
 
 def param_text(value: str) -> str:
-    """The value itself, or, where MLflow would cut it, its digest and length (the whole of it is in the params.yaml artifact)."""
+    """The value itself, or, where MLflow would cut it, its digest and length (the whole of it is in the params.yaml
+    artifact).
+    """
     return value if len(value) <= LONGEST_PARAM else f"sha256:{sha256_bytes(value.encode())} ({len(value)} characters)"
 
 
@@ -247,7 +289,9 @@ def log_params(tracked: Run, params: Mapping[str, Any]) -> None:
 
 def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
     """Longer texts than a tag holds are cut at its limit with a visible mark; their whole is in an artifact."""
-    items = [(key, value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ...") for key, value in tags.items()]
+    items = [
+        (key, value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ...") for key, value in tags.items()
+    ]
     for chunk in _chunks(items, BATCH["tags"]):
         _send(tracked, {"tags": dict(chunk)})
 
@@ -255,7 +299,8 @@ def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
 def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
     """A stage's steps.csv as (name, value, step): STAGE/loss/ROUTE, STAGE/t, STAGE/gradient_norm.
 
-    A loss that is not a number is kept as NaN. Raises UserError naming the file when it lacks a column or holds something else.
+    A loss that is not a number is kept as NaN. Raises UserError naming the file when it lacks a column or holds
+    something else.
     """
     try:
         frame = pd.read_csv(path)
@@ -275,7 +320,8 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
 
 
 def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
-    """A stage's metrics.jsonl (or speed.jsonl) as (name, value, step): STAGE/loss/local_edit/t3, STAGE/gradient_cosine/t2i/local_edit, STAGE/held_out_gap, ...
+    """A stage's metrics.jsonl (or speed.jsonl) as (name, value, step): STAGE/loss/local_edit/t3,
+    STAGE/gradient_cosine/t2i/local_edit, STAGE/held_out_gap, ...
 
     Empty where there is no such file. Raises UserError naming the line of one that is damaged.
     """
@@ -292,7 +338,8 @@ def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
 
 
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
-    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and the run's speed where this machine ran it.
+    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and the run's speed where this
+    machine ran it.
 
     A request takes a thousand metrics.
     """
@@ -306,14 +353,20 @@ def log_steps(tracked: Run, stage: str, path: Path) -> None:
 
 
 def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | None = None) -> None:
-    """Each metric path's mean under its own name (of the logged model too, if given). Intervals are in the scorecard.json artifact."""
+    """Each metric path's mean under its own name (of the logged model too, if given). Intervals are in the
+    scorecard.json artifact.
+    """
     means = {path: metric.get("mean") for path, metric in scorecard["metrics"].items()}
-    for chunk in _chunks([[path, float(mean), 0] for path, mean in means.items() if mean is not None], BATCH["metrics"]):
+    for chunk in _chunks(
+        [[path, float(mean), 0] for path, mean in means.items() if mean is not None], BATCH["metrics"]
+    ):
         _send(tracked, {"metrics": list(chunk), **({"model": model_id} if model_id else {})})
 
 
 def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
-    """Artifact folder ("" is the top) -> a file, or a folder whose content is published. What does not exist is a UserError, named before anything is sent."""
+    """Artifact folder ("" is the top) -> a file, or a folder whose content is published. What does not exist is a
+    UserError, named before anything is sent.
+    """
     missing = [str(path) for path in files.values() if not path.exists()]
     if missing:
         raise UserError(f"cannot publish {', '.join(missing)}: no such file or folder; run the stage that makes it")

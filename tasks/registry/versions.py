@@ -1,11 +1,14 @@
-"""The model registry, read: versions, aliases and the ledger that they follow, and the files of a version, each verified by its hash.
+"""The model registry, read: versions, aliases and the ledger that they follow, and the files of a version, each
+verified by its hash.
 
-    champion(project) -> dict | None                 # {"version", "scorecard", "scores", "run_id", "page"}: what the gate compares with
+    champion(project) -> dict | None                 # {"version", "scorecard", "scores", "run_id", "page"}: what the
+gate compares with
     facts / all_tags / champion_files / registered / download(project, ...)
     reconcile(project) -> list[str]                  # the aliases are made to follow the ledger
 
-Candidates come in through tasks/release/submission.py, decisions are taken in tasks/release/decisions.py. MLflow's aliases have no compare-and-swap and no history, so a
-decision is the ledger's next entry (tasks/registry/ledger.py) and the aliases follow its last one; `reconcile` lets them catch up after a crash.
+Candidates come in through tasks/release/submission.py, decisions are taken in tasks/release/decisions.py. MLflow's
+aliases have no compare-and-swap and no history, so a decision is the ledger's next entry (tasks/registry/ledger.py) and
+the aliases follow its last one; `reconcile` lets them catch up after a crash.
 """
 
 from __future__ import annotations
@@ -34,13 +37,15 @@ if TYPE_CHECKING:
 
 MODEL = "danceopd"
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
-HEAD_TAG = "ledger.head"  # of the registered model: the last entry that the aliases followed, so that a ledger cut short is noticed
+# of the registered model: the last entry that the aliases followed, so that a ledger cut short is noticed
+HEAD_TAG = "ledger.head"
 LINEAGE_PREFIXES = ("git.", "dvc.", "params.", "env.", "teacher.", "base.", "mlflow.run_id")
 
 
 def ledger_place(store: server.Store) -> ledger.Place:
-    """DANCEOPD_LEDGER, if it is set: the one that all machines share. Else a folder inside the project: `mlflow/ledger` for the project's own store, one of its
-    own for each other store, since version numbers are that store's. Raises UserError when the variable holds something else than an S3 address."""
+    """DANCEOPD_LEDGER, if it is set: the one that all machines share. Else a folder inside the project: `mlflow/ledger`
+    for the project's own store, one of its own for each other store, since version numbers are that store's. Raises
+    UserError when the variable holds something else than an S3 address."""
     shared = environment.setting(environment.LEDGER)
     if shared is not None:
         objects.split(shared)
@@ -101,8 +106,8 @@ def read_ledger(store: server.Store) -> list[ledger.Entry]:
 def follow(store: server.Store) -> list[str]:
     """Makes the aliases say what the ledger's last entry says; returns what it changed.
 
-    One process of this machine at a time. Other machines may follow an older entry meanwhile, so the ledger is read again after writing: whoever writes last
-    has then seen the last entry.
+    One process of this machine at a time. Other machines may follow an older entry meanwhile, so the ledger is read
+    again after writing: whoever writes last has then seen the last entry.
     """
     changed: list[str] = []
     with server.locked(store.project):
@@ -136,7 +141,12 @@ def _copy_to_registry(store: server.Store, entries: Sequence[ledger.Entry]) -> l
         changed.append(f"alias {CANDIDATE} removed (version {aliases[CANDIDATE]} was decided on)")
     versions = {str(one.version): one for one in versions_of(store)} if entries else {}
     for entry in last_decisions(entries):
-        review = {"status": "rejected" if entry.action == "reject" else "approved", "by": entry.actor, "reason": entry.reason, "time": entry.time}
+        review = {
+            "status": "rejected" if entry.action == "reject" else "approved",
+            "by": entry.actor,
+            "reason": entry.reason,
+            "time": entry.time,
+        }
         tags = (versions.get(entry.version) or get_version(store, entry.version)).tags
         for key, value in review.items():
             if tags.get(f"review.{key}") != value:
@@ -166,16 +176,19 @@ def opened(project: Path) -> Iterator[server.Store]:
 
 
 def reconcile(project: Path) -> list[str]:
-    """Aliases and review tags are made to follow the ledger (after a crash, or an alias moved in the web page); returns the changes, in words."""
+    """Aliases and review tags are made to follow the ledger (after a crash, or an alias moved in the web page); returns
+    the changes, in words.
+    """
     with opened(project) as store:
         return follow(store)
 
 
 def champion(project: Path) -> dict[str, Any] | None:
-    """The champion as the gate needs it: {"version", "scorecard" (dict), "scores" (path of its scores.parquet, or None), "run_id", "page" (of its report)}.
+    """The champion as the gate needs it: {"version", "scorecard" (dict), "scores" (path of its scores.parquet, or
+    None), "run_id", "page" (of its report)}.
 
-    None before the first promotion. Downloads into `runs/champion/VERSION`. Raises UserError when the registry lacks what the ledger names, or when a file
-    is not the one that was judged.
+    None before the first promotion. Downloads into `runs/champion/VERSION`. Raises UserError when the registry lacks
+    what the ledger names, or when a file is not the one that was judged.
     """
     with opened(project) as store:
         version, _ = state_of(read_ledger(store))
@@ -192,16 +205,28 @@ def champion(project: Path) -> dict[str, Any] | None:
                 with tempfile.TemporaryDirectory() as temporary:
                     fetched = Path(store.client.download_artifacts(run_id, artifact, temporary))
                     if sha256_file(fetched) != expected:
-                        raise UserError(f"champion version {version}: {artifact} of run {run_id} is not the file that was judged; restore it, or roll back")
+                        raise UserError(
+                            f"champion version {version}: {artifact} of run {run_id} is not the file that was judged; restore it, or roll back"
+                        )
                     shutil.copyfile(fetched, folder / name)
         if not wanted["scorecard.json"]:
-            raise UserError(f"champion version {version} has no tag scorecard.json.sha256; it was not submitted by this pipeline: roll back")
+            raise UserError(
+                f"champion version {version} has no tag scorecard.json.sha256; it was not submitted by this pipeline: roll back"
+            )
         scores = folder / "scores.parquet" if wanted["scores.parquet"] else None
-        return {"version": version, "scorecard": read_json(folder / "scorecard.json"), "scores": scores, "run_id": run_id, "page": _report_page(store, run_id)}
+        return {
+            "version": version,
+            "scorecard": read_json(folder / "scorecard.json"),
+            "scores": scores,
+            "run_id": run_id,
+            "page": _report_page(store, run_id),
+        }
 
 
 def _report_page(store: server.Store, run_id: str) -> str | None:
-    """The address of a run's report page: in MLflow's pages where there is a server, else the file's; None where it is kept elsewhere."""
+    """The address of a run's report page: in MLflow's pages where there is a server, else the file's; None where it is
+    kept elsewhere.
+    """
     run = store.client.get_run(run_id)
     if address := server.for_browsers(store.uri):
         return f"{address}/{report_artifacts(run.info.experiment_id, run_id)}/report.html"
@@ -222,13 +247,17 @@ def ledger_state(project: Path) -> tuple[ledger.Place, list[ledger.Entry], bool]
 
 
 def try_to_write(project: Path) -> None:
-    """A tag of no meaning on the experiment, and on the registered model where there is one. Raises UserError when the account may not write."""
+    """A tag of no meaning on the experiment, and on the registered model where there is one. Raises UserError when the
+    account may not write.
+    """
     from mlflow.exceptions import MlflowException
 
     with opened(project) as store:
         experiment = store.client.get_experiment_by_name(server.EXPERIMENT)
         assert experiment is not None  # open_store made it
-        store.client.set_experiment_tag(experiment.experiment_id, "doctor", datetime.now(UTC).isoformat(timespec="seconds"))
+        store.client.set_experiment_tag(
+            experiment.experiment_id, "doctor", datetime.now(UTC).isoformat(timespec="seconds")
+        )
         try:
             store.client.get_registered_model(MODEL)
         except MlflowException as error:
@@ -239,8 +268,8 @@ def try_to_write(project: Path) -> None:
 
 
 def champion_files(project: Path, folder: Path) -> dict[str, Any]:
-    """The champion's files below `folder`, as the ledger knows them: {"version", "folder", "hashes" (name -> SHA-256), "ledger" (number of the entry that made
-    it champion), "lineage" (the tags about where it comes from)}.
+    """The champion's files below `folder`, as the ledger knows them: {"version", "folder", "hashes" (name -> SHA-256),
+    "ledger" (number of the entry that made it champion), "lineage" (the tags about where it comes from)}.
 
     Raises UserError when there is no champion, and when its files are not those of the decision.
     """
@@ -249,20 +278,31 @@ def champion_files(project: Path, folder: Path) -> dict[str, Any]:
         version, _ = state_of(entries)
         if version is None:
             raise UserError("there is no champion yet; promote a version first (python -m tasks promote)")
-        entry = next(one for one in reversed(entries) if one.action in ("promote", "rollback"))  # what made this version the champion
+        entry = next(
+            one for one in reversed(entries) if one.action in ("promote", "rollback")
+        )  # what made this version the champion
         found = get_version(store, version)
         fetched, hashes = fetch_weights(store, found, folder)
         if digest(hashes) != entry.weights:
-            raise UserError(f"champion version {version}: its files are not those of ledger entry {entry.number:06d}; roll back, or restore them")
+            raise UserError(
+                f"champion version {version}: its files are not those of ledger entry {entry.number:06d}; roll back, or restore them"
+            )
         lineage = {key: value for key, value in sorted(found.tags.items()) if key.startswith(LINEAGE_PREFIXES)}
-        return {"version": version, "folder": fetched, "hashes": hashes, "ledger": entry.number, "lineage": {**lineage, "verdict.sha256": str(entry.verdict)}}
+        return {
+            "version": version,
+            "folder": fetched,
+            "hashes": hashes,
+            "ledger": entry.number,
+            "lineage": {**lineage, "verdict.sha256": str(entry.verdict)},
+        }
 
 
 def facts(project: Path, reference: str) -> dict[str, Any]:
-    """What is known of a version: {"version", "run_id", "tags", "entries" (of the ledger, as dicts), "artifacts" (name -> SHA-256 as kept, of the run's small
-    files), "weights" (faults of its files, in words)}.
+    """What is known of a version: {"version", "run_id", "tags", "entries" (of the ledger, as dicts), "artifacts" (name
+    -> SHA-256 as kept, of the run's small files), "weights" (faults of its files, in words)}.
 
-    reference: `models:/danceopd@champion`, `models:/danceopd/3`, `@previous` or `3`. The champion is the ledger's. Raises UserError when there is none.
+    reference: `models:/danceopd@champion`, `models:/danceopd/3`, `@previous` or `3`. The champion is the ledger's.
+    Raises UserError when there is none.
     """
     with opened(project) as store:
         entries = read_ledger(store)
@@ -297,7 +337,9 @@ def _artifact_sha256(store: server.Store, run_id: str, name: str, folder: Path) 
 def _resolve(store: server.Store, entries: Sequence[ledger.Entry], reference: str) -> str:
     found = re.fullmatch(rf"(?:models:/{MODEL})?(?:@(?P<alias>[A-Za-z0-9_-]+)|/?(?P<version>\d+))", reference.strip())
     if found is None:
-        raise UserError(f"{reference!r}: not a version; expected models:/{MODEL}@{CHAMPION}, models:/{MODEL}/3, @{PREVIOUS} or 3")
+        raise UserError(
+            f"{reference!r}: not a version; expected models:/{MODEL}@{CHAMPION}, models:/{MODEL}/3, @{PREVIOUS} or 3"
+        )
     if found["version"]:
         return found["version"]
     current, previous = state_of(entries)
@@ -312,11 +354,15 @@ def _resolve(store: server.Store, entries: Sequence[ledger.Entry], reference: st
 def all_tags(project: Path) -> dict[str, dict[str, str]]:
     """Version -> its tags, for the way back from a digest."""
     with opened(project) as store:
-        return {str(one.version): dict(one.tags) for one in sorted(versions_of(store), key=lambda one: int(one.version))}
+        return {
+            str(one.version): dict(one.tags) for one in sorted(versions_of(store), key=lambda one: int(one.version))
+        }
 
 
 def registered(project: Path, uri: str) -> tuple[str, dict[str, str]]:
-    """(version, relative path -> SHA-256 it was judged under) of `models:/danceopd@ALIAS` or `models:/danceopd/VERSION`. Raises UserError for any other."""
+    """(version, relative path -> SHA-256 it was judged under) of `models:/danceopd@ALIAS` or
+    `models:/danceopd/VERSION`. Raises UserError for any other.
+    """
     match = re.fullmatch(r"models:/([^@/]+)(?:@(.+)|/(\d+))", uri)
     if match is None or match[1] != MODEL:
         raise UserError(f"{uri}: expected models:/{MODEL}@ALIAS or models:/{MODEL}/VERSION")
@@ -333,7 +379,9 @@ def registered(project: Path, uri: str) -> tuple[str, dict[str, str]]:
 
 
 def download(project: Path, version: str, folder: Path) -> None:
-    """Writes the files of a registered version into the new `folder`, each one compared with the hash it was judged under. Raises UserErrors otherwise."""
+    """Writes the files of a registered version into the new `folder`, each one compared with the hash it was judged
+    under. Raises UserErrors otherwise.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with opened(project) as store, tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         fetched, _ = fetch_weights(store, get_version(store, version), Path(temporary))
@@ -359,7 +407,9 @@ def is_reference(text: str) -> bool:
 
 
 def find(project: Path, reference: str) -> Version | None:
-    """A version by `models:/danceopd/3`, `models:/danceopd@champion` or `3`; None when nobody has the alias, or there is no such version."""
+    """A version by `models:/danceopd/3`, `models:/danceopd@champion` or `3`; None when nobody has the alias, or there
+    is no such version.
+    """
     match = REFERENCE.fullmatch(reference.strip())
     if match is None:
         raise UserError(f"model = {reference!r}: expected models:/{MODEL}/NUMBER, models:/{MODEL}@ALIAS or a number")
@@ -373,7 +423,9 @@ def find(project: Path, reference: str) -> Version | None:
     found = known.get(str(number))
     if found is None:
         return None
-    weights = {named[1]: value for key, value in found.tags.items() if (named := re.fullmatch(r"weights\.(.+)\.sha256", key))}
+    weights = {
+        named[1]: value for key, value in found.tags.items() if (named := re.fullmatch(r"weights\.(.+)\.sha256", key))
+    }
     return Version(str(found.version), str(found.run_id), found.tags.get("git.sha"), weights, dict(found.tags))
 
 
@@ -386,9 +438,13 @@ def require(project: Path, reference: str) -> Version:
 
 
 def require_clean(version: Version) -> None:
-    """Raises UserError unless the version was made from a commit without changes: what nobody can check out again is not promoted."""
+    """Raises UserError unless the version was made from a commit without changes: what nobody can check out again is
+    not promoted.
+    """
     if version.tags.get("git.known") != "true" or not version.sha:
-        raise UserError(f"version {version.number} was made from unknown code; run its revision as distill/prod and promote that version")
+        raise UserError(
+            f"version {version.number} was made from unknown code; run its revision as distill/prod and promote that version"
+        )
     if version.tags.get("git.dirty") != "false":
         dirty = f"version {version.number} was made from changed files on top of {version.sha[:12]}"
         raise UserError(f"{dirty}; commit them, run distill/prod and promote that version")
@@ -398,7 +454,12 @@ def require_weights(version: Version, checkpoint: Path) -> None:
     """Raises UserErrors unless the folder holds exactly the files that were registered."""
     actual = weight_hashes(checkpoint)
     differing = {name: value for name, value in version.weights.items() if actual.get(name) != value}
-    faults = [f"{name}: SHA-256 is {actual.get(name, 'nothing')}, registered as {value}" for name, value in differing.items()]
+    faults = [
+        f"{name}: SHA-256 is {actual.get(name, 'nothing')}, registered as {value}" for name, value in differing.items()
+    ]
     faults += [f"{name}: not among the files registered" for name in sorted(set(actual) - set(version.weights))]
     if faults or not version.weights:
-        raise UserErrors(f"{checkpoint}: not the weights of version {version.number}", faults or ["the version has no weights.*.sha256 tags"])
+        raise UserErrors(
+            f"{checkpoint}: not the weights of version {version.number}",
+            faults or ["the version has no weights.*.sha256 tags"],
+        )

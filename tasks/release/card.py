@@ -21,7 +21,11 @@ def _number(metric: Mapping[str, Any] | None) -> str:
 def teacher_metrics(validated: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Teacher -> metric path -> metric, from reports/validate.json (`teachers: {NAME: {"metrics": {...}}}`)."""
     teachers = validated.get("teachers")
-    found = {name: one.get("metrics") for name, one in teachers.items() if isinstance(one, Mapping)} if isinstance(teachers, Mapping) else {}
+    found = (
+        {name: one.get("metrics") for name, one in teachers.items() if isinstance(one, Mapping)}
+        if isinstance(teachers, Mapping)
+        else {}
+    )
     return {name: metrics for name, metrics in found.items() if isinstance(metrics, Mapping)}
 
 
@@ -38,10 +42,11 @@ def description(
     version: str | None,
     lineage: Sequence[str] = (),
 ) -> str:
-    """Markdown that a reviewer can decide from, under 5000 characters: how to decide, scores with intervals, the verdict's rules, where the grids are.
+    """Markdown that a reviewer can decide from, under 5000 characters: how to decide, scores with intervals, the
+    verdict's rules, where the grids are.
 
-    compared: (version, metrics) of the champion. teachers: name -> metrics. version: None while its number is unknown. lineage: lines about data, teachers and
-    files. Rows and rules that do not fit are counted, never dropped in silence.
+    compared: (version, metrics) of the champion. teachers: name -> metrics. version: None while its number is unknown.
+    lineage: lines about data, teachers and files. Rows and rules that do not fit are counted, never dropped in silence.
     """
     kept = sum(rule["passed"] for rule in verdict["rules"])
     command = f"`python -m tasks promote --version {version or 'N'} --reviewer NAME --reason TEXT`"
@@ -57,16 +62,25 @@ def description(
         "",
     ]
     metrics = scorecard["metrics"]
-    order = [path for path in gate.known_paths() if path in metrics] + sorted(path for path in metrics if path not in set(gate.known_paths()))
-    order.sort(key=lambda path: not path.startswith("retention/") and path.partition("/")[2] not in gate.HEADLINES.values())  # what decides comes first
+    order = [path for path in gate.known_paths() if path in metrics] + sorted(
+        path for path in metrics if path not in set(gate.known_paths())
+    )
+    order.sort(
+        key=lambda path: not path.startswith("retention/") and path.partition("/")[2] not in gate.HEADLINES.values()
+    )  # what decides comes first
     titles = ["metric", "candidate", f"champion (v{compared[0]})" if compared else "champion (none)", *teachers]
     table = ["| " + " | ".join(map(_cell, titles)) + " |", "|---" * len(titles) + "|"]
     for path in order:
         others = [compared[1] if compared else {}, *teachers.values()]
-        table.append("| " + " | ".join([path, _number(metrics[path]), *(_number(other.get(path)) for other in others)]) + " |")
+        table.append(
+            "| " + " | ".join([path, _number(metrics[path]), *(_number(other.get(path)) for other in others)]) + " |"
+        )
     rules = ["", "| rule | outcome | value | bound |", "|---|---|---|---|"]
     for rule in sorted(verdict["rules"], key=lambda rule: rule["passed"]):
-        shown = [f"{value:.4g}" if isinstance(value, float) else _cell("-" if value is None else value)[:12] for value in (rule["value"], rule["bound"])]
+        shown = [
+            f"{value:.4g}" if isinstance(value, float) else _cell("-" if value is None else value)[:12]
+            for value in (rule["value"], rule["bound"])
+        ]
         rules.append(f"| {rule['rule']} | {'pass' if rule['passed'] else '**FAIL**'} | {shown[0]} | {shown[1]} |")
     text = head
     for block, name in ((table, "metrics are in scorecard.json"), (rules, "rules are in verdict.json")):

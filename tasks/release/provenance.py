@@ -1,4 +1,5 @@
-"""Where a result comes from: the git revision, DVC's record of the data and weights, the params. Keys are the registry's tag names.
+"""Where a result comes from: the git revision, DVC's record of the data and weights, the params. Keys are the
+registry's tag names.
 
 Reads files and asks git; writes nothing and never calls DVC.
 """
@@ -21,19 +22,28 @@ from data.files import sha256_file
 SCORECARD_FILE = "reports/scorecard.json"
 VALIDATE_FILE = "reports/validate.json"
 CHECKPOINT_FOLDER = "checkpoints/absorbed"
-DVC_PATHS = {"curated": "data/curated", "encoded": "data/encoded", "teachers": "data/teachers", "student": "checkpoints/student", "absorbed": CHECKPOINT_FOLDER}
+DVC_PATHS = {
+    "curated": "data/curated",
+    "encoded": "data/encoded",
+    "teachers": "data/teachers",
+    "student": "checkpoints/student",
+    "absorbed": CHECKPOINT_FOLDER,
+}
 GENERATED = ("reports/", "dvc.lock")  # written by the run itself: a difference there says nothing about the code
 LOCK_FILES = ("requirements.lock", "uv.lock")
 
 
 def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        ["git", "-C", str(project), *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def git_state(project: Path) -> dict[str, Any]:
     """{"git.known", "git.sha", "git.dirty", "git.changed", "git.reason"}.
 
-    Only a revision that contains the project counts: a folder that merely lies inside somebody's repository (its params.yaml is not tracked) is unknown.
+    Only a revision that contains the project counts: a folder that merely lies inside somebody's repository (its
+    params.yaml is not tracked) is unknown.
     """
     unknown: dict[str, Any] = {"git.known": False, "git.sha": None, "git.dirty": None, "git.changed": []}
     try:
@@ -53,13 +63,20 @@ def git_state(project: Path) -> dict[str, Any]:
             if field[0] in "RC":
                 next(fields, None)  # the name before the rename
     changed = sorted(name for name in changed if not name.startswith(GENERATED))
-    return {"git.known": True, "git.sha": head.stdout.strip(), "git.dirty": bool(changed), "git.changed": changed, "git.reason": ""}
+    return {
+        "git.known": True,
+        "git.sha": head.stdout.strip(),
+        "git.dirty": bool(changed),
+        "git.changed": changed,
+        "git.reason": "",
+    }
 
 
 def md5_of(path: Path) -> str | None:
     """A file's or folder's MD5 in DVC's sense (a folder's ends in ".dir"); None when there is nothing.
 
-    DVC hashes a folder as the JSON list of its files, {"md5", "relpath"}, sorted by relative path (dvc-data's hashfile tree).
+    DVC hashes a folder as the JSON list of its files, {"md5", "relpath"}, sorted by relative path (dvc-data's hashfile
+    tree).
     """
     if path.is_file():
         with open(path, "rb") as file:
@@ -82,18 +99,24 @@ def _recorded(lock: Mapping[str, Any]) -> dict[str, set[str]]:
 
 
 def provenance(project: Path) -> dict[str, Any]:
-    """Git state, `dvc.lock.sha256`, `dvc.NAME.md5`, `params.sha256`, `env.lock.sha256`, and `files`: path -> {"now", "recorded"} for what the verdict is about.
+    """Git state, `dvc.lock.sha256`, `dvc.NAME.md5`, `params.sha256`, `env.lock.sha256`, and `files`: path -> {"now",
+    "recorded"} for what the verdict is about.
 
-    A value is None where there is nothing to read. Where stages disagree on a path (one is out of date) their digests are joined: equal to none of them.
-    Raises UserError for a damaged dvc.lock.
+    A value is None where there is nothing to read. Where stages disagree on a path (one is out of date) their digests
+    are joined: equal to none of them. Raises UserError for a damaged dvc.lock.
     """
     project = Path(project)
     lock_path = project / "dvc.lock"
     try:
         lock = yaml.safe_load(lock_path.read_text(encoding="utf-8")) if lock_path.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{lock_path}: not valid YAML ({error}); restore it with git checkout dvc.lock, or delete it and run dvc repro") from error
-    recorded = {path: " / ".join(sorted(digests)) for path, digests in _recorded(lock if isinstance(lock, Mapping) else {}).items()}
+        raise UserError(
+            f"{lock_path}: not valid YAML ({error}); restore it with git checkout dvc.lock, or delete it and run dvc repro"
+        ) from error
+    recorded = {
+        path: " / ".join(sorted(digests))
+        for path, digests in _recorded(lock if isinstance(lock, Mapping) else {}).items()
+    }
     env_lock = next((project / name for name in LOCK_FILES if (project / name).is_file()), None)
     params = project / "params.yaml"
     return {
@@ -102,5 +125,8 @@ def provenance(project: Path) -> dict[str, Any]:
         **{f"dvc.{name}.md5": recorded.get(path) for name, path in DVC_PATHS.items()},
         "params.sha256": sha256_file(params) if params.is_file() else None,
         "env.lock.sha256": sha256_file(env_lock) if env_lock else None,
-        "files": {path: {"now": md5_of(project / path), "recorded": recorded.get(path)} for path in (SCORECARD_FILE, VALIDATE_FILE, CHECKPOINT_FOLDER)},
+        "files": {
+            path: {"now": md5_of(project / path), "recorded": recorded.get(path)}
+            for path in (SCORECARD_FILE, VALIDATE_FILE, CHECKPOINT_FOLDER)
+        },
     }

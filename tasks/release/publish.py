@@ -1,7 +1,9 @@
-"""A promoted version for those who run it: files below a prefix of its own in an S3 store, their hashes in a manifest, and one pointer to what is current.
+"""A promoted version for those who run it: files below a prefix of its own in an S3 store, their hashes in a manifest,
+and one pointer to what is current.
 
     publish(project) -> {"version", "prefix", "manifest", "ledger", "changed"}    # the champion, to DANCEOPD_PUBLISH
-    fetch(uri, folder) -> manifest                                                # what a machine that serves the model calls
+    fetch(uri, folder) -> manifest                                                # what a machine that serves the model
+calls
 
     PREFIX/versions/3-6f1c0a94b2/transformer/...   never written twice
     PREFIX/versions/3-6f1c0a94b2/manifest.json     written last: without it the version does not exist
@@ -43,14 +45,18 @@ def destination() -> str | None:
 
 
 def publish(project: Path, to: str | None = None) -> dict[str, Any]:
-    """Publishes the ledger's champion to `to` (default: DANCEOPD_PUBLISH) and moves the pointer. Repeating it sends only what is missing.
+    """Publishes the ledger's champion to `to` (default: DANCEOPD_PUBLISH) and moves the pointer. Repeating it sends
+    only what is missing.
 
-    Returns {"version", "prefix", "manifest" (SHA-256), "ledger" (number of the entry), "changed" (whether the pointer moved), "uri"}. Raises UserError when
-    there is no champion, when its files are not the ones of the ledger, or when a later decision has been published already.
+    Returns {"version", "prefix", "manifest" (SHA-256), "ledger" (number of the entry), "changed" (whether the pointer
+    moved), "uri"}. Raises UserError when there is no champion, when its files are not the ones of the ledger, or when a
+    later decision has been published already.
     """
     uri = to or destination()
     if uri is None:
-        raise UserError(f"{environment.PUBLISH} is not set; set it to s3://BUCKET/PREFIX, where promoted versions are to be published")
+        raise UserError(
+            f"{environment.PUBLISH} is not set; set it to s3://BUCKET/PREFIX, where promoted versions are to be published"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         promoted = versions.champion_files(project, Path(temporary))
         prefix = f"versions/{promoted['version']}-{digest(promoted['hashes'])[:10]}"
@@ -61,12 +67,28 @@ def publish(project: Path, to: str | None = None) -> dict[str, Any]:
             if transfer.upload(path, objects.join(uri, prefix, name), progress=report) != sha256:
                 raise UserError(f"{name}: it changed while it was published; run the same command again")
             files.append({"path": name, "sha256": sha256, "size": path.stat().st_size})
-    manifest = {"format": FORMAT, "model": versions.MODEL, "version": promoted["version"], "files": files, "lineage": promoted["lineage"]}
+    manifest = {
+        "format": FORMAT,
+        "model": versions.MODEL,
+        "version": promoted["version"],
+        "files": files,
+        "lineage": promoted["lineage"],
+    }
     content = _json(manifest)
     _write_once(objects.join(uri, prefix, MANIFEST), content)
-    pointer = {"format": FORMAT, "version": promoted["version"], "prefix": prefix, "manifest": sha256_bytes(content), "ledger": promoted["ledger"]}
+    pointer = {
+        "format": FORMAT,
+        "version": promoted["version"],
+        "prefix": prefix,
+        "manifest": sha256_bytes(content),
+        "ledger": promoted["ledger"],
+    }
     changed = _move(objects.join(uri, LATEST), pointer)
-    return {**{key: pointer[key] for key in ("version", "prefix", "manifest", "ledger")}, "changed": changed, "uri": uri}
+    return {
+        **{key: pointer[key] for key in ("version", "prefix", "manifest", "ledger")},
+        "changed": changed,
+        "uri": uri,
+    }
 
 
 def _json(value: Any) -> bytes:
@@ -79,11 +101,15 @@ def _write_once(uri: str, content: bytes) -> None:
         objects.put_new(uri, content)
     except objects.Changed as error:
         if objects.read(uri)[0] != content:
-            raise UserError(f"{uri}: another manifest was published for this version; look at both, then remove the wrong version's folder") from error
+            raise UserError(
+                f"{uri}: another manifest was published for this version; look at both, then remove the wrong version's folder"
+            ) from error
 
 
 def _move(uri: str, pointer: dict[str, Any]) -> bool:
-    """Moves the pointer to a later entry of the ledger; False when it stands there already. Of several publishers the one of the last decision wins."""
+    """Moves the pointer to a later entry of the ledger; False when it stands there already. Of several publishers the
+    one of the last decision wins.
+    """
     for _ in range(RACES):
         try:
             content, etag = objects.read(uri)
@@ -92,7 +118,9 @@ def _move(uri: str, pointer: dict[str, Any]) -> bool:
                 return False
             if current["ledger"] >= pointer["ledger"]:
                 later = f"version {current['version']} (ledger entry {current['ledger']}) is published already"
-                raise UserError(f"{uri}: {later}, a later decision than entry {pointer['ledger']}; look at python -m tasks registry")
+                raise UserError(
+                    f"{uri}: {later}, a later decision than entry {pointer['ledger']}; look at python -m tasks registry"
+                )
         except objects.Missing:
             etag = None
         moved = _json({**pointer, "time": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -110,25 +138,33 @@ def _move(uri: str, pointer: dict[str, Any]) -> bool:
 def _pointer(uri: str, content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
-        named = re.fullmatch(r"versions/[A-Za-z0-9-]+", value["prefix"]) and re.fullmatch(r"[0-9a-f]{64}", value["manifest"])
+        named = re.fullmatch(r"versions/[A-Za-z0-9-]+", value["prefix"]) and re.fullmatch(
+            r"[0-9a-f]{64}", value["manifest"]
+        )
         fits = named and isinstance(value["ledger"], int)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{uri}: not a pointer to a published version ({error!r}); publish the champion again") from error
+        raise UserError(
+            f"{uri}: not a pointer to a published version ({error!r}); publish the champion again"
+        ) from error
     if not fits:
         raise UserError(f"{uri}: not a pointer to a published version; publish the champion again")
     return dict(value)
 
 
 def fetch(uri: str, folder: str | Path) -> dict[str, Any]:
-    """Brings what is published now into `folder`/PREFIX (a version's own) and returns its manifest with "folder" added; a file that is there already is kept.
+    """Brings what is published now into `folder`/PREFIX (a version's own) and returns its manifest with "folder" added;
+    a file that is there already is kept.
 
-    Raises UserError(s) when the manifest is not the one that the pointer names, names a file outside the folder, or a file is not the one it names.
+    Raises UserError(s) when the manifest is not the one that the pointer names, names a file outside the folder, or a
+    file is not the one it names.
     """
     pointer = _pointer(uri, objects.read(objects.join(uri, LATEST))[0])
     where = objects.join(uri, pointer["prefix"])
     content, _ = objects.read(objects.join(where, MANIFEST))
     if sha256_bytes(content) != pointer["manifest"]:
-        raise UserError(f"{where}/{MANIFEST}: not the one that {LATEST} names; it was changed after it was published: publish the champion again")
+        raise UserError(
+            f"{where}/{MANIFEST}: not the one that {LATEST} names; it was changed after it was published: publish the champion again"
+        )
     try:
         manifest = json.loads(content)
         hashes = {str(one["path"]): str(one["sha256"]) for one in manifest["files"]}
@@ -144,23 +180,35 @@ def fetch(uri: str, folder: str | Path) -> dict[str, Any]:
 
 
 def cli(argv: Sequence[str]) -> int:
-    """`publish` the champion of the project in the current folder, or `fetch` what is published. UserError is left to the caller to print."""
+    """`publish` the champion of the project in the current folder, or `fetch` what is published. UserError is left to
+    the caller to print.
+    """
     parser = argparse.ArgumentParser(prog="python -m tasks", description="Published versions.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sent = commands.add_parser("publish", help="publish the champion", description="Publish the champion and point at it.")
+    sent = commands.add_parser(
+        "publish", help="publish the champion", description="Publish the champion and point at it."
+    )
     sent.add_argument("--to", metavar="s3://BUCKET/PREFIX", help=f"where to (default: {environment.PUBLISH})")
-    got = commands.add_parser("fetch", help="fetch what is published", description="Fetch what is published now, every file verified.")
-    got.add_argument("--from", dest="source", metavar="s3://BUCKET/PREFIX", help=f"where from (default: {environment.PUBLISH})")
+    got = commands.add_parser(
+        "fetch", help="fetch what is published", description="Fetch what is published now, every file verified."
+    )
+    got.add_argument(
+        "--from", dest="source", metavar="s3://BUCKET/PREFIX", help=f"where from (default: {environment.PUBLISH})"
+    )
     got.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     options = parser.parse_args(list(argv))
     if options.command == "publish":
         done = publish(Path.cwd(), options.to)
         words = "is published now" if done["changed"] else "was published already"
-        print(f"version {done['version']} {words}: {done['uri']}/{done['prefix']} (manifest {done['manifest'][:12]}, ledger entry {done['ledger']:06d})")
+        print(
+            f"version {done['version']} {words}: {done['uri']}/{done['prefix']} (manifest {done['manifest'][:12]}, ledger entry {done['ledger']:06d})"
+        )
         return 0
     source = options.source or destination()
     if source is None:
-        raise UserError(f"--from is missing and {environment.PUBLISH} is not set; name where the versions are published")
+        raise UserError(
+            f"--from is missing and {environment.PUBLISH} is not set; name where the versions are published"
+        )
     manifest = fetch(source, options.out)
     print(f"version {manifest['version']}: {len(manifest['files'])} files in {manifest['folder']}")
     return 0

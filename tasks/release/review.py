@@ -1,6 +1,8 @@
-"""What a reviewer reads before promoting: the candidate's report page with the reigning champion beside it, as `reports/review.html`.
+"""What a reviewer reads before promoting: the candidate's report page with the reigning champion beside it, as
+`reports/review.html`.
 
-The page itself is the score stage's and stays as it is: that stage cannot know the champion, whose place may change without any stage running.
+The page itself is the score stage's and stays as it is: that stage cannot know the champion, whose place may change
+without any stage running.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ PAGE_FILE, REVIEW_FILE = "reports/score/report.html", "reports/review.html"
 
 
 def write_review(project: Path, params: Params, champion: Mapping[str, Any] | None) -> Path | None:
-    """Writes the page and returns its path; removes an older one and returns None where there is no champion or no report page.
+    """Writes the page and returns its path; removes an older one and returns None where there is no champion or no
+    report page.
 
-    `champion` is `tasks.registry.versions.champion`'s. Raises UserError for an unreadable scorecard, or a page of an older version.
+    `champion` is `tasks.registry.versions.champion`'s. Raises UserError for an unreadable scorecard, or a page of an
+    older version.
     """
     page = project / PAGE_FILE
     if champion is None or not page.is_file():

@@ -1,9 +1,11 @@
 """Candidates into the registry, with everything that a reviewer decides from.
 
-    submit_files(project, gate_params, promote, actor, reason) -> dict   # what the flow calls after tasks.release.gate.judge_files
+    submit_files(project, gate_params, promote, actor, reason) -> dict   # what the flow calls after
+tasks.release.gate.judge_files
 
-A candidate that passed the gate becomes a version of `danceopd` with alias `candidate`; a reviewer (or promote="auto") makes it `champion`
-(tasks/release/decisions.py). A refused one is kept as a run with its reasons and files, and is never a version; neither is one whose weights are the champion's.
+A candidate that passed the gate becomes a version of `danceopd` with alias `candidate`; a reviewer (or promote="auto")
+makes it `champion` (tasks/release/decisions.py). A refused one is kept as a run with its reasons and files, and is
+never a version; neither is one whose weights are the champion's.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Submission:
 
 
 def _checked(submission: Submission) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, str]]:
-    """(scorecard, verdict, validated, weight hashes), read before anything is sent. Raises UserErrors with all faults."""
+    """(scorecard, verdict, validated, weight hashes), read before anything is sent. Raises UserErrors with all
+    faults.
+    """
     faults: list[str] = []
 
     def read(path: Path, key: str) -> dict[str, Any]:
@@ -65,7 +69,11 @@ def _checked(submission: Submission) -> tuple[dict[str, Any], dict[str, Any], di
             return {}
         return value
 
-    scorecard, verdict, validated = read(submission.scorecard, "metrics"), read(submission.verdict, "rules"), read(submission.teachers, "")
+    scorecard, verdict, validated = (
+        read(submission.scorecard, "metrics"),
+        read(submission.verdict, "rules"),
+        read(submission.teachers, ""),
+    )
     needed = (submission.params, submission.scores, submission.report, *submission.steps.values())
     faults += [f"{path}: no such file or folder" for path in needed if not path.exists()]
     hashes: dict[str, str] = {}
@@ -78,52 +86,88 @@ def _checked(submission: Submission) -> tuple[dict[str, Any], dict[str, Any], di
     if verdict and scorecard:
         judged = gate.rule_value(verdict, gate.SCORECARD_RULE)
         if judged != md5_of(submission.scorecard):
-            faults.append(f"{submission.verdict}: it judged another scorecard than {submission.scorecard} (MD5 {judged}); run the gate again")
+            faults.append(
+                f"{submission.verdict}: it judged another scorecard than {submission.scorecard} (MD5 {judged}); run the gate again"
+            )
         weights = gate.rule_value(verdict, gate.WEIGHTS_RULE)
         if weights != md5_of(submission.checkpoint):
-            faults.append(f"{submission.verdict}: it judged other weights than {submission.checkpoint} (MD5 {weights}); run the gate again")
+            faults.append(
+                f"{submission.verdict}: it judged other weights than {submission.checkpoint} (MD5 {weights}); run the gate again"
+            )
     if faults:
         raise UserErrors("the candidate cannot be submitted", faults)
     return scorecard, verdict, validated, hashes
 
 
-def _lineage_tags(project: Path, submission: Submission, scorecard: Mapping[str, Any], verdict: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, str]:
+def _lineage_tags(
+    project: Path,
+    submission: Submission,
+    scorecard: Mapping[str, Any],
+    verdict: Mapping[str, Any],
+    hashes: Mapping[str, str],
+) -> dict[str, str]:
     origin = provenance(project)
-    known = {key: value for key, value in origin.items() if key not in ("files", "git.changed", "git.reason") and value is not None}
+    known = {
+        key: value
+        for key, value in origin.items()
+        if key not in ("files", "git.changed", "git.reason") and value is not None
+    }
     identities = scorecard.get("identities") or {}
     teachers = identities.get("teachers")
     failed = [rule["rule"] for rule in verdict["rules"] if not rule["passed"]]
     return {
         **{key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in known.items()},
         "params.sha256": sha256_file(submission.params),
-        **{f"teacher.{name}.sha256": str(value) for name, value in (teachers if isinstance(teachers, Mapping) else {}).items()},
+        **{
+            f"teacher.{name}.sha256": str(value)
+            for name, value in (teachers if isinstance(teachers, Mapping) else {}).items()
+        },
         **({"base.sha256": str(identities["base"])} if identities.get("base") else {}),
         **files.weight_tags(hashes),
         "scorecard.json.sha256": sha256_file(submission.scorecard),
         "scores.parquet.sha256": sha256_file(submission.scores),
         "gate.status": "passed" if gate.has_passed(verdict) else "refused",
-        "gate.verdict": f"{len(verdict['rules']) - len(failed)} of {len(verdict['rules'])} rules passed" + (f"; failed: {', '.join(failed)}" if failed else ""),
+        "gate.verdict": f"{len(verdict['rules']) - len(failed)} of {len(verdict['rules'])} rules passed"
+        + (f"; failed: {', '.join(failed)}" if failed else ""),
         "gate.verdict.sha256": sha256_file(submission.verdict),
         "gate.champion": str(gate.rule_value(verdict, gate.CHAMPION_RULE) or gate.NO_CHAMPION),
     }
 
 
-def submit(project: Path, submission: Submission, *, promote: Promote, actor: str, reason: str, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Publishes one candidate as a run; a passing one becomes a version with alias `candidate` and, with promote="auto", the champion.
+def submit(
+    project: Path,
+    submission: Submission,
+    *,
+    promote: Promote,
+    actor: str,
+    reason: str,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Publishes one candidate as a run; a passing one becomes a version with alias `candidate` and, with
+    promote="auto", the champion.
 
-    `tags` are added to the lineage tags. Returns {"model", "status" ("champion" | "candidate" | "refused" | "identical": the champion's weights),
-    "version" (str or None), "run_id", "tracking_uri", "reasons" (of a refusal)}. Repeating a submission that was interrupted finishes it. Raises UserErrors for
-    missing or mismatched files before anything is sent.
+    `tags` are added to the lineage tags. Returns {"model", "status" ("champion" | "candidate" | "refused" |
+    "identical": the champion's weights), "version" (str or None), "run_id", "tracking_uri", "reasons" (of a refusal)}.
+    Repeating a submission that was interrupted finishes it. Raises UserErrors for missing or mismatched files before
+    anything is sent.
     """
     if promote not in ("auto", "review"):
         raise UserError(f"promote = {promote!r}: expected 'auto' or 'review'")
     decisions.require_who_and_why(actor, reason)
     outcome = _publish(project, submission, actor, reason, tags or {})
-    return _promote_at_once(project, outcome, actor, reason) if promote == "auto" and outcome["status"] == "candidate" else outcome
+    return (
+        _promote_at_once(project, outcome, actor, reason)
+        if promote == "auto" and outcome["status"] == "candidate"
+        else outcome
+    )
 
 
-def _publish(project: Path, submission: Submission, actor: str, reason: str, extra: Mapping[str, str]) -> dict[str, Any]:
-    """Sends the candidate. Every step looks first for what an interrupted submission of the same candidate has left, so that repeating it finishes it."""
+def _publish(
+    project: Path, submission: Submission, actor: str, reason: str, extra: Mapping[str, str]
+) -> dict[str, Any]:
+    """Sends the candidate. Every step looks first for what an interrupted submission of the same candidate has left, so
+    that repeating it finishes it.
+    """
     scorecard, verdict, validated, hashes = _checked(submission)
     base = opening.carried(project, submission.checkpoint)
     hashes |= {name: sha256_file(path) for name, path in base.items()}
@@ -146,7 +190,13 @@ def _publish(project: Path, submission: Submission, actor: str, reason: str, ext
         for stage, path in submission.steps.items():
             tracking.log_steps(tracked, stage, path)
         lock = Path(project) / "dvc.lock"
-        singles = [submission.scorecard, submission.verdict, submission.teachers, submission.params, *([lock] if lock.is_file() else [])]
+        singles = [
+            submission.scorecard,
+            submission.verdict,
+            submission.teachers,
+            submission.params,
+            *([lock] if lock.is_file() else []),
+        ]
         for path in singles:
             tracking.log_files(tracked, {"": path})
         steps = {f"steps/{stage}": path for stage, path in submission.steps.items()}
@@ -159,9 +209,19 @@ def _publish(project: Path, submission: Submission, actor: str, reason: str, ext
         _log_inputs(tracked, tags)
         if twin is not None:
             tracking.log_tags(
-                tracked, {"registered.identical": twin, "mlflow.note.content": f"The same weights as champion version {twin}: not registered again."}
+                tracked,
+                {
+                    "registered.identical": twin,
+                    "mlflow.note.content": f"The same weights as champion version {twin}: not registered again.",
+                },
             )
-            return _outcome(store, "identical", twin, tracked.run_id, [f"the weights are those of champion version {twin}: there is nothing new to register"])
+            return _outcome(
+                store,
+                "identical",
+                twin,
+                tracked.run_id,
+                [f"the weights are those of champion version {twin}: there is nothing new to register"],
+            )
         model_id = _log_model(tracked, submission.checkpoint, base, hashes, tags["gate.status"])
         tracking.log_scorecard(tracked, scorecard, model_id)
         compared = _compared(store, tags["gate.champion"])
@@ -173,16 +233,22 @@ def _publish(project: Path, submission: Submission, actor: str, reason: str, ext
             tracking.log_tags(tracked, {"gate.reasons": "\n".join(refusals), "mlflow.note.content": card})
             return _outcome(store, "refused", None, tracked.run_id, refusals)
         _ensure_model(store)
-        version = next((one for one in versions.versions_of(store) if one.run_id == tracked.run_id), None) or store.client.create_model_version(
+        version = next(
+            (one for one in versions.versions_of(store) if one.run_id == tracked.run_id), None
+        ) or store.client.create_model_version(
             versions.MODEL,
-            source=store.client.get_logged_model(model_id).artifact_location,  # models:/ID would be looked up in the process-wide tracking URI
+            source=store.client.get_logged_model(
+                model_id
+            ).artifact_location,  # models:/ID would be looked up in the process-wide tracking URI
             run_id=tracked.run_id,
             model_id=model_id,
             tags={**tags, tracking.IDENTITY_TAG: identity, "mlflow.run_id": tracked.run_id, "review.status": "pending"},
             description=card,
         )
         number = str(version.version)
-        store.client.update_model_version(versions.MODEL, number, description(*texts, number, _lineage_lines(tracked, tags, submission)))
+        store.client.update_model_version(
+            versions.MODEL, number, description(*texts, number, _lineage_lines(tracked, tags, submission))
+        )
         tracking.log_tags(tracked, {"registered.version": number, "mlflow.note.content": card})
         with server.locked(store.project):
             store.client.set_registered_model_alias(versions.MODEL, versions.CANDIDATE, number)
@@ -190,9 +256,15 @@ def _publish(project: Path, submission: Submission, actor: str, reason: str, ext
 
 
 def _registered(store: server.Store, identity: str) -> ModelVersion | None:
-    """The version of this very candidate (weights and verdict) that waits for its review, with its run finished; None when there is none."""
+    """The version of this very candidate (weights and verdict) that waits for its review, with its run finished; None
+    when there is none.
+    """
     decided = {entry.version for entry in versions.read_ledger(store) if entry.action in ("promote", "reject")}
-    same = (one for one in versions.versions_of(store) if one.tags.get(tracking.IDENTITY_TAG) == identity and str(one.version) not in decided)
+    same = (
+        one
+        for one in versions.versions_of(store)
+        if one.tags.get(tracking.IDENTITY_TAG) == identity and str(one.version) not in decided
+    )
     return next((one for one in same if store.client.get_run(str(one.run_id)).info.status == "FINISHED"), None)
 
 
@@ -206,19 +278,31 @@ def _equal_champion(store: server.Store, hashes: Mapping[str, str]) -> str | Non
     current, _ = versions.state_of(versions.read_ledger(store))
     if current is None:
         return None
-    return current if _weights_only(files.tagged_weights(versions.get_version(store, current).tags)) == _weights_only(hashes) else None
+    return (
+        current
+        if _weights_only(files.tagged_weights(versions.get_version(store, current).tags)) == _weights_only(hashes)
+        else None
+    )
 
 
 def _log_inputs(tracked: tracking.Run, tags: Mapping[str, str]) -> None:
     """Data and teachers as the run's datasets, by the digests that DVC and the scorecard know them under."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    found = [(name, f"dvc:{path}", tags.get(f"dvc.{name}.md5"), "training") for name, path in DVC_PATHS.items() if name in ("curated", "encoded", "teachers")]
+    found = [
+        (name, f"dvc:{path}", tags.get(f"dvc.{name}.md5"), "training")
+        for name, path in DVC_PATHS.items()
+        if name in ("curated", "encoded", "teachers")
+    ]
     found += [
-        (f"teacher {match[1]}", "dvc:data/teachers", value, "teacher") for key, value in tags.items() if (match := re.fullmatch(r"teacher\.(.+)\.sha256", key))
+        (f"teacher {match[1]}", "dvc:data/teachers", value, "teacher")
+        for key, value in tags.items()
+        if (match := re.fullmatch(r"teacher\.(.+)\.sha256", key))
     ]
     inputs = [
-        DatasetInput(Dataset(name, value[:36], "dvc", source), [InputTag("mlflow.data.context", context)]) for name, source, value, context in found if value
+        DatasetInput(Dataset(name, value[:36], "dvc", source), [InputTag("mlflow.data.context", context)])
+        for name, source, value, context in found
+        if value
     ]
     if inputs:
         tracked.store.client.log_inputs(tracked.run_id, inputs)
@@ -226,8 +310,14 @@ def _log_inputs(tracked: tracking.Run, tags: Mapping[str, str]) -> None:
 
 def _lineage_lines(tracked: tracking.Run, tags: Mapping[str, str], submission: Submission) -> list[str]:
     """Where the page leads on to: the run's files, and what data and teachers it came from."""
-    teachers = ", ".join(f"{match[1]} {value[:8]}" for key, value in tags.items() if (match := re.fullmatch(r"teacher\.(.+)\.sha256", key)))
-    data = ", ".join(f"{name} {tags[f'dvc.{name}.md5'][:8]}" for name in ("curated", "encoded") if f"dvc.{name}.md5" in tags)
+    teachers = ", ".join(
+        f"{match[1]} {value[:8]}"
+        for key, value in tags.items()
+        if (match := re.fullmatch(r"teacher\.(.+)\.sha256", key))
+    )
+    data = ", ".join(
+        f"{name} {tags[f'dvc.{name}.md5'][:8]}" for name in ("curated", "encoded") if f"dvc.{name}.md5" in tags
+    )
     lines = [f"Teachers: {teachers or 'unknown'}. Data: {data or 'unversioned'}. All of it: `python -m tasks lineage`."]
     if tracked.store.uri.startswith("http"):
         page = versions.report_artifacts(tracked.experiment_id, tracked.run_id)
@@ -244,7 +334,14 @@ def hashes_name(hashes: Mapping[str, str]) -> str:
 
 def _outcome(store: server.Store, status: str, version: str | None, run_id: str, reasons: list[str]) -> dict[str, Any]:
     address = server.without_credentials(store.uri)
-    return {"model": versions.MODEL, "status": status, "version": version, "run_id": run_id, "tracking_uri": address, "reasons": reasons}
+    return {
+        "model": versions.MODEL,
+        "status": status,
+        "version": version,
+        "run_id": run_id,
+        "tracking_uri": address,
+        "reasons": reasons,
+    }
 
 
 def _params_of(path: Path) -> dict[str, Any]:
@@ -256,7 +353,9 @@ def _params_of(path: Path) -> dict[str, Any]:
 
 
 def _write_mlmodel(folder: Path) -> None:
-    """MLflow's description of the model: a pyfunc whose loader is the project's own module, so that no code and nothing to unpickle travels with it."""
+    """MLflow's description of the model: a pyfunc whose loader is the project's own module, so that no code and nothing
+    to unpickle travels with it.
+    """
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -272,8 +371,11 @@ def _write_mlmodel(folder: Path) -> None:
     described.save(str(folder / "MLmodel"))
 
 
-def _log_model(tracked: tracking.Run, checkpoint: Path, base: Mapping[str, Path], hashes: Mapping[str, str], status: str) -> str:
-    """The checkpoint as an MLflow logged model: safetensors and JSON, the base of an adapter student beside it, and a pyfunc that samples it.
+def _log_model(
+    tracked: tracking.Run, checkpoint: Path, base: Mapping[str, Path], hashes: Mapping[str, str], status: str
+) -> str:
+    """The checkpoint as an MLflow logged model: safetensors and JSON, the base of an adapter student beside it, and a
+    pyfunc that samples it.
 
     A half-sent one is marked FAILED.
     """
@@ -310,19 +412,25 @@ def _compared(store: server.Store, version: str) -> tuple[str, Mapping[str, Any]
         return None
     found = versions.get_version(store, version)
     with tempfile.TemporaryDirectory() as temporary:
-        return version, read_json(store.client.download_artifacts(str(found.run_id), "scorecard.json", temporary))["metrics"]
+        return version, read_json(store.client.download_artifacts(str(found.run_id), "scorecard.json", temporary))[
+            "metrics"
+        ]
 
 
 def _promote_at_once(project: Path, outcome: dict[str, Any], actor: str, reason: str) -> dict[str, Any]:
     try:
         decisions.promote(project, outcome["version"], actor, f"automatic promotion: {reason}")
     except UserError as error:
-        raise UserError(f"{versions.MODEL} version {outcome['version']} is registered as candidate, but was not promoted: {error}") from error
+        raise UserError(
+            f"{versions.MODEL} version {outcome['version']} is registered as candidate, but was not promoted: {error}"
+        ) from error
     return {**outcome, "status": "champion"}
 
 
 def submit_files(project: Path, gate_params: gate.Params, promote: Promote, actor: str, reason: str) -> dict[str, Any]:
-    """`submit` with the files where the stages leave them; the digest of the gate's params is kept as tag `gate.params.sha256`."""
+    """`submit` with the files where the stages leave them; the digest of the gate's params is kept as tag
+    `gate.params.sha256`.
+    """
     project = Path(project).resolve()
     submission = Submission(
         params=project / "params.yaml",
@@ -334,7 +442,14 @@ def submit_files(project: Path, gate_params: gate.Params, promote: Promote, acto
         report=(project / gate.SCORES_FILE).parent,
         steps={stage: project / path for stage, path in STEPS_FILES.items()},
     )
-    return submit(project, submission, promote=promote, actor=actor, reason=reason, tags={"gate.params.sha256": digest(asdict(gate_params))})
+    return submit(
+        project,
+        submission,
+        promote=promote,
+        actor=actor,
+        reason=reason,
+        tags={"gate.params.sha256": digest(asdict(gate_params))},
+    )
 
 
 def _ensure_model(store: server.Store) -> None:

@@ -1,7 +1,9 @@
-"""Runs DVC as a child: one stage at a time, in a process group of its own, so that nothing of it outlives the run that started it.
+"""Runs DVC as a child: one stage at a time, in a process group of its own, so that nothing of it outlives the run that
+started it.
 
-DVC does not end its stage when it is ended itself: the stage would go on beside the next run and both would write the same files. So the whole group is ended,
-by this process when it is cancelled, and by a guard beside it when this process is killed and can do nothing any more.
+DVC does not end its stage when it is ended itself: the stage would go on beside the next run and both would write the
+same files. So the whole group is ended, by this process when it is cancelled, and by a guard beside it when this
+process is killed and can do nothing any more.
 """
 
 from __future__ import annotations
@@ -81,12 +83,16 @@ class Ended:
 
 
 def stream(command: Sequence[str], project: Path, line: Callable[[str], None]) -> Ended:
-    """Runs `command` in `project` and hands on each line as it appears. On any exception, cancellation included, its process group is ended first."""
+    """Runs `command` in `project` and hands on each line as it appears. On any exception, cancellation included, its
+    process group is ended first.
+    """
     output, into = os.pipe()
     guard = _guard(output)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": into, "stderr": subprocess.STDOUT, "text": True}
     try:
-        child = subprocess.Popen(command, cwd=project, env=for_children(sys.executable), start_new_session=True, **pipes)
+        child = subprocess.Popen(
+            command, cwd=project, env=for_children(sys.executable), start_new_session=True, **pipes
+        )
         _tell(guard, f"{child.pid}\n")
     except BaseException:
         os.close(output)
@@ -155,7 +161,8 @@ def _group_lives(child: subprocess.Popen[str]) -> bool:
 
 
 def reproduce(stage: str, project: Path, line: Callable[[str], None]) -> dict[str, Any]:
-    """`dvc repro --single-item STAGE`. Returns {"stage", "changed", "seconds", "summary"}: `changed` is False where DVC had nothing to do.
+    """`dvc repro --single-item STAGE`. Returns {"stage", "changed", "seconds", "summary"}: `changed` is False where DVC
+    had nothing to do.
 
     Raises Busy when another run holds the same files, StageFailed with the stage's own message otherwise.
     """
@@ -180,7 +187,9 @@ def failure(what: str, ended: Ended) -> Exception:
     if not message:
         cause = next((text for text in ended.lines if any(sign in text for sign in UNAVAILABLE)), None)
         if cause is not None:
-            return Unavailable(f"{what}: a server does not answer ({cause.strip()[:300]}); nothing is lost, the same command goes on from there")
+            return Unavailable(
+                f"{what}: a server does not answer ({cause.strip()[:300]}); nothing is lost, the same command goes on from there"
+            )
         told = [text for text in ended.lines if text.strip()]
         reasons = [text for text in told if text.startswith(("ERROR", "Error", "MemoryError"))] or told[-3:]
         message = " / ".join(reasons[-3:]) or "it said nothing"
@@ -190,7 +199,9 @@ def failure(what: str, ended: Ended) -> Exception:
 
 
 def error_of(lines: Sequence[str]) -> str:
-    """The last `error: ...` message among a command's lines with the list of faults under it; empty if there is none."""
+    """The last `error: ...` message among a command's lines with the list of faults under it; empty if there is
+    none.
+    """
     starts = [index for index, text in enumerate(lines) if text.startswith("error: ")]
     if not starts:
         return ""
@@ -204,10 +215,11 @@ def error_of(lines: Sequence[str]) -> str:
 
 
 def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
-    """`dvc pull PATH` from the remote inside the repository, so that no server and no credentials are asked for. What dvc.lock names is fetched unless it is
-    there already. Raises UserError naming what to do.
+    """`dvc pull PATH` from the remote inside the repository, so that no server and no credentials are asked for. What
+    dvc.lock names is fetched unless it is there already. Raises UserError naming what to do.
 
-    Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their stage, which is frozen, and committed.
+    Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their
+    stage, which is frozen, and committed.
     """
     from tasks.params.reading import PARAMS_FILE, read_yaml
 
@@ -224,4 +236,6 @@ def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
         raise failure(path, ended)
     told = [text for text in ended.lines if text.strip()]
     reason = " / ".join([text for text in told if text.startswith("ERROR")] or told[-2:]) or "it is in no remote"
-    raise UserError(f"{path}: could not be fetched: {reason}\nTo throw away changes made there: dvc checkout --force {path}; to train them anew: make teachers")
+    raise UserError(
+        f"{path}: could not be fetched: {reason}\nTo throw away changes made there: dvc checkout --force {path}; to train them anew: make teachers"
+    )

@@ -1,7 +1,9 @@
-"""Where a run works: this folder on a laptop; on a worker a fresh git checkout of the asked revision, with DVC's cache and remote behind it.
+"""Where a run works: this folder on a laptop; on a worker a fresh git checkout of the asked revision, with DVC's cache
+and remote behind it.
 
-A worker's run changes nothing but its own branch `runs/NAME`: the params it ran with are committed before anything runs, dvc.lock and the reports afterwards,
-and both are pushed. So the registered version names a commit that everybody can check out, where `dvc pull` restores every file of the run.
+A worker's run changes nothing but its own branch `runs/NAME`: the params it ran with are committed before anything
+runs, dvc.lock and the reports afterwards, and both are pushed. So the registered version names a commit that everybody
+can check out, where `dvc pull` restores every file of the run.
 
     DANCEOPD_REPOSITORY   the git repository (address or path) that workers clone; unset: runs work in this folder
     DANCEOPD_WORKSPACES   where checkouts and the DVC cache they share lie (default: runs/workspaces)
@@ -34,14 +36,20 @@ DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
 REMOTE = "s3"  # in .dvc/config
 BRANCHES = "runs/"
 SKIPPED = "failed to transfer"  # DVC says so of a file of the run cache and then ends as if all were well
-RECORDS = ("dvc.lock", "reports/scorecard.json", "reports/validate.json")  # what a run leaves for git; everything else is DVC's or MLflow's
+RECORDS = (
+    "dvc.lock",
+    "reports/scorecard.json",
+    "reports/validate.json",
+)  # what a run leaves for git; everything else is DVC's or MLflow's
 IDENTITY = ("-c", "user.name=danceopd", "-c", "user.email=danceopd@localhost")
 Line = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder to run in. `branch` and `sha` (the commit that holds the run's params) are None where it is simply this folder."""
+    """A folder to run in. `branch` and `sha` (the commit that holds the run's params) are None where it is simply this
+    folder.
+    """
 
     path: Path
     branch: str | None
@@ -65,16 +73,21 @@ def mirror() -> Path:
     return root() / "mirror.git"
 
 
-def open_workspace(revision: str | None, preset: str | None, overrides: Mapping[str, Any], name: str, line: Line) -> Workspace:
+def open_workspace(
+    revision: str | None, preset: str | None, overrides: Mapping[str, Any], name: str, line: Line
+) -> Workspace:
     """Makes the folder ready and puts preset and overrides (dotted key -> value) in force.
 
-    The same revision, preset and overrides lead to the same folder until the run is finished there, so that a run which was cut off is taken up where it
-    stopped. Raises UserError for an unknown revision, preset or key, or a revision made for another environment; Unavailable when git or S3 do not answer.
+    The same revision, preset and overrides lead to the same folder until the run is finished there, so that a run which
+    was cut off is taken up where it stopped. Raises UserError for an unknown revision, preset or key, or a revision
+    made for another environment; Unavailable when git or S3 do not answer.
     """
     source = repository()
     if source is None:
         if revision is not None:
-            raise UserError(f"revision = {revision!r}: this worker runs in its own folder; set {REPOSITORY} to run revisions of a repository")
+            raise UserError(
+                f"revision = {revision!r}: this worker runs in its own folder; set {REPOSITORY} to run revisions of a repository"
+            )
         put_params(PROJECT, preset, overrides)
         return Workspace(PROJECT, None, None)
     branch = BRANCHES + re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
@@ -88,7 +101,9 @@ def open_workspace(revision: str | None, preset: str | None, overrides: Mapping[
             put_params(fresh, preset, overrides)
             _commit(fresh, f"Params of {branch}", (PARAMS_FILE,))
     elif changed := _changed(folder):
-        _git(folder, "checkout", "--quiet", "HEAD", "--", *changed)  # half of a run that was killed; never somebody's work
+        _git(
+            folder, "checkout", "--quiet", "HEAD", "--", *changed
+        )  # half of a run that was killed; never somebody's work
     _git(folder, "branch", "--force", "--move", branch)
     _same_environment(folder)
     _configure(folder)
@@ -100,7 +115,9 @@ def _changed(folder: Path) -> list[str]:
     return list(git_state(folder)["git.changed"])
 
 
-_held: dict[Path, IO[str]] = {}  # folder -> its open lock file; the kernel frees it when this process ends, however it ends
+_held: dict[
+    Path, IO[str]
+] = {}  # folder -> its open lock file; the kernel frees it when this process ends, however it ends
 
 
 def _hold(folder: Path) -> None:
@@ -118,7 +135,9 @@ def _hold(folder: Path) -> None:
 
 
 def resolve(source: str, revision: str) -> str:
-    """The full commit of a branch, tag or commit of the repository, through a mirror that is updated first. Raises UserError when it is not known there."""
+    """The full commit of a branch, tag or commit of the repository, through a mirror that is updated first. Raises
+    UserError when it is not known there.
+    """
     copy = mirror()
     copy.parent.mkdir(parents=True, exist_ok=True)
     with open(root() / ".mirror.lock", "w") as lock:
@@ -147,7 +166,9 @@ def _clone(source: str, sha: str, folder: Path) -> None:
 
 
 def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) -> None:
-    """Rewrites params.yaml: a preset's whole file, then single values by dotted key. Raises UserErrors for a preset or keys that do not exist."""
+    """Rewrites params.yaml: a preset's whole file, then single values by dotted key. Raises UserErrors for a preset or
+    keys that do not exist.
+    """
     path = project / PARAMS_FILE
     if preset is not None:
         known = sorted(file.stem for file in (project / "presets").glob("*.yaml"))
@@ -176,36 +197,50 @@ def _same_environment(folder: Path) -> None:
     for name in LOCK_FILES:
         here, there = PROJECT / name, folder / name
         if here.is_file() and not (there.is_file() and sha256_file(here) == sha256_file(there)):
-            raise UserError(f"{name} of the asked revision is not the one that this worker was built from; build the worker's image from that revision")
+            raise UserError(
+                f"{name} of the asked revision is not the one that this worker was built from; build the worker's image from that revision"
+            )
 
 
 def _configure(folder: Path) -> None:
     """The cache is shared by all checkouts of this machine: what one run made, the next does not fetch."""
-    write_text(folder / ".dvc" / "config.local", f"[core]\n    remote = {REMOTE}\n[cache]\n    dir = {root() / 'cache'}\n")
+    write_text(
+        folder / ".dvc" / "config.local", f"[core]\n    remote = {REMOTE}\n[cache]\n    dir = {root() / 'cache'}\n"
+    )
 
 
 def fetch(folder: Path, line: Line) -> None:
-    """Everything that the remote has of what dvc.lock names, and its record of earlier stages' runs. What it has not is made by the run."""
+    """Everything that the remote has of what dvc.lock names, and its record of earlier stages' runs. What it has not is
+    made by the run.
+    """
     ended = stream([sys.executable, "-m", "dvc", "pull", "--run-cache", "--allow-missing", "--force"], folder, line)
     if not ended.status:
         return _nothing_skipped("dvc pull", ended)
     error = failure("dvc pull", ended)
-    missing = any(sign in text for text in ended.lines for sign in ("failed to pull data from the cloud", "Checkout failed"))
+    missing = any(
+        sign in text for text in ended.lines for sign in ("failed to pull data from the cloud", "Checkout failed")
+    )
     if not missing or isinstance(error, (Unavailable, Busy)):
         raise error
 
 
 def _nothing_skipped(what: str, ended: Ended) -> None:
-    """Raises Unavailable for a record of the run cache that was not transferred: without it another machine would train again what lies in the store."""
+    """Raises Unavailable for a record of the run cache that was not transferred: without it another machine would train
+    again what lies in the store.
+    """
     skipped = [text.strip() for text in ended.lines if SKIPPED in text]
     if skipped:
-        raise Unavailable(f"{what}: files not transferred: {len(skipped)} ({skipped[0][:300]}); nothing is lost, the same command goes on from there")
+        raise Unavailable(
+            f"{what}: files not transferred: {len(skipped)} ({skipped[0][:300]}); nothing is lost, the same command goes on from there"
+        )
 
 
 def push(work: Workspace, line: Line) -> dict[str, str]:
-    """Data and checkpoints to the DVC remote, then dvc.lock and the reports to the branch: a commit is never pushed before the data it names.
+    """Data and checkpoints to the DVC remote, then dvc.lock and the reports to the branch: a commit is never pushed
+    before the data it names.
 
-    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Unavailable when S3 or git do not answer.
+    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Unavailable when S3 or
+    git do not answer.
     """
     if not work.is_checkout:
         return {}
@@ -215,7 +250,11 @@ def push(work: Workspace, line: Line) -> dict[str, str]:
     _nothing_skipped("dvc push", ended)
     _commit(work.path, f"Results of {work.branch}", tuple(name for name in RECORDS if (work.path / name).exists()))
     _git(work.path, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
-    return {"branch": str(work.branch), "git.sha": _git(work.path, "rev-parse", "HEAD"), "repository": _without_credentials(str(repository()))}
+    return {
+        "branch": str(work.branch),
+        "git.sha": _git(work.path, "rev-parse", "HEAD"),
+        "repository": _without_credentials(str(repository())),
+    }
 
 
 def close(work: Workspace) -> None:
@@ -234,16 +273,27 @@ def _commit(folder: Path, message: str, names: tuple[str, ...]) -> None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """git's output. Raises Unavailable when the other side does not answer, UserError otherwise; credentials in an address are not repeated."""
+    """git's output. Raises Unavailable when the other side does not answer, UserError otherwise; credentials in an
+    address are not repeated.
+    """
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    ended = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=1800, env=environment)
+    ended = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+        env=environment,
+    )
     if ended.returncode == 0:
         return ended.stdout.strip()
     told = _without_credentials((ended.stderr or ended.stdout).strip()[-500:])
     if any(sign in told for sign in UNAVAILABLE):
         raise Unavailable(f"git {arguments[0]}: the repository does not answer ({told})")
     if "index.lock" in told:
-        raise Busy(f"git {arguments[0]}: another run is at work in {folder}; if none is, remove {folder}/.git/index.lock")
+        raise Busy(
+            f"git {arguments[0]}: another run is at work in {folder}; if none is, remove {folder}/.git/index.lock"
+        )
     raise UserError(f"git {arguments[0]} failed in {folder}: {told}")
 
 

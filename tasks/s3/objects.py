@@ -1,14 +1,18 @@
 """Objects in an S3 store: the only place that speaks to one.
 
-    download("s3://bucket/key", path, sha256=..., progress=...) -> sha256     # parts in parallel; goes on where a stopped one ended; appears whole
+    download("s3://bucket/key", path, sha256=..., progress=...) -> sha256     # parts in parallel; goes on where a
+stopped one ended; appears whole
     download_folder("s3://bucket/prefix/", folder) -> {name: sha256}
-    upload(path, "s3://bucket/key", progress=...) -> sha256                   # the same, through the store's list of parts
+    upload(path, "s3://bucket/key", progress=...) -> sha256                   # the same, through the store's list of
+parts
     list_objects("s3://bucket/prefix") -> [Object]
-    read("s3://bucket/key") -> (bytes, etag), put_new(uri, bytes) -> etag, replace(uri, bytes, etag) -> etag   # compare-and-swap
+    read("s3://bucket/key") -> (bytes, etag), put_new(uri, bytes) -> etag, replace(uri, bytes, etag) -> etag   #
+compare-and-swap
 
-Endpoint, region, addressing style, credentials and retries come from the standard AWS settings (AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_PROFILE, AWS_MAX_ATTEMPTS,
-`s3 = addressing_style = path` in ~/.aws/config, ...), never from names of our own. boto3's own transfers start from the first byte after a stop and do not
-keep the parts of an upload, so parts are handled here.
+Endpoint, region, addressing style, credentials and retries come from the standard AWS settings (AWS_ENDPOINT_URL_S3,
+AWS_REGION, AWS_PROFILE, AWS_MAX_ATTEMPTS,
+`s3 = addressing_style = path` in ~/.aws/config, ...), never from names of our own. boto3's own transfers start from the
+first byte after a stop and do not keep the parts of an upload, so parts are handled here.
 """
 
 from __future__ import annotations
@@ -60,7 +64,9 @@ def is_s3(uri: str | Path) -> bool:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """(bucket, key) of `s3://bucket/key`; the key may be empty. Raises UserError for anything else, and for a key with `.` or `..` as a part."""
+    """(bucket, key) of `s3://bucket/key`; the key may be empty. Raises UserError for anything else, and for a key with
+    `.` or `..` as a part.
+    """
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.DOTALL)
     if found is None:
         raise UserError(f"{uri}: not an S3 address; expected s3://BUCKET/KEY")
@@ -75,7 +81,9 @@ def join(uri: str, *names: str) -> str:
 
 
 def relative_name(key: str, prefix: str) -> str:
-    """The key without its prefix, as a path that cannot leave the folder it is written into. Raises UserError for one that could."""
+    """The key without its prefix, as a path that cannot leave the folder it is written into. Raises UserError for one
+    that could.
+    """
     name = key.removeprefix(prefix)
     if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise UserError(f"{key!r}: not a name that can be written below a folder; rename the object")
@@ -103,11 +111,16 @@ def _client(settings: tuple[tuple[str, str], ...]) -> Any:
         if "AWS_MAX_ATTEMPTS" not in os.environ and "max_attempts" not in scoped:
             retries["total_max_attempts"] = ATTEMPTS
         config = Config(
-            connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, max_pool_connections=WORKERS + 2, **({"retries": retries} if retries else {})
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            max_pool_connections=WORKERS + 2,
+            **({"retries": retries} if retries else {}),
         )
         return boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
-        raise UserError(f"the AWS settings cannot be used ({error}); look at AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_PROFILE and ~/.aws/config") from error
+        raise UserError(
+            f"the AWS settings cannot be used ({error}); look at AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_PROFILE and ~/.aws/config"
+        ) from error
 
 
 REMEDIES = {
@@ -126,28 +139,39 @@ REMEDIES = {
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns boto3's errors into UserError: what the store said and what to do. Missing for an absent object, Changed for a condition that does not hold."""
+    """Turns boto3's errors into UserError: what the store said and what to do. Missing for an absent object, Changed
+    for a condition that does not hold.
+    """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
     try:
         yield
     except ClientError as error:
-        code, status = str(error.response["Error"].get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code, status = (
+            str(error.response["Error"].get("Code", "")),
+            error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
+        )
         if code == "404" and error.operation_name == "HeadBucket":
             code = "NoSuchBucket"
         if code in ("NoSuchKey", "404") and error.operation_name != "HeadBucket":
             raise Missing(f"{uri}: {REMEDIES[code]}") from error
         if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
             raise Changed(f"{uri}: somebody else wrote it first") from error
-        again = f"the store answers {status} ({code}); nothing is lost, run the same command again when it has recovered"
+        again = (
+            f"the store answers {status} ({code}); nothing is lost, run the same command again when it has recovered"
+        )
         said = str(error.response["Error"].get("Message", "") or code)
         raise UserError(f"{uri}: {REMEDIES.get(code) or (again if status >= 500 else said)}") from error
     except NoCredentialsError as error:
-        raise UserError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from error
+        raise UserError(
+            f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        ) from error
     except NoRegionError as error:
         raise UserError(f"{uri}: no region; set AWS_REGION") from error
     except (BotoCoreError, _Cut) as error:
-        raise UserError(f"{uri}: the store does not answer ({error}); nothing is lost, run the same command again when it does") from error
+        raise UserError(
+            f"{uri}: the store does not answer ({error}); nothing is lost, run the same command again when it does"
+        ) from error
 
 
 def read(uri: str) -> tuple[bytes, str]:
@@ -167,17 +191,25 @@ def put_new(uri: str, content: bytes) -> str:
 
 
 def replace(uri: str, content: bytes, etag: str) -> str:
-    """Writes over the state that `read` returned with this ETag; returns the new one. Raises Changed when it has another by now."""
+    """Writes over the state that `read` returned with this ETag; returns the new one. Raises Changed when it has
+    another by now.
+    """
     return _put(uri, content, IfMatch=etag)
 
 
 def _put(uri: str, content: bytes, **condition: str) -> str:
-    """A conditional put. When an answer is lost and the request repeated, the store refuses the repetition: the writer's mark tells that it was our own."""
+    """A conditional put. When an answer is lost and the request repeated, the store refuses the repetition: the
+    writer's mark tells that it was our own.
+    """
     bucket, key = split(uri)
     writer = uuid.uuid4().hex
     try:
         with explained(uri):
-            return str(client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={"writer": writer}, **condition)["ETag"])
+            return str(
+                client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={"writer": writer}, **condition)[
+                    "ETag"
+                ]
+            )
     except Changed:
         try:
             with explained(uri):
@@ -196,16 +228,24 @@ def delete(uri: str) -> None:
 
 
 def list_objects(uri: str) -> list[Object]:
-    """All objects whose keys start with the address's, sorted by key. Raises UserError for a bucket that does not exist."""
+    """All objects whose keys start with the address's, sorted by key. Raises UserError for a bucket that does not
+    exist.
+    """
     bucket, key = split(uri)
     with explained(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        found = [Object(f"{SCHEME}{bucket}/{one['Key']}", int(one["Size"]), str(one["ETag"])) for page in pages for one in page.get("Contents", [])]
+        found = [
+            Object(f"{SCHEME}{bucket}/{one['Key']}", int(one["Size"]), str(one["ETag"]))
+            for page in pages
+            for one in page.get("Contents", [])
+        ]
     return sorted(found, key=lambda one: one.uri)
 
 
 def server_time(uri: str) -> datetime:
-    """What the store's clock says, from its answer about the bucket; so it also proves that the bucket is there and may be read."""
+    """What the store's clock says, from its answer about the bucket; so it also proves that the bucket is there and may
+    be read.
+    """
     bucket, _ = split(uri)
     with explained(f"{SCHEME}{bucket}"):
         answer = client().head_bucket(Bucket=bucket)
@@ -216,11 +256,20 @@ def _attempts() -> Iterator[Any]:
     """Repeats what was cut off while a body was read, which boto3's own retries do not cover."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-    return iter(Retrying(retry=retry_if_exception_type(_Cut), stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential_jitter(0.2, 10), reraise=True))
+    return iter(
+        Retrying(
+            retry=retry_if_exception_type(_Cut),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(0.2, 10),
+            reraise=True,
+        )
+    )
 
 
 def _chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
-    """The body of an answer. Raises _Cut when it ends early, stalls or does not have the checksum that the store keeps."""
+    """The body of an answer. Raises _Cut when it ends early, stalls or does not have the checksum that the store
+    keeps.
+    """
     from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
     done = 0

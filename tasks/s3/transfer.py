@@ -14,11 +14,26 @@ from typing import Any
 
 from data.errors import UserError, UserErrors
 from data.files import explain, sha256_bytes, sha256_file
-from tasks.s3.objects import CHUNK, SCHEME, WORKERS, Changed, Missing, _attempts, _chunks, client, explained, list_objects, relative_name, split
+from tasks.s3.objects import (
+    CHUNK,
+    SCHEME,
+    WORKERS,
+    Changed,
+    Missing,
+    _attempts,
+    _chunks,
+    client,
+    explained,
+    list_objects,
+    relative_name,
+    split,
+)
 
 PART = 16 * 1024 * 1024  # bytes; S3's least is 5 MiB for all parts but the last
 MOST_PARTS = 10_000  # S3's limit for one upload
-Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, the object's name), as data.progress.callback takes them
+Progress = Callable[
+    [int, int, str], None
+]  # (bytes done, bytes in all, the object's name), as data.progress.callback takes them
 
 
 class _Counter:
@@ -55,8 +70,9 @@ def _in_parallel(work: Callable[[int], None], indices: Sequence[int]) -> None:
 def download(uri: str, path: str | Path, *, sha256: str | None = None, progress: Progress | None = None) -> str:
     """Brings one object to `path`, whole or not at all, and returns its SHA-256.
 
-    Parts come in parallel, all of one state of the object (its ETag). What was fetched stays in a hidden file beside `path` when the download is stopped, and
-    the same call goes on from there. With `sha256` a file that is there already is kept, and other content is refused. Raises Missing, or UserError.
+    Parts come in parallel, all of one state of the object (its ETag). What was fetched stays in a hidden file beside
+    `path` when the download is stopped, and the same call goes on from there. With `sha256` a file that is there
+    already is kept, and other content is refused. Raises Missing, or UserError.
     """
     path = Path(path)
     if sha256 is not None and path.is_file() and sha256_file(path) == sha256:
@@ -73,14 +89,18 @@ def download(uri: str, path: str | Path, *, sha256: str | None = None, progress:
             fcntl.flock(notes, fcntl.LOCK_EX)  # a second download of the same object waits for this one
             resumed = _fetch(bucket, key, etag, size, partial, notes, _Counter(progress, size, path.name))
             actual = sha256_file(partial)
-            if sha256 is not None and actual != sha256 and resumed:  # a part noted before a power cut may never have reached the disk
+            if (
+                sha256 is not None and actual != sha256 and resumed
+            ):  # a part noted before a power cut may never have reached the disk
                 notes.truncate(0)
                 _fetch(bucket, key, etag, size, partial, notes, _Counter(progress, size, path.name))
                 actual = sha256_file(partial)
             if sha256 is not None and actual != sha256:
                 partial.unlink()
                 journal.unlink()
-                raise UserError(f"{uri}: its SHA-256 is {actual}, expected {sha256}; the object is not the one that was asked for")
+                raise UserError(
+                    f"{uri}: its SHA-256 is {actual}, expected {sha256}; the object is not the one that was asked for"
+                )
             os.replace(partial, path)
             journal.unlink()
     except Changed as error:
@@ -123,21 +143,31 @@ def _fetch(bucket: str, key: str, etag: str, size: int, partial: Path, notes: An
     return bool(whole)
 
 
-def _fetch_part(bucket: str, key: str, etag: str, descriptor: int, offset: int, length: int, whole_object: bool) -> None:
-    asked = {} if whole_object else {"Range": f"bytes={offset}-{offset + length - 1}"}  # without a range boto3 verifies the stored checksum
+def _fetch_part(
+    bucket: str, key: str, etag: str, descriptor: int, offset: int, length: int, whole_object: bool
+) -> None:
+    asked = (
+        {} if whole_object else {"Range": f"bytes={offset}-{offset + length - 1}"}
+    )  # without a range boto3 verifies the stored checksum
     answer = client().get_object(Bucket=bucket, Key=key, IfMatch=etag, **asked)
     if int(answer["ContentLength"]) != length:
-        raise UserError(f"{SCHEME}{bucket}/{key}: the store sent {answer['ContentLength']} bytes where {length} were asked for; it must support ranges")
+        raise UserError(
+            f"{SCHEME}{bucket}/{key}: the store sent {answer['ContentLength']} bytes where {length} were asked for; it must support ranges"
+        )
     done = 0
     for chunk in _chunks(answer):
         os.pwrite(descriptor, chunk, offset + done)
         done += len(chunk)
 
 
-def download_folder(uri: str, folder: str | Path, *, hashes: Mapping[str, str] | None = None, progress: Progress | None = None) -> dict[str, str]:
-    """Every object below the address into `folder`; name (relative, with /) -> SHA-256. `hashes`: the same, expected; nothing else is fetched then.
+def download_folder(
+    uri: str, folder: str | Path, *, hashes: Mapping[str, str] | None = None, progress: Progress | None = None
+) -> dict[str, str]:
+    """Every object below the address into `folder`; name (relative, with /) -> SHA-256. `hashes`: the same, expected;
+    nothing else is fetched then.
 
-    Files appear one by one, each whole. Raises UserErrors for names that would leave the folder, before anything is fetched, and UserError for an empty prefix.
+    Files appear one by one, each whole. Raises UserErrors for names that would leave the folder, before anything is
+    fetched, and UserError for an empty prefix.
     """
     prefix = uri.rstrip("/") + "/"
     base = split(prefix)[1]
@@ -157,13 +187,18 @@ def download_folder(uri: str, folder: str | Path, *, hashes: Mapping[str, str] |
             raise Missing(f"{prefix}: nothing below this address")
     else:
         names = {relative_name(name, ""): prefix + name for name in hashes}
-    return {name: download(source, Path(folder) / name, sha256=hashes[name] if hashes else None, progress=progress) for name, source in names.items()}
+    return {
+        name: download(source, Path(folder) / name, sha256=hashes[name] if hashes else None, progress=progress)
+        for name, source in names.items()
+    }
 
 
 def upload(path: str | Path, uri: str, *, progress: Progress | None = None) -> str:
-    """Puts a file at `uri` and returns its SHA-256. The object appears whole; an upload in parts that was stopped goes on with the parts the store has.
+    """Puts a file at `uri` and returns its SHA-256. The object appears whole; an upload in parts that was stopped goes
+    on with the parts the store has.
 
-    An object with the same content is left as it is (told by its ETag, the MD5 of the content or of its parts). Raises UserError.
+    An object with the same content is left as it is (told by its ETag, the MD5 of the content or of its parts). Raises
+    UserError.
     """
     path = Path(path)
     bucket, key = split(uri)
@@ -218,7 +253,9 @@ def _etag(bucket: str, key: str) -> str | None:
         return None
 
 
-def _upload_parts(bucket: str, key: str, descriptor: int, parts: Sequence[tuple[int, int]], sums: Sequence[str], counter: _Counter) -> None:
+def _upload_parts(
+    bucket: str, key: str, descriptor: int, parts: Sequence[tuple[int, int]], sums: Sequence[str], counter: _Counter
+) -> None:
     from botocore.exceptions import ClientError
 
     identity, present = _unfinished(bucket, key, parts, sums)
@@ -245,18 +282,28 @@ def _upload_parts(bucket: str, key: str, descriptor: int, parts: Sequence[tuple[
             raise
 
 
-def _unfinished(bucket: str, key: str, parts: Sequence[tuple[int, int]], sums: Sequence[str]) -> tuple[str | None, set[int]]:
-    """The unfinished upload of this key that has the most of our parts, and which; (None, nothing) when there is none."""
+def _unfinished(
+    bucket: str, key: str, parts: Sequence[tuple[int, int]], sums: Sequence[str]
+) -> tuple[str | None, set[int]]:
+    """The unfinished upload of this key that has the most of our parts, and which; (None, nothing) when there is
+    none.
+    """
     best: tuple[str | None, set[int]] = (None, set())
     for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key):
         for one in page.get("Uploads", []):
             if one["Key"] != key:
                 continue
             present = set()
-            for listed in client().get_paginator("list_parts").paginate(Bucket=bucket, Key=key, UploadId=one["UploadId"]):
+            for listed in (
+                client().get_paginator("list_parts").paginate(Bucket=bucket, Key=key, UploadId=one["UploadId"])
+            ):
                 for part in listed.get("Parts", []):
                     index = int(part["PartNumber"]) - 1
-                    if index < len(parts) and int(part["Size"]) == parts[index][1] and str(part["ETag"]).strip('"') == sums[index]:
+                    if (
+                        index < len(parts)
+                        and int(part["Size"]) == parts[index][1]
+                        and str(part["ETag"]).strip('"') == sums[index]
+                    ):
                         present.add(index)
             if best[0] is None or len(present) > len(best[1]):
                 best = (str(one["UploadId"]), present)

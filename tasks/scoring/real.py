@@ -1,4 +1,6 @@
-"""Scores of pictures that no parser of shapes can read: GenEval's networks for T2I, a judge for edits. The stages that draw images share it."""
+"""Scores of pictures that no parser of shapes can read: GenEval's networks for T2I, a judge for edits. The stages that
+draw images share it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ LANGUAGE = "instruction_language"  # where an edit's record names it; otherwise 
 
 
 class Batch(Protocol):
-    """Images as tasks.scoring.sampling draws them: their files, relative to the folder, and what each was drawn from."""
+    """Images as tasks.scoring.sampling draws them: their files, relative to the folder, and what each was drawn
+    from.
+    """
 
     @property
     def examples(self) -> list[Example]: ...
@@ -51,22 +55,27 @@ def _language(example: Example) -> str:
     """Raises UserError for a language that GEdit-Bench does not have."""
     found = str(example.record.get(LANGUAGE, LANGUAGES[0]))
     if found not in LANGUAGES:
-        raise UserError(f"{example.origin or 'examples'}, row {example.row}: record.{LANGUAGE} = {found!r}; choose one of {list(LANGUAGES)}")
+        raise UserError(
+            f"{example.origin or 'examples'}, row {example.row}: record.{LANGUAGE} = {found!r}; choose one of {list(LANGUAGES)}"
+        )
     return found
 
 
 def scored_examples(examples: Sequence[Example], benchmark: BenchmarkParams, judge: JudgeParams) -> list[Example]:
-    """The examples without the edits that section `judge` leaves out by language or category. The micro world's all stay."""
+    """The examples without the edits that section `judge` leaves out by language or category. The micro world's all
+    stay.
+    """
     if benchmark.detector == MICRO:
         return list(examples)
     return [
         example
         for example in examples
-        if not _is_edit(example) or ((not judge.categories or example.category in judge.categories) and _language(example) == judge.language)
+        if not _is_edit(example)
+        or ((not judge.categories or example.category in judge.categories) and _language(example) == judge.language)
     ]
 
 
-# --- who scores -------------------------------------------------------------------------------------------------------------
+# --- who scores -------------------------------------------------------------------------------------------------------
 
 
 def evaluator_of(benchmark: BenchmarkParams) -> Evaluator:
@@ -81,20 +90,36 @@ def _judge_of(judge: JudgeParams, benchmark: BenchmarkParams) -> tuple[JudgeSett
     settings = JudgeSettings(kind=judge.kind, model=name, provider=provider, repeats=judge.repeats, **request)
     wording = load_wording(judge.wording or None)
     if judge.kind == "local":
-        return settings, wording, Access(settings, folder=str(Path(judge.model).resolve()), device=benchmark.device, dtype=judge.dtype)
+        return (
+            settings,
+            wording,
+            Access(settings, folder=str(Path(judge.model).resolve()), device=benchmark.device, dtype=judge.dtype),
+        )
     from benchmarks.judge.endpoint import Endpoint
 
-    endpoint = Endpoint(server.base_url, server.key_variable, server.timeout_s, server.tries, server.wait_s, server.longest_wait_s, server.per_minute)
+    endpoint = Endpoint(
+        server.base_url,
+        server.key_variable,
+        server.timeout_s,
+        server.tries,
+        server.wait_s,
+        server.longest_wait_s,
+        server.per_minute,
+    )
     return settings, wording, Access(settings, endpoint)
 
 
 def check_judgeable(examples: Sequence[Example], benchmark: BenchmarkParams, judge: JudgeParams) -> None:
-    """Raises UserError, before anything is drawn, for networks or a judge that are not there, or for edits where section `judge` names nobody."""
+    """Raises UserError, before anything is drawn, for networks or a judge that are not there, or for edits where
+    section `judge` names nobody.
+    """
     edits = sorted({example.category for example in examples if _is_edit(example)})
     drawn = [example.record for example in examples if not _is_edit(example)]
     if edits and judge.kind == "none":
         advice = "name a judge there (endpoint or local), or keep edits out of the eval split"
-        raise UserError(f"judge.kind = none, but there are edits to score ({', '.join(edits)}), which a detector cannot judge: {advice}")
+        raise UserError(
+            f"judge.kind = none, but there are edits to score ({', '.join(edits)}), which a detector cannot judge: {advice}"
+        )
     if drawn:
         evaluator_identity(evaluator_of(benchmark), drawn)
     if edits:
@@ -103,28 +128,43 @@ def check_judgeable(examples: Sequence[Example], benchmark: BenchmarkParams, jud
         answered_by(JUDGEMENTS, settings, wording)
 
 
-def identities_of_scores(scores: Sequence[ExampleScore], examples: Sequence[Example], benchmark: BenchmarkParams, judge: JudgeParams) -> dict[str, Any]:
-    """What a scorecard of these examples names under "geneval" and "gedit": scorecards of other evaluators, judges or prompts are not compared with it.
+def identities_of_scores(
+    scores: Sequence[ExampleScore], examples: Sequence[Example], benchmark: BenchmarkParams, judge: JudgeParams
+) -> dict[str, Any]:
+    """What a scorecard of these examples names under "geneval" and "gedit": scorecards of other evaluators, judges or
+    prompts are not compared with it.
 
     Raises UserError where several models answered under the judge's name, in this stage and those before it.
     """
     drawn, edits = ([example for example in examples if _is_edit(example) == kind] for kind in (False, True))
     found: dict[str, Any] = {}
     if drawn:
-        found["geneval"] = {"evaluator": evaluator_identity(evaluator_of(benchmark), [example.record for example in drawn])}
+        found["geneval"] = {
+            "evaluator": evaluator_identity(evaluator_of(benchmark), [example.record for example in drawn])
+        }
     if edits:
         settings, wording, _ = _judge_of(judge, benchmark)
         rows = [score for score in scores if score.benchmark == "gedit"]
         found["gedit"] = {
-            "judge": {**identity_of_judge(settings, wording), "answered_by": answered_by(JUDGEMENTS, settings, wording)}, "repeats": judge.repeats,
-            "prompts": digest(sorted([example.id, example.category, example.prompt, example.sha256] for example in edits)), "language": judge.language,
-            "coverage": coverage_of(rows), "statuses": dict(sorted(Counter(score.status for score in rows).items())),
-        }  # fmt: skip
+            "judge": {
+                **identity_of_judge(settings, wording),
+                "answered_by": answered_by(JUDGEMENTS, settings, wording),
+            },
+            "repeats": judge.repeats,
+            "prompts": digest(
+                sorted([example.id, example.category, example.prompt, example.sha256] for example in edits)
+            ),
+            "language": judge.language,
+            "coverage": coverage_of(rows),
+            "statuses": dict(sorted(Counter(score.status for score in rows).items())),
+        }
     return found
 
 
 def notes_of_scores(scores: Sequence[ExampleScore], identities: Mapping[str, Any]) -> list[str]:
-    """Sentences for the report: who judged, what has no score by category, and how far that could move the average of edits. None where nobody judged."""
+    """Sentences for the report: who judged, what has no score by category, and how far that could move the average of
+    edits. None where nobody judged.
+    """
     if "gedit" not in identities:
         return []
     about, rows = identities["gedit"], [score for score in scores if score.benchmark == "gedit"]
@@ -135,56 +175,100 @@ def notes_of_scores(scores: Sequence[ExampleScore], identities: Mapping[str, Any
     ]
     missing = Counter((row.category, row.status) for row in rows if row.status != "ok")
     if missing:
-        groups = [[row for row in rows if row.category == category] for category in dict.fromkeys(row.category for row in rows)]
-        low, high = (sum(sum(row.values.get("O", least) for row in group) / len(group) for group in groups) / len(groups) for least in (0.0, HIGHEST))
+        groups = [
+            [row for row in rows if row.category == category]
+            for category in dict.fromkeys(row.category for row in rows)
+        ]
+        low, high = (
+            sum(sum(row.values.get("O", least) for row in group) / len(group) for group in groups) / len(groups)
+            for least in (0.0, HIGHEST)
+        )
         left = ", ".join(f"{count} {status} in {category}" for (category, status), count in sorted(missing.items()))
-        found.append(f"Without a score: {left}. Had these images earned 0 or 10, the average would be {low:.2f} or {high:.2f}.")
+        found.append(
+            f"Without a score: {left}. Had these images earned 0 or 10, the average would be {low:.2f} or {high:.2f}."
+        )
     return found
 
 
-# --- scoring ----------------------------------------------------------------------------------------------------------------
+# --- scoring ----------------------------------------------------------------------------------------------------------
 
 
 Made = tuple[Example, str, int, int]  # an image's example, file, seed and number
 
 
 def _seen(made: Sequence[Made], benchmark: BenchmarkParams, *, model: str, folder: Path) -> list[ExampleScore]:
-    """GenEval's verdicts. Images that these networks have seen before, in a run that was killed or whose student did not change, are not looked at again."""
+    """GenEval's verdicts. Images that these networks have seen before, in a run that was killed or whose student did
+    not change, are not looked at again.
+    """
     pictures = [(path, example.record) for example, path, *_ in made]
     verdicts, _ = judge_pictures(
-        folder, STORE, pictures, evaluator_of(benchmark), batch=benchmark.batch, workers=benchmark.workers, scheduler=benchmark.scheduler
+        folder,
+        STORE,
+        pictures,
+        evaluator_of(benchmark),
+        batch=benchmark.batch,
+        workers=benchmark.workers,
+        scheduler=benchmark.scheduler,
     )
     return [
-        ExampleScore(model, "geneval", example.category, example.id, k, seed, {"correct": float(one.correct)}, one.reasons, path)
+        ExampleScore(
+            model, "geneval", example.category, example.id, k, seed, {"correct": float(one.correct)}, one.reasons, path
+        )
         for (example, path, seed, k), one in zip(made, verdicts, strict=True)
     ]
 
 
-def _graded(made: Sequence[Made], benchmark: BenchmarkParams, judge: JudgeParams, *, model: str, folder: Path, curated: Path) -> list[ExampleScore]:
-    """The judge's grades. What it has answered before is not asked again, but for the statuses that `judge.retry` names."""
+def _graded(
+    made: Sequence[Made], benchmark: BenchmarkParams, judge: JudgeParams, *, model: str, folder: Path, curated: Path
+) -> list[ExampleScore]:
+    """The judge's grades. What it has answered before is not asked again, but for the statuses that `judge.retry`
+    names.
+    """
     settings, wording, access = _judge_of(judge, benchmark)
     edits = []
     for example, path, seed, k in made:
         if example.source is None:
-            raise UserError(f"{example.origin or 'examples'}, row {example.row}: an edit without a source image cannot be judged")
+            raise UserError(
+                f"{example.origin or 'examples'}, row {example.row}: an edit without a source image cannot be judged"
+            )
         source = curated / example.source
-        task = EditTask(example.id, judge.language, example.category, example.prompt, False, source, sha256_file(source))
+        task = EditTask(
+            example.id, judge.language, example.category, example.prompt, False, source, sha256_file(source)
+        )
         edits.append(MadeEdit(task, folder / path, path, k, seed))
     rows, _ = score_made(
-        edits, JUDGEMENTS, model=model, settings=settings, wording=wording, make_ask=access, concurrency=None if judge.kind == "local" else judge.concurrency,
-        workers=judge.workers, scheduler=benchmark.scheduler, retry=judge.retry, prices=judge.prices, highest_price=judge.highest_price,
+        edits,
+        JUDGEMENTS,
+        model=model,
+        settings=settings,
+        wording=wording,
+        make_ask=access,
+        concurrency=None if judge.kind == "local" else judge.concurrency,
+        workers=judge.workers,
+        scheduler=benchmark.scheduler,
+        retry=judge.retry,
+        prices=judge.prices,
+        highest_price=judge.highest_price,
         say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+    )
     return rows
 
 
 def score_drawn(
-    batches: Iterable[Batch], benchmark: BenchmarkParams, judge: JudgeParams, *, model: str, folder: Path, curated: Path, advance: Advance
+    batches: Iterable[Batch],
+    benchmark: BenchmarkParams,
+    judge: JudgeParams,
+    *,
+    model: str,
+    folder: Path,
+    curated: Path,
+    advance: Advance,
 ) -> list[ExampleScore]:
-    """Draws every batch, then has all of its images scored, which spreads over workers; one ExampleScore an image, an edit that has no score with its status.
+    """Draws every batch, then has all of its images scored, which spreads over workers; one ExampleScore an image, an
+    edit that has no score with its status.
 
-    `folder` is what images are relative to, `curated` what sources are. Raises UserError as `check_judgeable`, for a malformed record, and where the judge
-    answers nothing.
+    `folder` is what images are relative to, `curated` what sources are. Raises UserError as `check_judgeable`, for a
+    malformed record, and where the judge answers nothing.
     """
     drawn: list[Made] = []
     for batch in batches:

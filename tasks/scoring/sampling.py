@@ -1,4 +1,6 @@
-"""From examples to images: what a field makes of the evaluation set, one image per (prompt, k), each from a seed of its own."""
+"""From examples to images: what a field makes of the evaluation set, one image per (prompt, k), each from a seed of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from tasks.scoring.real import score_drawn
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out examples with the pictures that belong to them, all (H, W, 3) uint8: an edit's source by example id, every target. `folder` has the files."""
+    """Held-out examples with the pictures that belong to them, all (H, W, 3) uint8: an edit's source by example id,
+    every target. `folder` has the files.
+    """
 
     examples: tuple[Example, ...]
     sources: dict[str, np.ndarray]
@@ -55,7 +59,9 @@ def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
 
 
 def image_seed(example: Example, k: int, seed: int) -> int:
-    """The seed of one image: from benchmark, example, sample number and base seed alone, so that two models start from the same noise."""
+    """The seed of one image: from benchmark, example, sample number and base seed alone, so that two models start from
+    the same noise.
+    """
     suite = CAPABILITIES[example.capability].benchmark
     return int.from_bytes(hashlib.sha256(f"{suite}|{example.id}|{k}|{seed}".encode()).digest()[:8], "big") >> 1
 
@@ -75,24 +81,37 @@ def score_field(
     benchmark: BenchmarkParams,
     judge: JudgeParams,
 ) -> list[ExampleScore]:
-    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores them: pictures of the micro world by its
-    parser and judge, others as `tasks.scoring.real` says.
+    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores
+    them: pictures of the micro world by its parser and judge, others as `tasks.scoring.real` says.
 
     The batch size changes nothing but speed.
     """
     if benchmark.detector != MICRO:
         batches = draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder)
-        return score_drawn(batches, benchmark, judge, model=model, folder=folder, curated=evaluation.folder, advance=advance)
+        return score_drawn(
+            batches, benchmark, judge, model=model, folder=folder, curated=evaluation.folder, advance=advance
+        )
     scores: list[ExampleScore] = []
     for drawn in draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder):
-        scores += score_images(world, drawn.examples, drawn.pictures, model=model, paths=drawn.paths, seeds=drawn.seeds, k=drawn.k, sources=evaluation.sources)
+        scores += score_images(
+            world,
+            drawn.examples,
+            drawn.pictures,
+            model=model,
+            paths=drawn.paths,
+            seeds=drawn.seeds,
+            k=drawn.k,
+            sources=evaluation.sources,
+        )
         advance(len(drawn.examples))
     return scores
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One batch of images: pictures (H, W, 3) uint8, their files relative to the folder, and what each was drawn from."""
+    """One batch of images: pictures (H, W, 3) uint8, their files relative to the folder, and what each was drawn
+    from.
+    """
 
     examples: list[Example]
     pictures: list[np.ndarray]
@@ -103,10 +122,18 @@ class Drawn:
 
 @torch.no_grad()
 def draw_field(
-    field: VelocityField, backbone: Backbone, evaluation: EvaluationSet, params: SamplingParams, *, model: str, scale: float, folder: Path
+    field: VelocityField,
+    backbone: Backbone,
+    evaluation: EvaluationSet,
+    params: SamplingParams,
+    *,
+    model: str,
+    scale: float,
+    folder: Path,
 ) -> Iterator[Drawn]:
-    """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the usual square, edits in their sources'
-    bucket. A batch holds one kind and one size; its size changes nothing but speed.
+    """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the
+    usual square, edits in their sources' bucket. A batch holds one kind and one size; its size changes nothing but
+    speed.
     """
     grid = euler_grid(params.steps, float(backbone.scheduler["shift"]))
     (folder / "images" / model).mkdir(parents=True, exist_ok=True)
@@ -118,8 +145,14 @@ def draw_field(
             examples = [example for example, _ in batch]
             seeds = [image_seed(example, k, params.seed) for example, k in batch]
             noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-            source = encode_sources(backbone, [evaluation.sources[example.id] for example in examples], size) if edits else None
-            condition = condition_of(backbone.encode_prompts([example.prompt for example in examples], edits), empty, source)
+            source = (
+                encode_sources(backbone, [evaluation.sources[example.id] for example in examples], size)
+                if edits
+                else None
+            )
+            condition = condition_of(
+                backbone.encode_prompts([example.prompt for example in examples], edits), empty, source
+            )
             device = network_device(backbone)
             latents = sample(Guided(field, scale), noise.to(device), condition.to(device), grid)
             pictures = as_pictures(backbone.decode(latents))
@@ -129,7 +162,9 @@ def draw_field(
             yield Drawn(examples, pictures, paths, seeds, [k for _, k in batch])
 
 
-def _jobs(backbone: Backbone, evaluation: EvaluationSet, images_per_prompt: int) -> dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]]:
+def _jobs(
+    backbone: Backbone, evaluation: EvaluationSet, images_per_prompt: int
+) -> dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]]:
     """(edit?, (width, height)) -> (example, k), T2I first."""
     jobs: dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]] = {}
     for edits in (False, True):

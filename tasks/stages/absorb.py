@@ -1,4 +1,6 @@
-"""Stage `absorb`: classifier-free guidance into the student's own weights. The same loop, its teacher the frozen student under guidance."""
+"""Stage `absorb`: classifier-free guidance into the student's own weights. The same loop, its teacher the frozen
+student under guidance.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tasks.training.states import Watch, facts_of, watch_params
 
 @dataclass(frozen=True)
 class Guidance:
-    """Examples of `capability` are answered by the frozen student under guidance `scale` (1 keeps it as it is); `weight` is the share of the steps."""
+    """Examples of `capability` are answered by the frozen student under guidance `scale` (1 keeps it as it is);
+    `weight` is the share of the steps.
+    """
 
     capability: str
     scale: float
@@ -72,26 +76,57 @@ class Params:
 
     def faults(self) -> list[str]:
         found = self.loop().faults() + [fault.replace("routes", "fields") for fault in route_faults(self.routes())]
-        found += [f"fields[{index}].scale = {field.scale}: expected 1 or more" for index, field in enumerate(self.fields) if field.scale < 1]
+        found += [
+            f"fields[{index}].scale = {field.scale}: expected 1 or more"
+            for index, field in enumerate(self.fields)
+            if field.scale < 1
+        ]
         return found + self.watch().faults(self.held_out)
 
 
 def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out: Path) -> dict[str, Any]:
     """Trains the distilled student on towards its own guided field, and writes it to `out`."""
     if params.execution.processes > this_process().size:
-        return in_processes("absorb", params, {"encoded": encoded, "teachers": teachers, "student": student, "out": out}, params.execution)
+        return in_processes(
+            "absorb",
+            params,
+            {"encoded": encoded, "teachers": teachers, "student": student, "out": out},
+            params.execution,
+        )
     base = read_records(teachers)[BASE]
-    learner = load_student(student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading(params.execution.device)), base.sha256)
+    learner = load_student(
+        student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading(params.execution.device)), base.sha256
+    )
     frozen = learner.frozen_copy()
-    guided: dict[str, VelocityField] = {f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields}
-    buckets = load_buckets(encoded, [field.capability for field in params.fields if field.capability in CAPABILITIES], base.sha256)
+    guided: dict[str, VelocityField] = {
+        f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields
+    }
+    buckets = load_buckets(
+        encoded, [field.capability for field in params.fields if field.capability in CAPABILITIES], base.sha256
+    )
     before = read_json(student / RECORD)
     return run_training(
-        "absorb", learner, guided, buckets, router(params.routes()), params.loop(), seed=params.seed, watch=params.watch(), execution=params.execution,
+        "absorb",
+        learner,
+        guided,
+        buckets,
+        router(params.routes()),
+        params.loop(),
+        seed=params.seed,
+        watch=params.watch(),
+        execution=params.execution,
         facts=facts_of(
-            params.loop(), params.watch(), params.execution, seed=params.seed, fields=[asdict(field) for field in params.fields],
-            encoded=encoded_fingerprint(encoded), student=[before["sha256"], before["start_sha256"]],
+            params.loop(),
+            params.watch(),
+            params.execution,
+            seed=params.seed,
+            fields=[asdict(field) for field in params.fields],
+            encoded=encoded_fingerprint(encoded),
+            student=[before["sha256"], before["start_sha256"]],
         ),
-        record={**{key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")}, "student": before["sha256"]},
+        record={
+            **{key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")},
+            "student": before["sha256"],
+        },
         out=out,
-    )  # fmt: skip
+    )

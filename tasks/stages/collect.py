@@ -56,17 +56,20 @@ Drawn = tuple[str, str, str, dict[str, Any], Scene | None, Scene]
 def collect(params: Params, *, out: Path) -> dict[str, Any]:
     """Raw rows and images for curation: `*.csv`, `*.jsonl` or `*.parquet` with the images beside them.
 
-    From the micro world: `train.jsonl`, `eval.jsonl` and `images/`, the same for the same parameters. From a folder: its manifests, unchanged, and every
-    image that they name and that lies inside it. `out` is replaced as a whole. Raises UserError(s) when the folder cannot be read or the world is too small.
+    From the micro world: `train.jsonl`, `eval.jsonl` and `images/`, the same for the same parameters. From a folder:
+    its manifests, unchanged, and every image that they name and that lies inside it. `out` is replaced as a whole.
+    Raises UserError(s) when the folder cannot be read or the world is too small.
     """
     return _from_folder(Path(params.folder), out) if params.source == "folder" else _from_world(params, out)
 
 
-# --- the micro world ---------------------------------------------------------------------------------------------------------
+# --- the micro world --------------------------------------------------------------------------------------------------
 
 
 def draw_examples(params: Params, world: World) -> Iterator[Drawn]:
-    """(id, split, capability, record, source scene, target scene) of every row. Row i of a category depends on the seed, the category and i alone."""
+    """(id, split, capability, record, source scene, target scene) of every row. Row i of a category depends on the
+    seed, the category and i alone.
+    """
     for capability, count in params.train.items():
         categories = CAPABILITIES[capability].categories
         for index in range(count):
@@ -83,11 +86,22 @@ def draw_examples(params: Params, world: World) -> Iterator[Drawn]:
 def _check_splits(params: Params, world: World) -> None:
     """A small world may have no tuple at all to train on, or none to hold out, in some category."""
     asked = [("eval", category) for category, count in params.evaluation.items() if count]
-    asked += [("train", category) for capability, count in params.train.items() if count for category in CAPABILITIES[capability].categories]
+    asked += [
+        ("train", category)
+        for capability, count in params.train.items()
+        if count
+        for category in CAPABILITIES[capability].categories
+    ]
     words = {"train": "left to train on", "eval": "held out"}
-    faults = [f"{category}: this world has no examples that are {words[split]}" for split, category in asked if not split_tuples(world, category, split)]
+    faults = [
+        f"{category}: this world has no examples that are {words[split]}"
+        for split, category in asked
+        if not split_tuples(world, category, split)
+    ]
     if faults:
-        raise UserErrors("the micro world is too small; add shapes, colors, backgrounds or styles (section world)", faults)
+        raise UserErrors(
+            "the micro world is too small; add shapes, colors, backgrounds or styles (section world)", faults
+        )
 
 
 def _from_world(params: Params, out: Path) -> dict[str, Any]:
@@ -107,7 +121,14 @@ def _from_world(params: Params, out: Path) -> dict[str, Any]:
 
         for done, (name, split, capability, record, source, target) in enumerate(draw_examples(params, world), 1):
             category = record.get("category") or record["tag"]
-            row = {"id": name, "split": split, "capability": capability, "category": category, "prompt": record["prompt"], "record": record}
+            row = {
+                "id": name,
+                "split": split,
+                "capability": capability,
+                "category": category,
+                "prompt": record["prompt"],
+                "record": record,
+            }
             if source is not None:
                 row["source"] = save(f"{name}-source", source)
             row["target"] = save(f"{name}-target", target)
@@ -120,11 +141,13 @@ def _from_world(params: Params, out: Path) -> dict[str, Any]:
     return {"source": "microworld", "train": len(rows["train"]), "eval": len(rows["eval"]), "images": images}
 
 
-# --- a folder of the user's --------------------------------------------------------------------------------------------------
+# --- a folder of the user's -------------------------------------------------------------------------------------------
 
 
 def _from_folder(source: Path, out: Path) -> dict[str, Any]:
-    """Copies what curation will read. Rows that it will reject come along, so that they are listed there with their reasons."""
+    """Copies what curation will read. Rows that it will reject come along, so that they are listed there with their
+    reasons.
+    """
     manifests = read_manifests(source)
     if out.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{source}: the folder and the output {out} lie inside each other; keep your files elsewhere")
@@ -140,4 +163,10 @@ def _from_folder(source: Path, out: Path) -> dict[str, Any]:
                 shutil.copyfile(source / name, folder / name)
                 copied += 1
             report(done, len(named), "copy images")
-    return {"source": str(source), "rows": manifests.count, "bad_rows": len(manifests.rejected), "images": copied, "missing_images": len(named) - copied}
+    return {
+        "source": str(source),
+        "rows": manifests.count,
+        "bad_rows": len(manifests.rejected),
+        "images": copied,
+        "missing_images": len(named) - copied,
+    }

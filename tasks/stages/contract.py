@@ -14,7 +14,9 @@ STAGES = ("collect", "teachers", "curate", "validate", "encode", "distill", "abs
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its module defines it: `function(params, *, path: Path, ...) -> summary`; `paths` are its keyword-only arguments, in order."""
+    """A stage as its module defines it: `function(params, *, path: Path, ...) -> summary`; `paths` are its keyword-only
+    arguments, in order.
+    """
 
     name: str
     function: Callable[..., dict[str, Any]]
@@ -23,13 +25,21 @@ class Stage:
 
 
 def load_stage(name: str) -> Stage:
-    """Imports `tasks.stages.NAME`. Raises TypeError where the module does not keep the convention: a defect of ours, not of the user's."""
+    """Imports `tasks.stages.NAME`. Raises TypeError where the module does not keep the convention: a defect of ours,
+    not of the user's.
+    """
     module = importlib.import_module(f"tasks.stages.{name}")
     function, params = getattr(module, name), module.Params
     hints = get_type_hints(function)
     arguments = list(inspect.signature(function).parameters.values())
     paths = [argument for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
-    wrong = [argument.name for argument in paths if hints.get(argument.name) is not Path or argument.default is not argument.empty]
+    wrong = [
+        argument.name
+        for argument in paths
+        if hints.get(argument.name) is not Path or argument.default is not argument.empty
+    ]
     if wrong or [argument.name for argument in arguments if argument not in paths] != ["params"]:
-        raise TypeError(f"tasks.stages.{name}.{name}: expected (params, *, path: Path, ...) without defaults, found {inspect.signature(function)}")
+        raise TypeError(
+            f"tasks.stages.{name}.{name}: expected (params, *, path: Path, ...) without defaults, found {inspect.signature(function)}"
+        )
     return Stage(name, function, params, tuple(argument.name for argument in paths))

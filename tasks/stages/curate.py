@@ -15,17 +15,20 @@ from tasks.params.sections import WorldParams
 
 @dataclass(frozen=True)
 class Params(filters.Options):
-    """What is kept (`data.curation.filters.Options`), and which words a prompt may use: those of the micro world, or any."""
+    """What is kept (`data.curation.filters.Options`), and which words a prompt may use: those of the micro world, or
+    any.
+    """
 
     vocabulary: Literal["world", "any"]
     world: WorldParams
 
 
 def curate(params: Params, *, raw: Path, out: Path, docs: Path) -> dict[str, Any]:
-    """Curated examples and images, `rejected.csv` with a reason for every row left out, and the Data Docs of the suite that they pass.
+    """Curated examples and images, `rejected.csv` with a reason for every row left out, and the Data Docs of the suite
+    that they pass.
 
-    `out` appears whole, and only when the suite holds; `docs` is written either way. Raises UserErrors that names what is wrong in the manifests, which
-    capability is short of rows, or which expectations fail on which rows.
+    `out` appears whole, and only when the suite holds; `docs` is written either way. Raises UserErrors that names what
+    is wrong in the manifests, which capability is short of rows, or which expectations fail on which rows.
     """
     words = params.world.world().vocabulary if params.vocabulary == "world" else None
 

@@ -25,7 +25,8 @@ from tasks.training.states import Watch, facts_of, watch_params
 class Params:
     """Section `distill`. `start`: "base", "merged" or a teacher; `trainable`: "all" or "adapter" (of `rank`, `alpha`).
 
-    The rest is model.step.LoopParams and tasks.training.states.Watch; the shared section `execution` is model.compute.execution.ExecutionParams.
+    The rest is model.step.LoopParams and tasks.training.states.Watch; the shared section `execution` is
+    model.compute.execution.ExecutionParams.
     """
 
     backbone: BackboneParams
@@ -71,39 +72,78 @@ class Params:
         found = [fault.replace("routing =", "routes_taken =") for fault in self.loop().faults()]
         if self.trainable not in TRAINABLE:
             found.append(f"trainable = {self.trainable!r}: choose one of {list(TRAINABLE)}")
-        found += [f"{name} = {getattr(self, name)}: expected 1 or more" for name in ("rank", "alpha") if getattr(self, name) < 1]
+        found += [
+            f"{name} = {getattr(self, name)}: expected 1 or more"
+            for name in ("rank", "alpha")
+            if getattr(self, name) < 1
+        ]
         found += method_faults(self.method, self.states, self.query_states, self.start, self.batch)
         return found + self.watch().faults(self.held_out)
 
 
 def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict[str, Any]:
-    """Trains the student and writes it to `out`. Killed, the same command goes on where it last saved. With method "merge" the start is the student."""
+    """Trains the student and writes it to `out`. Killed, the same command goes on where it last saved. With method
+    "merge" the start is the student.
+    """
     if params.execution.processes > this_process().size:
         return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out}, params.execution)
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, need=TRANSFORMER, **params.backbone.loading(params.execution.device))
+    backbone, fields = load_teachers(
+        teachers,
+        names,
+        offload=params.backbone.offload,
+        need=TRANSFORMER,
+        **params.backbone.loading(params.execution.device),
+    )
     records = read_records(teachers)
     buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)
     hashes = {name: records[name].sha256 for name in names}
     record = {
-        "base_sha256": records[BASE].sha256, "teachers": hashes, "start": params.start, "trainable": params.trainable,
-        "rank": params.rank, "alpha": params.alpha,
-    }  # fmt: skip
+        "base_sha256": records[BASE].sha256,
+        "teachers": hashes,
+        "start": params.start,
+        "trainable": params.trainable,
+        "rank": params.rank,
+        "alpha": params.alpha,
+    }
     # Named only where they are not the paper's, so that a run that was begun before there was a choice goes on.
-    method = {"method": params.method, "query_states": params.query_states} if (params.method, params.query_states) != ("danceopd", 1) else {}
+    method = (
+        {"method": params.method, "query_states": params.query_states}
+        if (params.method, params.query_states) != ("danceopd", 1)
+        else {}
+    )
     if params.method == "merge":
         return _merge(student, {**record, "stage": "distill", "steps": 0, "fingerprint": digest([record, method])}, out)
     return run_training(
-        "distill", student, fields, buckets, router(routes, names), params.loop(), seed=params.seed, watch=params.watch(), execution=params.execution,
+        "distill",
+        student,
+        fields,
+        buckets,
+        router(routes, names),
+        params.loop(),
+        seed=params.seed,
+        watch=params.watch(),
+        execution=params.execution,
         facts=facts_of(
-            params.loop(), params.watch(), params.execution, seed=params.seed, start=params.start, trainable=params.trainable, rank=params.rank,
-            alpha=params.alpha, routes=[asdict(route) for route in routes], encoded=encoded_fingerprint(encoded), teachers=hashes, **method,
+            params.loop(),
+            params.watch(),
+            params.execution,
+            seed=params.seed,
+            start=params.start,
+            trainable=params.trainable,
+            rank=params.rank,
+            alpha=params.alpha,
+            routes=[asdict(route) for route in routes],
+            encoded=encoded_fingerprint(encoded),
+            teachers=hashes,
+            **method,
         ),
-        record=record, compute=compute_of(params.method, params.query_states),
+        record=record,
+        compute=compute_of(params.method, params.query_states),
         out=out,
-    )  # fmt: skip
+    )
 
 
 def _merge(student: Student, record: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Stage `encode`: prompts, source and target images of the training split, encoded once. Training never loads the text encoder or the codec."""
+"""Stage `encode`: prompts, source and target images of the training split, encoded once. Training never loads the text
+encoder or the codec.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ Size = tuple[int, int]  # width, height in px
 
 @dataclass(frozen=True)
 class Params:
-    """Section `encode`. `batch`: prompts or images at once. `cache`: keep what was encoded in runs/encode, so that changed data encodes only what is new."""
+    """Section `encode`. `batch`: prompts or images at once. `cache`: keep what was encoded in runs/encode, so that
+    changed data encodes only what is new.
+    """
 
     backbone: BackboneParams
     batch: int
@@ -43,12 +47,14 @@ class Params:
         return [f"batch = {self.batch}: expected 1 or more"] if self.batch < 1 else []
 
 
-# --- what was encoded before ------------------------------------------------------------------------------------------------
+# --- what was encoded before ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Encoded prompts and pictures by content: a file an item, named by the digest of what it depends on. `folder` None keeps nothing."""
+    """Encoded prompts and pictures by content: a file an item, named by the digest of what it depends on. `folder` None
+    keeps nothing.
+    """
 
     folder: Path | None
 
@@ -84,7 +90,11 @@ def parts_digest(folder: Path, names: Iterable[str]) -> str:
 
 
 def _in_batches(
-    keys: Sequence[str], cache: Cache, encode_rows: Callable[[list[int]], list[dict[str, torch.Tensor]]], batch: int, advance: Advance
+    keys: Sequence[str],
+    cache: Cache,
+    encode_rows: Callable[[list[int]], list[dict[str, torch.Tensor]]],
+    batch: int,
+    advance: Advance,
 ) -> tuple[list[dict[str, torch.Tensor]], int]:
     """An item a key, from the cache or encoded `batch` at a time; and how many were encoded."""
     found = [cache.get(key) for key in keys]
@@ -99,22 +109,31 @@ def _in_batches(
     return [item for item in found if item is not None], len(new)
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------------
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def _rows_of(prompts: Prompts) -> list[dict[str, torch.Tensor]]:
     """Every prompt's own tensors, unpadded."""
     if prompts.segments is None or prompts.lengths is None:
-        return [{"embeds": embeds, "pooled": pooled} for embeds, pooled in zip(prompts.embeds, prompts.pooled, strict=True)]
+        return [
+            {"embeds": embeds, "pooled": pooled} for embeds, pooled in zip(prompts.embeds, prompts.pooled, strict=True)
+        ]
     rows = zip(prompts.embeds, prompts.pooled, prompts.lengths.tolist(), prompts.segments, strict=True)
-    return [{"embeds": embeds[:length], "pooled": pooled, "segments": segments} for embeds, pooled, length, segments in rows]
+    return [
+        {"embeds": embeds[:length], "pooled": pooled, "segments": segments} for embeds, pooled, length, segments in rows
+    ]
 
 
-def _table(backbone: Backbone, prompts: list[str], edits: bool, cache: Cache, key: dict[str, Any], batch: int, advance: Advance) -> tuple[dict[str, Any], int]:
+def _table(
+    backbone: Backbone, prompts: list[str], edits: bool, cache: Cache, key: dict[str, Any], batch: int, advance: Advance
+) -> tuple[dict[str, Any], int]:
     """The tensors of one prompt table, the empty prompt's beside them; and how many prompts were encoded."""
 
     def encode_rows(rows: list[int]) -> list[dict[str, torch.Tensor]]:
-        return [{name: value.cpu() for name, value in item.items()} for item in _rows_of(backbone.encode_prompts([prompts[row] for row in rows], edits))]
+        return [
+            {name: value.cpu() for name, value in item.items()}
+            for item in _rows_of(backbone.encode_prompts([prompts[row] for row in rows], edits))
+        ]
 
     keys = [digest({**key, "edits": edits and backbone.edit_prompts, "prompt": prompt}) for prompt in prompts]
     items, encoded = _in_batches(keys, cache, encode_rows, batch, advance)
@@ -122,11 +141,13 @@ def _table(backbone: Backbone, prompts: list[str], edits: bool, cache: Cache, ke
     table = {f"empty_{name}": value.cpu() for name, value in empty.items()}
     for name in empty:
         ragged = name == "embeds" and "segments" in empty
-        table[name] = torch.cat([item[name] for item in items]) if ragged else torch.stack([item[name] for item in items])
+        table[name] = (
+            torch.cat([item[name] for item in items]) if ragged else torch.stack([item[name] for item in items])
+        )
     return table, encoded
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def _sizes(backbone: Backbone, example: Example, curated: Path) -> Size:
@@ -139,20 +160,33 @@ def _sizes(backbone: Backbone, example: Example, curated: Path) -> Size:
 
 
 def _latents(
-    backbone: Backbone, wanted: list[tuple[str, Size]], curated: Path, cache: Cache, key: dict[str, Any], batch: int, advance: Advance
+    backbone: Backbone,
+    wanted: list[tuple[str, Size]],
+    curated: Path,
+    cache: Cache,
+    key: dict[str, Any],
+    batch: int,
+    advance: Advance,
 ) -> tuple[list[torch.Tensor], int]:
-    """Latents (C, h, w) of curated pictures in the sizes wanted, each encoded once however often it occurs; and how many were encoded."""
+    """Latents (C, h, w) of curated pictures in the sizes wanted, each encoded once however often it occurs; and how
+    many were encoded.
+    """
     distinct = list(dict.fromkeys(wanted))
     done: dict[tuple[str, Size], torch.Tensor] = {}
     encoded = 0
     for size in dict.fromkeys(size for _, size in distinct):  # a batch holds one size
         same = [item for item in distinct if item[1] == size]
 
-        def encode_rows(rows: list[int], same: list[tuple[str, Size]] = same, size: Size = size) -> list[dict[str, torch.Tensor]]:
+        def encode_rows(
+            rows: list[int], same: list[tuple[str, Size]] = same, size: Size = size
+        ) -> list[dict[str, torch.Tensor]]:
             pictures = np.stack([fit(read_picture(curated / same[row][0]), size) for row in rows])
             return [{"latents": latents.clone()} for latents in backbone.encode_image(as_images(pictures)).cpu()]
 
-        keys = [digest({**key, "picture": sha256_file(curated / path), "size": list(size)}) if cache.folder else "" for path, _ in same]
+        keys = [
+            digest({**key, "picture": sha256_file(curated / path), "size": list(size)}) if cache.folder else ""
+            for path, _ in same
+        ]
         items, new = _in_batches(keys, cache, encode_rows, batch, advance)
         encoded += new
         done |= {item: found["latents"] for item, found in zip(same, items, strict=True)}
@@ -168,7 +202,14 @@ def _by_shape(latents: list[torch.Tensor], name: str) -> dict[str, torch.Tensor]
 
 
 def _bucket(
-    backbone: Backbone, examples: list[Example], prompt_rows: dict[str, int], curated: Path, cache: Cache, key: dict[str, Any], batch: int, advance: Advance
+    backbone: Backbone,
+    examples: list[Example],
+    prompt_rows: dict[str, int],
+    curated: Path,
+    cache: Cache,
+    key: dict[str, Any],
+    batch: int,
+    advance: Advance,
 ) -> tuple[dict[str, torch.Tensor], int]:
     is_edit = CAPABILITIES[examples[0].capability].is_edit
     without = [example for example in examples if is_edit and not example.source]
@@ -182,7 +223,9 @@ def _bucket(
     per = backbone.pixels_per_latent
     tensors = {
         "prompts": torch.tensor([prompt_rows[example.prompt] for example in examples], dtype=torch.int64),
-        "shapes": torch.tensor([[backbone.latent_shape[0], height // per, width // per] for width, height in sizes], dtype=torch.int64),
+        "shapes": torch.tensor(
+            [[backbone.latent_shape[0], height // per, width // per] for width, height in sizes], dtype=torch.int64
+        ),
     }
     for part in ("source", "target") if is_edit else ("target",):
         paths = [getattr(example, part) for example in examples]
@@ -193,15 +236,15 @@ def _bucket(
     return tensors, encoded
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------------
+# --- the stage --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def encode(params: Params, *, curated: Path, teachers: Path, out: Path) -> dict[str, Any]:
     """Writes a prompt table, a bucket per capability and encoded.json (what it was made with) to `out`.
 
-    Prompts are stored without padding, pictures as latents in the bucket of their aspect. Raises UserError when there is nothing to train on, an edit has no
-    source, or the base cannot read one.
+    Prompts are stored without padding, pictures as latents in the bucket of their aspect. Raises UserError when there
+    is nothing to train on, an edit has no source, or the base cannot read one.
     """
     base = read_records(teachers)[BASE]
     examples = [example for example in read_examples(curated) if example.split == "train"]
@@ -210,11 +253,25 @@ def encode(params: Params, *, curated: Path, teachers: Path, out: Path) -> dict[
     backbone = load_base(teachers, need=("text", "vae"), **params.backbone.loading())
     edits = [example for example in examples if CAPABILITIES[example.capability].is_edit]
     if edits and not backbone.supports_edits:
-        raise UserError(f"{curated}: {len(edits)} edits to encode, the first is {edits[0].id}, but the base reads no source image; take one that does")
+        raise UserError(
+            f"{curated}: {len(edits)} edits to encode, the first is {edits[0].id}, but the base reads no source image; take one that does"
+        )
     cache = Cache(CACHE if params.cache else None)
-    text = {"family": backbone.name, "text": parts_digest(teachers / BASE, TEXT_PARTS), **_only(params.backbone, "precision", "max_tokens")}
+    text = {
+        "family": backbone.name,
+        "text": parts_digest(teachers / BASE, TEXT_PARTS),
+        **_only(params.backbone, "precision", "max_tokens"),
+    }
     picture = {"family": backbone.name, "vae": parts_digest(teachers / BASE, ["vae"])}
-    tables = {PROMPTS: sorted({example.prompt for example in examples if not (backbone.edit_prompts and CAPABILITIES[example.capability].is_edit)})}
+    tables = {
+        PROMPTS: sorted(
+            {
+                example.prompt
+                for example in examples
+                if not (backbone.edit_prompts and CAPABILITIES[example.capability].is_edit)
+            }
+        )
+    }
     if backbone.edit_prompts:
         tables[EDIT_PROMPTS] = sorted({example.prompt for example in edits})
     total = sum(map(len, tables.values())) + _pictures(examples)
@@ -243,11 +300,18 @@ def encode(params: Params, *, curated: Path, teachers: Path, out: Path) -> dict[
         write_json(
             folder / "encoded.json",
             {
-                "base_sha256": base.sha256, "backbone": backbone.name, "text_sha256": text["text"], "vae_sha256": picture["vae"], "batch": params.batch,
-                "pretrained": _only(params.backbone, "precision", "resolution", "max_tokens"), "prompts": sum(map(len, tables.values())),
-                "examples": counts, "truncated": truncated, "shapes": sorted(map(list, sizes)),
+                "base_sha256": base.sha256,
+                "backbone": backbone.name,
+                "text_sha256": text["text"],
+                "vae_sha256": picture["vae"],
+                "batch": params.batch,
+                "pretrained": _only(params.backbone, "precision", "resolution", "max_tokens"),
+                "prompts": sum(map(len, tables.values())),
+                "examples": counts,
+                "truncated": truncated,
+                "shapes": sorted(map(list, sizes)),
             },
-        )  # fmt: skip
+        )
     summary: dict[str, Any] = {"prompts": sum(map(len, tables.values())), **counts}
     if truncated:
         summary["truncated prompts"] = truncated
@@ -262,5 +326,7 @@ def _only(backbone: BackboneParams, *names: str) -> dict[str, Any]:
 
 def _pictures(examples: list[Example]) -> int:
     """How many pictures the buckets will encode, each counted once a bucket and part."""
-    parts = [(example.capability, part, getattr(example, part)) for example in examples for part in ("source", "target")]
+    parts = [
+        (example.capability, part, getattr(example, part)) for example in examples for part in ("source", "target")
+    ]
     return len({item for item in parts if item[2] and (item[1] == "target" or CAPABILITIES[item[0]].is_edit)})

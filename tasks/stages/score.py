@@ -1,4 +1,6 @@
-"""Stage `score`: how good the student is on held-out examples, before and after absorbing guidance, beside its teachers and the ends of the scale."""
+"""Stage `score`: how good the student is on held-out examples, before and after absorbing guidance, beside its teachers
+and the ends of the scale.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from typing import Any
 from benchmarks.micro import CONTROLS
 from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot
 from benchmarks.scores.page import write_report
-from benchmarks.scores.scorecard import ExampleScore, Scorecard, compare, expected_scores, read_scores, summarise, write_scorecard, write_scores
+from benchmarks.scores.scorecard import (
+    ExampleScore,
+    Scorecard,
+    compare,
+    expected_scores,
+    read_scores,
+    summarise,
+    write_scorecard,
+    write_scores,
+)
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
@@ -21,7 +32,14 @@ from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import TRANSFORMER
 from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
-from tasks.params.sections import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params.sections import (
+    BackboneParams,
+    BenchmarkParams,
+    JudgeParams,
+    RoutingParams,
+    SamplingParams,
+    WorldParams,
+)
 from tasks.scoring.real import check_judgeable, identities_of_scores, notes_of_scores, scored_examples
 from tasks.scoring.sampling import EvaluationSet, evaluation_set, score_field
 
@@ -30,7 +48,9 @@ CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
 
 @dataclass(frozen=True)
 class Params:
-    """Section `score`. `resamples` and `confidence` of the bootstrap intervals; `shown`: examples a category in grids and report."""
+    """Section `score`. `resamples` and `confidence` of the bootstrap intervals; `shown`: examples a category in grids
+    and report.
+    """
 
     world: WorldParams
     backbone: BackboneParams
@@ -45,7 +65,11 @@ class Params:
 
     def faults(self) -> list[str]:
         found = [f"confidence = {self.confidence}: expected between 0 and 1"] if not 0 < self.confidence < 1 else []
-        return found + [f"{name} = {getattr(self, name)}: expected 1 or more" for name in ("resamples", "shown") if getattr(self, name) < 1]
+        return found + [
+            f"{name} = {getattr(self, name)}: expected 1 or more"
+            for name in ("resamples", "shown")
+            if getattr(self, name) < 1
+        ]
 
 
 def _first(examples: tuple[Example, ...], count: int) -> list[Example]:
@@ -57,25 +81,44 @@ def _first(examples: tuple[Example, ...], count: int) -> list[Example]:
     return [example for members in chosen.values() for example in members]
 
 
-def _pictures(folder: Path, validated: Path, evaluation: EvaluationSet, teacher_of: Mapping[str, str], shown: int) -> None:
+def _pictures(
+    folder: Path, validated: Path, evaluation: EvaluationSet, teacher_of: Mapping[str, str], shown: int
+) -> None:
     """Sample grids and edit strips, for people who would rather look than read."""
     t2i = _first(evaluation.only("t2i").examples, shown)
     if t2i:
         images = [read_picture(folder / f"images/{CANDIDATE}/{example.id}-0.png") for example in t2i]
-        sample_grid(images, [example.prompt for example in t2i], folder / "t2i.png", columns=2 * shown if shown < 4 else shown)
+        sample_grid(
+            images, [example.prompt for example in t2i], folder / "t2i.png", columns=2 * shown if shown < 4 else shown
+        )
     edits = _first(evaluation.only("edit").examples, shown)
     if edits:
         edit_strips(
             [evaluation.sources[example.id] for example in edits],
-            [read_picture(validated / f"images/{teacher_of[example.category]}/{example.id}-0.png") for example in edits],
+            [
+                read_picture(validated / f"images/{teacher_of[example.category]}/{example.id}-0.png")
+                for example in edits
+            ],
             [read_picture(folder / f"images/{CANDIDATE}/{example.id}-0.png") for example in edits],
             [example.prompt for example in edits],
             folder / "edits.png",
         )
 
 
-def score(params: Params, *, curated: Path, teachers: Path, validated: Path, student: Path, absorbed: Path, out: Path, scorecard: Path) -> dict[str, Any]:
-    """Writes `scorecard` (the absorbed student's) and `out`: every image with its score, report.html, grids, all models' scorecards and their comparisons."""
+def score(
+    params: Params,
+    *,
+    curated: Path,
+    teachers: Path,
+    validated: Path,
+    student: Path,
+    absorbed: Path,
+    out: Path,
+    scorecard: Path,
+) -> dict[str, Any]:
+    """Writes `scorecard` (the absorbed student's) and `out`: every image with its score, report.html, grids, all
+    models' scorecards and their comparisons.
+    """
     world, routes = params.world.world(), params.routing.routes
     records = read_records(teachers)
     loading = params.backbone.loading()
@@ -103,37 +146,65 @@ def score(params: Params, *, curated: Path, teachers: Path, validated: Path, stu
                 (CANDIDATE, candidate.field, 1.0),
             ):
                 scores[name] = score_field(
-                    field, backbone, world, evaluation, params.sampling, model=name, scale=scale, folder=folder, advance=advance,
-                    benchmark=params.benchmark, judge=params.judge,
-                )  # fmt: skip
+                    field,
+                    backbone,
+                    world,
+                    evaluation,
+                    params.sampling,
+                    model=name,
+                    scale=scale,
+                    folder=folder,
+                    advance=advance,
+                    benchmark=params.benchmark,
+                    judge=params.judge,
+                )
         card, cards = _cards(params, expected, scores, reference, teachers, absorbed, evaluation)
         comparisons = _comparisons(expected, scores, reference, evaluation, params.sampling.images_per_prompt, numbers)
         write_json(folder / "comparisons.json", comparisons)
         write_json(folder / "scorecards.json", {name: other.to_json() for name, other in cards.items()})
         write_scores(folder, [row for rows in scores.values() for row in rows])
-        teacher_of = {category: route.teacher for route in routes for category in CAPABILITIES[route.capability].categories}
-        teacher_of = {category: teacher_of.get(category, BASE) for capability in CAPABILITIES.values() for category in capability.categories}
+        teacher_of = {
+            category: route.teacher for route in routes for category in CAPABILITIES[route.capability].categories
+        }
+        teacher_of = {
+            category: teacher_of.get(category, BASE)
+            for capability in CAPABILITIES.values()
+            for category in capability.categories
+        }
         _pictures(folder, validated, evaluation, teacher_of, params.shown)
         scorecard_plot(cards, folder / "scorecard.png")
         beside = {
             example.id: ([("source", curated / example.source)] if example.source else [])
-            + [(f"teacher {teacher_of[example.category]}", validated / f"images/{teacher_of[example.category]}/{example.id}-0.png")]
+            + [
+                (
+                    f"teacher {teacher_of[example.category]}",
+                    validated / f"images/{teacher_of[example.category]}/{example.id}-0.png",
+                )
+            ]
             for example in evaluation.examples
         }
         write_report(
-            folder / "report.html", cards=cards, scores=scores[CANDIDATE], folder=folder, images=beside,
+            folder / "report.html",
+            cards=cards,
+            scores=scores[CANDIDATE],
+            folder=folder,
+            images=beside,
             prompts={example.id: example.prompt for example in evaluation.examples},
-            per_category=params.shown, files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
-            records={example.id: example.record for example in evaluation.examples}, comparisons=comparisons,
+            per_category=params.shown,
+            files=["reports/score/scores.parquet", "data/validated/scores.parquet"],
+            records={example.id: example.record for example in evaluation.examples},
+            comparisons=comparisons,
             notes=notes_of_scores(scores[CANDIDATE], card.identities),
             others={
                 **{name: (folder, rows) for name, rows in scores.items()},
                 **{name: (curated if name in CONTROLS else validated, rows) for name, rows in reference.items()},
             },
-        )  # fmt: skip
+        )
     write_scorecard(scorecard, card)
     return {
-        path: round(metric.mean, 3) for path, metric in card.metrics.items() if path.startswith("retention/") or path in ("geneval/overall", "gedit/average")
+        path: round(metric.mean, 3)
+        for path, metric in card.metrics.items()
+        if path.startswith("retention/") or path in ("geneval/overall", "gedit/average")
     }
 
 
@@ -151,11 +222,14 @@ def _cards(
     records = read_records(teachers)
     record = read_json(absorbed / RECORD)
     identities = {
-        "base": records[BASE].sha256, "teachers": {route.teacher: records[route.teacher].sha256 for route in params.routing.routes},
+        "base": records[BASE].sha256,
+        "teachers": {route.teacher: records[route.teacher].sha256 for route in params.routing.routes},
         "distilled": record["student"],
-        "student": record["sha256"], "routes": {route.capability: route.teacher for route in params.routing.routes},
-        "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"}, "guidance": 1.0,
-    }  # fmt: skip
+        "student": record["sha256"],
+        "routes": {route.capability: route.teacher for route in params.routing.routes},
+        "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
+        "guidance": 1.0,
+    }
     if params.benchmark.detector != MICRO:
         identities |= identities_of_scores(scores[CANDIDATE], evaluation.examples, params.benchmark, params.judge)
     own = {route.capability: reference[route.teacher] for route in params.routing.routes}
@@ -164,15 +238,25 @@ def _cards(
     for name, rows in {DISTILLED_GUIDED: scores[DISTILLED_GUIDED], **reference}.items():
         kept = {category: keys for category, keys in expected.items() if any(row.category == category for row in rows)}
         if name in CONTROLS:
-            kept = {category: {(example.id, 0) for example in evaluation.examples if example.category == category} for category in kept}
+            kept = {
+                category: {(example.id, 0) for example in evaluation.examples if example.category == category}
+                for category in kept
+            }
         cards[name] = Scorecard(name, {}, {}, summarise(rows, expected=kept, **numbers))
     return card, cards
 
 
 def _comparisons(
-    expected: Any, scores: Mapping[str, list[ExampleScore]], reference: Mapping[str, list[ExampleScore]], evaluation: EvaluationSet, samples: int, numbers: Any
+    expected: Any,
+    scores: Mapping[str, list[ExampleScore]],
+    reference: Mapping[str, list[ExampleScore]],
+    evaluation: EvaluationSet,
+    samples: int,
+    numbers: Any,
 ) -> list[dict[str, Any]]:
-    """Paired differences, on equal prompts and equal noise: what absorbing guidance cost, and what distilling did to T2I."""
+    """Paired differences, on equal prompts and equal noise: what absorbing guidance cost, and what distilling did to
+    T2I.
+    """
     t2i = expected_scores(evaluation.only("t2i").examples, samples)
     pairs = [
         (CANDIDATE, scores[CANDIDATE], DISTILLED_GUIDED, scores[DISTILLED_GUIDED], expected),
@@ -184,5 +268,8 @@ def _comparisons(
     for a, a_scores, b, b_scores, on in pairs:
         a_rows, b_rows = ([row for row in of if row.category in on] for of in (a_scores, b_scores))
         if on:
-            rows += [{"a": a, "b": b, "path": path, **asdict(value)} for path, value in compare(a_rows, b_rows, expected=on, **numbers).items()]
+            rows += [
+                {"a": a, "b": b, "path": path, **asdict(value)}
+                for path, value in compare(a_rows, b_rows, expected=on, **numbers).items()
+            ]
     return rows

@@ -1,6 +1,8 @@
-"""Stage `teachers`: trains the base and the specialists on the micro world, or puts together those that `sources` names.
+"""Stage `teachers`: trains the base and the specialists on the micro world, or puts together those that `sources`
+names.
 
-Frozen in dvc.yaml: the micro world's trained weights travel with the repository, and others are fetched knowingly, by running the stage.
+Frozen in dvc.yaml: the micro world's trained weights travel with the repository, and others are fetched knowingly, by
+running the stage.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class TeacherParams:
 class Params:
     """Section `teachers`: either `teachers`, trained here, or `sources`, brought along; the other is empty.
 
-    `shift` is the trained scheduler's, `codec_examples` the pictures that the linear codec is fitted to; neither matters to `sources`, whose files say.
+    `shift` is the trained scheduler's, `codec_examples` the pictures that the linear codec is fitted to; neither
+    matters to `sources`, whose files say.
     """
 
     world: WorldParams
@@ -73,23 +76,37 @@ class Params:
         found = [] if BASE in self.teachers else [f"teachers: {BASE!r} is missing; every specialist starts from it"]
         for name, teacher in self.teachers.items():
             if teacher.capability not in CAPABILITIES:
-                found.append(f"teachers.{name}.capability = {teacher.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}")
+                found.append(
+                    f"teachers.{name}.capability = {teacher.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}"
+                )
             if (teacher.kind == "base") != (name == BASE) or teacher.kind not in ("base", "full", "adapter"):
-                found.append(f'teachers.{name}.kind = {teacher.kind!r}: must be "base" for {BASE!r} and "full" or "adapter" for the others')
+                found.append(
+                    f'teachers.{name}.kind = {teacher.kind!r}: must be "base" for {BASE!r} and "full" or "adapter" for the others'
+                )
             if teacher.training.optimizer not in OPTIMIZERS:
-                found.append(f"teachers.{name}.training.optimizer = {teacher.training.optimizer!r}: choose one of {sorted(OPTIMIZERS)}")
+                found.append(
+                    f"teachers.{name}.training.optimizer = {teacher.training.optimizer!r}: choose one of {sorted(OPTIMIZERS)}"
+                )
             known = [category for capability in CAPABILITIES.values() for category in capability.categories]
-            found += [f"teachers.{name}.mix.{category}: unknown category; choose of {known}" for category in teacher.mix if category not in known]
+            found += [
+                f"teachers.{name}.mix.{category}: unknown category; choose of {known}"
+                for category in teacher.mix
+                if category not in known
+            ]
         return found
 
 
-def _draw(world: World, mix: dict[str, float], count: int, seed: int, purpose: str) -> tuple[list[str], np.ndarray | None, np.ndarray]:
+def _draw(
+    world: World, mix: dict[str, float], count: int, seed: int, purpose: str
+) -> tuple[list[str], np.ndarray | None, np.ndarray]:
     """Prompts, sources (None when no category edits) and targets of `count` examples of the train split."""
     categories, shares = list(mix), np.array(list(mix.values()))
     prompts, sources, targets = [], [], []
     for index in range(count):
         rng = numpy_generator(seed, index, 0, purpose)
-        record, source, target = example(world, rng, categories[int(rng.choice(len(categories), p=shares / shares.sum()))], "train")
+        record, source, target = example(
+            world, rng, categories[int(rng.choice(len(categories), p=shares / shares.sum()))], "train"
+        )
         prompts.append(record["prompt"])
         sources.append(None if source is None else render(world, source))
         targets.append(render(world, target))
@@ -101,9 +118,18 @@ def _draw(world: World, mix: dict[str, float], count: int, seed: int, purpose: s
 
 def _fit_codec(backbone: MicroBackbone, world: World, params: Params) -> float:
     """On pictures of every category, the styled ones often enough to be kept; returns the share of variance lost."""
-    mix = {category: 6.0 if category == "style_change" else 1.0 for capability in CAPABILITIES.values() for category in capability.categories}
+    mix = {
+        category: 6.0 if category == "style_change" else 1.0
+        for capability in CAPABILITIES.values()
+        for category in capability.categories
+    }
     pictures = [
-        render(world, example(world, numpy_generator(params.seed, index, 0, "codec"), _weighted(mix, params.seed, index), "train")[2])
+        render(
+            world,
+            example(
+                world, numpy_generator(params.seed, index, 0, "codec"), _weighted(mix, params.seed, index), "train"
+            )[2],
+        )
         for index in range(params.codec_examples)
     ]
     return backbone.codec.fit(as_images(np.stack(pictures)))
@@ -117,14 +143,20 @@ def _weighted(mix: dict[str, float], seed: int, index: int) -> str:
 def _new_backbone(world: World, params: Params) -> MicroBackbone:
     p = params.backbone.micro
     if p is None:
-        raise UserError(f"backbone.name = {params.backbone.name!r}: this stage trains the micro network only; published checkpoints are brought, not trained")
-    backbone = MicroBackbone.new(world.vocabulary, world.grid, p.width, p.layers, p.heads, p.latent_channels, params.shift, params.seed)
+        raise UserError(
+            f"backbone.name = {params.backbone.name!r}: this stage trains the micro network only; published checkpoints are brought, not trained"
+        )
+    backbone = MicroBackbone.new(
+        world.vocabulary, world.grid, p.width, p.layers, p.heads, p.latent_channels, params.shift, params.seed
+    )
     lost = _fit_codec(backbone, world, params)
     print(f"codec: {p.latent_channels} components lose {100 * lost:.2f} % of the pixel variance", flush=True)
     return backbone
 
 
-def _batches(backbone: MicroBackbone, world: World, teacher: TeacherParams, seed: int, name: str) -> Callable[[list[int]], tuple[Condition, torch.Tensor]]:
+def _batches(
+    backbone: MicroBackbone, world: World, teacher: TeacherParams, seed: int, name: str
+) -> Callable[[list[int]], tuple[Condition, torch.Tensor]]:
     prompts, sources, targets = _draw(world, teacher.mix, teacher.examples, seed, f"teachers/{name}")
     with torch.no_grad():
         x_0 = backbone.encode_image(as_images(targets))
@@ -134,17 +166,28 @@ def _batches(backbone: MicroBackbone, world: World, teacher: TeacherParams, seed
     def batch_at(rows: list[int]) -> tuple[Condition, torch.Tensor]:
         embeds, pooled = backbone.text(tokens[rows])
         empty_embeds, empty_pooled = backbone.text(empty)
-        return Condition(embeds, pooled, empty_embeds[0], empty_pooled[0], None if source is None else source[rows]), x_0[rows]
+        return Condition(
+            embeds, pooled, empty_embeds[0], empty_pooled[0], None if source is None else source[rows]
+        ), x_0[rows]
 
     return batch_at
 
 
 def _train(
-    name: str, teacher: TeacherParams, backbone: MicroBackbone, world: World, params: Params, state: Path, fingerprint: str
+    name: str,
+    teacher: TeacherParams,
+    backbone: MicroBackbone,
+    world: World,
+    params: Params,
+    state: Path,
+    fingerprint: str,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Trains one teacher, resuming from `state`; returns its network, holding the EMA weights, and the curve."""
     if teacher.kind == "adapter":
-        network, named = backbone.network, add_adapter(backbone, backbone.network, name, teacher.rank, teacher.rank, params.seed)
+        network, named = (
+            backbone.network,
+            add_adapter(backbone, backbone.network, name, teacher.rank, teacher.rank, params.seed),
+        )
     else:
         network = backbone.network
         named = {f"transformer.{key}": value for key, value in network.named_parameters()}
@@ -161,21 +204,34 @@ def _train(
             for key, parameter in named.items():
                 parameter.copy_(tensors[f"trainable.{key}"])
                 ema.shadow[key].copy_(tensors[f"ema.{key}"])
-        optimizers.load_tensors({key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")})
+        optimizers.load_tensors(
+            {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
+        )
         ema.updates, start, curve = record["updates"], record["step"], record["curve"]
         print(f"{name}: goes on at step {start}", flush=True)
     batch_at = _batches(backbone, world, teacher, params.seed, name)
     recent: list[float] = []
     with progress(f"teacher {name}", teacher.training.steps - start) as advance:
-        for step in train(backbone, network, named, batch_at, teacher.examples, optimizers, ema, teacher.training, params.seed, start):
+        for step in train(
+            backbone, network, named, batch_at, teacher.examples, optimizers, ema, teacher.training, params.seed, start
+        ):
             recent.append(step.loss)
             advance(loss=step.loss)
             done = step.index + 1
             if done % 50 == 0 or done == teacher.training.steps:
-                curve.append({"teacher": name, "step": done, "loss": sum(recent) / len(recent), "gradient_norm": step.gradient_norm})
+                curve.append(
+                    {
+                        "teacher": name,
+                        "step": done,
+                        "loss": sum(recent) / len(recent),
+                        "gradient_norm": step.gradient_norm,
+                    }
+                )
                 recent.clear()
             if done % params.save_every == 0 or done == teacher.training.steps:
-                tensors = {f"trainable.{k}": v for k, v in named.items()} | {f"ema.{k}": v for k, v in ema.shadow.items()}
+                tensors = {f"trainable.{k}": v for k, v in named.items()} | {
+                    f"ema.{k}": v for k, v in ema.shadow.items()
+                }
                 save_state(
                     state,
                     done,
@@ -204,7 +260,10 @@ def teachers(params: Params, *, out: Path) -> dict[str, Any]:
     if params.sources:
         return assemble(params.sources, out, Path.cwd())
     world = params.world.world()
-    home = RUNS / f"teachers-{digest([asdict(params.world), asdict(params.backbone), params.seed, params.shift, params.codec_examples])[:12]}"
+    home = (
+        RUNS
+        / f"teachers-{digest([asdict(params.world), asdict(params.backbone), params.seed, params.shift, params.codec_examples])[:12]}"
+    )
     summary: dict[str, Any] = {}
     names = [BASE, *(name for name in params.teachers if name != BASE)]
     for name in names:
@@ -216,11 +275,19 @@ def teachers(params: Params, *, out: Path) -> dict[str, Any]:
             backbone = (
                 _new_backbone(world, params)
                 if name == BASE
-                else MicroBackbone.load(home / f"{BASE}-{digest({BASE: asdict(params.teachers[BASE])})[:12]}" / "finished")
+                else MicroBackbone.load(
+                    home / f"{BASE}-{digest({BASE: asdict(params.teachers[BASE])})[:12]}" / "finished"
+                )
             )
             network, curve = _train(name, teacher, backbone, world, params, finished.parent / "state", fingerprint)
             base_weights = (
-                None if name == BASE else sha256_file(weights_file(home / f"{BASE}-{digest({BASE: asdict(params.teachers[BASE])})[:12]}" / "finished", "base"))
+                None
+                if name == BASE
+                else sha256_file(
+                    weights_file(
+                        home / f"{BASE}-{digest({BASE: asdict(params.teachers[BASE])})[:12]}" / "finished", "base"
+                    )
+                )
             )
             with atomic_folder(finished) as temporary:
                 save_teacher(

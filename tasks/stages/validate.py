@@ -1,4 +1,6 @@
-"""Stage `validate`: may these teachers be distilled? Scores each on its own capability and on the others', and stops the pipeline with every fault named."""
+"""Stage `validate`: may these teachers be distilled? Scores each on its own capability and on the others', and stops
+the pipeline with every fault named.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from model.drawing import encode_sources, network_device, picture_bucket
 from model.fields.base import VelocityField, condition_of
 from model.networks.teachers import BASE, compatibility_faults, file_faults, load_teachers, read_records
 from model.randomness import noise_for
-from tasks.params.sections import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params.sections import (
+    BackboneParams,
+    BenchmarkParams,
+    JudgeParams,
+    RoutingParams,
+    SamplingParams,
+    WorldParams,
+)
 from tasks.scoring.real import check_judgeable, scored_examples
 from tasks.scoring.sampling import EvaluationSet, draw_field, evaluation_set, score_field
 
@@ -33,7 +42,9 @@ PREVIEWS = 4  # images a teacher draws where the micro world's detector cannot s
 
 @dataclass(frozen=True)
 class Params:
-    """Section `validate`. `floors`: teacher -> the least macro score on its own categories (base: guided, on GenEval's 0..1; editors: 0..10)."""
+    """Section `validate`. `floors`: teacher -> the least macro score on its own categories (base: guided, on GenEval's
+    0..1; editors: 0..10).
+    """
 
     world: WorldParams
     backbone: BackboneParams
@@ -52,40 +63,66 @@ class Params:
 
 
 @torch.no_grad()
-def _finite_faults(name: str, field: VelocityField, backbone: Backbone, evaluation: EvaluationSet, capability: str) -> list[str]:
+def _finite_faults(
+    name: str, field: VelocityField, backbone: Backbone, evaluation: EvaluationSet, capability: str
+) -> list[str]:
     """A teacher whose velocity is not finite somewhere on the way from noise to image cannot teach."""
     examples, edits = evaluation.only(capability).examples[:FINITE], CAPABILITIES[capability].is_edit
     pictures = [evaluation.sources[example.id] for example in examples] if edits else []
     size = picture_bucket(backbone, pictures[0] if edits else None)
     source = encode_sources(backbone, pictures, size) if edits else None
-    condition = condition_of(backbone.encode_prompts([example.prompt for example in examples], edits), backbone.encode_prompts([""], edits), source)
+    condition = condition_of(
+        backbone.encode_prompts([example.prompt for example in examples], edits),
+        backbone.encode_prompts([""], edits),
+        source,
+    )
     per, device = backbone.pixels_per_latent, network_device(backbone)
-    noise = noise_for(0, 0, range(len(examples)), (backbone.latent_shape[0], size[1] // per, size[0] // per), "finite").to(device)
+    noise = noise_for(
+        0, 0, range(len(examples)), (backbone.latent_shape[0], size[1] // per, size[0] // per), "finite"
+    ).to(device)
     times = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.02], device=device)
-    bad = [float(t) for t in times if not bool(torch.isfinite(field(noise, t.expand(len(examples)), condition.to(device))).all())]
-    return [f"{name}: its velocity is not finite at t = {[round(t, 2) for t in bad]}; the checkpoint is damaged or overflows"] if bad else []
+    bad = [
+        float(t)
+        for t in times
+        if not bool(torch.isfinite(field(noise, t.expand(len(examples)), condition.to(device))).all())
+    ]
+    return (
+        [
+            f"{name}: its velocity is not finite at t = {[round(t, 2) for t in bad]}; the checkpoint is damaged or overflows"
+        ]
+        if bad
+        else []
+    )
 
 
-def _preview(name: str, field: VelocityField, backbone: Backbone, own: EvaluationSet, sampling: SamplingParams, folder: Path) -> None:
+def _preview(
+    name: str, field: VelocityField, backbone: Backbone, own: EvaluationSet, sampling: SamplingParams, folder: Path
+) -> None:
     """A few images of the teacher's own capability, for people to look at."""
     few = replace(own, examples=own.examples[:PREVIEWS])
     scale = sampling.guidance if name == BASE else 1.0
-    for _ in draw_field(field, backbone, few, replace(sampling, images_per_prompt=1), model=name, scale=scale, folder=folder):
+    for _ in draw_field(
+        field, backbone, few, replace(sampling, images_per_prompt=1), model=name, scale=scale, folder=folder
+    ):
         pass
 
 
 def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report: Path) -> dict[str, Any]:
-    """Writes `report` (scores by teacher, faults) and `out` (every image with its score). Raises UserErrors when a teacher must not be distilled.
+    """Writes `report` (scores by teacher, faults) and `out` (every image with its score). Raises UserErrors when a
+    teacher must not be distilled.
 
-    Where section `benchmark` names GenEval's networks, they score the teachers, and section `judge` their edits. With detector "micro" a base that draws
-    pictures of the micro world's size is scored by the micro detector; of any other size the teachers' velocities are tried and a few images drawn.
+    Where section `benchmark` names GenEval's networks, they score the teachers, and section `judge` their edits. With
+    detector "micro" a base that draws pictures of the micro world's size is scored by the micro detector; of any other
+    size the teachers' velocities are tried and a few images drawn.
     """
     world = params.world.world()
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
     faults = compatibility_faults(teachers, names) + file_faults(teachers, names)
     if not faults and read_records(teachers)[BASE].backbone != params.backbone.name:
-        faults.append(f"backbone.name = {params.backbone.name!r}, but {teachers} holds teachers of {read_records(teachers)[BASE].backbone!r}; fetch the others")
+        faults.append(
+            f"backbone.name = {params.backbone.name!r}, but {teachers} holds teachers of {read_records(teachers)[BASE].backbone!r}; fetch the others"
+        )
     if faults:
         write_json(report, {"passed": False, "faults": faults, "teachers": {}})
         raise UserErrors("validate: these teachers cannot be distilled together:", faults)
@@ -98,13 +135,20 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
             "use the grid they were trained on"
         )
     evaluation = evaluation_set(examples, curated)
-    owns = {name: next((route.capability for route in routes if route.teacher == name), records[name].capability) for name in names}
+    owns = {
+        name: next((route.capability for route in routes if route.teacher == name), records[name].capability)
+        for name in names
+    }
     faults = [
         f"{name}: no example of its own {owns[name]} in the eval split of {curated}; nothing tells what it can do"
         for name in names
         if not evaluation.only(owns[name]).examples
     ]
-    faults += [f"validate.floors.{name} = {floor}: no such teacher; have {sorted(records)}" for name, floor in params.floors.items() if name not in records]
+    faults += [
+        f"validate.floors.{name} = {floor}: no such teacher; have {sorted(records)}"
+        for name, floor in params.floors.items()
+        if name not in records
+    ]
     if not backbone.supports_edits:
         faults += [
             f"routes: {route.capability!r} edits, but the base in {teachers / BASE} reads no source image; take a base that does, or leave the route out"
@@ -134,7 +178,9 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
         raise UserErrors("validate: these teachers cannot be judged:", faults)
     t2i = evaluation.only("t2i")
     per_model = len(evaluation.examples) if scored else PREVIEWS
-    total = (len(names) * per_model + (len(t2i.examples) if scored else 0)) * (params.sampling.images_per_prompt if scored else 1)
+    total = (len(names) * per_model + (len(t2i.examples) if scored else 0)) * (
+        params.sampling.images_per_prompt if scored else 1
+    )
     summary: dict[str, Any] = {}
     tested: dict[str, Any] = {}
     with atomic_folder(out) as folder, progress("validate: images", total) as advance:
@@ -143,11 +189,17 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
             capability = owns[name]
             faults += _finite_faults(name, fields[name], backbone, evaluation, capability)
             tested[name] = {
-                "capability": capability, "kind": records[name].kind, "sha256": records[name].sha256, "base_sha256": records[name].base_sha256,
+                "capability": capability,
+                "kind": records[name].kind,
+                "sha256": records[name].sha256,
+                "base_sha256": records[name].base_sha256,
                 "scheduler": records[name].scheduler,
-                "latent_shape": records[name].latent_shape, "floor": params.floors.get(name), "guidance": params.sampling.guidance if name == BASE else 1.0,
-                "own": None, "metrics": {},
-            }  # fmt: skip
+                "latent_shape": records[name].latent_shape,
+                "floor": params.floors.get(name),
+                "guidance": params.sampling.guidance if name == BASE else 1.0,
+                "own": None,
+                "metrics": {},
+            }
             if not scored:
                 _preview(name, fields[name], backbone, evaluation.only(capability), params.sampling, folder)
                 advance(PREVIEWS)
@@ -169,13 +221,28 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
             judged = rows
             if name == BASE:
                 judged = score_field(
-                    fields[name], backbone, world, t2i, params.sampling, model=GUIDED, scale=params.sampling.guidance, folder=folder, advance=advance,
-                    benchmark=params.benchmark, judge=params.judge,
-                )  # fmt: skip
+                    fields[name],
+                    backbone,
+                    world,
+                    t2i,
+                    params.sampling,
+                    model=GUIDED,
+                    scale=params.sampling.guidance,
+                    folder=folder,
+                    advance=advance,
+                    benchmark=params.benchmark,
+                    judge=params.judge,
+                )
                 scores += judged
             scores += rows
-            numbers: dict[str, Any] = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
-            metrics = summarise(rows, expected=expected_scores(evaluation.examples, params.sampling.images_per_prompt), **numbers)
+            numbers: dict[str, Any] = {
+                "seed": params.seed,
+                "resamples": params.resamples,
+                "confidence": params.confidence,
+            }
+            metrics = summarise(
+                rows, expected=expected_scores(evaluation.examples, params.sampling.images_per_prompt), **numbers
+            )
             own = evaluation.only(capability).examples
             path = MACRO[CAPABILITIES[capability].benchmark]
             own_metric, unguided = (
@@ -193,15 +260,24 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
                     f"train it longer, or lower validate.floors.{name} knowingly"
                 )
             if not unguided.mean and any(route.teacher == name for route in routes):
-                faults.append(f"{name}: scores 0 on its own {capability}, so no student could retain anything of it; check its weights, or route another")
-            tested[name] |= {"own": asdict(own_metric), "metrics": {path: asdict(metric) for path, metric in metrics.items()}}
+                faults.append(
+                    f"{name}: scores 0 on its own {capability}, so no student could retain anything of it; check its weights, or route another"
+                )
+            tested[name] |= {
+                "own": asdict(own_metric),
+                "metrics": {path: asdict(metric) for path, metric in metrics.items()},
+            }
             summary[f"{name} on {capability}"] = round(own_metric.mean, 3)
         if scored and micro:
             with_target = [example for example in evaluation.examples if example.id in evaluation.targets]
             ends = controls(
-                world, with_target, [evaluation.targets[example.id] for example in with_target], paths=[str(example.target) for example in with_target],
-                sources=evaluation.sources, seed=params.seed,
-            )  # fmt: skip
+                world,
+                with_target,
+                [evaluation.targets[example.id] for example in with_target],
+                paths=[str(example.target) for example in with_target],
+                sources=evaluation.sources,
+                seed=params.seed,
+            )
             scores += [row for rows in ends.values() for row in rows]
         write_scores(folder, scores)
     write_json(report, {"passed": not faults, "faults": faults, "teachers": tested})

@@ -1,13 +1,15 @@
-"""`python -m tasks export`: a distilled student in the forms that other tools load. Every form gives the student's own output, or is refused.
+"""`python -m tasks export`: a distilled student in the forms that other tools load. Every form gives the student's own
+output, or is refused.
 
 diffusers   a pipeline folder            diffusers.DiffusionPipeline.from_pretrained(DIR)
 merged      the transformer alone        e.g. SD3Transformer2DModel.from_pretrained(DIR)
 peft        the adapter as a folder      peft.PeftModel.from_pretrained(transformer, DIR)
 comfyui     the adapter as one file      ComfyUI's LoRA loader, or pipeline.load_lora_weights(DIR, weight_name="FILE")
 
-diffusers' load_lora_weights takes nothing from a PEFT folder and only warns: give it the comfyui file. The noise levels of `python -m tasks sample` are, for a
-pipeline, sigmas=linspace(1, 1/steps, steps). An SD3 that reads a source image beside the noise is run by neither diffusers' pipeline nor ComfyUI: its network
-(merged) and its adapter (peft) are exported; sample and the registered model's predict run it.
+diffusers' load_lora_weights takes nothing from a PEFT folder and only warns: give it the comfyui file. The noise levels
+of `python -m tasks sample` are, for a pipeline, sigmas=linspace(1, 1/steps, steps). An SD3 that reads a source image
+beside the noise is run by neither diffusers' pipeline nor ComfyUI: its network (merged) and its adapter (peft) are
+exported; sample and the registered model's predict run it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,15 @@ def _network_folder(folder: Path, model: Model, dtype: torch.dtype) -> None:
     """config.json and the merged weights as diffusers' from_pretrained reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     network = model.student.network
-    config = {"_class_name": type(network).__name__, **{key: value for key, value in dict(network.config).items() if not key.startswith("_")}}
+    config = {
+        "_class_name": type(network).__name__,
+        **{key: value for key, value in dict(network.config).items() if not key.startswith("_")},
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in plain_weights(model.student.field).items()}
+    weights = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in plain_weights(model.student.field).items()
+    }
     write_tensors(folder / WEIGHTS, weights)
 
 
@@ -65,11 +73,17 @@ def _comfyui(folder: Path, model: Model, dtype: torch.dtype) -> None:
     write_comfyui(folder / COMFYUI_FILE, student_adapter(model.student), model.backbone.name)
 
 
-WRITERS: dict[str, Callable[[Path, Model, torch.dtype], None]] = {"diffusers": _diffusers, "peft": _peft, "comfyui": _comfyui, "merged": _merged}
+WRITERS: dict[str, Callable[[Path, Model, torch.dtype], None]] = {
+    "diffusers": _diffusers,
+    "peft": _peft,
+    "comfyui": _comfyui,
+    "merged": _merged,
+}
 
 
 def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Writes the student to the folder `out`, whole or not at all, with export.json: what it was made from and the SHA-256 of every file.
+    """Writes the student to the folder `out`, whole or not at all, with export.json: what it was made from and the
+    SHA-256 of every file.
 
     `dtype` is that of merged weights; adapters stay fp32. Raises UserError for a form that would not be the student.
     """
@@ -86,19 +100,42 @@ def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float3
         student_adapter(model.student)  # refused before anything is written
     with atomic_folder(out) as folder:
         WRITERS[kind](folder, model, dtype)
-        files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-        origin = {key: model.record.get(key) for key in ("backbone", "base_sha256", "sha256", "stage", "steps", "teachers")}
-        write_json(folder / RECORD, {"format": kind, "precision": str(dtype).removeprefix("torch."), "student": origin, "files": files})
+        files = {
+            path.relative_to(folder).as_posix(): sha256_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        origin = {
+            key: model.record.get(key) for key in ("backbone", "base_sha256", "sha256", "stage", "steps", "teachers")
+        }
+        write_json(
+            folder / RECORD,
+            {"format": kind, "precision": str(dtype).removeprefix("torch."), "student": origin, "files": files},
+        )
     return {"format": kind, "files": len(files), "folder": str(out)}
 
 
 def cli(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m tasks export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="URI", help="a student: folder, hf://..., s3://..., models:/name@alias")
+    parser = argparse.ArgumentParser(
+        "python -m tasks export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="URI", help="a student: folder, hf://..., s3://..., models:/name@alias"
+    )
     parser.add_argument("--format", required=True, choices=FORMATS, dest="kind")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="replaced as a whole")
-    parser.add_argument("--base", default="", metavar="URI", help="the base of an adapter student, where it is neither carried nor among data/teachers")
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"), help="of merged weights (default: %(default)s, exact)")
+    parser.add_argument(
+        "--base",
+        default="",
+        metavar="URI",
+        help="the base of an adapter student, where it is neither carried nor among data/teachers",
+    )
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of merged weights (default: %(default)s, exact)",
+    )
     options = parser.parse_args(list(argv))
     # In fp32 whatever the training's precision: the weights' own values are kept, and a merge is not rounded.
     model = open_model(options.model, Path.cwd(), base=options.base, parts=())

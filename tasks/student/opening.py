@@ -30,7 +30,9 @@ PURPOSE = "sample"
 
 @dataclass(frozen=True)
 class Model:
-    """A student with its backbone, and what student.json says of it. `origin` is the pipeline folder with the parts around its transformer."""
+    """A student with its backbone, and what student.json says of it. `origin` is the pipeline folder with the parts
+    around its transformer.
+    """
 
     student: Student
     record: dict[str, Any]
@@ -42,7 +44,8 @@ class Model:
 
 
 def base_of(folder: Path, record: dict[str, Any], project: Path, base: str = "") -> Path:
-    """The pipeline folder of the base that an adapter student lies on: `base` (an address), the one it carries, or the project's teachers'.
+    """The pipeline folder of the base that an adapter student lies on: `base` (an address), the one it carries, or the
+    project's teachers'.
 
     Raises UserError when none of them has the hash that the student was trained on.
     """
@@ -57,28 +60,39 @@ def base_of(folder: Path, record: dict[str, Any], project: Path, base: str = "")
         else:
             tried.append(f"{candidate} is no pipeline folder")
     wanted = str(record["base_sha256"])[:12]
-    raise UserError(f"{folder}: this student lies on the base {wanted}, which is not here ({'; '.join(tried)}); name its pipeline folder with --base")
+    raise UserError(
+        f"{folder}: this student lies on the base {wanted}, which is not here ({'; '.join(tried)}); name its pipeline folder with --base"
+    )
 
 
-def open_model(uri: str, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any) -> Model:
-    """The student behind an address (see tasks/weights/sources.py), verified. `parts`: what is loaded besides the network; `options`: those of `load_backbone`.
+def open_model(
+    uri: str, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any
+) -> Model:
+    """The student behind an address (see tasks/weights/sources.py), verified. `parts`: what is loaded besides the
+    network; `options`: those of `load_backbone`.
 
     Raises UserError when it is no student of this pipeline, is damaged, or its base is not here.
     """
     return open_folder(resolve(uri, project, pin=False), project, base=base, parts=parts, **options)
 
 
-def open_folder(source: Source, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any) -> Model:
+def open_folder(
+    source: Source, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any
+) -> Model:
     """As `open_model`, of a source that has been resolved."""
     folder = source.path
     if not (folder / RECORD).is_file():
         raise UserError(f"{source.uri}: no {RECORD} in it; expected a student as the distill or absorb stage writes it")
     record = read_json(folder / RECORD)
     own = bool(record.get("own_start"))
-    trained = {name: record.get(name) for name in ("resolution", "max_tokens")}  # it answers prompts and sizes as it was taught to
+    trained = {
+        name: record.get(name) for name in ("resolution", "max_tokens")
+    }  # it answers prompts and sizes as it was taught to
     options |= {name: value for name, value in trained.items() if value and options.get(name) is None}
     origin = folder if own else base_of(folder, record, project, base)
-    backbone = load_backbone(origin, need=parts if own else ("transformer", *parts), **options)  # a start of its own comes with the student
+    backbone = load_backbone(
+        origin, need=parts if own else ("transformer", *parts), **options
+    )  # a start of its own comes with the student
     student = load_student(folder, backbone, str(record.get("base_sha256")), options.get("device", "cpu"))
     student.network.requires_grad_(False)
     return Model(student, record, origin)
@@ -99,14 +113,18 @@ def draw(
 ) -> list[np.ndarray]:
     """One picture (H, W, 3) uint8 a prompt; prompt i with a source edits it, and starts from noise (seed, i).
 
-    `guidance` 1 is the student itself, which has absorbed its guidance. A source keeps its aspect at about `resolution`^2 pixels (None: the size that the
-    student was trained at); T2I is square. Raises UserError for an edit that the network cannot read, or a size it has no positions for.
+    `guidance` 1 is the student itself, which has absorbed its guidance. A source keeps its aspect at about
+    `resolution`^2 pixels (None: the size that the student was trained at); T2I is square. Raises UserError for an edit
+    that the network cannot read, or a size it has no positions for.
     """
     backbone = model.backbone
     if any(source is not None for source in sources) and not backbone.supports_edits:
         raise UserError("this student reads no source image: sample it without --source")
     edge = resolution or backbone.latent_shape[1] * backbone.pixels_per_latent
-    sizes = [(edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple) for source in sources]
+    sizes = [
+        (edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple)
+        for source in sources
+    ]
     check_sizes(backbone, set(sizes))
     grid = euler_grid(steps, float(backbone.scheduler["shift"]))
     device = next(model.student.network.parameters()).device
@@ -121,9 +139,20 @@ def draw(
             if edits:
                 pictures = np.stack([fit(source, size) for row in chosen if (source := sources[row]) is not None])
                 encoded = backbone.encode_image(as_images(pictures))
-            condition = condition_of(backbone.encode_prompts([prompts[row] for row in chosen], edits), empty, encoded).to(device)
-            shape = (backbone.latent_shape[0], size[1] // backbone.pixels_per_latent, size[0] // backbone.pixels_per_latent)
-            latents = sample(Guided(model.student.field, guidance), noise_for(seed, 0, chosen, shape, PURPOSE).to(device), condition, grid)
+            condition = condition_of(
+                backbone.encode_prompts([prompts[row] for row in chosen], edits), empty, encoded
+            ).to(device)
+            shape = (
+                backbone.latent_shape[0],
+                size[1] // backbone.pixels_per_latent,
+                size[0] // backbone.pixels_per_latent,
+            )
+            latents = sample(
+                Guided(model.student.field, guidance),
+                noise_for(seed, 0, chosen, shape, PURPOSE).to(device),
+                condition,
+                grid,
+            )
             for row, picture in zip(chosen, as_pictures(backbone.decode(latents)), strict=True):
                 drawn[row] = picture
             if advance is not None:
@@ -137,7 +166,8 @@ DEFAULTS: dict[str, Any] = {"steps": 0, "guidance": 1.0, "seed": 0, "resolution"
 
 
 def carried(project: Path, checkpoint: Path) -> dict[str, Path]:
-    """Name in the artifact -> file: the base's pipeline where the student is an adapter on it; nothing where the checkpoint is a whole pipeline.
+    """Name in the artifact -> file: the base's pipeline where the student is an adapter on it; nothing where the
+    checkpoint is a whole pipeline.
 
     Raises UserError when an adapter's base is not among the project's teachers.
     """
@@ -147,5 +177,14 @@ def carried(project: Path, checkpoint: Path) -> dict[str, Path]:
     pass  # loads torch, which a student that is whole does not need
 
     base = base_of(checkpoint, record, project)
-    files = [base / "model_index.json", *(path for part in sorted(base.iterdir()) if part.is_dir() for path in sorted(part.rglob("*")) if path.is_file())]
+    files = [
+        base / "model_index.json",
+        *(
+            path
+            for part in sorted(base.iterdir())
+            if part.is_dir()
+            for path in sorted(part.rglob("*"))
+            if path.is_file()
+        ),
+    ]
     return {f"{CARRIED}/{path.relative_to(base).as_posix()}": path for path in files}

@@ -1,6 +1,8 @@
-"""`python -m tasks sample-set`: a list of prompts with seeds and file names, sampled with one model into a folder. The benchmarks' own commands call it.
+"""`python -m tasks sample-set`: a list of prompts with seeds and file names, sampled with one model into a folder. The
+benchmarks' own commands call it.
 
-Every image has its own seed, so that it depends neither on its batch's place nor on the number of workers. What is in the folder already stays.
+Every image has its own seed, so that it depends neither on its batch's place nor on the number of workers. What is in
+the folder already stays.
 """
 
 from __future__ import annotations
@@ -71,20 +73,27 @@ class _Sections:
 
 @lru_cache(maxsize=1)
 def open_field(model: str, base: str, backbone: BackboneParams) -> tuple[Backbone, VelocityField, dict[str, Any]]:
-    """The backbone, the field and what identifies it. `model`: a student's address (see tasks/weights/sources.py) or a teacher's folder, with its base beside it.
+    """The backbone, the field and what identifies it. `model`: a student's address (see tasks/weights/sources.py) or a
+    teacher's folder, with its base beside it.
 
     Raises UserError for an address with neither behind it, or files that do not belong together.
     """
     folder, loading = Path(model), backbone.loading()
     if (folder / TEACHER_RECORD).exists():
         shared, fields = load_teachers(folder.parent, [folder.name], **loading)
-        return shared, fields[folder.name], {"kind": f"teacher {folder.name}", "sha256": read_records(folder.parent)[folder.name].sha256}
+        return (
+            shared,
+            fields[folder.name],
+            {"kind": f"teacher {folder.name}", "sha256": read_records(folder.parent)[folder.name].sha256},
+        )
     opened = open_model(model, Path.cwd(), base=base, **loading)
     return opened.backbone, opened.student.field, {"kind": "student", "sha256": opened.record["sha256"]}
 
 
 def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
-    """{"settings": {...}, "jobs": [{"id", "prompt", "seed", "path", ["source"]}]}. Raises UserErrors with every job at fault."""
+    """{"settings": {...}, "jobs": [{"id", "prompt", "seed", "path", ["source"]}]}. Raises UserErrors with every job at
+    fault.
+    """
     value = read_json(path)
     jobs, faults = [], []
     for number, row in enumerate(value.get("jobs") or [] if isinstance(value, dict) else []):
@@ -114,8 +123,12 @@ def _draw(field: VelocityField, backbone: Backbone, batch: _Batch, sources: Sequ
     shape = (backbone.latent_shape[0], height // backbone.pixels_per_latent, width // backbone.pixels_per_latent)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in batch.jobs])
     source = encode_sources(backbone, sources, batch.size) if edits else None
-    condition = condition_of(backbone.encode_prompts([job.prompt for job in batch.jobs], edits), backbone.encode_prompts([""], edits), source)
-    return as_pictures(backbone.decode(sample(Guided(field, batch.guidance), noise.to(device), condition.to(device), grid)))
+    condition = condition_of(
+        backbone.encode_prompts([job.prompt for job in batch.jobs], edits), backbone.encode_prompts([""], edits), source
+    )
+    return as_pictures(
+        backbone.decode(sample(Guided(field, batch.guidance), noise.to(device), condition.to(device), grid))
+    )
 
 
 def draw_batch(batch: _Batch) -> list[bytes]:
@@ -126,16 +139,23 @@ def draw_batch(batch: _Batch) -> list[bytes]:
 
 
 def _dealt(backbone: Backbone, jobs: Sequence[Job], batch: int) -> list[tuple[tuple[int, int], tuple[Job, ...]]]:
-    """Batches of one size each, T2I in the usual square first, edits in their sources' bucket. They follow from the full list alone: what a network makes of an
-    image may depend on the batch in the last bits. Raises UserError for an edit that the base cannot read."""
+    """Batches of one size each, T2I in the usual square first, edits in their sources' bucket. They follow from the
+    full list alone: what a network makes of an image may depend on the batch in the last bits. Raises UserError for an
+    edit that the base cannot read."""
     groups: dict[tuple[bool, tuple[int, int]], list[Job]] = {}
     edge = backbone.latent_shape[1] * backbone.pixels_per_latent
     for job in jobs:
         if job.source and not backbone.supports_edits:
-            raise UserError(f"job {job.id}: it edits {job.source}, but this base reads no source image; take a model that does")
+            raise UserError(
+                f"job {job.id}: it edits {job.source}, but this base reads no source image; take a model that does"
+            )
         size = bucket_of(*picture_size(Path(job.source)), edge, backbone.size_multiple) if job.source else (edge, edge)
         groups.setdefault((bool(job.source), size), []).append(job)
-    return [(size, members) for (_, size), group in sorted(groups.items(), key=lambda item: item[0]) for members in batches(group, batch)]
+    return [
+        (size, members)
+        for (_, size), group in sorted(groups.items(), key=lambda item: item[0])
+        for members in batches(group, batch)
+    ]
 
 
 def sample_set(
@@ -159,7 +179,11 @@ def sample_set(
     loaded, _, identity = open_field(model, base, backbone)
     sampler = {"steps": steps, "guidance": guidance, "scheduler": loaded.scheduler, "loading": backbone.loading()}
     claim(out, {**settings, "model": identity, "sampler": sampler})
-    todo = [(size, members) for size, members in _dealt(loaded, jobs, batch) if any(not (out / job.path).exists() for job in members)]
+    todo = [
+        (size, members)
+        for size, members in _dealt(loaded, jobs, batch)
+        if any(not (out / job.path).exists() for job in members)
+    ]
     total = sum(len(members) for _, members in todo)
     made = 0
 
@@ -185,23 +209,57 @@ def sample_set(
 
 def cli(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m tasks sample-set", description="Sample a list of prompts with one model; images that are there stay.")
-    parser.add_argument(
-        "--model", required=True, metavar="URI", help="a student: folder, s3://..., models:/name@alias; or a teacher's folder (data/teachers/base)"
+    parser = argparse.ArgumentParser(
+        "python -m tasks sample-set", description="Sample a list of prompts with one model; images that are there stay."
     )
-    parser.add_argument("--base", default="", metavar="URI", help="the base of an adapter student, where it is neither carried nor among data/teachers")
-    parser.add_argument("--jobs", type=Path, required=True, metavar="FILE", help='{"settings": {}, "jobs": [{"id", "prompt", "seed", "path", "source"}]}')
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="URI",
+        help="a student: folder, s3://..., models:/name@alias; or a teacher's folder (data/teachers/base)",
+    )
+    parser.add_argument(
+        "--base",
+        default="",
+        metavar="URI",
+        help="the base of an adapter student, where it is neither carried nor among data/teachers",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='{"settings": {}, "jobs": [{"id", "prompt", "seed", "path", "source"}]}',
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="its section `sampling` has the defaults (default: %(default)s)")
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path(PARAMS_FILE),
+        metavar="FILE",
+        help="its section `sampling` has the defaults (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is unguided, as a student with absorbed guidance is sampled (default: %(default)s)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="1 is unguided, as a student with absorbed guidance is sampled (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=int)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--scheduler", default="", metavar="ADDRESS")
     parsed = parser.parse_args(arguments)
     params = load_params(_Sections, "sample-set", parsed.params)
-    chosen = SamplingParams(**{**asdict(params.sampling), **{name: value for name in ("steps", "batch") if (value := getattr(parsed, name)) is not None}})
-    faults = chosen.faults() + ([f"guidance = {parsed.guidance}: expected 1 (unguided) or more"] if parsed.guidance < 1 else [])
+    chosen = SamplingParams(
+        **{
+            **asdict(params.sampling),
+            **{name: value for name in ("steps", "batch") if (value := getattr(parsed, name)) is not None},
+        }
+    )
+    faults = chosen.faults() + (
+        [f"guidance = {parsed.guidance}: expected 1 (unguided) or more"] if parsed.guidance < 1 else []
+    )
     if faults:
         raise UserErrors("sample-set:", faults)
     settings, jobs = _read_jobs(parsed.jobs)

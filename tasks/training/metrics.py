@@ -16,12 +16,16 @@ SHARES = "query/"  # of the queried noise levels over the whole run: written at 
 
 
 def state_folder(stage: str, fingerprint: str) -> Path:
-    """Where a run keeps its states and its speed; `fingerprint` is the digest of its facts, as student.json names it."""
+    """Where a run keeps its states and its speed; `fingerprint` is the digest of its facts, as student.json names
+    it.
+    """
     return RUNS / f"{stage}-{fingerprint[:12]}"
 
 
 def speed_file(project: Path, out: Path) -> Path | None:
-    """Seconds, samples a second and bytes of memory by step of the run that wrote `out`; None where another machine ran it."""
+    """Seconds, samples a second and bytes of memory by step of the run that wrote `out`; None where another machine ran
+    it.
+    """
     try:
         record = read_json(out / "student.json")
         path = project / state_folder(record["stage"], record["fingerprint"]) / SPEED
@@ -31,7 +35,9 @@ def speed_file(project: Path, out: Path) -> Path | None:
 
 
 class Metrics:
-    """Named values by step, appended to a JSON Lines file as they come; a resumed run drops what lies after its state."""
+    """Named values by step, appended to a JSON Lines file as they come; a resumed run drops what lies after its
+    state.
+    """
 
     def __init__(self, path: Path, start: int, writes: bool) -> None:
         self.path, self.writes = path, writes
@@ -39,13 +45,20 @@ class Metrics:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
                 left.unlink()
-            kept = [line for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)]
+            kept = [
+                line for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)
+            ]
             write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.writes and values:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps({'name': name, 'step': step, 'value': value})}\n" for name, value in values.items()))
+                file.write(
+                    "".join(
+                        f"{json.dumps({'name': name, 'step': step, 'value': value})}\n"
+                        for name, value in values.items()
+                    )
+                )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""A stage in several data-parallel processes on this machine, started and watched by the stage itself, so that DVC and Prefect see one command."""
+"""A stage in several data-parallel processes on this machine, started and watched by the stage itself, so that DVC and
+Prefect see one command.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,19 @@ def this_process() -> World:
 def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: ExecutionParams) -> dict[str, Any]:
     """Runs tasks.STAGE's function in `execution.processes` processes and returns rank 0's summary.
 
-    Raises the UserError that any of them met. When one dies all are ended, and that is a UserError too. SIGTERM is handed on: they save and stop.
+    Raises the UserError that any of them met. When one dies all are ended, and that is a UserError too. SIGTERM is
+    handed on: they save and stop.
     """
     context: Any = multiprocessing.get_context(START)
     with tempfile.TemporaryDirectory(prefix="processes-") as folder:
         pipes, children = [], list[SpawnProcess]()
         for rank in range(execution.processes):
             ours, theirs = context.Pipe(duplex=False)
-            child = context.Process(target=_work, args=(stage, params, paths, rank, execution, Path(folder) / "meeting", theirs), daemon=True)
+            child = context.Process(
+                target=_work,
+                args=(stage, params, paths, rank, execution, Path(folder) / "meeting", theirs),
+                daemon=True,
+            )
             with _as_module():
                 child.start()
             theirs.close()
@@ -52,7 +59,11 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: Exe
         with _handed_on(children) as asked:
             _watch(children)
         words = [_last_word(pipe) for pipe in pipes]
-    if asked and not any(word and word[0] == "done" for word in words) and not any(word and word[0] == "terminated" for word in words):
+    if (
+        asked
+        and not any(word and word[0] == "done" for word in words)
+        and not any(word and word[0] == "terminated" for word in words)
+    ):
         raise Terminated(f"{stage}: stopped by SIGTERM before its first step; the same command starts it again")
     for word in words:
         if word and word[0] == "terminated":
@@ -65,7 +76,11 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: Exe
         # One that lost a peer says so; the cause is the one that says nothing.
         rank = next((rank for rank in failed if not words[rank]), failed[0])
         code = children[rank].exitcode or 0
-        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed with exit status {code}"
+        how = (
+            f"was killed by signal {-code} ({signal.Signals(-code).name})"
+            if code < 0
+            else f"failed with exit status {code}"
+        )
         raise UserError(
             f"{stage}: process {rank + 1} of {len(children)} {how}; all were stopped, and the same command goes on from the last saved state "
             "(out of memory? lower execution.micro_batch or execution.processes)"
@@ -139,11 +154,21 @@ def _last_word(pipe: Connection) -> tuple[str, Any] | None:
         return None
 
 
-def _work(stage: str, params: Any, paths: dict[str, Path], rank: int, execution: ExecutionParams, meeting: Path, word: Connection) -> None:
+def _work(
+    stage: str,
+    params: Any,
+    paths: dict[str, Path],
+    rank: int,
+    execution: ExecutionParams,
+    meeting: Path,
+    word: Connection,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()  # nobody is left to report to
+    threading.Thread(
+        target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True
+    ).start()  # nobody is left to report to
     device = device_of(execution, rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // execution.processes))

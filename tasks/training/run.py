@@ -1,4 +1,6 @@
-"""What the distill and absorb stages share: the loop run to its end, with progress, states to resume from, instruments, and a saved student."""
+"""What the distill and absorb stages share: the loop run to its end, with progress, states to resume from, instruments,
+and a saved student.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, write_json
 from data.progress import progress
 from model.checkpoint import Ema, save_state, write_tensors
-from model.compute.execution import Execution, blocks_of, device_of, fit, moved, networks_of, prepare_networks, recompute_blocks
+from model.compute.execution import (
+    Execution,
+    blocks_of,
+    device_of,
+    fit,
+    moved,
+    networks_of,
+    prepare_networks,
+    recompute_blocks,
+)
 from model.compute.optimizer import Optimizers, build_optimizer
 from model.compute.parallel import World, shard_frozen, shared
 from model.compute.settings import ExecutionParams
@@ -43,8 +54,12 @@ PICTURES = 4  # examples a capability
 
 
 def loop_params(params: Any, **given: Any) -> LoopParams:
-    """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not have."""
-    numbers: dict[str, Any] = {field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)}
+    """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not
+    have.
+    """
+    numbers: dict[str, Any] = {
+        field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)
+    }
     return LoopParams(**numbers)
 
 
@@ -70,7 +85,7 @@ def write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-# --- what is measured ---------------------------------------------------------------------------------------------------------
+# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 def _step_metrics(step: Step, batch: int) -> dict[str, float]:
@@ -80,7 +95,11 @@ def _step_metrics(step: Step, batch: int) -> dict[str, float]:
 
 
 def _speed(step: Step, batch: int, device: torch.device) -> dict[str, float]:
-    return {"seconds": step.seconds, "samples_per_second": batch / max(step.seconds, 1e-9), "memory_bytes": float(peak_memory(device))}
+    return {
+        "seconds": step.seconds,
+        "samples_per_second": batch / max(step.seconds, 1e-9),
+        "memory_bytes": float(peak_memory(device)),
+    }
 
 
 def peak_memory(device: torch.device) -> int:
@@ -90,7 +109,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -105,18 +124,32 @@ class _Run:
     origin: dict[str, Any] | None
 
 
-def _fitted(student: Student, buckets: Mapping[str, Bucket], params: LoopParams, execution: ExecutionParams, device: torch.device, world: World) -> Execution:
+def _fitted(
+    student: Student,
+    buckets: Mapping[str, Bucket],
+    params: LoopParams,
+    execution: ExecutionParams,
+    device: torch.device,
+    world: World,
+) -> Execution:
     bucket = max(
-        buckets.values(), key=lambda bucket: np.prod(bucket.shape_of(0) or student.backbone.latent_shape) * (1 if bucket.at([0]).source is None else 2)
+        buckets.values(),
+        key=lambda bucket: (
+            np.prod(bucket.shape_of(0) or student.backbone.latent_shape) * (1 if bucket.at([0]).source is None else 2)
+        ),
     )
     shape = bucket.shape_of(0) or student.backbone.latent_shape
 
     def row() -> torch.Tensor:
-        return student.field(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device))
+        return student.field(
+            torch.zeros(1, *shape, device=device), torch.ones(1, device=device), moved(bucket.at([0]), device)
+        )
 
     fitted = fit(execution, device, student.network, row, max(1, params.batch // world.size))
     # Rank 0 decides: processes that saw other amounts of free memory would compute in other batches.
-    micro_batch, rollout_batch, recompute = (int(shared(float(n), world)) for n in (fitted.micro_batch, fitted.rollout_batch, fitted.recompute))
+    micro_batch, rollout_batch, recompute = (
+        int(shared(float(n), world)) for n in (fitted.micro_batch, fitted.rollout_batch, fitted.recompute)
+    )
     recompute_blocks(student.network, recompute)
     return replace(fitted, micro_batch=micro_batch, rollout_batch=rollout_batch, recompute=recompute)
 
@@ -137,25 +170,34 @@ def run_training(
     out: Path,
     compute: Accumulate | None = None,
 ) -> dict[str, Any]:
-    """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the pictures of its validations.
+    """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the
+    pictures of its validations.
 
-    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/ (with the run's speed, which
-    is no part of the result, in speed.jsonl), and the same command goes on from there. SIGTERM saves and raises Terminated.
-    A step that is not finite saves the state before it and, beside it, the step's samples. Called in every process of a
-    run; rank 0 writes.
+    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/ (with the run's speed,
+    which is no part of the result, in speed.jsonl), and the same command goes on from there. SIGTERM saves and raises
+    Terminated. A step that is not finite saves the state before it and, beside it, the step's samples. Called in every
+    process of a run; rank 0 writes.
     """
     world = this_process()
     device = device_of(execution, world.rank)
     fingerprint = digest(dict(facts))
     state = state_folder(stage, fingerprint)
-    prepare_networks(execution, device, student.network, student.parameters.values(), [n for field in teachers.values() for n in networks_of(field)])
+    prepare_networks(
+        execution,
+        device,
+        student.network,
+        student.parameters.values(),
+        [n for field in teachers.values() for n in networks_of(field)],
+    )
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
     found = _state_to_start_from(stage, state, fingerprint, facts, watch)
     fitted = _fitted(student, buckets, params, execution, device, world)
     if execution.shard_base:
         if student.adapter is None or student.network is not student.backbone.network:
-            raise UserError("execution.shard_base = true: spreads a frozen base that teachers and student share; set trainable: adapter and start: base")
+            raise UserError(
+                "execution.shard_base = true: spreads a frozen base that teachers and student share; set trainable: adapter and start: base"
+            )
         shard_frozen(blocks_of(student.network), device)
     if found:
         tensors, saved = found
@@ -169,8 +211,15 @@ def run_training(
     def save(done: int) -> None:
         if world.rank:
             return
-        tensors = {f"trainable.{k}": v for k, v in student.parameters.items()} | {f"ema.{k}": v for k, v in ema.shadow.items()}
-        how = {"device": device.type, "micro_batch": fitted.micro_batch, "rollout_batch": fitted.rollout_batch, "recompute": fitted.recompute}
+        tensors = {f"trainable.{k}": v for k, v in student.parameters.items()} | {
+            f"ema.{k}": v for k, v in ema.shadow.items()
+        }
+        how = {
+            "device": device.type,
+            "micro_batch": fitted.micro_batch,
+            "rollout_batch": fitted.rollout_batch,
+            "recompute": fitted.recompute,
+        }
         save_state(
             state,
             done,
@@ -185,7 +234,22 @@ def run_training(
     with _stop_on_sigterm() as asked, _progress(stage, steps - start, world) as advance:
         done = saved_at = start
         first = params.steps if run.ended else start  # a run that had ended early only writes its result again
-        loop = distill(student, teachers, buckets, router, optimizers, ema, params, grid, seed, first, fitted, world, lambda: asked["stop"], compute)
+        loop = distill(
+            student,
+            teachers,
+            buckets,
+            router,
+            optimizers,
+            ema,
+            params,
+            grid,
+            seed,
+            first,
+            fitted,
+            world,
+            lambda: asked["stop"],
+            compute,
+        )
         waiting: list[Step] = []
         try:
             for step in loop:
@@ -206,10 +270,28 @@ def run_training(
                     speed.log(one.index + 1, _speed(one, params.batch, device))
                     advance(route=one.route, loss=one.loss)
                 if watch.cosine_every and done % watch.cosine_every == 0 and (world.rank == 0 or fitted.lockstep):
-                    cosines = gradient_cosines(student, teachers, buckets, router, params, grid, seed, step.index, fitted)
+                    cosines = gradient_cosines(
+                        student, teachers, buckets, router, params, grid, seed, step.index, fitted
+                    )
                     metrics.log(done, {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()})
                 if watch.validate_every and done % watch.validate_every == 0:
-                    _validate(done, run, watch, student, ema, teachers, buckets, router, params, grid, seed, fitted, world, metrics, state)
+                    _validate(
+                        done,
+                        run,
+                        watch,
+                        student,
+                        ema,
+                        teachers,
+                        buckets,
+                        router,
+                        params,
+                        grid,
+                        seed,
+                        fitted,
+                        world,
+                        metrics,
+                        state,
+                    )
                 if due or stopped or run.ended:
                     save(done)
                     saved_at = done
@@ -229,13 +311,20 @@ def run_training(
             raise UserError(f"{error}; the state before it is saved, and its samples are in {samples}") from error
         except KeyboardInterrupt as interrupt:
             # The interrupted step may have been half applied, so the last saved state is what counts.
-            raise KeyboardInterrupt(f"{stage}: interrupted in step {done + 1} of {params.steps}; the same command goes on from step {saved_at}") from interrupt
+            raise KeyboardInterrupt(
+                f"{stage}: interrupted in step {done + 1} of {params.steps}; the same command goes on from step {saved_at}"
+            ) from interrupt
     if world.rank == 0:
         student.load(ema.shadow)
         total = sum(run.queried.values())
         metrics.log(done, {f"{SHARES}t_{level}": count / total for level, count in sorted(run.queried.items())})
         with atomic_folder(out) as folder:
-            extra = {"stage": stage, "steps": done, "fingerprint": fingerprint, **({"origin": run.origin} if run.origin else {})}
+            extra = {
+                "stage": stage,
+                "steps": done,
+                "fingerprint": fingerprint,
+                **({"origin": run.origin} if run.origin else {}),
+            }
             save_student(folder, student, {**record, **extra})
             write_steps(folder / "steps.csv", run.rows)
             shutil.copyfile(metrics.path, folder / METRICS)
@@ -277,25 +366,51 @@ def _together(world: World) -> None:
 
 
 def _restore(tensors: Mapping[str, torch.Tensor], student: Student, ema: Ema, optimizers: Optimizers) -> None:
-    student.load({name.removeprefix("trainable."): value for name, value in tensors.items() if name.startswith("trainable.")})
+    student.load(
+        {name.removeprefix("trainable."): value for name, value in tensors.items() if name.startswith("trainable.")}
+    )
     for name, shadow in ema.shadow.items():
         shadow.copy_(tensors[f"ema.{name}"])
-    optimizers.load_tensors({name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")})
+    optimizers.load_tensors(
+        {name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")}
+    )
 
 
 def _as_before(fitted: Execution, saved: Mapping[str, Any], execution: ExecutionParams, student: Student) -> Execution:
-    """The batch sizes that the run began with, where they are not set by hand: the free memory is another now, and sums in another order are other bits."""
+    """The batch sizes that the run began with, where they are not set by hand: the free memory is another now, and sums
+    in another order are other bits.
+    """
     if execution.micro_batch or saved["device"] != fitted.device.type or execution.checkpointing != "auto":
         return fitted
     recompute_blocks(student.network, saved["recompute"])
-    return replace(fitted, micro_batch=saved["micro_batch"], rollout_batch=execution.rollout_batch or saved["rollout_batch"], recompute=saved["recompute"])
+    return replace(
+        fitted,
+        micro_batch=saved["micro_batch"],
+        rollout_batch=execution.rollout_batch or saved["rollout_batch"],
+        recompute=saved["recompute"],
+    )
 
 
 def _validate(
-    done: int, run: _Run, watch: Watch, student: Student, ema: Ema, teachers: Mapping[str, VelocityField], buckets: Mapping[str, Bucket], router: Router,
-    params: LoopParams, grid: torch.Tensor, seed: int, fitted: Execution, world: World, metrics: Metrics, state: Path,
-) -> None:  # fmt: skip
-    """Gap and pictures of the averaged weights, which are what will be saved; notes the end of the run when the gap has not become smaller for long."""
+    done: int,
+    run: _Run,
+    watch: Watch,
+    student: Student,
+    ema: Ema,
+    teachers: Mapping[str, VelocityField],
+    buckets: Mapping[str, Bucket],
+    router: Router,
+    params: LoopParams,
+    grid: torch.Tensor,
+    seed: int,
+    fitted: Execution,
+    world: World,
+    metrics: Metrics,
+    state: Path,
+) -> None:
+    """Gap and pictures of the averaged weights, which are what will be saved; notes the end of the run when the gap has
+    not become smaller for long.
+    """
     mean = 0.0
     if world.rank == 0 or fitted.lockstep:  # a sharded base answers only when all processes ask
         with weights_of(student, ema.shadow):
@@ -315,10 +430,17 @@ def _validate(
 
 
 def _save_samples(state: Path, error: NotFinite) -> Path:
-    """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers, rows of the bucket, query indices."""
+    """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers, rows of
+    the bucket, query indices.
+    """
     folder = state / f"not-finite-{error.plan.index:08d}"
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / "samples.safetensors", {name: value.clone() for name, value in error.batch.items()})
-        plan = {"step": error.plan.index, **asdict(error.plan.route), "rows": list(error.plan.rows), "query": list(error.plan.query)}
+        plan = {
+            "step": error.plan.index,
+            **asdict(error.plan.route),
+            "rows": list(error.plan.rows),
+            "query": list(error.plan.query),
+        }
         write_json(temporary / "samples.json", {**plan, "reason": str(error)})
     return folder

@@ -23,10 +23,11 @@ from tasks.training.processes import this_process
 class Watch:
     """When states are saved and the student is looked at.
 
-    `save_every`: a state every so many steps, the last two kept; `keep_every`: these are kept for good (0: none). `validate_every`: gap to the teachers and
-    pictures on held-out rows (0: never); `patience`: stop after so many validations without a smaller gap (0: never). `cosine_every`: cosine between the
-    teachers' gradients, at the cost of a step for every route (0: never). `resume_from`: a state's folder of another run to start from, which must agree in all
-    its facts but those in `accept_changed`.
+    `save_every`: a state every so many steps, the last two kept; `keep_every`: these are kept for good (0: none).
+    `validate_every`: gap to the teachers and pictures on held-out rows (0: never); `patience`: stop after so many
+    validations without a smaller gap (0: never). `cosine_every`: cosine between the teachers' gradients, at the cost of
+    a step for every route (0: never). `resume_from`: a state's folder of another run to start from, which must agree in
+    all its facts but those in `accept_changed`.
     """
 
     save_every: int
@@ -40,13 +41,19 @@ class Watch:
     def faults(self, held_out: int) -> list[str]:
         found = [f"save_every = {self.save_every}: expected 1 or more"] if self.save_every < 1 else []
         names = ("keep_every", "validate_every", "patience", "cosine_every")
-        found += [f"{name} = {getattr(self, name)}: expected 0 (never) or more" for name in names if getattr(self, name) < 0]
+        found += [
+            f"{name} = {getattr(self, name)}: expected 0 (never) or more" for name in names if getattr(self, name) < 0
+        ]
         if self.keep_every > 0 and self.save_every > 0 and self.keep_every % self.save_every:
             found.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
         if self.validate_every > 0 and held_out < 1:
-            found.append(f"held_out = {held_out}: validate_every = {self.validate_every} needs rows that are not trained on; choose 1 or more")
+            found.append(
+                f"held_out = {held_out}: validate_every = {self.validate_every} needs rows that are not trained on; choose 1 or more"
+            )
         if self.patience > 0 and self.validate_every < 1:
-            found.append(f"validate_every = {self.validate_every}: patience = {self.patience} needs validations; choose 1 or more")
+            found.append(
+                f"validate_every = {self.validate_every}: patience = {self.patience} needs validations; choose 1 or more"
+            )
         if self.accept_changed and not self.resume_from:
             found.append(f"accept_changed = {list(self.accept_changed)}: means nothing without resume_from; empty it")
         return found
@@ -59,11 +66,19 @@ def watch_params(params: Any) -> Watch:
 def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **others: Any) -> dict[str, Any]:
     """What decides the result, as JSON: the loop's numbers, precision, data, teachers and torch's version.
 
-    How it is computed (processes, batches that fit, kernels) and when it is saved is not among it: a run may go on with other choices.
+    How it is computed (processes, batches that fit, kernels) and when it is saved is not among it: a run may go on with
+    other choices.
     """
     stopping = {"validate_every": watch.validate_every, "patience": watch.patience} if watch.patience else {}
-    origin = {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)} if watch.resume_from else {}
-    return {"params": {**asdict(loop), **stopping, "precision": execution.precision}, "torch": torch.__version__, **origin, **others}
+    origin = (
+        {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)} if watch.resume_from else {}
+    )
+    return {
+        "params": {**asdict(loop), **stopping, "precision": execution.precision},
+        "torch": torch.__version__,
+        **origin,
+        **others,
+    }
 
 
 def flat_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +86,9 @@ def flat_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            flat.update({inner if name == "params" else f"{name}.{inner}": item for inner, item in flat_facts(value).items()})
+            flat.update(
+                {inner if name == "params" else f"{name}.{inner}": item for inner, item in flat_facts(value).items()}
+            )
         else:
             flat[name] = value
     return flat
@@ -82,18 +99,28 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     # As JSON, which is what became of those that were saved.
     old, new = flat_facts(json.loads(json.dumps(before))), flat_facts(json.loads(json.dumps(now)))
     names = [name for name in sorted({*old, *new}) if name not in ("resume_from", "accept_changed")]
-    return {name: f"{old.get(name, '(none)')} -> {new.get(name, '(none)')}" for name in names if old.get(name) != new.get(name)}
+    return {
+        name: f"{old.get(name, '(none)')} -> {new.get(name, '(none)')}"
+        for name in names
+        if old.get(name) != new.get(name)
+    }
 
 
 def _state_to_start_from(
     stage: str, state: Path, fingerprint: str, facts: Mapping[str, Any], watch: Watch
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """This run's own newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs' states are left aside."""
+    """This run's own newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs'
+    states are left aside.
+    """
     own = load_state(state, fingerprint)
     if own is not None:
         return own
     if not watch.resume_from:
-        others = [newest for folder in RUNS.glob(f"{stage}-*") if folder != state and (newest := newest_state(folder)) is not None]
+        others = [
+            newest
+            for folder in RUNS.glob(f"{stage}-*")
+            if folder != state and (newest := newest_state(folder)) is not None
+        ]
         if others and not this_process().rank:
             latest = max(others, key=lambda path: path.stat().st_mtime)
             known = read_json(latest / RECORD).get("facts")
@@ -103,7 +130,9 @@ def _state_to_start_from(
     folder = Path(watch.resume_from)
     newest = folder if folder.name.startswith("step-") else newest_state(folder)
     if newest is None or not newest.is_dir():
-        raise UserError(f"resume_from = {watch.resume_from!r}: no state there; name a folder runs/{stage}-... or one of its step-... folders")
+        raise UserError(
+            f"resume_from = {watch.resume_from!r}: no state there; name a folder runs/{stage}-... or one of its step-... folders"
+        )
     tensors, record = read_state(newest)
     changed = differing(record.get("facts", {}), facts)
     refused = [f"{name}: {values}" for name, values in changed.items() if name not in watch.accept_changed]

@@ -1,6 +1,8 @@
-"""Teachers that are brought along instead of trained here: the base, adapters and full checkpoints of section `teachers.sources`, as one folder of teachers.
+"""Teachers that are brought along instead of trained here: the base, adapters and full checkpoints of section
+`teachers.sources`, as one folder of teachers.
 
-Every weight is resolved and verified first, then everything is checked against the base by names and shapes, and only then does the folder appear.
+Every weight is resolved and verified first, then everything is checked against the base by names and shapes, and only
+then does the folder appear.
 """
 
 from __future__ import annotations
@@ -19,13 +21,24 @@ from model.backbones import Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
 from model.networks.adapters import PEFT_CONFIG, RECORDS, read_adapter
 from model.networks.network import own_layers
-from model.networks.teachers import ADAPTER_WEIGHTS, BASE, KINDS, RECORD, WEIGHTS, TeacherRecord, compatibility_faults, weight_files, weights_sha256
+from model.networks.teachers import (
+    ADAPTER_WEIGHTS,
+    BASE,
+    KINDS,
+    RECORD,
+    WEIGHTS,
+    TeacherRecord,
+    compatibility_faults,
+    weight_files,
+    weights_sha256,
+)
 from tasks.weights.sources import Source, address_faults, resolve_all
 
 
 @dataclass(frozen=True)
 class SourceParams:
-    """One teacher that is brought along. `kind`: "base" (a pipeline folder), "adapter" or "full" (a transformer, a pipeline, or one file).
+    """One teacher that is brought along. `kind`: "base" (a pipeline folder), "adapter" or "full" (a transformer, a
+    pipeline, or one file).
 
     `uri`: as in tasks/weights/sources.py; `sha256`: what the weights must be, "" to pin them at the first fetch.
     """
@@ -41,9 +54,13 @@ def source_faults(sources: Mapping[str, SourceParams]) -> list[str]:
     found = [] if BASE in sources else [f"sources: {BASE!r} is missing; every other teacher is defined on it"]
     for name, source in sources.items():
         if source.capability not in CAPABILITIES:
-            found.append(f"sources.{name}.capability = {source.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}")
+            found.append(
+                f"sources.{name}.capability = {source.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}"
+            )
         if source.kind not in KINDS or (source.kind == "base") != (name == BASE):
-            found.append(f'sources.{name}.kind = {source.kind!r}: must be "base" for {BASE!r} and "full" or "adapter" for the others')
+            found.append(
+                f'sources.{name}.kind = {source.kind!r}: must be "base" for {BASE!r} and "full" or "adapter" for the others'
+            )
         if source.sha256 and not re.fullmatch(r"[0-9a-f]{64}", source.sha256):
             found.append(f'sources.{name}.sha256 = {source.sha256!r}: expected 64 hexadecimal digits, or ""')
     return found + address_faults({f"sources.{name}.uri": source.uri for name, source in sources.items()})
@@ -69,7 +86,9 @@ def assemble(sources: Mapping[str, SourceParams], out: Path, project: Path) -> d
         for name, source in sources.items():
             if name != BASE:
                 try:
-                    (_adapter if source.kind == "adapter" else _full)(folder / name, name, source, found[labels[name]], backbone, first)
+                    (_adapter if source.kind == "adapter" else _full)(
+                        folder / name, name, source, found[labels[name]], backbone, first
+                    )
                 except UserErrors as errors:
                     faults += [f"{name}: {fault}" for fault in errors.faults]
                 except UserError as error:
@@ -81,15 +100,27 @@ def assemble(sources: Mapping[str, SourceParams], out: Path, project: Path) -> d
         return {name: read_json(folder / name / RECORD)["sha256"][:12] for name in sources}
 
 
-def _record(folder: Path, backbone: Backbone, source: SourceParams, found: Source, base: TeacherRecord | None, **changes: Any) -> TeacherRecord:
+def _record(
+    folder: Path, backbone: Backbone, source: SourceParams, found: Source, base: TeacherRecord | None, **changes: Any
+) -> TeacherRecord:
     headers = [read_header(file) for file in weight_files(folder, source.kind)]
     sha256 = weights_sha256(folder, source.kind)
     facts: dict[str, Any] = {
-        "name": folder.name, "capability": source.capability, "kind": source.kind, "backbone": backbone.name,
-        "base_sha256": sha256 if base is None else base.sha256, "sha256": sha256, "latent_shape": list(backbone.latent_shape), "scheduler": backbone.scheduler,
-        "precision": precision_of(headers), "rank": 0, "alpha": 0, "base_id": found.uri if base is None else base.base_id, "source": found.uri,
+        "name": folder.name,
+        "capability": source.capability,
+        "kind": source.kind,
+        "backbone": backbone.name,
+        "base_sha256": sha256 if base is None else base.sha256,
+        "sha256": sha256,
+        "latent_shape": list(backbone.latent_shape),
+        "scheduler": backbone.scheduler,
+        "precision": precision_of(headers),
+        "rank": 0,
+        "alpha": 0,
+        "base_id": found.uri if base is None else base.base_id,
+        "source": found.uri,
         "revision": found.revision,
-    }  # fmt: skip
+    }
     record = TeacherRecord(**{**facts, **changes})
     write_json(folder / RECORD, asdict(record))
     return record
@@ -97,15 +128,26 @@ def _record(folder: Path, backbone: Backbone, source: SourceParams, found: Sourc
 
 def _base(folder: Path, source: SourceParams, found: Source, backbone: Backbone) -> TeacherRecord:
     if not found.files:
-        raise UserError(f"{found.uri}: the base is a pipeline folder (model_index.json, transformer/, text_encoder/, vae/, ...), not one file")
+        raise UserError(
+            f"{found.uri}: the base is a pipeline folder (model_index.json, transformer/, text_encoder/, vae/, ...), not one file"
+        )
     for name in found.files:
         link_or_copy(found.path / name, folder / name)
     weights = {file.relative_to(folder).as_posix() for file in weight_files(folder, "base")}
     _fit(backbone, weight_files(folder, "base"))
-    return _record(folder, backbone, source, found, None, files={name: sha256 for name, sha256 in found.files.items() if name not in weights})
+    return _record(
+        folder,
+        backbone,
+        source,
+        found,
+        None,
+        files={name: sha256 for name, sha256 in found.files.items() if name not in weights},
+    )
 
 
-def _adapter(folder: Path, name: str, source: SourceParams, found: Source, backbone: Backbone, base: TeacherRecord) -> None:
+def _adapter(
+    folder: Path, name: str, source: SourceParams, found: Source, backbone: Backbone, base: TeacherRecord
+) -> None:
     _says_another_base(found, base)
     adapter = read_adapter(found.path, backbone.network, backbone.name)
     folder.mkdir(parents=True)
@@ -114,12 +156,18 @@ def _adapter(folder: Path, name: str, source: SourceParams, found: Source, backb
     _record(folder, backbone, source, found, base, rank=adapter.rank, alpha=adapter.alpha, targets=targets)
 
 
-def _full(folder: Path, name: str, source: SourceParams, found: Source, backbone: Backbone, base: TeacherRecord) -> None:
+def _full(
+    folder: Path, name: str, source: SourceParams, found: Source, backbone: Backbone, base: TeacherRecord
+) -> None:
     _says_another_base(found, base)
     origin = found.path / "transformer" if (found.path / "transformer").is_dir() else found.path
     changes: dict[str, Any] = {}
     if origin.is_dir():
-        for file in [*weight_files(origin.parent, "full")] if origin.name == "transformer" else sorted(origin.glob(f"*{SAFETENSORS}")):
+        for file in (
+            [*weight_files(origin.parent, "full")]
+            if origin.name == "transformer"
+            else sorted(origin.glob(f"*{SAFETENSORS}"))
+        ):
             link_or_copy(file, folder / "transformer" / file.name)
         for file in origin.glob(f"{WEIGHTS}.index.json"):
             link_or_copy(file, folder / "transformer" / file.name)
@@ -130,7 +178,9 @@ def _full(folder: Path, name: str, source: SourceParams, found: Source, backbone
     files = weight_files(folder, "full")
     absent = [file for file in files if not file.exists()]
     if absent:
-        raise UserError(f"{found.uri}: no {absent[0].name} in it; a full teacher is a transformer as diffusers saves it")
+        raise UserError(
+            f"{found.uri}: no {absent[0].name} in it; a full teacher is a transformer as diffusers saves it"
+        )
     _fit(backbone, files)
     _record(folder, backbone, source, found, base, **changes)
 
@@ -141,14 +191,22 @@ def _fit(backbone: Backbone, files: list[Path]) -> None:
     stored = {name: entry["shape"] for file in files for name, entry in read_header(file).items()}
     faults = [f"missing key {name!r}" for name in sorted(expected.keys() - stored.keys())]
     faults += [f"extra key {name!r}" for name in sorted(stored.keys() - expected.keys())]
-    faults += [f"{name!r} is {stored[name]}, expected {shape}" for name, shape in expected.items() if name in stored and stored[name] != shape]
+    faults += [
+        f"{name!r} is {stored[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
     if faults:
         shown = "; ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
-        raise UserError(f"{files[0].parent}: the weights do not fit the base's network ({len(expected)} tensors): {shown}")
+        raise UserError(
+            f"{files[0].parent}: the weights do not fit the base's network ({len(expected)} tensors): {shown}"
+        )
 
 
 def _says_another_base(found: Source, base: TeacherRecord) -> None:
-    """Raises UserError where the files beside the weights name another base: a record of this pipeline by its hash, PEFT's config by the hub's name."""
+    """Raises UserError where the files beside the weights name another base: a record of this pipeline by its hash,
+    PEFT's config by the hub's name.
+    """
     folder = found.path if found.path.is_dir() else found.path.parent
     for name in RECORDS:
         if (folder / name).is_file():
@@ -158,10 +216,17 @@ def _says_another_base(found: Source, base: TeacherRecord) -> None:
                     f"{found.uri}: {name} says base_sha256 = {record['base_sha256'][:12]}, the base has {base.sha256[:12]}; it was trained on another base"
                 )
             if record.get("own_start") and record.get("adapter"):
-                raise UserError(f"{found.uri}: this student's adapter lies on a start of its own; export it as merged and bring that as a full teacher")
+                raise UserError(
+                    f"{found.uri}: this student's adapter lies on a start of its own; export it as merged and bring that as a full teacher"
+                )
     if (folder / PEFT_CONFIG).is_file():
         named = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path") or ""
         match = re.match(r"hf://([^/@]+/[^/@]+)", base.base_id)
-        if match and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named.lower() != match[1].lower() and not Path(named).exists():
+        if (
+            match
+            and re.fullmatch(r"[\w.-]+/[\w.-]+", named)
+            and named.lower() != match[1].lower()
+            and not Path(named).exists()
+        ):
             words = f"{PEFT_CONFIG} says base_model_name_or_path = {named!r}, the base is {match[1]!r}"
             raise UserError(f"{found.uri}: {words}; it was trained on another base")

@@ -1,12 +1,14 @@
-"""Where weights come from: a local folder or file, `hf://owner/name`, `s3://bucket/key`, `models:/name@alias`; resolved once, verified, cached, recorded.
+"""Where weights come from: a local folder or file, `hf://owner/name`, `s3://bucket/key`, `models:/name@alias`; resolved
+once, verified, cached, recorded.
 
     PATH                                     a folder or a .safetensors file on this machine, read where it lies
     hf://owner/name[/file.safetensors][@revision]     the Hugging Face hub
     s3://bucket/prefix/  or  s3://bucket/file.safetensors
     models:/name@alias  or  models:/name/version      this project's MLflow registry
 
-What is fetched lies in `.cache/weights/<SHA-256>`. The first fetch of an address pins it (trust on first use): revision and hashes go into `weights.lock.json`,
-which is versioned with the code, and every later fetch must give the same bytes or is refused. Only safetensors and the small files beside them are taken.
+What is fetched lies in `.cache/weights/<SHA-256>`. The first fetch of an address pins it (trust on first use): revision
+and hashes go into `weights.lock.json`, which is versioned with the code, and every later fetch must give the same bytes
+or is refused. Only safetensors and the small files beside them are taken.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ HUB_PATIENCE = 10.0  # s for the answer to one question
 
 @dataclass(frozen=True)
 class Source:
-    """Weights on this machine. `sha256`: of the file, or of the folder's list of files; `files`: relative path -> SHA-256, empty for a file.
+    """Weights on this machine. `sha256`: of the file, or of the folder's list of files; `files`: relative path ->
+    SHA-256, empty for a file.
 
     `revision`: the hub's commit, or the registered version; empty for a local path.
     """
@@ -78,7 +81,9 @@ def read_lock(project: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     lock = read_json(path)
-    if not isinstance(lock, dict) or any(not isinstance(entry, dict) or "sha256" not in entry for entry in lock.values()):
+    if not isinstance(lock, dict) or any(
+        not isinstance(entry, dict) or "sha256" not in entry for entry in lock.values()
+    ):
         raise UserError(f"{path}: not a lock of weights (address -> revision, sha256, files); restore it from git")
     return lock
 
@@ -95,12 +100,19 @@ def cached(uri: str, project: Path) -> Path | None:
 
 
 def _content(place: Path, entry: Mapping[str, Any]) -> Path:
-    return place if entry.get("files") else place / next((path.name for path in place.glob(f"*{SAFETENSORS}")), f"missing{SAFETENSORS}")
+    return (
+        place
+        if entry.get("files")
+        else place / next((path.name for path in place.glob(f"*{SAFETENSORS}")), f"missing{SAFETENSORS}")
+    )
 
 
 def availability(uris: Mapping[str, str], project: Path) -> dict[str, str]:
     """Label -> "here", "to fetch" or "missing", without looking beyond this machine."""
-    return {label: "here" if cached(uri, project) else "missing" if kind_of(uri) == "path" else "to fetch" for label, uri in uris.items()}
+    return {
+        label: "here" if cached(uri, project) else "missing" if kind_of(uri) == "path" else "to fetch"
+        for label, uri in uris.items()
+    }
 
 
 def missing_faults(uris: Mapping[str, str], project: Path) -> list[str]:
@@ -114,7 +126,9 @@ def missing_faults(uris: Mapping[str, str], project: Path) -> list[str]:
 
 
 def unfetchable_faults(uris: Mapping[str, str], project: Path) -> list[str]:
-    """The addresses on the hub that are not on this machine and that the hub would not give now: one question each, nothing is fetched."""
+    """The addresses on the hub that are not on this machine and that the hub would not give now: one question each,
+    nothing is fetched.
+    """
     wanted = {label: uri for label, uri in uris.items() if kind_of(uri) == "hub" and cached(uri, project) is None}
     if not wanted:
         return []
@@ -126,17 +140,21 @@ def unfetchable_faults(uris: Mapping[str, str], project: Path) -> list[str]:
         assert match is not None
         try:
             with _hub_answers(uri, match["repo"]):
-                HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).model_info(match["repo"], revision=match["revision"], timeout=HUB_PATIENCE)
+                HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).model_info(
+                    match["repo"], revision=match["revision"], timeout=HUB_PATIENCE
+                )
         except (UserError, OSError) as error:
             faults.append(f"{label} is not on this machine: {error}")
     return faults
 
 
 def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> Source:
-    """The weights behind an address, fetched if need be and verified. `sha256`: what they must be, "" where nothing is known yet.
+    """The weights behind an address, fetched if need be and verified. `sha256`: what they must be, "" where nothing is
+    known yet.
 
-    `pin` False follows an alias of the registry to where it points now, with the registry's own hashes instead of the lock's; it changes nothing for others.
-    Raises UserError when they are missing, cannot be fetched, are no safetensors, or are not the bytes that `sha256`, the lock or the registry names.
+    `pin` False follows an alias of the registry to where it points now, with the registry's own hashes instead of the
+    lock's; it changes nothing for others. Raises UserError when they are missing, cannot be fetched, are no
+    safetensors, or are not the bytes that `sha256`, the lock or the registry names.
     """
     kind = kind_of(uri)
     if kind == "registry" and not pin:
@@ -160,7 +178,9 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
             except UserError:
                 pass
             shutil.rmtree(place)  # damaged since; it is fetched again below, and must be what the lock says
-    staged = project / CACHE / f"incoming-{digest(uri)[:16]}"  # kept when a fetch is stopped, so that it goes on from there
+    staged = (
+        project / CACHE / f"incoming-{digest(uri)[:16]}"
+    )  # kept when a fetch is stopped, so that it goes on from there
     staged.mkdir(parents=True, exist_ok=True)
     with _disk(staged):
         content, revision = FETCHERS[kind](uri, staged, project, (entry or {}).get("revision", ""))
@@ -182,7 +202,10 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
     pinned = {"revision": found.revision, "sha256": found.sha256, "files": found.files}
     if entry is None:
         write_json(project / LOCK, dict(sorted({**read_lock(project), uri: pinned}.items())))
-        print(f"{uri}: pinned in {LOCK} as {found.sha256[:12]}{f' (revision {found.revision})' if found.revision else ''}", flush=True)
+        print(
+            f"{uri}: pinned in {LOCK} as {found.sha256[:12]}{f' (revision {found.revision})' if found.revision else ''}",
+            flush=True,
+        )
     return Source(uri, place if found.files else place / content.name, found.sha256, found.revision, found.files)
 
 
@@ -194,7 +217,10 @@ def _registered(uri: str, project: Path) -> Source:
     sha256 = folder_sha256(hashes)
     place = project / CACHE / sha256
     with _disk(place):
-        if not place.is_dir() or {name: sha256_file(place / name) for name in hashes if (place / name).is_file()} != hashes:
+        if (
+            not place.is_dir()
+            or {name: sha256_file(place / name) for name in hashes if (place / name).is_file()} != hashes
+        ):
             staged = project / CACHE / f"incoming-{sha256[:16]}"
             shutil.rmtree(staged, ignore_errors=True)
             versions.download(project, version, staged)
@@ -204,7 +230,9 @@ def _registered(uri: str, project: Path) -> Source:
 
 
 def resolve_all(wanted: Mapping[str, tuple[str, str]], project: Path) -> dict[str, Source]:
-    """Label -> (address, SHA-256 or ""), resolved. Raises UserErrors with everything that is missing or wrong; local paths are looked at before any fetch."""
+    """Label -> (address, SHA-256 or ""), resolved. Raises UserErrors with everything that is missing or wrong; local
+    paths are looked at before any fetch.
+    """
     faults = missing_faults({label: uri for label, (uri, _) in wanted.items()}, project)
     if faults:
         raise UserErrors("these weights are not here:", faults)
@@ -236,7 +264,9 @@ def _verified(uri: str, path: Path, revision: str) -> Source:
 def _expect(found: Source, sha256: str, where: str) -> None:
     if sha256 and found.sha256 != sha256:
         remedy = "restore the old bytes, or name the new ones there knowingly"
-        raise UserError(f"{found.uri}: SHA-256 is {found.sha256}, {where} say{'s' if where == str(LOCK) else ''} {sha256}; {remedy}")
+        raise UserError(
+            f"{found.uri}: SHA-256 is {found.sha256}, {where} say{'s' if where == str(LOCK) else ''} {sha256}; {remedy}"
+        )
 
 
 @contextmanager
@@ -249,7 +279,7 @@ def _disk(path: Path) -> Iterator[None]:
         raise explain(error, path) from error
 
 
-# --- fetching ---------------------------------------------------------------------------------------------------------------
+# --- fetching ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -267,16 +297,22 @@ def _hub_answers(uri: str, repo: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise UserError(f"{uri}: no such revision") from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{uri}: no such model on the hub, or it is private: check the name, or log in (`hf auth login`, or HF_TOKEN)") from error
+        raise UserError(
+            f"{uri}: no such model on the hub, or it is private: check the name, or log in (`hf auth login`, or HF_TOKEN)"
+        ) from error
     except (TransportError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{uri}: the hub cannot be reached ({first}); try again later, or fetch it elsewhere and name the folder's path instead") from error
+        raise UserError(
+            f"{uri}: the hub cannot be reached ({first}); try again later, or fetch it elsewhere and name the folder's path instead"
+        ) from error
 
 
 def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
-    """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its index names, in one precision."""
+    """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its
+    index names, in one precision.
+    """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -288,7 +324,11 @@ def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path
     with _hub_answers(uri, repo):
         info = HfApi(endpoint=endpoint).model_info(repo, revision=pinned or match["revision"], files_metadata=True)
         commit, sizes = str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-        index = read_json(hf_hub_download(repo, PIPELINE, revision=commit, local_dir=staged, endpoint=endpoint)) if PIPELINE in sizes and not file else {}
+        index = (
+            read_json(hf_hub_download(repo, PIPELINE, revision=commit, local_dir=staged, endpoint=endpoint))
+            if PIPELINE in sizes and not file
+            else {}
+        )
         chosen = _chosen(uri, file, sizes, pipeline_parts(index))
         needed, free = sum(sizes[name] for name in chosen), shutil.disk_usage(staged).free
         if needed > free:
@@ -302,7 +342,9 @@ def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path
 
 
 def _chosen(uri: str, file: str | None, sizes: Mapping[str, int], parts: list[str]) -> list[str]:
-    """The names of a repository's files that are fetched; `parts` are a pipeline's. Raises UserError when there are no safetensors among them."""
+    """The names of a repository's files that are fetched; `parts` are a pipeline's. Raises UserError when there are no
+    safetensors among them.
+    """
     if file:
         chosen = [file] if file in sizes else []
     elif parts:
@@ -310,7 +352,9 @@ def _chosen(uri: str, file: str | None, sizes: Mapping[str, int], parts: list[st
     else:
         chosen = [name for name in sizes if is_kept(name)]
     if not any(name.endswith(SAFETENSORS) for name in chosen):
-        raise UserError(f"{uri}: no {SAFETENSORS} file{f' of that name, have {sorted(sizes)[:5]}' if file else ' in it; pickle files are not taken'}")
+        raise UserError(
+            f"{uri}: no {SAFETENSORS} file{f' of that name, have {sorted(sizes)[:5]}' if file else ' in it; pickle files are not taken'}"
+        )
     return sorted(chosen)
 
 
