@@ -123,7 +123,10 @@ def held_out_pictures(
         with precision(execution.device, execution.dtype, execution.attention):
             latents = sample(student.field, noise, condition, moved(grid, execution.device))
         shown = [latents] if condition.source is None else [condition.source, latents]
-        pictures[capability] = torch.stack([student.backbone.decode(one.cpu()) for one in shown])
+        # Picture by picture: a VAE in fp32 needs several GB for each of 1024 px.
+        pictures[capability] = torch.stack(
+            [torch.cat([student.backbone.decode(row[None]) for row in one.cpu()]) for one in shown]
+        )
     return pictures
 
 

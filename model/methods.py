@@ -103,6 +103,15 @@ def method_faults(method: str, states: str, query_states: int, start: str, batch
     return faults
 
 
+def in_lockstep(method: str, query_states: int) -> bool:
+    """Whether `Execution.lockstep` holds in the method's steps: model.distill.accumulate pads them to equal counts of
+    forwards.
+
+    "merge" has no step at all.
+    """
+    return method == "merge" or (method in ("danceopd", "offpolicy") and query_states == 1)
+
+
 def compute_of(method: str, query_states: int) -> Accumulate | None:
     """What computes a step of the method; None where the loop's own does. Raises UserError for "merge", which has no
     step.

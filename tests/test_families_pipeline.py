@@ -341,13 +341,17 @@ def test_encode_validate_distill_absorb_sample(
     assert report["passed"] and set(report["teachers"]) == {BASE, "realism", "local"}
     assert len(list((tmp_path / "validated" / "images" / "local").glob("*.png"))) == 2  # the eval split's edits
     folders = {"encoded": home.encoded, "teachers": home.teachers}
-    summary = distilling.distill(distil_params(home), **folders, out=tmp_path / "student")
+    looked = {"validate_every": 2, "held_out": 1}  # whose pictures need the VAE, which training itself does without
+    summary = distilling.distill(distil_params(home, **looked), **folders, out=tmp_path / "student")
     assert summary["steps"] == 2
     fields = (absorbing.Guidance("t2i", 2.0, 1.0), absorbing.Guidance("local_edit", 1.5, 1.0))
     absorption = absorbing.Params(
-        backbone=home.backbone, fields=fields, steps=2, learning_rate=1e-3, rollout_steps=4, **LOOP
+        backbone=home.backbone, fields=fields, steps=2, learning_rate=1e-3, rollout_steps=4, **{**LOOP, **looked}
     )
     absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")
+    for out in ("student", "absorbed"):
+        pictures = sorted(path.name for path in (tmp_path / out / "validation").iterdir())
+        assert pictures == ["local_edit-00000002.png", "t2i-00000002.png"]
     backbone = load_base(home.teachers, **home.backbone.loading())
     student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
     evaluation = evaluation_set(read_examples(home.curated), home.curated)

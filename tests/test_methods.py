@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from data.errors import UserError
@@ -25,7 +26,9 @@ from model.randomness import noise_for
 from model.rollout import euler_grid
 from model.route import Route, Router, router
 from model.step import LoopParams, Plan
-from tasks.params.reading import load_params
+from tasks.__main__ import main
+from tasks.environment import PROJECT
+from tasks.params.reading import load_params, read_yaml
 from tasks.stages import distill as stage
 from tests.tiny import Tiny, build, loop_params, write_params
 
@@ -209,6 +212,31 @@ def test_every_method_trains_a_real_network_in_the_one_loop(tiny: Tiny, method: 
     steps = list(loop)
     assert len(steps) == 2 and all(one.loss > 0 and one.gradient_norm > 0 for one in steps)
     assert any(not torch.equal(value, before[name]) for name, value in student.parameters.items())
+
+
+@pytest.mark.parametrize(("method", "query_states"), [(method, 1) for method in METHODS] + [("danceopd", 4)])
+def test_a_shared_base_is_refused_before_anything_runs_where_processes_would_wait_for_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, query_states: int
+) -> None:
+    document = read_yaml(PROJECT / "params.yaml")
+    document["execution"] |= {"processes": 2, "shard_base": True}
+    states, start = "off_policy" if method == "offpolicy" else "on_policy", "merged" if method == "merge" else "base"
+    document["distill"] |= {
+        "method": method,
+        "query_states": query_states,
+        "states": states,
+        "start": start,
+        "trainable": "adapter",
+    }
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    main(["check", "--params", str(path)])
+    error, padded = capsys.readouterr().err, method in ("danceopd", "offpolicy", "merge") and query_states == 1
+    named = (
+        f"distill.method = '{method}', query_states = {query_states}: " in error
+        and "execution.shard_base: false" in error
+    )
+    assert named != padded and ("shard_base" in error) == named
 
 
 def test_merge_is_the_mean_of_the_teachers_without_a_step(tiny: Tiny, tmp_path: Path) -> None:

@@ -309,6 +309,45 @@ def test_sigterm_to_the_stage_saves_in_two_processes(
     )
 
 
+def test_sigterm_to_one_process_stops_all_after_the_same_step(
+    stage: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the numbers of a step are on their way, as on a device that runs ahead: nobody may act on a wish
+    of its own.
+    """
+    original, fitted = tasks.training.run.distill, tasks.training.run._fitted
+    monkeypatch.setattr(tasks.training, "_fitted", lambda *given: replace(fitted(*given), deferred=True))
+    assert stage("straight", processes=2, steps=8, save_every=50) == 0
+    for folder in Path("runs").glob("distill-*"):
+        folder.rename(f"{folder}.done")
+
+    def signalled(*arguments: Any) -> Iterator[Any]:
+        for step in original(*arguments):
+            if tasks.training.processes.this_process().rank == 1 and step.index == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    with monkeypatch.context() as context:
+        context.setattr(tasks.training, "distill", signalled)
+        child = os.fork()
+        if not child:
+            os._exit(stage("out", processes=2, steps=8, save_every=50))
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if ended == (0, 0):  # waits for a process that waits for it
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the processes wait for each other")
+    assert os.waitstatus_to_exitcode(ended[1]) == 143
+    assert "stopped by SIGTERM after step 5 of 8" in capfd.readouterr().err
+    (state,) = [path for path in Path("runs").glob("distill-*/step-*") if ".done" not in str(path)]
+    assert state.name == "step-00000005"
+    assert stage("out", processes=2, steps=8, save_every=50) == 0
+    for name, value in weights("straight").items():
+        assert torch.equal(weights("out")[name], value)
+
+
 def test_a_refusal_in_a_process_is_the_stages_own(stage: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert stage("out", processes=2, start="nobody") == 2
     assert "start = 'nobody'" in capfd.readouterr().err

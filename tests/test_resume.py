@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import model.distill
+import tasks.training.run
 from data.files import read_json
 from model.checkpoint import TENSORS
 from model.randomness import noise_for
@@ -174,6 +175,58 @@ def test_killed_at_random_moments_equals_never_stopped(
         "step-00000024",
     ]  # the last two, every eighth, and nothing half-written
     assert not list(folder.glob("runs/distill-*/.*"))
+
+
+LOOKS = {"held_out": 2, "validate_every": 2, "cosine_every": 2, "save_every": 50}
+
+
+def test_a_look_at_the_student_that_fails_loses_no_step(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is saved before a validation, which is made again from it."""
+    expected = straight(tiny, tmp_path, monkeypatch, **LOOKS)
+    arguments = command(tiny, write_params(tmp_path / "params.yaml", **LOOKS))
+
+    def crash(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as context:
+        context.setattr(tasks.training, "held_out_pictures", crash)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert states() == ["step-00000002"] and not OUT.exists()
+    with monkeypatch.context() as context:
+        at_step(context, 3, lambda: crash())  # after the validation, before the next state
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert states() == ["step-00000002"]
+    with monkeypatch.context() as context:
+        at_step(context, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(arguments) == 0  # it was the last step
+    assert result(OUT) == expected
+
+
+def test_sigterm_comes_before_the_look_that_is_due(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = straight(tiny, tmp_path, monkeypatch, **LOOKS)
+    arguments = command(tiny, write_params(tmp_path / "params.yaml", **LOOKS))
+    with monkeypatch.context() as context:
+        at_step(context, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(arguments) == 143
+    (metrics,) = Path().glob("runs/distill-*/metrics.jsonl")
+    assert states() == ["step-00000002"] and "held_out_gap" not in metrics.read_text()
+    assert main(arguments) == 0
+    assert result(OUT) == expected
+
+
+def test_a_state_of_another_layout_is_left_aside_and_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(tiny, write_params(tmp_path / "params.yaml"))
+    with monkeypatch.context() as context:
+        context.setattr(tasks.training, "LAYOUT", 1)
+        assert main(arguments) == 0
+    assert main(arguments) == 0
+    assert "starts anew" in (printed := capsys.readouterr().out) and "differs in state_layout" in printed
 
 
 @pytest.mark.parametrize(

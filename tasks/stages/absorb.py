@@ -10,7 +10,6 @@ from typing import Any
 
 from data.files import read_json
 from data.records import CAPABILITIES
-from model.backbones import TRANSFORMER
 from model.compute.settings import ExecutionParams
 from model.examples import encoded_fingerprint, load_buckets
 from model.fields.base import VelocityField
@@ -21,7 +20,7 @@ from model.route import Route, route_faults, router
 from model.step import LoopParams
 from tasks.params.sections import BackboneParams
 from tasks.training.processes import in_processes, this_process
-from tasks.training.run import loop_params, run_training
+from tasks.training.run import loop_params, parts_to_load, run_training
 from tasks.training.states import Watch, facts_of, watch_params
 
 
@@ -94,9 +93,8 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
             params.execution,
         )
     base = read_records(teachers)[BASE]
-    learner = load_student(
-        student, load_base(teachers, need=TRANSFORMER, **params.backbone.loading(params.execution.device)), base.sha256
-    )
+    options = {"need": parts_to_load(params.watch()), **params.backbone.loading(params.execution.device)}
+    learner = load_student(student, load_base(teachers, **options), base.sha256)
     frozen = learner.frozen_copy()
     guided: dict[str, VelocityField] = {
         f"guided {field.capability}": Guided(frozen, field.scale) for field in params.fields

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from data.files import atomic_folder, digest
-from model.backbones import TRANSFORMER
 from model.compute.settings import ExecutionParams
 from model.examples import encoded_fingerprint, load_buckets
-from model.methods import compute_of, method_faults
+from model.methods import compute_of, in_lockstep, method_faults
 from model.networks.student import TRAINABLE, Student, save_student, start_student
 from model.networks.teachers import BASE, load_teachers, read_records
 from model.route import router
 from model.step import LoopParams
 from tasks.params.sections import BackboneParams, RoutingParams
 from tasks.training.processes import in_processes, this_process
-from tasks.training.run import loop_params, run_training, write_steps
+from tasks.training.run import SHARED_BASE, loop_params, parts_to_load, run_training, write_steps
 from tasks.training.states import Watch, facts_of, watch_params
 
 
@@ -78,6 +77,14 @@ class Params:
             if getattr(self, name) < 1
         ]
         found += method_faults(self.method, self.states, self.query_states, self.start, self.batch)
+        if self.execution.shard_base and self.trainable == "all" and self.method != "merge":
+            found.append(f"trainable = 'all': execution.shard_base = true {SHARED_BASE}")
+        if self.execution.shard_base and not in_lockstep(self.method, self.query_states):
+            found.append(
+                f"method = {self.method!r}, query_states = {self.query_states}: processes that share one base by "
+                "execution.shard_base = true must ask it equally often, which only method = 'danceopd' or 'offpolicy' with "
+                "query_states = 1 does; choose one of these, or set execution.shard_base: false"
+            )
         return found + self.watch().faults(self.held_out)
 
 
@@ -89,13 +96,8 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out}, params.execution)
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    backbone, fields = load_teachers(
-        teachers,
-        names,
-        offload=params.backbone.offload,
-        need=TRANSFORMER,
-        **params.backbone.loading(params.execution.device),
-    )
+    options = {"need": parts_to_load(params.watch()), **params.backbone.loading(params.execution.device)}
+    backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, **options)
     records = read_records(teachers)
     buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)

@@ -13,17 +13,16 @@ from data.files import read_json, write_text
 RUNS = Path("runs")
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
 SHARES = "query/"  # of the queried noise levels over the whole run: written at its end
+LOOKS = ("gradient_cosine/", "held_out_gap")  # measured after a step's state is saved
 
 
 def state_folder(stage: str, fingerprint: str) -> Path:
-    """Where a run keeps its states and its speed; `fingerprint` is the digest of its facts, as student.json names
-    it.
-    """
+    """Where a run keeps its states and its speed; `fingerprint`: the digest of its facts, as in student.json."""
     return RUNS / f"{stage}-{fingerprint[:12]}"
 
 
 def speed_file(project: Path, out: Path) -> Path | None:
-    """Seconds, samples a second and bytes of memory by step of the run that wrote `out`; None where another machine ran
+    """Seconds, samples a second and bytes of memory by step, of the run that wrote `out`. None: another machine ran
     it.
     """
     try:
@@ -35,9 +34,7 @@ def speed_file(project: Path, out: Path) -> Path | None:
 
 
 class Metrics:
-    """Named values by step, appended to a JSON Lines file as they come; a resumed run drops what lies after its
-    state.
-    """
+    """Named values by step, appended to a file as they come; a resumed run drops what was measured after its state."""
 
     def __init__(self, path: Path, start: int, writes: bool) -> None:
         self.path, self.writes = path, writes
@@ -45,20 +42,19 @@ class Metrics:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
                 left.unlink()
+            later = {start: (SHARES, *LOOKS)}  # prefixes of what is measured again
             kept = [
-                line for line in read_metrics(path) if line["step"] <= start and not line["name"].startswith(SHARES)
+                line
+                for line in read_metrics(path)
+                if line["step"] <= start and not line["name"].startswith(later.get(line["step"], SHARES))
             ]
             write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.writes and values:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(
-                    "".join(
-                        f"{json.dumps({'name': name, 'step': step, 'value': value})}\n"
-                        for name, value in values.items()
-                    )
-                )
+                lines = [json.dumps({"name": name, "step": step, "value": value}) for name, value in values.items()]
+                file.write("".join(f"{line}\n" for line in lines))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

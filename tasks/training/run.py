@@ -8,7 +8,7 @@ import csv
 import resource
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image
 from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, write_json
 from data.progress import progress
+from model.backbones import TRANSFORMER
 from model.checkpoint import Ema, save_state, write_tensors
 from model.compute.execution import (
     Execution,
@@ -49,7 +50,9 @@ from tasks.training.processes import this_process
 from tasks.training.states import Watch, _state_to_start_from
 
 COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor")
+LAYOUT = 2  # of what a state holds: one of another layout is not taken up
 VALIDATION = "validation"  # folder of the pictures
+SHARED_BASE = "spreads a frozen base that teachers and student share; set trainable: adapter and start: base"
 PICTURES = 4  # examples a capability
 
 
@@ -63,6 +66,11 @@ def loop_params(params: Any, **given: Any) -> LoopParams:
     return LoopParams(**numbers)
 
 
+def parts_to_load(watch: Watch) -> tuple[str, ...]:
+    """The base's parts that a training reads: the VAE only where pictures are wanted."""
+    return (*TRANSFORMER, "vae") if watch.validate_every else TRANSFORMER
+
+
 @contextmanager
 def _stop_on_sigterm() -> Iterator[dict[str, bool]]:
     """SIGTERM lets the current step end and its state be saved."""
@@ -72,10 +80,6 @@ def _stop_on_sigterm() -> Iterator[dict[str, bool]]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _row(step: Step) -> dict[str, Any]:
-    return {name: step.index + 1 if name == "step" else getattr(step, name) for name in COLUMNS}
 
 
 def write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -180,157 +184,244 @@ def run_training(
     """
     world = this_process()
     device = device_of(execution, world.rank)
-    fingerprint = digest(dict(facts))
-    state = state_folder(stage, fingerprint)
-    prepare_networks(
-        execution,
-        device,
-        student.network,
-        student.parameters.values(),
-        [n for field in teachers.values() for n in networks_of(field)],
-    )
+    state = state_folder(stage, digest(dict(facts)))
+    frozen = [network for field in teachers.values() for network in networks_of(field)]
+    prepare_networks(execution, device, student.network, student.parameters.values(), frozen)
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
     ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
-    found = _state_to_start_from(stage, state, fingerprint, facts, watch)
+    found = _state_to_start_from(stage, state, digest(dict(facts)), facts, watch)
     fitted = _fitted(student, buckets, params, execution, device, world)
     if execution.shard_base:
         if student.adapter is None or student.network is not student.backbone.network:
-            raise UserError(
-                "execution.shard_base = true: spreads a frozen base that teachers and student share; set trainable: adapter and start: base"
-            )
+            raise UserError(f"execution.shard_base = true: {SHARED_BASE}")
         shard_frozen(blocks_of(student.network), device)
     if found:
         tensors, saved = found
         _restore(tensors, student, ema, optimizers)
         ema.updates, start = saved["updates"], saved["step"]
-        run = _Run(saved["rows"], saved["queried"], saved["best"], saved["since"], saved["ended"], saved.get("origin"))
+        run = _Run(
+            **{field.name: saved[field.name] for field in fields(_Run) if field.name != "origin"},
+            origin=saved.get("origin"),
+        )
         fitted = _as_before(fitted, saved["execution"], execution, student)
         if world.rank == 0:
             print(f"{stage}: goes on at step {start} of {params.steps} ({state})", flush=True)
-
-    def save(done: int) -> None:
-        if world.rank:
-            return
-        tensors = {f"trainable.{k}": v for k, v in student.parameters.items()} | {
-            f"ema.{k}": v for k, v in ema.shadow.items()
-        }
-        how = {
-            "device": device.type,
-            "micro_batch": fitted.micro_batch,
-            "rollout_batch": fitted.rollout_batch,
-            "recompute": fitted.recompute,
-        }
-        save_state(
-            state,
-            done,
-            tensors | {f"optimizer.{k}": v for k, v in optimizers.tensors().items()},
-            {"fingerprint": fingerprint, "updates": ema.updates, **asdict(run), "facts": dict(facts), "execution": how},
-            watch.keep_every,
-        )
-
     grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
     metrics, speed = (Metrics(state / name, start, writes=world.rank == 0) for name in (METRICS, SPEED))
-    steps = params.steps if not run.ended else start
-    with _stop_on_sigterm() as asked, _progress(stage, steps - start, world) as advance:
+    training = _Training(
+        stage,
+        student,
+        teachers,
+        buckets,
+        router,
+        params,
+        grid,
+        seed,
+        watch,
+        dict(facts),
+        state,
+        world,
+        fitted,
+        optimizers,
+        ema,
+        run,
+        metrics,
+        speed,
+    )
+    done = training.go(start, compute)
+    if world.rank == 0:
+        training.write(out, done, record)
+    return _summary(student, params, run, fitted, speed)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A process's part of a run: what is trained on what, where its state lies, and how far it is."""
+
+    stage: str
+    student: Student
+    teachers: Mapping[str, VelocityField]
+    buckets: Mapping[str, Bucket]
+    router: Router
+    params: LoopParams
+    grid: torch.Tensor
+    seed: int
+    watch: Watch
+    facts: dict[str, Any]
+    state: Path
+    world: World
+    fitted: Execution
+    optimizers: Optimizers
+    ema: Ema
+    run: _Run
+    metrics: Metrics
+    speed: Metrics
+
+    def go(self, start: int, compute: Accumulate | None) -> int:
+        """Trains from step `start` to the end, and returns the number of steps."""
+        with _stop_on_sigterm() as asked:
+            if start:  # a state is saved before the student is looked at
+                self._look(start)
+            if self.run.ended:
+                return start
+            with _progress(self.stage, self.params.steps - start, self.world) as advance:
+                return self._train(start, advance, lambda: asked["stop"], compute)
+
+    def _train(self, start: int, advance: Any, stop: Callable[[], bool], compute: Accumulate | None) -> int:
+        """The loop. `stop` is this process's own wish, which nothing here may follow: `Step.stopped` is what all agreed
+        on.
+        """
+        stage, params, watch = self.stage, self.params, self.watch
         done = saved_at = start
-        first = params.steps if run.ended else start  # a run that had ended early only writes its result again
+        waiting: list[Step] = []
         loop = distill(
-            student,
-            teachers,
-            buckets,
-            router,
-            optimizers,
-            ema,
+            self.student,
+            self.teachers,
+            self.buckets,
+            self.router,
+            self.optimizers,
+            self.ema,
             params,
-            grid,
-            seed,
-            first,
-            fitted,
-            world,
-            lambda: asked["stop"],
+            self.grid,
+            self.seed,
+            start,
+            self.fitted,
+            self.world,
+            stop,
             compute,
         )
-        waiting: list[Step] = []
         try:
             for step in loop:
                 waiting.append(step)
                 done = step.index + 1
-                due = done % watch.save_every == 0 or done == params.steps
-                looked = [every for every in (watch.validate_every, watch.cosine_every) if every and done % every == 0]
+                validates = bool(watch.validate_every) and done % watch.validate_every == 0
+                due = done % watch.save_every == 0 or done == params.steps or validates
+                looks = validates or (watch.cosine_every and done % watch.cosine_every == 0)
                 # On a device that runs ahead, numbers are read a step late unless something has to know them now.
-                keep = 1 if fitted.deferred and not due and not looked and not asked["stop"] else 0
-                stopped = False
-                while len(waiting) > keep:
-                    one = waiting.pop(0)
-                    stopped = stopped or one.stopped
-                    run.rows.append(_row(one))
-                    for level in one.levels:
-                        run.queried[f"{level:.4f}"] = run.queried.get(f"{level:.4f}", 0) + 1
-                    metrics.log(one.index + 1, _step_metrics(one, params.batch))
-                    speed.log(one.index + 1, _speed(one, params.batch, device))
-                    advance(route=one.route, loss=one.loss)
-                if watch.cosine_every and done % watch.cosine_every == 0 and (world.rank == 0 or fitted.lockstep):
-                    cosines = gradient_cosines(
-                        student, teachers, buckets, router, params, grid, seed, step.index, fitted
-                    )
-                    metrics.log(done, {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()})
-                if watch.validate_every and done % watch.validate_every == 0:
-                    _validate(
-                        done,
-                        run,
-                        watch,
-                        student,
-                        ema,
-                        teachers,
-                        buckets,
-                        router,
-                        params,
-                        grid,
-                        seed,
-                        fitted,
-                        world,
-                        metrics,
-                        state,
-                    )
-                if due or stopped or run.ended:
-                    save(done)
+                keep, stopped = (1 if self.fitted.deferred and not due and not looks else 0), False
+                while len(waiting) > (0 if stopped else keep):
+                    stopped = self._note(waiting.pop(0), advance) or stopped
+                if due or stopped:
+                    self._save(done)
                     saved_at = done
-                if run.ended:
-                    break
                 if stopped and done < params.steps:
-                    _together(world)
+                    _together(self.world)
                     raise Terminated(
-                        f"{stage}: stopped by SIGTERM after step {done} of {params.steps}; its state is saved, the same command goes on from there"
+                        f"{stage}: stopped by SIGTERM after step {done} of {params.steps}; its state is saved, "
+                        "the same command goes on from there"
                     )
+                self._look(done)
+                if self.run.ended:
+                    break
         except NotFinite as error:
-            done = ema.updates = error.plan.index  # the step was withheld everywhere: this is the state before it
-            samples = _save_samples(state, error) if world.rank == 0 else None
+            done = self.ema.updates = error.plan.index  # the step was withheld everywhere: this is the state before it
+            samples = _save_samples(self.state, error) if self.world.rank == 0 else None
             if done > saved_at:
-                save(done)
-            _together(world)
+                self._save(done)
+            _together(self.world)
             raise UserError(f"{error}; the state before it is saved, and its samples are in {samples}") from error
         except KeyboardInterrupt as interrupt:
             # The interrupted step may have been half applied, so the last saved state is what counts.
             raise KeyboardInterrupt(
                 f"{stage}: interrupted in step {done + 1} of {params.steps}; the same command goes on from step {saved_at}"
             ) from interrupt
-    if world.rank == 0:
-        student.load(ema.shadow)
-        total = sum(run.queried.values())
-        metrics.log(done, {f"{SHARES}t_{level}": count / total for level, count in sorted(run.queried.items())})
+        return done
+
+    def _note(self, step: Step, advance: Any) -> bool:
+        """Keeps a step's numbers; whether the run is to stop."""
+        self.run.rows.append({name: step.index + 1 if name == "step" else getattr(step, name) for name in COLUMNS})
+        for level in step.levels:
+            self.run.queried[f"{level:.4f}"] = self.run.queried.get(f"{level:.4f}", 0) + 1
+        self.metrics.log(step.index + 1, _step_metrics(step, self.params.batch))
+        self.speed.log(step.index + 1, _speed(step, self.params.batch, self.fitted.device))
+        advance(route=step.route, loss=step.loss)
+        return step.stopped
+
+    def _save(self, done: int) -> None:
+        if self.world.rank:
+            return
+        fitted = self.fitted
+        tensors = {f"trainable.{k}": v for k, v in self.student.parameters.items()} | {
+            f"ema.{k}": v for k, v in self.ema.shadow.items()
+        }
+        how = {
+            "device": fitted.device.type,
+            "micro_batch": fitted.micro_batch,
+            "rollout_batch": fitted.rollout_batch,
+            "recompute": fitted.recompute,
+        }
+        save_state(
+            self.state,
+            done,
+            tensors | {f"optimizer.{k}": v for k, v in self.optimizers.tensors().items()},
+            {
+                "fingerprint": digest(self.facts),
+                "updates": self.ema.updates,
+                **asdict(self.run),
+                "facts": self.facts,
+                "execution": how,
+            },
+            self.watch.keep_every,
+        )
+
+    def _look(self, done: int) -> None:
+        """What is due after that step: the teachers' gradients, then the validation."""
+        everyone = self.world.rank == 0 or self.fitted.lockstep  # a sharded base answers only when all processes ask
+        if self.watch.cosine_every and done % self.watch.cosine_every == 0 and everyone:
+            cosines = gradient_cosines(
+                self.student,
+                self.teachers,
+                self.buckets,
+                self.router,
+                self.params,
+                self.grid,
+                self.seed,
+                done - 1,
+                self.fitted,
+            )
+            self.metrics.log(done, {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()})
+        if self.watch.validate_every and done % self.watch.validate_every == 0:
+            self._validate(done, everyone)
+
+    def _validate(self, done: int, everyone: bool) -> None:
+        """Gap and pictures of the averaged weights, which are what will be saved; notes the end of a run whose gap has
+        long not fallen.
+        """
+        run, student, mean = self.run, self.student, 0.0
+        if everyone:
+            with weights_of(student, self.ema.shadow):
+                numbers = (self.params, self.grid, self.seed, self.fitted)
+                gaps = held_out_gaps(student, self.teachers, self.buckets, self.router, *numbers)
+                pictures = held_out_pictures(student, self.buckets, *numbers, PICTURES)
+            mean = sum(gaps.values()) / len(gaps)
+            self.metrics.log(
+                done, {**{f"held_out_gap/{name}": gap for name, gap in gaps.items()}, "held_out_gap": mean}
+            )
+            for capability, images in pictures.items() if self.world.rank == 0 else ():
+                rows = [np.concatenate(as_pictures(row), axis=1) for row in images]
+                path = self.state / VALIDATION / f"{capability}-{done:08d}.png"
+                with atomic_file(path) as temporary:
+                    Image.fromarray(np.concatenate(rows, axis=0)).save(temporary)
+        mean = shared(mean, self.world)
+        run.best, run.since = (mean, 0) if run.best is None or mean < run.best else (run.best, run.since + 1)
+        if self.watch.patience and run.since >= self.watch.patience:
+            run.ended = f"after step {done}: the held-out gap {mean:.5g} has not fallen below {run.best:.5g} for {run.since} validations"
+
+    def write(self, out: Path, done: int, record: Mapping[str, Any]) -> None:
+        """The result, with the EMA's weights."""
+        self.student.load(self.ema.shadow)
+        total = sum(self.run.queried.values())
+        self.metrics.log(
+            done, {f"{SHARES}t_{level}": count / total for level, count in sorted(self.run.queried.items())}
+        )
+        origin = {"origin": self.run.origin} if self.run.origin else {}
         with atomic_folder(out) as folder:
-            extra = {
-                "stage": stage,
-                "steps": done,
-                "fingerprint": fingerprint,
-                **({"origin": run.origin} if run.origin else {}),
-            }
-            save_student(folder, student, {**record, **extra})
-            write_steps(folder / "steps.csv", run.rows)
-            shutil.copyfile(metrics.path, folder / METRICS)
-            if (state / VALIDATION).is_dir():
-                shutil.copytree(state / VALIDATION, folder / VALIDATION)
-    return _summary(student, params, run, fitted, speed)
+            extra = {"stage": self.stage, "steps": done, "fingerprint": digest(self.facts), **origin}
+            save_student(folder, self.student, {**record, **extra})
+            write_steps(folder / "steps.csv", self.run.rows)
+            shutil.copyfile(self.metrics.path, folder / METRICS)
+            if (self.state / VALIDATION).is_dir():
+                shutil.copytree(self.state / VALIDATION, folder / VALIDATION)
 
 
 def _summary(student: Student, params: LoopParams, run: _Run, fitted: Execution, speed: Metrics) -> dict[str, Any]:
@@ -389,44 +480,6 @@ def _as_before(fitted: Execution, saved: Mapping[str, Any], execution: Execution
         rollout_batch=execution.rollout_batch or saved["rollout_batch"],
         recompute=saved["recompute"],
     )
-
-
-def _validate(
-    done: int,
-    run: _Run,
-    watch: Watch,
-    student: Student,
-    ema: Ema,
-    teachers: Mapping[str, VelocityField],
-    buckets: Mapping[str, Bucket],
-    router: Router,
-    params: LoopParams,
-    grid: torch.Tensor,
-    seed: int,
-    fitted: Execution,
-    world: World,
-    metrics: Metrics,
-    state: Path,
-) -> None:
-    """Gap and pictures of the averaged weights, which are what will be saved; notes the end of the run when the gap has
-    not become smaller for long.
-    """
-    mean = 0.0
-    if world.rank == 0 or fitted.lockstep:  # a sharded base answers only when all processes ask
-        with weights_of(student, ema.shadow):
-            gaps = held_out_gaps(student, teachers, buckets, router, params, grid, seed, fitted)
-            pictures = held_out_pictures(student, buckets, params, grid, seed, fitted, PICTURES)
-        mean = sum(gaps.values()) / len(gaps)
-        metrics.log(done, {**{f"held_out_gap/{name}": gap for name, gap in gaps.items()}, "held_out_gap": mean})
-        for capability, images in pictures.items() if world.rank == 0 else ():
-            rows = [np.concatenate(as_pictures(row), axis=1) for row in images]
-            path = state / VALIDATION / f"{capability}-{done:08d}.png"
-            with atomic_file(path) as temporary:
-                Image.fromarray(np.concatenate(rows, axis=0)).save(temporary)
-    mean = shared(mean, world)
-    run.best, run.since = (mean, 0) if run.best is None or mean < run.best else (run.best, run.since + 1)
-    if watch.patience and run.since >= watch.patience:
-        run.ended = f"after step {done}: the held-out gap {mean:.5g} has not fallen below {run.best:.5g} for {run.since} validations"
 
 
 def _save_samples(state: Path, error: NotFinite) -> Path:

@@ -17,6 +17,7 @@ from model.compute.settings import ExecutionParams
 from model.step import LoopParams
 from tasks.training.metrics import RUNS
 from tasks.training.processes import this_process
+from tasks.training.run import LAYOUT
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,8 @@ def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **other
     origin = (
         {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)} if watch.resume_from else {}
     )
-    return {
-        "params": {**asdict(loop), **stopping, "precision": execution.precision},
-        "torch": torch.__version__,
-        **origin,
-        **others,
-    }
+    numbers = {**asdict(loop), **stopping, "precision": execution.precision}
+    return {"params": numbers, "torch": torch.__version__, "state_layout": LAYOUT, **origin, **others}
 
 
 def flat_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
