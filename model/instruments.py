@@ -124,9 +124,8 @@ def held_out_pictures(
             latents = sample(student.field, noise, condition, moved(grid, execution.device))
         shown = [latents] if condition.source is None else [condition.source, latents]
         # Picture by picture: a VAE in fp32 needs several GB for each of 1024 px.
-        pictures[capability] = torch.stack(
-            [torch.cat([student.backbone.decode(row[None]) for row in one.cpu()]) for one in shown]
-        )
+        drawn = [torch.cat([student.backbone.decode(row[None]) for row in one.cpu()]) for one in shown]
+        pictures[capability] = torch.stack(drawn)
     return pictures
 
 

@@ -104,8 +104,7 @@ def method_faults(method: str, states: str, query_states: int, start: str, batch
 
 
 def in_lockstep(method: str, query_states: int) -> bool:
-    """Whether `Execution.lockstep` holds in the method's steps: model.distill.accumulate pads them to equal counts of
-    forwards.
+    """Whether `Execution.lockstep` holds in its steps: model.distill.accumulate pads them to equal counts of forwards.
 
     "merge" has no step at all.
     """

@@ -71,9 +71,8 @@ def write_candidate(project: Path, *, card: dict[str, Any] | None = None, weight
     write_json(project / "reports/validate.json", {"teachers": teachers})
     for stage, route in (("student", "t2i"), ("absorbed", "guided")):
         rows = [f"{step},{route},{1 / (step + 1)},0.5,0.1" for step in range(5)]
-        (project / f"checkpoints/{stage}/steps.csv").write_text(
-            "step,route,loss,t,gradient_norm\n" + "\n".join(rows) + "\n"
-        )
+        table = "\n".join(["step,route,loss,t,gradient_norm", *rows, ""])
+        (project / f"checkpoints/{stage}/steps.csv").write_text(table)
     save_file({"weight": np.full(4, weights, np.float32)}, project / "checkpoints/absorbed/student.safetensors")
     write_json(project / "checkpoints/absorbed/checkpoint.json", {"trains": "all"})
     Image.fromarray(np.full((24, 24, 3), 128, np.uint8)).save(project / "reports/score/samples.png")

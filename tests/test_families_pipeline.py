@@ -345,9 +345,8 @@ def test_encode_validate_distill_absorb_sample(
     summary = distilling.distill(distil_params(home, **looked), **folders, out=tmp_path / "student")
     assert summary["steps"] == 2
     fields = (absorbing.Guidance("t2i", 2.0, 1.0), absorbing.Guidance("local_edit", 1.5, 1.0))
-    absorption = absorbing.Params(
-        backbone=home.backbone, fields=fields, steps=2, learning_rate=1e-3, rollout_steps=4, **{**LOOP, **looked}
-    )
+    numbers = {**LOOP, **looked, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 4}
+    absorption = absorbing.Params(backbone=home.backbone, fields=fields, **numbers)
     absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")
     for out in ("student", "absorbed"):
         pictures = sorted(path.name for path in (tmp_path / out / "validation").iterdir())

@@ -312,9 +312,7 @@ def test_sigterm_to_the_stage_saves_in_two_processes(
 def test_sigterm_to_one_process_stops_all_after_the_same_step(
     stage: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes while the numbers of a step are on their way, as on a device that runs ahead: nobody may act on a wish
-    of its own.
-    """
+    """It comes while a step's numbers are on their way, as on a device that runs ahead: only a common wish counts."""
     original, fitted = tasks.training.run.distill, tasks.training.run._fitted
     monkeypatch.setattr(tasks.training, "_fitted", lambda *given: replace(fitted(*given), deferred=True))
     assert stage("straight", processes=2, steps=8, save_every=50) == 0

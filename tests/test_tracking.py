@@ -103,9 +103,7 @@ def test_a_run_holds_more_than_one_batch_and_stays_inside_the_project(
         "distill/loss/t2i"
     ] == pytest.approx(0.699)
     assert found.data.metrics["gedit/style_change"] == 8.0
-    assert (
-        found.data.metrics["distill/seconds"] == 0.25
-    )  # from beside the run's states: it is no part of what DVC hashes
+    assert found.data.metrics["distill/seconds"] == 0.25  # from beside the run's states, where DVC does not look
     assert found.info.artifact_uri.startswith((project / "mlflow" / "artifacts").as_uri())
     assert list(elsewhere.iterdir()) == []  # nothing is written where the command happened to be started
 

@@ -312,8 +312,7 @@ def _offline(page: str) -> str:
     page = re.sub(r"<(?:link|img|source)\b[^>]*>", "", page)
     page = re.sub(r"<style\b.*?</style>", "", page, flags=re.DOTALL)
     page = re.sub(r"<p>[^<]*newsletter.*?</p>", "", page, flags=re.DOTALL)
-    # What tells of this run alone, so that equal data gives equal pages: when it ran, and the random names of folded
-    # parts.
+    # Equal data gives equal pages: they tell neither when this was run nor the random names of folded parts.
     page = re.sub(r'(aria-current="page">Validations / [^/<]*) /[^<]*<', r"\1<", page)
     cell = r'<tr>\s*<td id="[^"]*-collapse-item-\d+-cell-\d+-1"'
     page = re.sub(cell + r"(?:(?!</?tr).)*>(?:Run Time|ge_load_time)<.*?</tr>", "", page, flags=re.DOTALL)

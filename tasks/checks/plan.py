@@ -128,9 +128,8 @@ def measured_rate(project: Path, family: str) -> float | None:
         if read_json(folder / "student.json").get("backbone") != family:
             return None
         speed = speed_file(project, folder)
-        seconds = {
-            line["step"]: line["value"] for line in (read_metrics(speed) if speed else []) if line["name"] == "seconds"
-        }
+        lines = read_metrics(speed) if speed else []
+        seconds = {line["step"]: line["value"] for line in lines if line["name"] == "seconds"}
         with open(folder / "steps.csv", newline="") as file:
             count = sum(float(row["evaluations"]) for row in csv.DictReader(file) if int(row["step"]) in seconds)
     except (UserError, OSError, KeyError, ValueError):

@@ -315,13 +315,13 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
     found: list[tuple[str, float, int]] = []
     for row in frame.itertuples(index=False):
         found.append((f"{stage}/loss/{row.route}", float(row.loss), int(row.step)))  # type: ignore[arg-type]
-        found += [(f"{stage}/{name}", float(getattr(row, name)), int(row.step)) for name in ("t", "gradient_norm")]  # type: ignore[arg-type]
+        for name in ("t", "gradient_norm"):
+            found.append((f"{stage}/{name}", float(getattr(row, name)), int(row.step)))  # type: ignore[arg-type]
     return found
 
 
 def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
-    """A stage's metrics.jsonl (or speed.jsonl) as (name, value, step): STAGE/loss/local_edit/t3,
-    STAGE/gradient_cosine/t2i/local_edit, STAGE/held_out_gap, ...
+    """A stage's metrics.jsonl or speed.jsonl as (name, value, step): STAGE/loss/local_edit/t3, STAGE/held_out_gap, ...
 
     Empty where there is no such file. Raises UserError naming the line of one that is damaged.
     """
@@ -338,8 +338,7 @@ def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
 
 
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
-    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and the run's speed where this
-    machine ran it.
+    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and, where it ran here, its speed.
 
     A request takes a thousand metrics.
     """

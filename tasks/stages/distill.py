@@ -82,8 +82,8 @@ class Params:
         if self.execution.shard_base and not in_lockstep(self.method, self.query_states):
             found.append(
                 f"method = {self.method!r}, query_states = {self.query_states}: processes that share one base by "
-                "execution.shard_base = true must ask it equally often, which only method = 'danceopd' or 'offpolicy' with "
-                "query_states = 1 does; choose one of these, or set execution.shard_base: false"
+                "execution.shard_base = true must ask it equally often, which only method = 'danceopd' or 'offpolicy' "
+                "with query_states = 1 does; choose one of these, or set execution.shard_base: false"
             )
         return found + self.watch().faults(self.held_out)
 

@@ -22,9 +22,7 @@ def state_folder(stage: str, fingerprint: str) -> Path:
 
 
 def speed_file(project: Path, out: Path) -> Path | None:
-    """Seconds, samples a second and bytes of memory by step, of the run that wrote `out`. None: another machine ran
-    it.
-    """
+    """Seconds, samples a second and bytes of memory by step, of the run that wrote `out`; None if it ran elsewhere."""
     try:
         record = read_json(out / "student.json")
         path = project / state_folder(record["stage"], record["fingerprint"]) / SPEED

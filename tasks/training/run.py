@@ -1,6 +1,4 @@
-"""What the distill and absorb stages share: the loop run to its end, with progress, states to resume from, instruments,
-and a saved student.
-"""
+"""What distill and absorb share: the loop run to its end, with progress, states, instruments, and a saved student."""
 
 from __future__ import annotations
 
@@ -177,10 +175,10 @@ def run_training(
     """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the
     pictures of its validations.
 
-    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/ (with the run's speed,
-    which is no part of the result, in speed.jsonl), and the same command goes on from there. SIGTERM saves and raises
-    Terminated. A step that is not finite saves the state before it and, beside it, the step's samples. Called in every
-    process of a run; rank 0 writes.
+    `facts` (params, data, teachers) name the run: state lies in runs/STAGE-<digest of facts>/ (with speed.jsonl, no
+    part of the result), and the same command goes on from there. SIGTERM saves and raises Terminated. A step that is
+    not finite saves the state before it and, beside it, the step's samples. Called in every process of a run; rank 0
+    writes.
     """
     world = this_process()
     device = device_of(execution, world.rank)
@@ -199,44 +197,23 @@ def run_training(
         tensors, saved = found
         _restore(tensors, student, ema, optimizers)
         ema.updates, start = saved["updates"], saved["step"]
-        run = _Run(
-            **{field.name: saved[field.name] for field in fields(_Run) if field.name != "origin"},
-            origin=saved.get("origin"),
-        )
+        known: dict[str, Any] = {field.name: saved.get(field.name) for field in fields(_Run)}
+        run = _Run(**known)
         fitted = _as_before(fitted, saved["execution"], execution, student)
         if world.rank == 0:
             print(f"{stage}: goes on at step {start} of {params.steps} ({state})", flush=True)
-    grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
-    metrics, speed = (Metrics(state / name, start, writes=world.rank == 0) for name in (METRICS, SPEED))
     training = _Training(
-        stage,
-        student,
-        teachers,
-        buckets,
-        router,
-        params,
-        grid,
-        seed,
-        watch,
-        dict(facts),
-        state,
-        world,
-        fitted,
-        optimizers,
-        ema,
-        run,
-        metrics,
-        speed,
+        stage, student, teachers, buckets, router, params, seed, watch, dict(facts), start, fitted, optimizers, ema, run
     )
-    done = training.go(start, compute)
+    done = training.go(compute)
     if world.rank == 0:
         training.write(out, done, record)
-    return _summary(student, params, run, fitted, speed)
+    return _summary(student, params, run, fitted, training.speed)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Training:
-    """A process's part of a run: what is trained on what, where its state lies, and how far it is."""
+    """A process's part of a run that goes on from step `start`: what is trained on what, and how far it is."""
 
     stage: str
     student: Student
@@ -244,35 +221,36 @@ class _Training:
     buckets: Mapping[str, Bucket]
     router: Router
     params: LoopParams
-    grid: torch.Tensor
     seed: int
     watch: Watch
     facts: dict[str, Any]
-    state: Path
-    world: World
+    start: int
     fitted: Execution
     optimizers: Optimizers
     ema: Ema
     run: _Run
-    metrics: Metrics
-    speed: Metrics
 
-    def go(self, start: int, compute: Accumulate | None) -> int:
-        """Trains from step `start` to the end, and returns the number of steps."""
+    def __post_init__(self) -> None:
+        self.world, self.state = this_process(), state_folder(self.stage, digest(self.facts))
+        self.grid = euler_grid(self.params.rollout_steps, float(self.student.backbone.scheduler["shift"]))
+        self.metrics, self.speed = (
+            Metrics(self.state / name, self.start, writes=self.world.rank == 0) for name in (METRICS, SPEED)
+        )
+
+    def go(self, compute: Accumulate | None) -> int:
+        """Trains to the end, and returns the number of steps."""
         with _stop_on_sigterm() as asked:
-            if start:  # a state is saved before the student is looked at
-                self._look(start)
+            if self.start:  # a state is saved before the student is looked at
+                self._look(self.start)
             if self.run.ended:
-                return start
-            with _progress(self.stage, self.params.steps - start, self.world) as advance:
-                return self._train(start, advance, lambda: asked["stop"], compute)
+                return self.start
+            with _progress(self.stage, self.params.steps - self.start, self.world) as advance:
+                return self._train(advance, lambda: asked["stop"], compute)
 
-    def _train(self, start: int, advance: Any, stop: Callable[[], bool], compute: Accumulate | None) -> int:
-        """The loop. `stop` is this process's own wish, which nothing here may follow: `Step.stopped` is what all agreed
-        on.
-        """
+    def _train(self, advance: Any, stop: Callable[[], bool], compute: Accumulate | None) -> int:
+        """The loop. `stop` is this process's wish, which nothing here may follow: `Step.stopped` is all processes'."""
         stage, params, watch = self.stage, self.params, self.watch
-        done = saved_at = start
+        done = saved_at = self.start
         waiting: list[Step] = []
         loop = distill(
             self.student,
@@ -284,7 +262,7 @@ class _Training:
             params,
             self.grid,
             self.seed,
-            start,
+            self.start,
             self.fitted,
             self.world,
             stop,
@@ -323,7 +301,8 @@ class _Training:
         except KeyboardInterrupt as interrupt:
             # The interrupted step may have been half applied, so the last saved state is what counts.
             raise KeyboardInterrupt(
-                f"{stage}: interrupted in step {done + 1} of {params.steps}; the same command goes on from step {saved_at}"
+                f"{stage}: interrupted in step {done + 1} of {params.steps}; "
+                f"the same command goes on from step {saved_at}"
             ) from interrupt
         return done
 
@@ -384,9 +363,7 @@ class _Training:
             self._validate(done, everyone)
 
     def _validate(self, done: int, everyone: bool) -> None:
-        """Gap and pictures of the averaged weights, which are what will be saved; notes the end of a run whose gap has
-        long not fallen.
-        """
+        """Gap and pictures of the averaged weights, which will be saved; ends a run whose gap has long not fallen."""
         run, student, mean = self.run, self.student, 0.0
         if everyone:
             with weights_of(student, self.ema.shadow):
@@ -405,7 +382,8 @@ class _Training:
         mean = shared(mean, self.world)
         run.best, run.since = (mean, 0) if run.best is None or mean < run.best else (run.best, run.since + 1)
         if self.watch.patience and run.since >= self.watch.patience:
-            run.ended = f"after step {done}: the held-out gap {mean:.5g} has not fallen below {run.best:.5g} for {run.since} validations"
+            run.ended = f"after step {done}: the held-out gap {mean:.5g} has not fallen below {run.best:.5g} "
+            run.ended += f"for {run.since} validations"
 
     def write(self, out: Path, done: int, record: Mapping[str, Any]) -> None:
         """The result, with the EMA's weights."""

@@ -49,11 +49,13 @@ class Watch:
             found.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
         if self.validate_every > 0 and held_out < 1:
             found.append(
-                f"held_out = {held_out}: validate_every = {self.validate_every} needs rows that are not trained on; choose 1 or more"
+                f"held_out = {held_out}: validate_every = {self.validate_every} needs rows that are not trained on; "
+                "choose 1 or more"
             )
         if self.patience > 0 and self.validate_every < 1:
             found.append(
-                f"validate_every = {self.validate_every}: patience = {self.patience} needs validations; choose 1 or more"
+                f"validate_every = {self.validate_every}: patience = {self.patience} needs validations; "
+                "choose 1 or more"
             )
         if self.accept_changed and not self.resume_from:
             found.append(f"accept_changed = {list(self.accept_changed)}: means nothing without resume_from; empty it")
@@ -128,7 +130,8 @@ def _state_to_start_from(
     newest = folder if folder.name.startswith("step-") else newest_state(folder)
     if newest is None or not newest.is_dir():
         raise UserError(
-            f"resume_from = {watch.resume_from!r}: no state there; name a folder runs/{stage}-... or one of its step-... folders"
+            f"resume_from = {watch.resume_from!r}: no state there; name a folder runs/{stage}-... "
+            "or one of its step-... folders"
         )
     tensors, record = read_state(newest)
     changed = differing(record.get("facts", {}), facts)
