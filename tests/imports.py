@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tasks.environment import PROJECT
@@ -16,16 +17,23 @@ def modules() -> list[Path]:
     return sorted(path.relative_to(PROJECT) for room in ROOMS for path in (PROJECT / room).rglob("*.py"))
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse((PROJECT / path).read_text(encoding="utf-8"))
+
+
+@cache
+def imported(path: Path) -> tuple[str, ...]:
     """Every dotted name that a file imports, at any depth: `from a.b import c` gives "a.b" and "a.b.c"."""
-    for node in ast.walk(ast.parse((PROJECT / path).read_text(encoding="utf-8"))):
+    names: list[str] = []
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import on line {node.lineno}"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    return tuple(names)
 
 
 def files_of(name: str) -> Iterator[Path]:
@@ -36,7 +44,7 @@ def files_of(name: str) -> Iterator[Path]:
     for depth in range(1, len(parts) + 1):
         base = Path(*parts[:depth])
         package, module = base / "__init__.py", base.with_suffix(".py")
-        if (PROJECT / package).is_file() and len(ast.parse((PROJECT / package).read_text(encoding="utf-8")).body) > 1:
+        if (PROJECT / package).is_file() and len(parsed(package).body) > 1:
             yield package
         elif (PROJECT / module).is_file():
             yield module

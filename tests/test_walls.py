@@ -4,6 +4,7 @@ imported.
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tasks.environment import PROJECT, defaults
-from tests.imports import ROOMS, files_of, imported, modules
+from tests.imports import ROOMS, files_of, imported, modules, parsed
 
 # A room may import the rooms named here, and itself.
 ALLOWED = {
@@ -118,15 +119,11 @@ def test_no_module_is_named_like_a_room() -> None:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    import ast
-
     files = [
         *modules(),
         *(path.relative_to(PROJECT) for path in (PROJECT / "tests").glob("*.py") if path.stem != "__init__"),
     ]
-    assert not [
-        str(path) for path in files if not ast.get_docstring(ast.parse((PROJECT / path).read_text(encoding="utf-8")))
-    ]
+    assert not [str(path) for path in files if not ast.get_docstring(parsed(path))]
 
 
 def test_every_import_is_required_and_every_requirement_pinned() -> None:
