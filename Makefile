@@ -11,13 +11,14 @@ export DVC_NO_ANALYTICS := 1
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-stack lint ui up down stack stack-down teachers lock clean
+.PHONY: install demo test quick test-stack lint ui up down stack stack-down teachers lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install   create $(VENV) from requirements.lock and fetch the trained teachers"
 	@echo "make demo      run the whole job here: data, teachers' check, distillation, scores, gate, registry"
 	@echo "make test      run the tests          make lint   ruff and mypy"
+	@echo "make quick     in a minute: walls, wiring, the algorithm, statistics, params, gate"
 	@echo "make up        the production servers in Docker      make down   stop them (their data stays)"
 	@echo "make stack     the same servers without Docker       make stack-down"
 	@echo "make test-stack  the production servers' tests: PostgreSQL is needed"
@@ -40,9 +41,15 @@ $(STAMP): requirements.lock
 demo: install
 	$(BIN)/python -m flows.distill --promote auto
 
-# One process a core, one thread each: torch's threads would wait for each other.
+# One thread a process: torch's threads would wait for each other. tests/conftest.py says how many processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+QUICK := house walls wiring distill rollout route field methods statistics params gate
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+quick: install
+	$(PYTEST) $(QUICK:%=tests/test_%.py)
 
 test-stack: install
 	$(BIN)/python -m pytest -m stack tests/test_stack.py

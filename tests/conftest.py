@@ -27,6 +27,16 @@ prepare()
 pytest_plugins = ["tests.servers"]
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A process more than cores: tests of servers wait about half of their time."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, so that none of them runs alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _home() -> Iterator[None]:
     yield

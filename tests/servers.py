@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -340,9 +341,10 @@ class MlflowServer:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Iterator[MlflowServer]:
     """Half a minute on an idle machine; shared by the session, so a test keeps to models and runs of its own."""
     folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copyfile(mlflow_database, folder / "server.db")
     (port,) = free_ports(1)
     admin, password = "admin", secrets.token_urlsafe(18)
     accounts = f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder / 'accounts.db'}\n"

@@ -45,14 +45,19 @@ except UserError as error:
 
 @pytest.mark.parametrize(("simultaneous", "place"), [("yes", "folder"), ("no", "folder"), ("yes", "S3")])
 def test_two_processes_promote_two_versions(
-    tmp_path: Path, simultaneous: str, place: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tmp_path: Path,
+    mlflow_database: Path,
+    simultaneous: str,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """ "yes": both reach the ledger having seen it empty. "no": they start together and run as they happen to."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DANCEOPD_LEDGER", raising=False)
     if place == "S3":
         monkeypatch.setenv("DANCEOPD_LEDGER", request.getfixturevalue("s3"))
-    project = candidates.new_project(tmp_path / "project")
+    project = candidates.new_project(tmp_path / "project", mlflow_database)
     candidates.submitted(project)
     candidates.submitted(project, weights=2.0)
     (project / "meet").mkdir()

@@ -22,16 +22,16 @@ from tasks.pyfunc_model import picture_of, png_of
 from tasks.registry import server, versions
 from tasks.release import submission
 from tasks.student.opening import carried, draw, open_model
-from tests.candidates import PARAMS, fresh_database, judged, new_project
+from tests.candidates import PARAMS, judged, new_project
 from tests.tiny import disturb, save_teachers
 
 PROMPTS = ["a red circle", "make the circle green"]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
     """A project whose champion is a real (untrained) adapter student on the base among its teachers."""
-    root = new_project(tmp_path_factory.mktemp("project"), fresh_database(tmp_path_factory.mktemp("database")))
+    root = new_project(tmp_path_factory.mktemp("project"), mlflow_database)
     teachers = root / "data" / "teachers"
     save_teachers(teachers)
     backbone, fields = load_teachers(teachers, [BASE, "local"])

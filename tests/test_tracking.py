@@ -20,8 +20,8 @@ from tasks.registry import server, tracking, versions
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return candidates.new_project(tmp_path_factory.mktemp("tracking") / "project")
+def project(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
+    return candidates.new_project(tmp_path_factory.mktemp("tracking") / "project", mlflow_database)
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ from tasks.running.repro import Busy, StageFailed, Unavailable
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def registered(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Iterator[Path]:
     """A project whose first version is champion."""
-    project = candidates.new_project(tmp_path_factory.mktemp("versions") / "project")
+    project = candidates.new_project(tmp_path_factory.mktemp("versions") / "project", mlflow_database)
     candidates.submitted(project, promote="auto")
     yield project
 
