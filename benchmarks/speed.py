@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, ZImageTransformer2DModel
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.errors import UserError
 from data.files import write_json
-from model.backbones.sizes import random_network
+from model.backbones import Backbone
+from model.backbones.sizes import SD35_MEDIUM, SIZES, NetworkSize, random_backbone
 from model.checkpoint import Ema
 from model.compute.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks, rollout_ready
 from model.compute.optimizer import build_optimizer
@@ -38,7 +37,7 @@ from model.compute.settings import ExecutionParams
 from model.distill import Accumulate, accumulate, distill
 from model.examples import Bucket
 from model.fields.base import Condition, VelocityField
-from model.networks.network import NetworkField, adapter_parameters, add_adapter
+from model.networks.network import NetworkField, add_adapter
 from model.networks.student import STUDENT, Student
 from model.plain import accumulate_plain, own_networks
 from model.randomness import torch_generator
@@ -53,22 +52,6 @@ ROWS = 8  # distinct random examples
 
 
 @dataclass(frozen=True)
-class Shell:
-    """The part of a backbone that a step needs, around a network with random weights. `velocity_of` is the family's
-    call.
-    """
-
-    name: str
-    network: Any
-    latent_shape: tuple[int, int, int]
-    adapter_targets: tuple[str, ...]
-    velocity_of: Callable[[nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
-
-    def velocity(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        return self.velocity_of(network, x_t, t, condition)
-
-
-@dataclass(frozen=True)
 class Case:
     """One configuration. `rank` 0 trains all parameters, with teachers that are networks of their own; else teachers
     and student are adapters on one base.
@@ -78,12 +61,8 @@ class Case:
     """
 
     name: str
-    network: Callable[[], Any]
-    latent_shape: tuple[int, int, int]
-    tokens: int
-    widths: tuple[int, int]  # of the prompts' embeddings and pooled vectors
-    velocity: Callable[[nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
-    targets: tuple[str, ...]
+    size: NetworkSize
+    resolution: int | None  # px; None: the size's own
     rank: int
     teachers: int
     batch: int
@@ -94,25 +73,6 @@ class Case:
     budget: int | None
 
 
-def _sd3_velocity(network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    dtype = next(value.dtype for name, value in network.named_parameters() if "lora_" not in name)
-    answer: torch.Tensor = network(
-        hidden_states=x_t.to(dtype),
-        timestep=1000.0 * t,
-        encoder_hidden_states=condition.embeds.to(dtype),
-        pooled_projections=condition.pooled.to(dtype),
-        return_dict=False,
-    )[0]
-    return answer.float()
-
-
-def _zimage_velocity(network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    dtype = next(value.dtype for name, value in network.named_parameters() if "lora_" not in name)
-    answer = network(list(x_t.to(dtype).unsqueeze(2)), 1.0 - t, list(condition.embeds.to(dtype)), return_dict=False)[0]
-    return -torch.stack([part.float() for part in answer]).squeeze(2)
-
-
-ATTENTION_OF_SD3 = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FP32 = ExecutionParams("auto", 1, 0, 8, "fp32", "none", "auto", "auto", "auto", False)
 BF16 = ExecutionParams("cuda", 1, 0, 8, "bf16", "none", "auto", "auto", "auto", False)
 MB = 1 << 20
@@ -133,11 +93,8 @@ def sd3_case(
     teachers.
     """
     heads = max(1, width // 64)
-    config: dict[str, Any] = {
+    config = SD35_MEDIUM | {
         "sample_size": edge,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
         "num_layers": layers,
         "attention_head_dim": width // heads,
         "num_attention_heads": heads,
@@ -145,29 +102,14 @@ def sd3_case(
         "caption_projection_dim": width,
         "pooled_projection_dim": width,
         "pos_embed_max_size": edge,
-        "qk_norm": "rms_norm",
+        "dual_attention_layers": (),
     }
-    return Case(
-        name,
-        lambda: SD3Transformer2DModel(**config),
-        (16, edge, edge),
-        tokens,
-        (width, width),
-        _sd3_velocity,
-        ATTENTION_OF_SD3,
-        rank,
-        2,
-        batch,
-        steps,
-        "low",
-        "adamw",
-        FP32,
-        budget,
-    )
+    size = NetworkSize("sd3", config, tokens)
+    return Case(name, size, None, rank, 2, batch, steps, "low", "adamw", FP32, budget)
 
 
 def _micro(_: int) -> Case:
-    config: dict[str, Any] = {
+    config = SD35_MEDIUM | {
         "sample_size": 3,
         "patch_size": 1,
         "in_channels": 32,
@@ -179,26 +121,10 @@ def _micro(_: int) -> Case:
         "caption_projection_dim": 96,
         "pooled_projection_dim": 96,
         "pos_embed_max_size": 3,
-        "qk_norm": "rms_norm",
+        "dual_attention_layers": (),
     }
     execution = replace(FP32, rollout_batch=0)
-    return Case(
-        MICRO,
-        lambda: SD3Transformer2DModel(**config),
-        (32, 3, 3),
-        8,
-        (96, 96),
-        _sd3_velocity,
-        (),
-        0,
-        2,
-        64,
-        8,
-        "uniform",
-        "muon",
-        execution,
-        None,
-    )
+    return Case(MICRO, NetworkSize("sd3", config, 8), None, 0, 2, 64, 8, "uniform", "muon", execution, None)
 
 
 def _sd3_14m(_: int) -> Case:
@@ -207,65 +133,16 @@ def _sd3_14m(_: int) -> Case:
     return replace(case, execution=replace(FP32, compile="rollout"))
 
 
-def _sd35_m(resolution: int) -> Case:
-    config: dict[str, Any] = {
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "qk_norm": "rms_norm",
-        "dual_attention_layers": tuple(range(13)),
-    }
-    edge = resolution // 8
-    return Case(
-        SD35_M,
-        lambda: SD3Transformer2DModel(**config),
-        (16, edge, edge),
-        333,
-        (4096, 2048),
-        _sd3_velocity,
-        ATTENTION_OF_SD3,
-        128,
-        2,
-        8,
-        16,
-        "low",
-        "adamw",
-        BF16,
-        None,
-    )
+def _published(name: str, teachers: int) -> Callable[[int], Case]:
+    return lambda resolution: Case(name, SIZES[name], resolution, 128, teachers, 8, 16, "low", "adamw", BF16, None)
 
 
-def _zimage(resolution: int) -> Case:
-    edge = resolution // 8
-    targets = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
-    return Case(
-        ZIMAGE,
-        ZImageTransformer2DModel,
-        (16, edge, edge),
-        128,
-        (2560, 1),
-        _zimage_velocity,
-        targets,
-        128,
-        4,
-        8,
-        16,
-        "low",
-        "adamw",
-        BF16,
-        None,
-    )
-
-
-CASES: dict[str, Callable[[int], Case]] = {MICRO: _micro, SD3_14M: _sd3_14m, SD35_M: _sd35_m, ZIMAGE: _zimage}
+CASES: dict[str, Callable[[int], Case]] = {
+    MICRO: _micro,
+    SD3_14M: _sd3_14m,
+    SD35_M: _published(SD35_M, 2),
+    ZIMAGE: _published(ZIMAGE, 4),
+}
 ON_CUDA = (SD35_M, ZIMAGE)
 
 
@@ -293,45 +170,58 @@ def _spread(values: Sequence[torch.Tensor], size: float, seed: int) -> None:
 def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[str, VelocityField], Bucket]:
     """Student, teachers that differ from it, and random examples; equal for equal seeds."""
     dtype = torch.bfloat16 if case.execution.precision == "bf16" else torch.float32
-    network = random_network(case.network, device, dtype, seed)
-    shell: Any = Shell(case.name, network, case.latent_shape, case.targets, case.velocity)
+
+    def base() -> Backbone:
+        return random_backbone(case.size, device=device, dtype=dtype, resolution=case.resolution, seed=seed)
+
+    backbone = base()
+    network = backbone.network
     names = [f"teacher{number}" for number in range(case.teachers)]
     teachers: dict[str, VelocityField] = {}
     for number, name in enumerate(names):
         if case.rank:
-            adapter = add_adapter(shell, network, name, case.rank, case.rank, seed)
-            for parameter in adapter.values():
-                parameter.data = parameter.data.float()
+            adapter = add_adapter(backbone, network, name, case.rank, case.rank, seed)
             _spread([value for key, value in adapter.items() if "lora_B" in key], 0.05, seed + number)
-            teachers[name] = NetworkField(shell, network, name)
+            teachers[name] = NetworkField(backbone, network, name)
         else:
-            own = random_network(case.network, device, dtype, seed)
+            own = base().network
             _spread(list(own.parameters()), 0.02, seed + number)
-            teachers[name] = NetworkField(shell, own)
+            teachers[name] = NetworkField(backbone, own)
     if case.rank:
-        add_adapter(shell, network, STUDENT, case.rank, case.rank, seed)
         network.requires_grad_(False)
-        trained = adapter_parameters(network, STUDENT)
-        for parameter in trained.values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-        student = Student(shell, network, STUDENT, trained)
+        trained = add_adapter(backbone, network, STUDENT, case.rank, case.rank, seed)
+        student = Student(backbone, network, STUDENT, trained)
     else:
         network.requires_grad_(True)
-        student = Student(shell, network, None, dict(network.named_parameters()))
+        student = Student(backbone, network, None, dict(network.named_parameters()))
+    return student, teachers, _examples(case, backbone, seed)
+
+
+def _examples(case: Case, backbone: Backbone, seed: int) -> Bucket:
+    """Random prompts of the family's widths and T2I rows of the case's latent shape."""
 
     def normal(*shape: int, purpose: str) -> torch.Tensor:
         return torch.randn(shape, generator=torch_generator(seed, 0, 0, purpose))
 
-    embeds, pooled = (
-        normal(ROWS, case.tokens, case.widths[0], purpose="embeds"),
-        normal(ROWS, case.widths[1], purpose="pooled"),
+    config, tokens = backbone.network.config, case.size.tokens
+    sd3 = case.size.family == "sd3"
+    width, pooled_width = (
+        (config.joint_attention_dim, config.pooled_projection_dim) if sd3 else (config.cap_feat_dim, 0)
     )
-    target = torch.zeros(1, *case.latent_shape).expand(ROWS, -1, -1, -1)  # its shape is all that is asked of it
-    bucket = Bucket(
-        torch.arange(ROWS), embeds, pooled, torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0]), None, target
+    embeds, pooled = normal(ROWS, tokens, width, purpose="embeds"), normal(ROWS, pooled_width, purpose="pooled")
+    segments = None if sd3 else torch.full((ROWS, 1), tokens)
+    target = torch.zeros(1, *backbone.latent_shape).expand(ROWS, -1, -1, -1)  # its shape is all that is asked of it
+    return Bucket(
+        torch.arange(ROWS),
+        embeds,
+        pooled,
+        torch.zeros_like(embeds[0]),
+        torch.zeros_like(pooled[0]),
+        None,
+        target,
+        segments,
+        None if segments is None else segments[0],
     )
-    return student, teachers, bucket
 
 
 def start(case: Case, path: str, device: torch.device, seed: int, steps: int) -> Running:
@@ -373,7 +263,7 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
             for capability, name in zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
         )
     )
-    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
+    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     compute: Accumulate = accumulate_plain if path == "plain" else accumulate
     buckets = {route.capability: bucket for route in routes.routes}
     loop = distill(
@@ -398,7 +288,7 @@ def _fitted(case: Case, student: Student, bucket: Bucket, device: torch.device) 
         case.execution,
         device,
         student.network,
-        lambda: student.field(*_rows(case, bucket, 1, device)),
+        lambda: student.field(*_rows(bucket, 1, device)),
         case.batch,
         case.budget,
     )
@@ -414,17 +304,14 @@ def _compile(case: Case, device: torch.device, seed: int) -> float:
     begun = time.perf_counter()
     with torch.no_grad(), rollout_ready(running.student.network, running.student.adapter, running.execution):
         for rows in (2, 1):
-            running.student.field(*_rows(case, running.bucket, rows, device))
+            running.student.field(*_rows(running.bucket, rows, device))
     _wait(device)
     return time.perf_counter() - begun
 
 
-def _rows(case: Case, bucket: Bucket, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    return (
-        torch.zeros(rows, *case.latent_shape, device=device),
-        torch.ones(rows, device=device),
-        moved(bucket.at(list(range(rows))), device),
-    )
+def _rows(bucket: Bucket, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    x_t = moved(bucket.targets(list(range(rows))), device)
+    return x_t, torch.ones(rows, device=device), moved(bucket.at(list(range(rows))), device)
 
 
 def _wait(device: torch.device) -> None:
@@ -493,7 +380,7 @@ def _utilization(case: Case, path: Running, device: torch.device, rate: float, f
     backward, which costs one more.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        path.student.field(*_rows(case, path.bucket, 1, device))
+        path.student.field(*_rows(path.bucket, 1, device))
     size, repeats = 8192, 20
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     a @ b

@@ -100,7 +100,7 @@ def toy_run(
     **bucket: Any,
 ) -> Iterator[Step]:
     routes = tuple(Route(capability, name, 1.0) for capability, name in zip(CAPABILITIES, teachers, strict=False))
-    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
+    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     buckets = {capability: toy_bucket(**bucket) for capability in CAPABILITIES}
     grid = euler_grid(params.rollout_steps)
     return distill(
@@ -271,7 +271,7 @@ def test_a_step_that_is_not_finite_stops_with_one_message_and_leaves_the_weights
 def test_the_learning_rate_follows_the_schedule_and_ema_the_weights() -> None:
     student = toy_student(Affine())
     params = loop_params(steps=10, learning_rate=0.1, warmup=2, decay_from=0.5)
-    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
+    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     ema = Ema(dict(student.parameters), 0.0)
     rates = []
     for _ in distill(
@@ -307,7 +307,7 @@ def tiny_run(
     buckets = load_buckets(
         tiny.encoded, [route.capability for route in routes], read_records(tiny.teachers)[BASE].sha256
     )
-    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
+    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     ema, grid = Ema(dict(student.parameters), params.ema), euler_grid(params.rollout_steps)
     return list(distill(student, fields, buckets, Router(tuple(routes)), optimizers, ema, params, grid, seed=3))
 

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from diffusers import ZImageTransformer2DModel
 
-from benchmarks.speed import CASES as SPEED_CASES
 from benchmarks.speed import Case, build, sd3_case
 from data.errors import UserError
+from model.backbones.sizes import SIZES, NetworkSize
 from model.checkpoint import Ema
 from model.compute.execution import (
     WHOLE_BATCH,
@@ -69,19 +68,8 @@ def zimage_case() -> Case:
         "axes_dims": [4, 6, 6],
         "axes_lens": [64, 16, 16],
     }
-    real, tiny = SPEED_CASES["zimage"](512), CASES["sd3"]
-    shapes = {
-        "latent_shape": (16, 4, 4),
-        "tokens": 3,
-        "widths": (24, 1),
-        "rank": 4,
-        "teachers": 2,
-        "batch": 5,
-        "rollout_steps": 6,
-    }
-    return replace(
-        real, name="tiny zimage", network=lambda: ZImageTransformer2DModel(**config), execution=tiny.execution, **shapes
-    )  # type: ignore[arg-type]
+    size = NetworkSize("zimage", SIZES["zimage"].config | config, 3)
+    return replace(CASES["sd3"], name="tiny zimage", size=size, resolution=32)
 
 
 CASES = {"micro": micro_case(), "sd3": sd3_case("tiny sd3", 32, 2, 4, 3, 4, 5, None, 6)}
@@ -252,7 +240,7 @@ def test_evaluations_are_counted_at_the_networks_and_equal_the_floor() -> None:
     guided: dict[str, VelocityField] = {name: Guided(field, 2.0) for name, field in s.teachers.items()}
     for teachers, each in ((s.teachers, 1), (guided, 2)):
         optimizers, ema = (
-            build_optimizer("adamw", s.student.parameters.items(), 1e-3),
+            build_optimizer("adamw", s.student.parameters.items(), 1e-3, s.student.backbone),
             Ema(dict(s.student.parameters), 0.0),
         )
         execution = replace(WHOLE_BATCH, micro_batch=2, rollout_batch=3, merged=True)
@@ -309,7 +297,7 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
         s = setting("sd3")
         params = replace(PARAMS, steps=5, learning_rate=1e-2, optimizer=optimizer, ema=0.9)
         optimizers, ema = (
-            build_optimizer(optimizer, s.student.parameters.items(), 1e-2),
+            build_optimizer(optimizer, s.student.parameters.items(), 1e-2, s.student.backbone),
             Ema(dict(s.student.parameters), 0.9),
         )
 
@@ -356,7 +344,10 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
 
 def test_an_exploding_gradient_stops_as_one_that_is_not_finite_does() -> None:
     s = setting("sd3")
-    optimizers, ema = build_optimizer("adamw", s.student.parameters.items(), 1e-3), Ema(dict(s.student.parameters), 0.0)
+    optimizers, ema = (
+        build_optimizer("adamw", s.student.parameters.items(), 1e-3, s.student.backbone),
+        Ema(dict(s.student.parameters), 0.0),
+    )
     before = {name: value.detach().clone() for name, value in s.student.parameters.items()}
     with pytest.raises(NotFinite, match=r"step 0 .*max_gradient_norm = 1e-09") as caught:
         next(
@@ -460,7 +451,10 @@ def test_what_is_moved_keeps_its_values() -> None:
 def test_no_step_waits_for_the_device() -> None:
     device = torch.device("cuda")
     student, teachers, bucket = build(CASES["sd3"], device, 0)
-    optimizers, ema = build_optimizer("adamw", student.parameters.items(), 1e-3), Ema(dict(student.parameters), 0.0)
+    optimizers, ema = (
+        build_optimizer("adamw", student.parameters.items(), 1e-3, student.backbone),
+        Ema(dict(student.parameters), 0.0),
+    )
     loop = distill(
         student,
         teachers,

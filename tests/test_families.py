@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from data.errors import UserError
 from model.backbones import family_of, load_backbone
 from model.backbones.sd3 import widen_for_edits
-from model.backbones.sizes import latent_shape, random_backbone
+from model.backbones.sizes import SIZES, random_backbone
 from model.fields.base import Condition, VelocityField, condition_of
 from model.fields.guided import Guided
 from model.networks.network import NetworkField
@@ -322,8 +322,9 @@ def test_half_precision_networks_take_and_give_fp32(folders: dict[str, Path], fa
 def test_the_published_sizes_are_the_published_sizes() -> None:
     """On the meta device: shapes alone. Parameters as method and model cards give them, in billions."""
     for name, billions in (("sd35-m", 2.243), ("sd35-l", 8.057), ("zimage", 6.155)):
-        backbone = random_backbone(name, device="meta", edits=True)
+        backbone = random_backbone(SIZES[name], device="meta", edits=True)
         assert sum(parameter.numel() for parameter in backbone.network.parameters()) / 1e9 == pytest.approx(
             billions, abs=1e-2
         )
-        assert backbone.supports_edits and backbone.latent_shape == latent_shape(1024)
+        assert backbone.supports_edits and backbone.latent_shape == (16, 128, 128)
+        assert random_backbone(SIZES[name], device="meta", resolution=512).latent_shape == (16, 64, 64)

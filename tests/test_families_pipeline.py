@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,21 @@ from data.files import read_json
 from data.records import Example, read_examples, write_examples
 from model.backbones import TRANSFORMER, load_backbone
 from model.checkpoint import Ema
+from model.compute.execution import prepare_networks
 from model.compute.optimizer import build_optimizer
 from model.compute.settings import ExecutionParams
 from model.distill import distill
 from model.examples import load_buckets
 from model.fields.base import velocity_mse
+from model.fields.guided import Guided
+from model.fields.mean import Mean
 from model.networks.network import NetworkField, add_adapter, visiting
-from model.networks.student import load_student, start_student
+from model.networks.student import load_student, merged_weights, start_student
 from model.networks.teachers import BASE, load_base, load_teachers, read_records, save_teacher
 from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
 from model.route import Route, Router
+from tasks.checks.plan import Size, memory, waiting_memory
 from tasks.params.sections import (
     BackboneParams,
     BenchmarkParams,
@@ -319,6 +324,46 @@ def test_an_offloaded_teacher_is_elsewhere_only_while_it_answers(home: Home, enc
     assert storages(field.network) == at_home
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_offloaded_teachers_wait_on_the_host_and_the_plan_says_so(home: Home, offload: bool) -> None:
+    """The meta device stands for a GPU: what training moves there is counted, and the plan's figures are these
+    bytes.
+    """
+    backbone, fields = load_teachers(home.teachers, [BASE, "whole"], offload=offload, need=TRANSFORMER)
+    student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
+    execution = ExecutionParams(**EXECUTION)
+    assert execution.precision == "fp32"
+    soft = Mean(tuple(fields.values()), (0.5, 0.5))
+    teachers = [Guided(fields["whole"], 3.0), soft]
+    prepare_networks(execution, torch.device("meta"), student.network, student.parameters.values(), teachers)
+    networks = [backbone.network, fields["whole"].network]
+    frozen = [value for network in networks for key, value in network.named_parameters() if "lora_" not in key]
+    there = sum(value.nbytes for value in frozen if value.is_meta) / 1e9
+    here = sum(value.nbytes for value in frozen if not value.is_meta) / 1e9
+    size = Size(sum(value.numel() for value in fields["whole"].network.parameters()), 0, 0, 0, 0)
+    pretrained = PretrainedParams("float32", "auto", EDGE, MAX_TOKENS, offload=offload)
+    stage = SimpleNamespace(
+        backbone=BackboneParams(home.family, None, pretrained),
+        rank=RANK,
+        trainable="adapter",  # type: ignore[arg-type]
+    )
+    kinds = {BASE: "base", "whole": "full"}
+    told = memory({"distill": stage}, size, kinds)
+    visit = here if offload else 0.0
+    assert (here > 0) is offload and waiting_memory({"distill": stage}, size, kinds) == pytest.approx(here)
+    assert told["base"] + told["full-checkpoint teachers"] == pytest.approx(there + visit)
+    two = memory({"distill": stage}, size, {**kinds, "other": "full"})["full-checkpoint teachers"]
+    assert two == pytest.approx((1 if offload else 2) * told["full-checkpoint teachers"])  # they visit in turn
+
+
+def test_a_student_starts_from_the_mean_of_teachers_that_wait_elsewhere(home: Home) -> None:
+    backbone, fields = load_teachers(home.teachers, [BASE, "whole"], offload=True, need=TRANSFORMER)
+    backbone.network.to("meta")
+    merged = merged_weights(fields[BASE], {"whole": fields["whole"]})
+    assert merged.keys() == fields["whole"].network.state_dict().keys()
+    assert all(value.is_meta for value in merged.values())
+
+
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +452,10 @@ def test_a_student_overfits_its_teacher_on_its_own_states(home: Home, encoded: d
 
     before, (steps, rate) = gap(student.field), LEARNING[home.family]
     params = loop_params(steps=steps, batch=8, learning_rate=rate, decay_from=0.5, rollout_steps=4, query="uniform")
-    optimizers, ema = build_optimizer("adamw", student.parameters.items(), rate), Ema(dict(student.parameters), 0.0)
+    optimizers, ema = (
+        build_optimizer("adamw", student.parameters.items(), rate, student.backbone),
+        Ema(dict(student.parameters), 0.0),
+    )
     router = Router((Route(capability, "whole", 1.0),))
     losses = [
         step.loss

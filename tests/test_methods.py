@@ -205,7 +205,10 @@ def test_every_method_trains_a_real_network_in_the_one_loop(tiny: Tiny, method: 
     params = loop_params(
         steps=2, batch=4, rollout_steps=2, states="off_policy" if method == "offpolicy" else "on_policy"
     )
-    optimizers, ema = build_optimizer("adamw", student.parameters.items(), 1e-3), Ema(dict(student.parameters), 0.0)
+    optimizers, ema = (
+        build_optimizer("adamw", student.parameters.items(), 1e-3, student.backbone),
+        Ema(dict(student.parameters), 0.0),
+    )
     loop = distill(
         student, fields, buckets, routes, optimizers, ema, params, euler_grid(2), 0, compute=compute_of(method, 1)
     )

@@ -4,13 +4,23 @@ only fp32 trains.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from data.errors import UserError
+from model.backbones.micro import MicroBackbone
+from model.backbones.sd3 import SD3Backbone
+from model.backbones.zimage import ZImageBackbone
 from model.compute.optimizer import Muon, Optimizers, build_optimizer, orthogonalize, warmup_then_linear
+from tests.tiny import new_backbone
+from tests.tiny_families import sd3_network, zimage_network
+
+BLOCKS: Any = MicroBackbone  # which says by itself where its blocks are
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,11 +29,12 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def named(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
     """A block's two matrices, its modulation and a bias, and an embedding outside the blocks."""
+    block = "transformer_blocks.0"
     shapes = {
-        "blocks.0.up": (12, 6),
-        "blocks.0.down": (6, 12),
-        "blocks.0.norm1.linear": (6, 6),
-        "blocks.0.bias": (6,),
+        f"{block}.up": (12, 6),
+        f"{block}.down": (6, 12),
+        f"{block}.norm1.linear": (6, 6),
+        f"{block}.bias": (6,),
         "embed": (5, 6),
     }
     return [(name, nn.Parameter(normal(*shape, seed=seed + row))) for row, (name, shape) in enumerate(shapes.items())]
@@ -65,7 +76,7 @@ def test_both_descend_a_quadratic(name: str) -> None:
     def loss() -> torch.Tensor:
         return torch.stack([(value - targets[key]).square().mean() for key, value in parameters]).sum()
 
-    optimizers, before = build_optimizer(name, parameters, 0.2), loss().item()
+    optimizers, before = build_optimizer(name, parameters, 0.2, BLOCKS), loss().item()
     for step in range(80):
         optimizers.zero_grad()
         loss().backward()
@@ -73,20 +84,53 @@ def test_both_descend_a_quadratic(name: str) -> None:
     assert loss().item() < before / 20
 
 
+def names_of(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, nn.Parameter]]) -> list[str]:
+    names = {id(value): key for key, value in parameters}
+    return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
+
+
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
     parameters = named()
-    muon, adamw = build_optimizer("muon", parameters, 0.1).optimizers
-    names = {id(value): key for key, value in parameters}
-    assert isinstance(muon, Muon) and [names[id(value)] for value in muon.param_groups[0]["params"]] == [
-        "blocks.0.up",
-        "blocks.0.down",
+    muon, adamw = build_optimizer("muon", parameters, 0.1, BLOCKS).optimizers
+    assert isinstance(muon, Muon)
+    taken, rest = names_of(muon, parameters), names_of(adamw, parameters)
+    assert taken == ["transformer_blocks.0.up", "transformer_blocks.0.down"]
+    assert rest == ["transformer_blocks.0.norm1.linear", "transformer_blocks.0.bias", "embed"]
+    assert len(build_optimizer("muon", parameters[:2], 0.1, BLOCKS).optimizers) == 1  # an adapter has matrices only
+
+
+FAMILIES: dict[str, Any] = {
+    "micro": new_backbone,
+    "sd3": lambda: SD3Backbone(Path("sd3"), sd3_network(), {}, 8, 256),
+    "zimage": lambda: ZImageBackbone(Path("zimage"), zimage_network(), {}, 8, 256),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_muon_takes_every_linear_layer_of_every_block_but_the_modulations(family: str) -> None:
+    """The blocks are found by their classes here, and by their names in the product: the two must agree."""
+    backbone = FAMILIES[family]()
+    parameters = list(backbone.network.named_parameters())
+    muon, adamw = build_optimizer("muon", parameters, 0.1, backbone).optimizers
+    taken, rest = names_of(muon, parameters), names_of(adamw, parameters)
+    inside = [
+        f"{name}.{inner}.weight"
+        for name, block in backbone.network.named_modules()
+        if type(block).__name__ in ("JointTransformerBlock", "ZImageTransformerBlock")
+        for inner, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
     ]
-    assert [names[id(value)] for value in adamw.param_groups[0]["params"]] == [
-        "blocks.0.norm1.linear",
-        "blocks.0.bias",
-        "embed",
-    ]
-    assert len(build_optimizer("muon", parameters[:2], 0.1).optimizers) == 1  # an adapter has matrices only
+    modulations = [name for name in inside if ".norm1" in name or "adaLN" in name]
+    assert isinstance(muon, Muon) and sorted(taken) == sorted(set(inside) - set(modulations))
+    assert modulations and set(modulations) <= set(rest) and len(taken) + len(rest) == len(parameters)
+
+
+def test_muon_without_a_matrix_of_a_block_is_refused() -> None:
+    outside = [parameter for parameter in named() if parameter[0] == "embed"]
+    with pytest.raises(
+        UserError, match=r"optimizer = 'muon': no trained parameter .* zimage \(noise_refiner.*choose adamw"
+    ):
+        build_optimizer("muon", outside, 0.1, FAMILIES["zimage"]())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -98,15 +142,15 @@ def test_a_state_saved_and_loaded_goes_on_bit_for_bit(name: str) -> None:
             optimizers.step(warmup_then_linear(step, 6, 2, 0.5))
 
     straight, first, second = named(), named(), named(seed=900)
-    run(build_optimizer(name, straight, 0.01), straight, range(6))
-    stopped = build_optimizer(name, first, 0.01)
+    run(build_optimizer(name, straight, 0.01, BLOCKS), straight, range(6))
+    stopped = build_optimizer(name, first, 0.01, BLOCKS)
     run(stopped, first, range(3))
     saved = stopped.tensors()
     assert all(isinstance(value, torch.Tensor) for value in saved.values())
     with torch.no_grad():
         for (_, value), (_, old) in zip(second, first, strict=True):
             value.copy_(old)
-    resumed = build_optimizer(name, second, 0.01)
+    resumed = build_optimizer(name, second, 0.01, BLOCKS)
     resumed.load_tensors(saved)
     run(stopped, first, range(3, 4))  # what was saved is a copy: going on with the old one does not touch it
     run(resumed, second, range(3, 6))
@@ -115,11 +159,11 @@ def test_a_state_saved_and_loaded_goes_on_bit_for_bit(name: str) -> None:
 
 
 def test_only_full_precision_trains() -> None:
-    half = [("blocks.0.up", nn.Parameter(normal(4, 4).bfloat16()))]
+    half = [("transformer_blocks.0.up", nn.Parameter(normal(4, 4).bfloat16()))]
     with pytest.raises(UserError, match=r"float32.*blocks\.0\.up"):
-        build_optimizer("adamw", half, 0.1)
+        build_optimizer("adamw", half, 0.1, BLOCKS)
     with pytest.raises(UserError, match="optimizer = 'adam'.*adamw.*muon"):
-        build_optimizer("adam", named(), 0.1)
+        build_optimizer("adam", named(), 0.1, BLOCKS)
 
 
 def test_the_schedule_warms_up_holds_and_falls_to_zero() -> None:

@@ -118,6 +118,11 @@ def test_a_plan_of_the_default_and_of_a_published_network(
     assert published["memory"]["base"] == pytest.approx(12.3, abs=0.1) and sum(published["memory"].values()) < 25
     assert [one["state"] for one in published["weights"]] == ["to fetch", "missing", "missing", "to fetch", "to fetch"]
     assert published["weights"][-1]["key"] == "benchmark.classifier"
+    offloaded = plan(PROJECT / "presets" / "sd35_realism.yaml", tmp_path)
+    assert offloaded["waiting_memory"] == offloaded["memory"]["full-checkpoint teachers"] == offloaded["memory"]["base"]
+    assert published["waiting_memory"] == 0.0
+    print_plan(offloaded)
+    assert f"{offloaded['waiting_memory']:.2f} GB on the host" in capsys.readouterr().out
     print_plan(published)
     shown = capsys.readouterr().out
     assert (

@@ -86,7 +86,7 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
     def run(world: World) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
         student, teachers, bucket = build(case, torch.device("cpu"), 0)
         optimizers, ema = (
-            build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate),
+            build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate, student.backbone),
             Ema(dict(student.parameters), PARAMS.ema),
         )
         buckets = {"t2i": bucket, "local_edit": bucket}
@@ -159,7 +159,7 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
             shard_frozen(blocks_of(student.network), torch.device("cpu"))
         recompute_blocks(student.network, recompute)
         optimizers, ema = (
-            build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate),
+            build_optimizer("adamw", student.parameters.items(), PARAMS.learning_rate, student.backbone),
             Ema(dict(student.parameters), PARAMS.ema),
         )
         buckets = {"t2i": bucket, "local_edit": bucket}

@@ -43,6 +43,8 @@ class Backbone(Protocol):
     latent_shape: tuple[int, int, int]  # (C, H, W) of the network's usual picture; examples bring their own H and W
     scheduler: dict[str, Any]  # type and shift, as the checkpoint says
     adapter_targets: tuple[str, ...]  # module names that a LoRA adapter covers
+    blocks: tuple[str, ...]  # names of the network's lists of transformer blocks
+    modulations: tuple[str, ...]  # module names within a block that scale and shift by the time, not the hidden states
     supports_edits: bool  # whether the network reads a source image
     pixels_per_latent: int
     size_multiple: int  # px: height and width of a picture are multiples of it

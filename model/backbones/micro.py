@@ -140,6 +140,8 @@ class MicroBackbone:
     supports_edits = True
     edit_prompts = False
     max_tokens = MAX_WORDS
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    modulations: tuple[str, ...] = ("norm1", "norm1_context")
     adapter_targets: tuple[str, ...] = (
         "to_q",
         "to_k",

@@ -29,6 +29,8 @@ class SD3Backbone:
 
     name = "sd3"
     edit_prompts = False
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    modulations: tuple[str, ...] = ("norm1", "norm1_context")
     adapter_targets: tuple[str, ...] = (
         "to_q",
         "to_k",

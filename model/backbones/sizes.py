@@ -7,6 +7,7 @@ Configurations as in transformer/config.json of stabilityai/stable-diffusion-3.5
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from model.backbones import Backbone
 from model.backbones.parts import SCHEDULER
 from model.backbones.sd3 import SD3Backbone
 from model.backbones.zimage import ZImageBackbone
-from model.fields.base import Condition
-from model.randomness import torch_generator
 
 SD35_MEDIUM: dict[str, Any] = {
     "sample_size": 128,
@@ -61,22 +60,29 @@ ZIMAGE: dict[str, Any] = {
 }
 SHIFT = 3.0  # of both published schedulers
 PIXELS_PER_LATENT = 8
-T5_TOKENS, CAPTION_TOKENS, EDIT_PARTS = 256, 128, (8, 144, 8)
 
 
-def _sd3(config: dict[str, Any], edits: bool) -> tuple[Callable[[], Any], type]:
-    wide = {**config, "in_channels": (2 if edits else 1) * config["out_channels"]}
-    return lambda: SD3Transformer2DModel(**wide), SD3Backbone
+@dataclass(frozen=True)
+class NetworkSize:
+    """A network's family and configuration, and the tokens of a usual T2I prompt."""
+
+    family: str  # a key of FAMILIES
+    config: dict[str, Any]
+    tokens: int
 
 
-SIZES: dict[str, Callable[[bool], tuple[Callable[[], Any], type]]] = {
-    "sd35-m": lambda edits: _sd3(SD35_MEDIUM, edits),
-    "sd35-l": lambda edits: _sd3(SD35_LARGE, edits),
-    "zimage": lambda edits: (lambda: ZImageTransformer2DModel(**ZIMAGE), ZImageBackbone),
+FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
+    "sd3": (SD3Backbone, SD3Transformer2DModel),
+    "zimage": (ZImageBackbone, ZImageTransformer2DModel),
+}
+SIZES = {
+    "sd35-m": NetworkSize("sd3", SD35_MEDIUM, 77 + 256),  # CLIP's tokens, then T5's
+    "sd35-l": NetworkSize("sd3", SD35_LARGE, 77 + 256),
+    "zimage": NetworkSize("zimage", ZIMAGE, 128),
 }
 
 
-def random_network(make: Callable[[], Any], device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
+def _random_network(make: Callable[[], Any], device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
     """A frozen network with random weights, matrices of half the usual deviation so that depth does not explode.
 
     Made on the meta device and filled where it will live, so that memory holds it once; on device "meta" it has shapes
@@ -100,46 +106,26 @@ def random_network(make: Callable[[], Any], device: torch.device | str, dtype: t
 
 
 def random_backbone(
-    name: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, edits: bool = False, seed: int = 0
+    size: NetworkSize,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    edits: bool = False,
+    resolution: int | None = None,
+    seed: int = 0,
 ) -> Backbone:
-    """A frozen base of the published size `name` (a key of SIZES), its weights normal and small enough that activations
-    stay finite.
+    """A frozen base of the given size, its weights normal and small enough that activations stay finite.
 
-    Made on the meta device and filled where it will live, so that memory holds it once. `edits` gives SD3 the doubled
-    input channels. On device "meta" it has shapes alone. It has neither text encoder nor VAE.
+    `edits` gives SD3 the doubled input channels, `resolution` (px) sets the usual picture's edge. On device "meta" it
+    has shapes alone. It has neither text encoder nor VAE.
     """
-    make, family = SIZES[name](edits)
-    network = random_network(make, device, dtype, seed)
-    backbone: Backbone = family(Path(name), network, {"type": SCHEDULER, "shift": SHIFT}, PIXELS_PER_LATENT, T5_TOKENS)
-    return backbone
-
-
-def latent_shape(resolution: int) -> tuple[int, int, int]:
-    """Of a square picture of `resolution` px."""
-    return 16, resolution // PIXELS_PER_LATENT, resolution // PIXELS_PER_LATENT
-
-
-def random_condition(
-    backbone: Backbone, batch: int, resolution: int, *, device: torch.device | str, edits: bool = False, seed: int = 0
-) -> Condition:
-    """Prompts of the usual number of tokens (T5's 256 after CLIP's 77; 128 for Z-Image) and, for an edit, a source, all
-    standard normal.
-    """
-
-    def normal(*shape: int, purpose: str) -> torch.Tensor:
-        return torch.randn(shape, generator=torch_generator(seed, 0, 0, purpose))
-
-    source = normal(batch, *latent_shape(resolution), purpose="source") if edits else None
-    if backbone.name == "sd3":
-        tokens, config = 77 + T5_TOKENS, backbone.network.config
-        embeds, pooled = (
-            normal(batch, tokens, config.joint_attention_dim, purpose="embeds"),
-            normal(batch, config.pooled_projection_dim, purpose="pooled"),
-        )
-        return Condition(embeds, pooled, torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0]), source).to(device)
-    segments = torch.tensor([EDIT_PARTS if edits else (CAPTION_TOKENS,)] * batch)
-    width = backbone.network.config.cap_feat_dim
-    embeds = normal(batch, int(segments[0].sum()), width, purpose="embeds")
-    empty = normal(int(segments[0].sum()), width, purpose="empty")
-    nothing = torch.zeros(batch, 0)
-    return Condition(embeds, nothing, empty, nothing[0], source, segments.sum(1), segments, segments[0]).to(device)
+    kind, network_class = FAMILIES[size.family]
+    wide = {"in_channels": 2 * size.config["out_channels"]} if edits and size.family == "sd3" else {}
+    network = _random_network(lambda: network_class(**{**size.config, **wide}), device, dtype, seed)
+    scheduler = {"type": SCHEDULER, "shift": SHIFT}
+    backbone: Any = kind(Path(size.family), network, scheduler, PIXELS_PER_LATENT, size.tokens)
+    if resolution is not None:
+        edge = resolution // PIXELS_PER_LATENT
+        backbone.latent_shape = (backbone.latent_shape[0], edge, edge)
+    made: Backbone = backbone
+    return made

@@ -27,6 +27,8 @@ class ZImageBackbone:
 
     name = "zimage"
     edit_prompts = True
+    blocks: tuple[str, ...] = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
+    modulations: tuple[str, ...] = ("adaLN_modulation",)
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
     supports_edits = True
 

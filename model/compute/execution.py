@@ -77,14 +77,19 @@ def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
+def plain_fields(field: VelocityField) -> list[VelocityField]:
+    """The fields that a field is made of: itself, unless it guides one or is the mean of some."""
+    if isinstance(field, Guided):
+        return plain_fields(field.field)
+    if isinstance(field, Mean):
+        return [plain for member in field.fields for plain in plain_fields(member)]
+    return [field]
+
+
 def networks_of(field: VelocityField) -> list[nn.Module]:
     """The networks that a field asks; none for a field that is a formula."""
-    if isinstance(field, Guided):
-        return networks_of(field.field)
-    if isinstance(field, Mean):
-        return [network for member in field.fields for network in networks_of(member)]
-    network = getattr(field, "network", None)
-    return [network] if isinstance(network, nn.Module) else []
+    networks = [getattr(plain, "network", None) for plain in plain_fields(field)]
+    return [network for network in networks if isinstance(network, nn.Module)]
 
 
 def moved(value: T, device: torch.device) -> T:
@@ -235,18 +240,23 @@ def prepare_networks(
     device: torch.device,
     student: nn.Module,
     trained: Iterable[nn.Parameter],
-    others: Iterable[nn.Module],
+    teachers: Iterable[VelocityField],
 ) -> None:
-    """Moves the networks to the device; in bf16 everything frozen is stored so, unless all of the student trains (then
-    both keep fp32 and round alike).
+    """Moves the networks to the device, but for offloaded teachers, which visit it when they are asked.
+
+    In bf16 everything frozen is stored so, unless all of the student trains (then both keep fp32 and round alike).
     """
+    fields = [plain for teacher in teachers for plain in plain_fields(teacher)]
+    waiting = {id(network) for field in fields if getattr(field, "offload", None) for network in networks_of(field)}
     kept = {id(parameter) for parameter in trained}
     if params.compile != "none":
         check_compiler(device)
+    others = [network for field in fields for network in networks_of(field)]
     networks = list({id(network): network for network in (student, *others)}.values())
     shared = all("lora_" in name for name, parameter in student.named_parameters() if id(parameter) in kept)
     for network in networks:
-        network.to(device)
+        if id(network) not in waiting:
+            network.to(device)
         if params.precision == "bf16" and shared:
             for name, parameter in network.named_parameters():
                 if "lora_" not in name:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from data.errors import UserError
+from model.backbones import Backbone
 
 NEWTON_SCHULZ = (
     3.4445,
@@ -131,30 +132,35 @@ def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
-def _build_adamw(named: list[tuple[str, nn.Parameter]], learning_rate: float) -> Optimizers:
+def _build_adamw(named: list[tuple[str, nn.Parameter]], learning_rate: float, backbone: Backbone) -> Optimizers:
     return Optimizers([_adamw([parameter for _, parameter in named], learning_rate)])
 
 
-def _build_muon(named: list[tuple[str, nn.Parameter]], learning_rate: float) -> Optimizers:
-    """Matrices inside the blocks go to Muon; modulations, embeddings, norms and biases to AdamW."""
-    matrices = [p for name, p in named if p.ndim == 2 and "blocks" in name and ".norm" not in name]
+def _build_muon(named: list[tuple[str, nn.Parameter]], learning_rate: float, backbone: Backbone) -> Optimizers:
+    """Matrices inside the backbone's blocks go to Muon; modulations, embeddings, norms and biases to AdamW."""
+    blocks, modulations = set(backbone.blocks), set(backbone.modulations)
+    matrices = [
+        p for name, p in named if p.ndim == 2 and blocks & {*name.split(".")} and not modulations & {*name.split(".")}
+    ]
+    if not matrices:
+        raise UserError(
+            f"optimizer = 'muon': no trained parameter is a matrix in the blocks of {backbone.name} "
+            f"({', '.join(backbone.blocks)}); choose adamw"
+        )
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    return Optimizers(
-        [
-            o
-            for o in ([Muon(matrices, lr=learning_rate)] if matrices else [])
-            + ([_adamw(rest, learning_rate)] if rest else [])
-        ]
-    )
+    return Optimizers([Muon(matrices, lr=learning_rate), *([_adamw(rest, learning_rate)] if rest else [])])
 
 
 OPTIMIZERS = {"adamw": _build_adamw, "muon": _build_muon}
 
 
-def build_optimizer(name: str, named: Iterable[tuple[str, nn.Parameter]], learning_rate: float) -> Optimizers:
-    """Over all of `named`, whether or not an adapter is switched off just now. Raises UserError for an unknown name or
-    parameters that are not fp32.
+def build_optimizer(
+    name: str, named: Iterable[tuple[str, nn.Parameter]], learning_rate: float, backbone: Backbone
+) -> Optimizers:
+    """Over all of `named`, whether or not an adapter is switched off just now; `backbone` says where its blocks are.
+
+    Raises UserError for an unknown name, parameters that are not fp32, and Muon where no block has a trained matrix.
     """
     trainable = list(named)
     if name not in OPTIMIZERS:
@@ -164,7 +170,7 @@ def build_optimizer(name: str, named: Iterable[tuple[str, nn.Parameter]], learni
         raise UserError(
             f"trainable parameters must be float32, {wrong[0]} is not (Adam's second moment cannot decay in bfloat16)"
         )
-    return OPTIMIZERS[name](trainable, learning_rate)
+    return OPTIMIZERS[name](trainable, learning_rate, backbone)
 
 
 def warmup_then_linear(step: int, steps: int, warmup: int, decay_from: float) -> float:

@@ -80,7 +80,10 @@ def plain_weights(field: NetworkField) -> dict[str, torch.Tensor]:
 def merged_weights(base: NetworkField, teachers: Mapping[str, NetworkField]) -> dict[str, torch.Tensor]:
     """The base plus the mean of the teachers' differences from it (the paper's `merge` baseline)."""
     start, others = plain_weights(base), [plain_weights(field) for field in teachers.values()]
-    return {name: value + sum(other[name] - value for other in others) / len(others) for name, value in start.items()}
+    return {
+        name: value + sum(other[name].to(value.device) - value for other in others) / len(others)
+        for name, value in start.items()
+    }
 
 
 def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Any:

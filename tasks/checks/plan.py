@@ -169,9 +169,9 @@ def size_of(params: Mapping[str, Any], project: Path) -> Size:
         world, m = params["collect"].world.world(), backbone.micro
         made = MicroBackbone.new(world.vocabulary, world.grid, m.width, m.layers, m.heads, m.latent_channels, 1.0, 0)
     else:
-        from model.backbones.sizes import random_backbone
+        from model.backbones.sizes import SIZES, random_backbone
 
-        made = random_backbone("zimage" if backbone.name == "zimage" else "sd35-m", device="meta")
+        made = random_backbone(SIZES["zimage" if backbone.name == "zimage" else "sd35-m"], device="meta")
     shapes, layers = linear_modules(made.network), own_layers(made)
     if backbone.pretrained is None:
         _, h, w = made.latent_shape
@@ -196,16 +196,28 @@ def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> 
     return 2.0 * size.parameters * tokens + 4.0 * tokens**2 * size.width * size.blocks
 
 
+def waiting_memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> float:
+    """GB of the offloaded teachers, which wait in the host's memory; 0 without `offload`."""
+    b = params["distill"].backbone
+    return (
+        sum(kind == "full" for kind in kinds.values()) * size.parameters * b.bytes_a_weight / 1e9 if b.offload else 0.0
+    )
+
+
 def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> dict[str, float]:
-    """What lies in memory during training, in GB, activations aside: micro-batches are cut to what is left for them."""
+    """What lies on the device during training, in GB, activations aside: micro-batches are cut to what is left for
+    them.
+
+    Of offloaded teachers it is the weights of the one that answers: they visit the device in turn.
+    """
     p, b = params["distill"], params["distill"].backbone
-    width = 2 if b.pretrained and b.pretrained.precision == "bfloat16" else 4
+    width = b.bytes_a_weight
     adapter = p.rank * size.per_rank
     trained = adapter if p.trainable == "adapter" else size.parameters
     full = sum(kind == "full" for kind in kinds.values())
     found = {
         "base": size.parameters * width,
-        "full-checkpoint teachers": 0 if b.pretrained and b.pretrained.offload else full * size.parameters * width,
+        "full-checkpoint teachers": (min(full, 1) if b.offload else full) * size.parameters * width,
         "adapter teachers (rank taken as the student's)": sum(kind == "adapter" for kind in kinds.values())
         * adapter
         * VALUE,
@@ -353,6 +365,7 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
         "basis": basis,
         "stages": [asdict(rows[name]) for name in STAGES],
         "memory": memory(params, size, kinds),
+        "waiting_memory": waiting_memory(params, size, kinds),
         "parameters": size.parameters,
         "weights": [
             {"key": key, "uri": wanted[key], "state": state} for key, state in availability(wanted, project).items()
@@ -402,6 +415,8 @@ def print_plan(found: Mapping[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if found["waiting_memory"]:
+        print(f"        {found['waiting_memory']:.2f} GB on the host, of teachers that wait there (offload)")
     for one in found["weights"]:
         remedy = {
             "here": "",

@@ -105,6 +105,11 @@ class BackboneParams:
         return faults
 
     @property
+    def bytes_a_weight(self) -> int:
+        """Of the frozen networks."""
+        return 2 if self.pretrained is not None and self.pretrained.precision == "bfloat16" else 4
+
+    @property
     def offload(self) -> bool:
         return self.pretrained is not None and self.pretrained.offload
 

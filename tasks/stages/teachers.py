@@ -195,7 +195,7 @@ def _train(
             named |= {f"text_encoder.{key}": value for key, value in backbone.text.named_parameters()}
     for parameter in named.values():
         parameter.requires_grad_(True)
-    optimizers = build_optimizer(teacher.training.optimizer, named.items(), teacher.training.learning_rate)
+    optimizers = build_optimizer(teacher.training.optimizer, named.items(), teacher.training.learning_rate, backbone)
     ema, start, curve = Ema(named, teacher.training.ema), 0, []
     found = load_state(state, fingerprint)
     if found:

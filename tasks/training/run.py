@@ -21,16 +21,7 @@ from data.files import atomic_file, atomic_folder, digest, write_json
 from data.progress import progress
 from model.backbones import TRANSFORMER
 from model.checkpoint import Ema, save_state, write_tensors
-from model.compute.execution import (
-    Execution,
-    blocks_of,
-    device_of,
-    fit,
-    moved,
-    networks_of,
-    prepare_networks,
-    recompute_blocks,
-)
+from model.compute.execution import Execution, blocks_of, device_of, fit, moved, prepare_networks, recompute_blocks
 from model.compute.optimizer import Optimizers, build_optimizer
 from model.compute.parallel import World, shard_frozen, shared
 from model.compute.settings import ExecutionParams
@@ -183,9 +174,8 @@ def run_training(
     world = this_process()
     device = device_of(execution, world.rank)
     state = state_folder(stage, digest(dict(facts)))
-    frozen = [network for field in teachers.values() for network in networks_of(field)]
-    prepare_networks(execution, device, student.network, student.parameters.values(), frozen)
-    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate)
+    prepare_networks(execution, device, student.network, student.parameters.values(), teachers.values())
+    optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     ema, start, run = Ema(dict(student.parameters), params.ema), 0, _Run([], {}, None, 0, "", None)
     found = _state_to_start_from(stage, state, digest(dict(facts)), facts, watch)
     fitted = _fitted(student, buckets, params, execution, device, world)
