@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -54,6 +55,48 @@ def test_what_is_well_is_said_in_one_line_each(project: Path, s3: str, capsys: p
     assert "inside the project" in found["mlflow"][1] and "PREFECT_API_URL is not set" in found["prefect"][1]
     assert found["code"][0] == found["teachers"][0] == "warning"
     assert store.list_objects(s3) == []  # no probe is left
+
+
+def test_a_laptop_without_servers_or_credentials_is_healthy(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `make demo` on a fresh machine: the DVC remote on S3 is told, and is no failure."""
+    for name in [*os.environ]:
+        if name.startswith("AWS_") or name in ("DANCEOPD_LEDGER", "DANCEOPD_PUBLISH"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # no cloud machine's own credentials
+    assert doctor.cli([]) == 0
+    status, text = findings(project)["dvc s3"]
+    assert status == "ok" and "not looked at, no S3 store is configured here" in text
+    assert "FAILED" not in capsys.readouterr().out
+    monkeypatch.setenv("DANCEOPD_LEDGER", "s3://danceopd/ledger")  # from here on the store is meant to be used
+    status, text = findings(project)["dvc s3"]
+    assert status == "FAILED" and "set AWS_ACCESS_KEY_ID" in text
+
+
+H100 = "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15"
+
+
+@pytest.mark.parametrize(
+    ("script", "torch", "status", "text"),
+    [
+        (None, "2.9.0+cpu", "ok", "no GPU: the CPU is used"),
+        (f"echo '{H100}'", "2.9.0", "ok", "NVIDIA H100 80GB HBM3, 81559 MiB; driver 550.54.15"),
+        (f"echo '{H100}'", "2.9.0+cpu", "warning", "not used: torch is built for the CPU alone"),
+        ("echo 'NVIDIA-SMI has failed' >&2; exit 9", "2.9.0", "warning", "lists none (NVIDIA-SMI has failed)"),
+    ],
+)
+def test_gpus_are_told_in_one_line(
+    script: str | None, torch: str, status: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: torch)
+    (found,) = doctor._gpus(tmp_path)
+    assert (found.status, found.what) == (status, "gpu") and text in found.text
 
 
 def forgets_conditions(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:

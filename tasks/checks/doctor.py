@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import urllib.error
@@ -60,6 +61,7 @@ def examine(project: Path) -> Iterator[Finding]:
     """Every check in turn, each finding as soon as it is known. What is not configured is said to be so."""
     checks: list[Callable[[Path], Iterator[Finding]]] = [
         _packages,
+        _gpus,
         _code,
         _space,
         _rights,
@@ -105,6 +107,29 @@ def _packages(project: Path) -> Iterator[Finding]:
         )
     else:
         yield Finding(OK, "packages", f"{len(wanted)} as locked")
+
+
+def _gpus(project: Path) -> Iterator[Finding]:
+    """As the driver's own tool tells them: it needs neither torch nor a GPU that is free."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except FileNotFoundError:
+        yield Finding(OK, "gpu", "no GPU: the CPU is used")
+        return
+    except subprocess.TimeoutExpired:
+        yield Finding(WARNING, "gpu", f"nvidia-smi does not answer within {SECONDS:.0f} s: look at the driver")
+        return
+    rows = [[part.strip() for part in line.split(",")] for line in answer.stdout.splitlines() if line.count(",") == 2]
+    if answer.returncode or not rows:
+        said = " ".join((answer.stderr or answer.stdout).split())
+        yield Finding(WARNING, "gpu", f"no GPU: the CPU is used; nvidia-smi is here but lists none ({said[:200]})")
+        return
+    told = "; ".join(f"{name}, {memory}" for name, memory, _ in rows) + f"; driver {rows[0][2]}"
+    if "+cpu" in importlib.metadata.version("torch"):
+        yield Finding(WARNING, "gpu", f"{told}; not used: torch is built for the CPU alone, install its CUDA build")
+    else:
+        yield Finding(OK, "gpu", told)
 
 
 def _code(project: Path) -> Iterator[Finding]:
@@ -281,6 +306,8 @@ def _buckets(project: Path) -> Iterator[Finding]:
         "published": environment.setting(environment.PUBLISH),
         **{f"dvc {name}": store for name, store in stores(project).items() if objects.is_s3(store)},
     }
+    ours = (environment.LEDGER, environment.PUBLISH, "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+    wanted = any(map(environment.setting, ours))  # without them this machine works alone, and needs no store elsewhere
     told: set[str] = set()
     for what, uri in places.items():
         if uri is None:
@@ -294,6 +321,9 @@ def _buckets(project: Path) -> Iterator[Finding]:
                 told.add(bucket)
                 yield _clock(f"bucket {bucket}", theirs)
             yield _writes(what, uri, conditional=not what.startswith("dvc"))
+        except objects.NotConfigured as error:
+            alone = f"{uri}: not looked at, no S3 store is configured here; a run on this machine alone needs none"
+            yield Finding(FAILED, what, str(error)) if wanted else Finding(OK, what, alone)
         except UserError as error:
             yield Finding(FAILED, what, " ".join(str(error).split()))
 

@@ -42,6 +42,10 @@ class Missing(UserError):
     """There is no such object."""
 
 
+class NotConfigured(UserError):
+    """The AWS settings name no credentials, or no region."""
+
+
 class Changed(UserError):
     """A conditional write met another state than the one it expected: somebody else was faster."""
 
@@ -163,11 +167,11 @@ def explained(uri: str) -> Iterator[None]:
         said = str(error.response["Error"].get("Message", "") or code)
         raise UserError(f"{uri}: {REMEDIES.get(code) or (again if status >= 500 else said)}") from error
     except NoCredentialsError as error:
-        raise UserError(
+        raise NotConfigured(
             f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         ) from error
     except NoRegionError as error:
-        raise UserError(f"{uri}: no region; set AWS_REGION") from error
+        raise NotConfigured(f"{uri}: no region; set AWS_REGION") from error
     except (BotoCoreError, _Cut) as error:
         raise UserError(
             f"{uri}: the store does not answer ({error}); nothing is lost, run the same command again when it does"
