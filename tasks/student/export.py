@@ -7,9 +7,9 @@ peft        the adapter as a folder      peft.PeftModel.from_pretrained(transfor
 comfyui     the adapter as one file      ComfyUI's LoRA loader, or pipeline.load_lora_weights(DIR, weight_name="FILE")
 
 diffusers' load_lora_weights takes nothing from a PEFT folder and only warns: give it the comfyui file. The noise levels
-of `python -m tasks sample` are, for a pipeline, sigmas=linspace(1, 1/steps, steps). An SD3 that reads a source image
-beside the noise is run by neither diffusers' pipeline nor ComfyUI: its network (merged) and its adapter (peft) are
-exported; sample and the registered model's predict run it.
+of `python -m tasks sample` are, for a pipeline, sigmas=linspace(1, 1/steps, steps). A micro student, and an SD3 that
+reads a source image beside the noise, are run by neither diffusers' pipelines nor
+ComfyUI: their networks (merged) and adapters (peft) are exported; sample and the registered model's predict run them.
 """
 
 from __future__ import annotations
@@ -81,6 +81,28 @@ WRITERS: dict[str, Callable[[Path, Model, torch.dtype], None]] = {
 }
 
 
+def _check_runnable(kind: str, model: Model) -> None:
+    """Raises UserError for a student that neither diffusers' pipelines nor ComfyUI run, with the forms that work."""
+    if model.backbone.name == "micro":
+        why = (
+            "the micro world's text encoder and codec are the project's own, which neither diffusers' pipelines nor "
+            "ComfyUI have"
+        )
+    elif model.backbone.name == "sd3" and model.backbone.supports_edits:
+        channels = model.student.network.config.in_channels
+        why = (
+            f"this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' "
+            "StableDiffusion3Pipeline nor ComfyUI gives it"
+        )
+    else:
+        return
+    forms = "merged (the network)" + (" or peft (the adapter)" if model.student.adapter else "")
+    raise UserError(
+        f"--format {kind}: {why}: export it as {forms}; "
+        "`python -m tasks sample` and the registered model's predict draw with it"
+    )
+
+
 def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Writes the student to the folder `out`, whole or not at all, with export.json: what it was made from and the
     SHA-256 of every file.
@@ -89,13 +111,8 @@ def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float3
     """
     if kind not in WRITERS:
         raise UserError(f"--format {kind}: choose one of {', '.join(FORMATS)}")
-    if kind in ("diffusers", "comfyui") and model.backbone.name == "sd3" and model.backbone.supports_edits:
-        channels = model.student.network.config.in_channels
-        raise UserError(
-            f"--format {kind}: this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' "
-            "StableDiffusion3Pipeline nor ComfyUI gives it: export it as merged (the network) or peft (the adapter); "
-            "`python -m tasks sample` and the registered model's predict draw with it"
-        )
+    if kind in ("diffusers", "comfyui"):
+        _check_runnable(kind, model)
     if kind in ("peft", "comfyui"):
         student_adapter(model.student)  # refused before anything is written
     with atomic_folder(out) as folder:
