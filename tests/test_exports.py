@@ -31,6 +31,7 @@ from model.networks.teachers import ADAPTER_WEIGHTS, BASE, RECORD, load_base, lo
 from model.randomness import noise_for, torch_generator
 from model.rollout import euler_grid
 from model.rollout import sample as sample_latents
+from tasks.__main__ import main
 from tasks.student import sample
 from tasks.student.export import COMFYUI_FILE, cli, export
 from tasks.student.opening import Model, draw, open_model
@@ -348,7 +349,7 @@ def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: P
 
 
 def test_the_command_line_exports_and_samples_the_micro_student(
-    micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(micro.root)
     assert cli(["--model", "adapter", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
@@ -370,6 +371,21 @@ def test_the_command_line_exports_and_samples_the_micro_student(
         == 0
     )
     assert len(read_json(tmp_path / "out" / "samples.json")["images"]) == 2
+    line = [
+        "sample",
+        "--model",
+        "whole",
+        "--prompt",
+        "a red zebra",
+        "--prompt",
+        "a wolf",
+        "--out",
+        str(tmp_path / "grey"),
+    ]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert "'zebra' (prompt 'a red zebra')" in said and "'wolf'" in said and "nearest known words" in said
+    assert not (tmp_path / "grey").exists()
     with pytest.raises(UserError, match=r"--count = 0.*--source is given 3 times"):
         sample.cli(["--model", "whole", "--prompt", "a", "--out", "x", "--count", "0", *["--source", "s.png"] * 3])
     with pytest.raises(UserError, match="expected a student"):

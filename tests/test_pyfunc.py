@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data.errors import UserError
+from data.errors import UserError, UserErrors
 from model.networks.student import save_student, start_student
 from model.networks.teachers import BASE, load_teachers, read_records
 from tasks.pyfunc_model import picture_of, png_of
@@ -71,6 +71,13 @@ def test_mlflow_draws_what_the_student_draws(project: Path, monkeypatch: pytest.
     alone = model.predict(frame[["prompt"]][:1], params={"steps": 2, "seed": 5})  # the source is optional
     assert np.abs(pixels(alone["image"][0]).astype(int) - expected[0].astype(int)).max() <= 1
     assert model.metadata.signature is not None
+
+
+def test_words_that_mean_nothing_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.local_uri(project))
+    model = mlflow.pyfunc.load_model(f"models:/{versions.MODEL}@champion")
+    with pytest.raises(UserErrors, match=r"'zebra' .prompt 'a red zebra'.: use one of the nearest known words"):
+        model.predict(pd.DataFrame({"prompt": ["a red circle", "a red zebra"]}), params={"steps": 1})
 
 
 def test_the_alias_is_followed_and_its_files_are_verified(project: Path) -> None:

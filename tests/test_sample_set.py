@@ -129,6 +129,20 @@ def test_lists_at_fault_are_refused(
     assert message in capsys.readouterr().err and not list(tmp_path.rglob("*.png"))
 
 
+def test_words_that_the_model_does_not_know_are_refused(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {**rows_of(1)[0], "prompt": prompt, "path": f"{k}.png"}
+        for k, prompt in enumerate(("a red zebra", "A bleu circel."))
+    ]
+    assert main(command(teachers / BASE, jobs_file(tmp_path, [*rows, *rows_of(1)]), tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert all(f"'{word}'" in said for word in ("zebra", "bleu", "circel")) and "'red'" not in said
+    assert "blue" in said and "circle" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, jobs_file(tmp_path, rows_of(1)), tmp_path / "out")) == 2
     assert "no .safetensors file in it" in capsys.readouterr().err

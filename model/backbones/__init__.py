@@ -56,6 +56,10 @@ class Backbone(Protocol):
         """The prompts as T2I reads them, or as edits do."""
         ...
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserErrors for words that the text encoder does not know: drawn, they would mean nothing."""
+        ...
+
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
         """Text encoder -> how many of the prompts are cut."""
         ...

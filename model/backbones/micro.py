@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from data.errors import UserError
+from data.errors import UserError, UserErrors
 from data.files import read_json, write_json
 from model.checkpoint import write_tensors
 from model.fields.base import Condition, Prompts
@@ -79,6 +80,10 @@ class LinearCodec(nn.Module):
         return patches.reshape(b, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * p, w * p).clamp(0.0, 1.0)
 
 
+def words_of(prompt: str) -> list[str]:
+    return prompt.lower().replace(",", " ").replace(".", " ").split()
+
+
 class WordEncoder(nn.Module):
     """A fixed vocabulary, positions, and one convolution that reads each word among its neighbours ("red" beside
     "circle"), as a text encoder does.
@@ -96,11 +101,30 @@ class WordEncoder(nn.Module):
         self.project = nn.Linear(2 * width, width)
         self.gates = nn.Embedding(MAX_WORDS, width)  # lets the pooled vector tell "a left of b" from "b left of a"
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises UserErrors with every word that is not in the vocabulary, and the known words that are spelled most
+        like it.
+        """
+        unknown: dict[str, list[str]] = {}
+        for prompt in dict.fromkeys(prompts):
+            for word in dict.fromkeys(words_of(prompt)):
+                if word not in self.index:
+                    unknown.setdefault(word, []).append(prompt)
+        faults = []
+        for word, where in unknown.items():
+            nearest = ", ".join(get_close_matches(word, self.vocabulary, n=3, cutoff=0.0))
+            others = f" and {len(where) - 1} more" if len(where) > 1 else ""
+            faults.append(f"{word!r} (prompt {where[0]!r}{others}): use one of the nearest known words: {nearest}")
+        if faults:
+            raise UserErrors(
+                f"the micro text encoder knows {len(self.vocabulary)} words, and these are not among them:", faults
+            )
+
     def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
         """(B, MAX_WORDS) word ids. Raises UserError for a longer prompt, whose end would be lost without a word."""
         ids = torch.full((len(prompts), MAX_WORDS), PAD, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            words = prompt.lower().replace(",", " ").replace(".", " ").split()
+            words = words_of(prompt)
             if len(words) > MAX_WORDS:
                 raise UserError(
                     f"prompt of {len(words)} words, the micro backbone reads {MAX_WORDS}: {prompt!r}; shorten it or let the curate stage reject it"
@@ -203,6 +227,9 @@ class MicroBackbone:
 
     def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
         return Prompts(*self.encode_prompt(prompts))
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        self.text.check(prompts)
 
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
         return {}  # a prompt too long is refused

@@ -123,6 +123,9 @@ class SD3Backbone:
             )
         return Prompts(embeds, pooled)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Nothing: the tokenizers read every word."""
+
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
         """How many of the prompts lose their end in each text encoder, by the encoder's name; CLIP reads 77 tokens, T5
         `max_tokens`.

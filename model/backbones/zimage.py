@@ -110,6 +110,9 @@ class ZImageBackbone:
         embeds = torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in split], batch_first=True)
         return Prompts(embeds, embeds.new_zeros(len(split), 0), segments.sum(1), segments)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Nothing: the tokenizers read every word."""
+
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
         """How many of the prompts lose their end: those of more than `max_tokens` tokens with the chat's frame."""
         tokenizer, _ = _loaded(self._texts, "text encoder")

@@ -59,11 +59,7 @@ ORIGINAL: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 ORIGINAL["micro"] = ORIGINAL["sd3"]
-COMFYUI_PREFIX = {
-    "sd3": "transformer.",
-    "micro": "transformer.",
-    "zimage": "diffusion_model.",
-}  # with diffusers' module names after it
+COMFYUI_PREFIX = {"sd3": "transformer.", "zimage": "diffusion_model."}  # with diffusers' module names after it
 
 
 @dataclass(frozen=True)

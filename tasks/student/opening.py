@@ -114,10 +114,11 @@ def draw(
     """One picture (H, W, 3) uint8 a prompt; prompt i with a source edits it, and starts from noise (seed, i).
 
     `guidance` 1 is the student itself, which has absorbed its guidance. A source keeps its aspect at about
-    `resolution`^2 pixels (None: the size that the student was trained at); T2I is square. Raises UserError for an edit
-    that the network cannot read, or a size it has no positions for.
+    `resolution`^2 pixels (None: the size that the student was trained at); T2I is square. Raises UserError for words
+    that the text encoder does not know, an edit that the network cannot read, or a size it has no positions for.
     """
     backbone = model.backbone
+    backbone.check_prompts(prompts)
     if any(source is not None for source in sources) and not backbone.supports_edits:
         raise UserError("this student reads no source image: sample it without --source")
     edge = resolution or backbone.latent_shape[1] * backbone.pixels_per_latent

@@ -174,9 +174,11 @@ def sample_set(
 ) -> dict[str, int]:
     """Writes every job's image that is not there yet, each whole or not at all. Returns {"images", "made"}.
 
-    Raises UserErrors for a folder whose images were made by another model or sampler.
+    Raises UserErrors for a folder whose images were made by another model or sampler, and for words that the text
+    encoder does not know.
     """
     loaded, _, identity = open_field(model, base, backbone)
+    loaded.check_prompts([job.prompt for job in jobs])
     sampler = {"steps": steps, "guidance": guidance, "scheduler": loaded.scheduler, "loading": backbone.loading()}
     claim(out, {**settings, "model": identity, "sampler": sampler})
     todo = [
