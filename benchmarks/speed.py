@@ -78,20 +78,8 @@ BF16 = ExecutionParams("cuda", 1, 0, 8, "bf16", "none", "auto", "auto", "auto", 
 MB = 1 << 20
 
 
-def sd3_case(
-    name: str,
-    width: int,
-    layers: int,
-    edge: int,
-    tokens: int,
-    rank: int,
-    batch: int,
-    budget: int | None,
-    steps: int = 16,
-) -> Case:
-    """An SD3 of 16 latent channels, patches of 2 and heads of at most 64, on latents of edge x edge, with two adapter
-    teachers.
-    """
+def sd3_size(width: int, layers: int, edge: int, tokens: int) -> NetworkSize:
+    """An SD3 of 16 latent channels, patches of 2 and heads of at most 64, on latents of edge x edge."""
     heads = max(1, width // 64)
     config = SD35_MEDIUM | {
         "sample_size": edge,
@@ -104,7 +92,11 @@ def sd3_case(
         "pos_embed_max_size": edge,
         "dual_attention_layers": (),
     }
-    size = NetworkSize("sd3", config, tokens)
+    return NetworkSize("sd3", config, tokens)
+
+
+def sd3_case(name: str, size: NetworkSize, rank: int, batch: int, budget: int | None, steps: int = 16) -> Case:
+    """With two teachers, adapters unless `rank` is 0."""
     return Case(name, size, None, rank, 2, batch, steps, "low", "adamw", FP32, budget)
 
 
@@ -129,7 +121,7 @@ def _micro(_: int) -> Case:
 
 def _sd3_14m(_: int) -> Case:
     # 32 x 32 latents in patches of 2 are 256 image tokens; CLIP's 77 of text.
-    case = sd3_case(SD3_14M, 256, 6, 32, 77, 32, 8, 29 * MB)
+    case = sd3_case(SD3_14M, sd3_size(256, 6, 32, 77), 32, 8, 29 * MB)
     return replace(case, execution=replace(FP32, compile="rollout"))
 
 
@@ -476,7 +468,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if missing:
             raise UserError(
-                f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; choose {MICRO} or {SD3_14M}"
+                f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; "
+                f"choose {MICRO} or {SD3_14M}"
             )
         if options.alternations < 1:
             raise UserError(f"speed: --alternations {options.alternations}: expected 1 or more")
@@ -515,14 +508,16 @@ def _print(name: str, found: dict[str, Any]) -> None:
         ("device", found["device"]),
         (
             "fast / plain",
-            f"{found['ratio_median']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f}, {found['alternations']} alternations)",
+            f"{found['ratio_median']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f}, "
+            f"{found['alternations']} alternations)",
         ),
         ("samples a second", f"plain {rates['plain']:.3g}, fast {rates['fast']:.3g}"),
         ("evaluations a sample", f"{found['evaluations_per_sample']:.3f}, floor {found['floor']:.3f}"),
         ("largest loss gap", f"{found['largest_loss_gap']:.1e}"),
         (
             "peak memory",
-            f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({peaks['fast'] / peaks['plain']:.2f})",
+            f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB "
+            f"({peaks['fast'] / peaks['plain']:.2f})",
         ),
     ]
     if found["compile_seconds"]:

@@ -85,12 +85,6 @@ def read_examples(folder: str | Path) -> list[Example]:
     return [Example(**{**row, "record": json.loads(row["record"] or "{}"), "row": int(row["row"])}) for row in rows]
 
 
-def of_capability(examples: Sequence[Example], capability: str) -> list[Example]:
-    """The examples whose category belongs to the capability; "edit" takes those of both edit buckets."""
-    categories = CAPABILITIES[capability].categories
-    return [example for example in examples if example.category in categories]
-
-
 # task type -> rows of the official set in English (modelscope/evalscope, benchmarks/_meta/gedit.json); the six of the
 # paper's tables come first, in its order
 OFFICIAL_COUNTS = {

@@ -39,7 +39,6 @@ QUEUES = ("cpu", "gpu")
 MODEL = "danceopd"
 SILENCE = timedelta(seconds=90)  # three heartbeats of 30 s that did not come
 ZOMBIES = "runs without a heartbeat have crashed"
-START_SECONDS = 300.0
 
 
 def make_pool(client: SyncPrefectClient) -> None:

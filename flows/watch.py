@@ -15,8 +15,6 @@ from prefect.states import Completed, Failed, State  # noqa: E402
 
 from tasks import prefect_tasks as run  # noqa: E402
 
-CHAMPION = "models:/danceopd@champion"
-
 
 @flow(name="watch")
 def watch(rescore: bool = True) -> State[Any]:

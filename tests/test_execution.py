@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from benchmarks.speed import Case, build, sd3_case
+from benchmarks.speed import Case, build, sd3_case, sd3_size
 from data.errors import UserError
 from model.backbones.sizes import SIZES, NetworkSize
 from model.checkpoint import Ema
@@ -52,8 +52,7 @@ PARAMS = loop_params(batch=5, rollout_steps=6, steps=3)
 
 def micro_case() -> Case:
     """As the micro world: all parameters train, teachers are networks of their own, one latent token a cell."""
-    case = sd3_case("tiny micro", 32, 2, 4, 3, 0, 5, None, 6)
-    return replace(case, rank=0)
+    return sd3_case("tiny micro", sd3_size(32, 2, 4, 3), 0, 5, None, 6)
 
 
 def zimage_case() -> Case:
@@ -72,7 +71,7 @@ def zimage_case() -> Case:
     return replace(CASES["sd3"], name="tiny zimage", size=size, resolution=32)
 
 
-CASES = {"micro": micro_case(), "sd3": sd3_case("tiny sd3", 32, 2, 4, 3, 4, 5, None, 6)}
+CASES = {"micro": micro_case(), "sd3": sd3_case("tiny sd3", sd3_size(32, 2, 4, 3), 4, 5, None, 6)}
 CASES["zimage"] = zimage_case()
 
 

@@ -262,9 +262,7 @@ def test_a_student_that_is_no_adapter_is_not_exported_as_one(project: Project, k
 
 @pytest.mark.parametrize("student", ["adapter", "whole"])
 def test_the_micro_student_is_exported_as_what_the_libraries_open(micro: Project, student: str, tmp_path: Path) -> None:
-    """Its folder is no pipeline of diffusers, whose own class refuses it; so such an export is refused, with the forms
-    that work.
-    """
+    """Diffusers' own class does not open its folder; so such an export is refused, with the forms that work."""
     model = micro.model(student)
     with pytest.raises((AttributeError, ValueError, OSError), match="MicroPipeline"):
         DiffusionPipeline.from_pretrained(str(model.origin))

@@ -326,9 +326,7 @@ def test_an_offloaded_teacher_is_elsewhere_only_while_it_answers(home: Home, enc
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_offloaded_teachers_wait_on_the_host_and_the_plan_says_so(home: Home, offload: bool) -> None:
-    """The meta device stands for a GPU: what training moves there is counted, and the plan's figures are these
-    bytes.
-    """
+    """The meta device stands for a GPU: what training moves there is counted, and the plan tells these bytes."""
     backbone, fields = load_teachers(home.teachers, [BASE, "whole"], offload=offload, need=TRANSFORMER)
     student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
     execution = ExecutionParams(**EXECUTION)

@@ -16,7 +16,6 @@ from benchmarks.gedit.rows import (
     check_official,
     edited_path,
     load_tasks,
-    select,
     set_digest,
     source_path,
 )
@@ -83,20 +82,6 @@ def test_rows_are_equal_whatever_file_they_come_from(tmp_path: Path) -> None:
     for other in (stream, file, local, local / "manifest.jsonl", tmp_path / "local.csv"):
         assert meaning(load_tasks(other, tmp_path / "unpacked")) == meaning(tasks), other
         assert set_digest(load_tasks(other, tmp_path / "elsewhere")) == set_digest(tasks)
-
-
-def test_columns_are_taken_by_language_and_subset(tmp_path: Path) -> None:
-    tasks = load_tasks(write_parquet(tmp_path / "a.parquet", ROWS), tmp_path / "s")
-    wanted = (("en", "full"), ("en", "paper"), ("cn", "full"))
-    ids = {
-        f"{language}/{subset}": [task.key for task in select(tasks, language, subset)] for language, subset in wanted
-    }
-    assert ids == {"en/full": ["a", "b", "c"], "en/paper": ["a", "b"], "cn/full": ["a"]}
-    assert [task.key for task in select(tasks, "en", "intersection")] == ["b", "c"]
-    with pytest.raises(UserError, match="cn/intersection: the set has no such row"):
-        select(tasks, "cn", "intersection")
-    with pytest.raises(UserError, match="'zh'"):
-        select(tasks, "zh", "full")
 
 
 def test_all_faulty_rows_are_named_at_once(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from benchmarks.geneval.detector import (
     PAIRS,
     Detector,
     check_labels,
-    decode_mask,
     detect,
     encode_mask,
     load_detector,
@@ -164,6 +164,14 @@ def test_pixels_are_resized_padded_with_grey_and_normalised_in_this_order(small:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
+def decode_mask(value: dict[str, Any]) -> np.ndarray:
+    """The mask of `encode_mask`, (H, W) bool, by COCO's rule: runs down the columns, zeros first."""
+    height, width = value["size"]
+    counts = value["counts"]
+    assert sum(counts) == height * width
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape((height, width), order="F")
+
+
 def test_masks_survive_their_text() -> None:
     rng = numpy_generator(0, 0, 0, "masks")
     for mask in (rng.random((7, 5)) > 0.5, np.zeros((3, 4), bool), np.ones((3, 4), bool), np.eye(6, dtype=bool)):
@@ -173,8 +181,6 @@ def test_masks_survive_their_text() -> None:
         "size": [2, 2],
         "counts": [0, 2, 1, 1],
     }  # down the columns, zeros first
-    with pytest.raises(UserError, match="runs of 3 pixels"):
-        decode_mask({"size": [2, 2], "counts": [3]})
 
 
 # --- the real classes -------------------------------------------------------------------------------------------------

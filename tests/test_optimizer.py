@@ -127,9 +127,7 @@ def test_muon_takes_every_linear_layer_of_every_block_but_the_modulations(family
 
 def test_muon_without_a_matrix_of_a_block_is_refused() -> None:
     outside = [parameter for parameter in named() if parameter[0] == "embed"]
-    with pytest.raises(
-        UserError, match=r"optimizer = 'muon': no trained parameter .* zimage \(noise_refiner.*choose adamw"
-    ):
+    with pytest.raises(UserError, match=r"'muon': no trained parameter .* zimage \(noise_refiner.*choose adamw"):
         build_optimizer("muon", outside, 0.1, FAMILIES["zimage"]())
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import tasks.training.processes
 import tasks.training.run
-from benchmarks.speed import build, sd3_case
+from benchmarks.speed import build, sd3_case, sd3_size
 from data.files import read_json, write_json
 from model.checkpoint import Ema, write_tensors
 from model.compute.execution import WHOLE_BATCH, EvaluationCounter, Execution, blocks_of, recompute_blocks
@@ -81,7 +81,7 @@ def test_dealing_balances_and_loses_no_slot() -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> None:
-    case = sd3_case("tiny", 32, 2, 4, 3, 4, 5, None, 6)
+    case = sd3_case("tiny", sd3_size(32, 2, 4, 3), 4, 5, None, 6)
 
     def run(world: World) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
         student, teachers, bucket = build(case, torch.device("cpu"), 0)
@@ -149,7 +149,7 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path: Path) -> None:
-    case = sd3_case("tiny", 32, 2, 4, 3, 4, 5, None, 6)
+    case = sd3_case("tiny", sd3_size(32, 2, 4, 3), 4, 5, None, 6)
     execution = replace(WHOLE_BATCH, merged=True, micro_batch=2, rollout_batch=2)
 
     def run(world: World, execution: Execution) -> tuple[dict[str, torch.Tensor], int, int]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,30 +38,12 @@ def _one_thread() -> Iterator[None]:
 def test_both_paths_take_the_same_steps_and_the_figures_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapters, full = (
-        speed.sd3_case("tiny", 32, 2, 4, 3, 4, 3, 1 << 20, 4),
-        replace(speed.sd3_case("whole", 32, 2, 4, 3, 0, 3, None, 4), rank=0),
-    )
+    size, written_to = speed.sd3_size(32, 2, 4, 3), tmp_path / "speed.json"
+    adapters, full = speed.sd3_case("tiny", size, 4, 3, 1 << 20, 4), speed.sd3_case("whole", size, 0, 3, None, 4)
     monkeypatch.setattr(speed, "CASES", {"tiny": lambda _: adapters, "whole": lambda _: full})
-    assert (
-        speed.main(
-            [
-                "--case",
-                "tiny",
-                "whole",
-                "--json",
-                str(tmp_path / "speed.json"),
-                "--alternations",
-                "2",
-                "--seed",
-                "4",
-                "--threads",
-                "1",
-            ]
-        )
-        == 0
-    )
-    written = json.loads((tmp_path / "speed.json").read_text())
+    options = ["--json", str(written_to), "--alternations", "2", "--seed", "4", "--threads", "1"]
+    assert speed.main(["--case", "tiny", "whole", *options]) == 0
+    written = json.loads(written_to.read_text())
     assert set(written) == {"tiny", "whole"}
     for found in written.values():
         assert set(found) >= KEYS and found["seed"] == 4 and "CPU" in found["device"]

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from benchmarks.gedit.rules import LANGUAGES, PAPER_CATEGORIES, SUBSETS
+from benchmarks.gedit.rules import LANGUAGES
 from data.errors import UserError, UserErrors
 from data.files import atomic_file, digest, sha256_bytes, sha256_file
 from data.records import GEDIT_CATEGORIES, OFFICIAL_COUNTS
@@ -228,23 +228,6 @@ def is_official(tasks: Sequence[EditTask]) -> bool:
     except UserError:
         return False
     return True
-
-
-def select(tasks: Sequence[EditTask], language: str, subset: str) -> list[EditTask]:
-    """The rows of a column: one language, and all rows, the intersection's or the paper's six categories. Raises
-    UserError for an unknown name or no row.
-    """
-    for name, value, known in (("language", language, LANGUAGES), ("subset", subset, SUBSETS)):
-        if value not in known:
-            raise UserError(f"{name} = {value!r}; choose one of {list(known)}")
-    rows = [task for task in tasks if task.language == language]
-    if subset == "intersection":
-        rows = [task for task in rows if task.intersection]
-    elif subset == "paper":
-        rows = [task for task in rows if task.category in PAPER_CATEGORIES]
-    if not rows:
-        raise UserError(f"column {language}/{subset}: the set has no such row")
-    return rows
 
 
 def set_digest(tasks: Sequence[EditTask]) -> str:

@@ -347,15 +347,3 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
         "size": [int(side) for side in mask.shape],
         "counts": ([0] if flat.size and flat[0] else []) + [int(run) for run in runs],
     }
-
-
-def decode_mask(value: dict[str, Any]) -> np.ndarray:
-    """The mask of `encode_mask`, (H, W) bool. Raises UserError when the runs do not fill it."""
-    height, width = value["size"]
-    counts = value["counts"]
-    if sum(counts) != height * width:
-        raise UserError(
-            f"mask: runs of {sum(counts)} pixels in all, the mask has {height} x {width}; make the detections again"
-        )
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape((height, width), order="F")

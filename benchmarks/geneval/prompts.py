@@ -17,7 +17,6 @@ import numpy as np
 
 from benchmarks.geneval.rules import RELATIONS, parse_record
 from data.errors import UserError, UserErrors
-from data.records import GENEVAL_TAGS
 
 SEED = 43
 DRAWS = 100
@@ -106,10 +105,8 @@ CLASSES = (
     "toothbrush",
 )
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-SIZES = dict(zip(GENEVAL_TAGS, (80, 99, 80, 94, 100, 100), strict=True))  # records a tag
 METADATA_MD5 = "9a0ed515640279a48ed3380d90aec0ed"
 METADATA_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
-PROMPTS_SHA256 = "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
 Metadata = dict[str, Any]  # one record as its JSON object: tag, include, [exclude], prompt
 
 

@@ -214,7 +214,7 @@ def compare_paired(a: Groups, b: Groups, *, binary: bool, seed: int, resamples: 
     low, high = _percentiles(draws, confidence, min(map(len, differences.values())))
     pooled = np.concatenate(list(differences.values()))
     if binary and len(differences) == 1:
-        p = mcnemar(int((pooled > 0).sum()), int((pooled < 0).sum()))
+        p = sign_test(pooled)
     else:
         p = sign_flip(differences, seed=seed, resamples=resamples)
     return Comparison(macro_mean(differences), low, high, p, len(pooled), int((pooled != 0).sum()))

@@ -102,9 +102,7 @@ class WordEncoder(nn.Module):
         self.gates = nn.Embedding(MAX_WORDS, width)  # lets the pooled vector tell "a left of b" from "b left of a"
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises UserErrors with every word that is not in the vocabulary, and the known words that are spelled most
-        like it.
-        """
+        """Raises UserErrors with every word outside the vocabulary, and the known words spelled most like it."""
         unknown: dict[str, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
             for word in dict.fromkeys(words_of(prompt)):

@@ -31,7 +31,6 @@ UNFOLLOWED = (
     "shift_terminal",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

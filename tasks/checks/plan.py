@@ -199,14 +199,12 @@ def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> 
 def waiting_memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> float:
     """GB of the offloaded teachers, which wait in the host's memory; 0 without `offload`."""
     b = params["distill"].backbone
-    return (
-        sum(kind == "full" for kind in kinds.values()) * size.parameters * b.bytes_a_weight / 1e9 if b.offload else 0.0
-    )
+    full = sum(kind == "full" for kind in kinds.values())
+    return full * size.parameters * b.bytes_a_weight / 1e9 if b.offload else 0.0
 
 
 def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> dict[str, float]:
-    """What lies on the device during training, in GB, activations aside: micro-batches are cut to what is left for
-    them.
+    """What lies on the device in training, in GB, activations aside: micro-batches are cut to what is left for them.
 
     Of offloaded teachers it is the weights of the one that answers: they visit the device in turn.
     """

@@ -8,8 +8,8 @@ comfyui     the adapter as one file      ComfyUI's LoRA loader, or pipeline.load
 
 diffusers' load_lora_weights takes nothing from a PEFT folder and only warns: give it the comfyui file. The noise levels
 of `python -m tasks sample` are, for a pipeline, sigmas=linspace(1, 1/steps, steps). A micro student, and an SD3 that
-reads a source image beside the noise, are run by neither diffusers' pipelines nor
-ComfyUI: their networks (merged) and adapters (peft) are exported; sample and the registered model's predict run them.
+reads a source image beside the noise, are run by neither diffusers' pipelines nor ComfyUI: their networks (merged) and
+adapters (peft) are exported; sample and the registered model's predict run them.
 """
 
 from __future__ import annotations

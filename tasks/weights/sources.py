@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +247,6 @@ def resolve_all(wanted: Mapping[str, tuple[str, str]], project: Path) -> dict[st
     if faults:
         raise UserErrors("these weights cannot be used:", faults)
     return found
-
-
-def record_of(source: Source) -> dict[str, Any]:
-    """A source as JSON, its path left out: that is this machine's affair."""
-    return {key: value for key, value in asdict(source).items() if key != "path"}
 
 
 def _verified(uri: str, path: Path, revision: str) -> Source:
