@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.errors import UserError
+from data.errors import Outage, UserError
 from data.files import digest, sha256_file
 
 J = TypeVar("J")
@@ -23,6 +23,8 @@ P = TypeVar("P")
 R = TypeVar("R")
 AHEAD = 2  # jobs a worker has waiting, so that none is idle while results are written
 CONNECT_SECONDS = 20
+PROJECT = Path(__file__).resolve().parents[1]
+ROOMS = ("benchmarks", "data", "model", "tasks")  # what workers run: they draw images with the model, through tasks/
 
 
 def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
@@ -33,11 +35,13 @@ def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
 
 
 def _answer(function: Callable[[J], R], job: J) -> tuple[str, Any]:
-    """(kind, result): a user's mistake comes back as its text, since an exception may not survive the journey between
+    """(kind, result): an exception comes back as its kind and its text, since it may not survive the journey between
     processes.
     """
     try:
         return "result", function(job)
+    except Outage as error:
+        return "outage", str(error)
     except UserError as error:
         return "mistake", str(error)
 
@@ -54,21 +58,16 @@ def _one_thread(function: Callable[[J], R], job: J) -> tuple[str, Any]:
 
 
 def _unwrapped(answer: tuple[str, Any]) -> Any:
-    if answer[0] == "mistake":
-        raise UserError(answer[1])
+    if answer[0] != "result":
+        raise (Outage if answer[0] == "outage" else UserError)(answer[1])
     return answer[1]
 
 
-def code_digest() -> str:
-    """SHA-256 (hex) of the source text of benchmarks/ and data/: workers on other machines must run the same."""
-    root = Path(__file__).resolve().parents[1]
-    return digest(
-        {
-            str(path.relative_to(root)): sha256_file(path)
-            for room in ("benchmarks", "data")
-            for path in sorted((root / room).glob("*.py"))
-        }
-    )
+def code_digest(root: Path = PROJECT) -> str:
+    """SHA-256 (hex) of all code below `root` that a worker may run: workers on other machines must run the same."""
+    packages = [path.parent for room in ROOMS for path in (root / room).rglob("__init__.py")]  # not the data in data/
+    files = [path for package in packages for path in package.iterdir() if path.suffix in (".py", ".yaml")]
+    return digest({path.relative_to(root).as_posix(): sha256_file(path) for path in sorted(files)})
 
 
 @contextmanager

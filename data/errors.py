@@ -4,7 +4,7 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class UserError(Exception):
@@ -21,6 +21,24 @@ class UserErrors(UserError):
         self.title = title
         self.faults = list(faults)
         super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))
+
+
+class Outage(UserError):
+    """The other side did not answer, or another run holds what is needed: the same command may succeed later.
+
+    Whatever tries again decides by this type, and a command that ends for this reason by `TRY_AGAIN` as its exit
+    status.
+    """
+
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, then what it was raised from or while handling, and so on to the first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class Terminated(UserError):

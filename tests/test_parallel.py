@@ -5,14 +5,15 @@ silent scheduler is one message.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.parallel import as_they_come, batches, check_workers, each
-from data.errors import UserError, UserErrors
+from benchmarks.parallel import as_they_come, batches, check_workers, code_digest, each
+from data.errors import Outage, UserError, UserErrors
 from tasks.environment import PROJECT
 
 
@@ -68,6 +69,39 @@ def test_a_named_scheduler_s_workers_are_used_and_checked() -> None:
             pytest.raises(UserError, match="1 of 1 workers run another version of the code"),
         ):
             check_workers(client, address, "another version")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/networks/student.py",
+        "model/backbones/micro.py",
+        "tasks/scoring/sampling.py",
+        "benchmarks/paper.yaml",
+        "data/records.py",
+    ],
+)
+def test_workers_with_another_file_of_any_room_have_another_digest(tmp_path: Path, name: str) -> None:
+    for room in ("benchmarks", "data", "model", "tasks"):
+        code = shutil.ignore_patterns("__pycache__", "raw", "teachers", "curated", "validated", "encoded")
+        shutil.copytree(PROJECT / room, tmp_path / room, ignore=code)
+    assert code_digest(tmp_path) == code_digest()
+    (tmp_path / "data" / "raw").mkdir()
+    (tmp_path / "data" / "raw" / "manifest.yaml").write_text("data is no code")
+    assert code_digest(tmp_path) == code_digest()
+    with open(tmp_path / name, "a", encoding="utf-8") as file:
+        file.write("\n# changed\n")
+    assert code_digest(tmp_path) != code_digest()
+
+
+def unanswered(job: tuple[int, torch.Tensor]) -> tuple[int, float, int]:
+    raise Outage("the store does not answer")
+
+
+def test_an_outage_in_a_job_stays_one() -> None:
+    """It is tried again by its type, which has to survive the way between processes."""
+    with pytest.raises(Outage, match="the store does not answer"):
+        collected(1, unanswered)
 
 
 def test_a_mistake_in_a_job_is_its_message() -> None:

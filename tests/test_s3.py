@@ -13,7 +13,7 @@ import boto3
 import numpy as np
 import pytest
 
-from data.errors import UserError, UserErrors
+from data.errors import Outage, UserError, UserErrors
 from data.files import sha256_bytes, sha256_file
 from tasks.s3 import objects as store
 from tasks.s3 import transfer
@@ -129,7 +129,7 @@ def test_a_download_that_was_given_up_goes_on_where_it_ended(
     monkeypatch.setattr(store, "WORKERS", 1)  # one part after the other, so that the test knows which are there
     gets = iter(range(100))
     proxy.fault = lambda method, path: fault if method == "GET" and next(gets) >= 2 else None
-    with pytest.raises(UserError, match=r"stored: .*run the same command again"):
+    with pytest.raises(Outage, match=r"stored: .*run the same command again"):
         transfer.download(stored[0], tmp_path / "down" / "file")
     assert not (tmp_path / "down" / "file").exists()
     proxy.fault = lambda method, path: None
@@ -160,7 +160,7 @@ def test_an_upload_that_was_given_up_goes_on_with_the_parts_that_the_store_has(
 ) -> None:
     monkeypatch.setattr(store, "WORKERS", 1)
     proxy.fault = lambda method, path: "503" if "partNumber=2" in path else None
-    with pytest.raises(UserError, match="run the same command again"):
+    with pytest.raises(Outage, match="run the same command again"):
         transfer.upload(big, f"{s3}/big")
     assert store.list_objects(s3) == []  # nothing is readable in part
     proxy.fault = lambda method, path: None
@@ -220,7 +220,7 @@ def test_a_slow_answer_is_waited_for_and_a_stalled_one_is_not(
     proxy.delay, proxy.fault = 0.2, first(1, "slow")
     assert store.read(f"{s3}/file")[0] == b"x"
     proxy.delay, proxy.fault = 5.0, first(9, "slow")
-    with pytest.raises(UserError, match="the store does not answer"):
+    with pytest.raises(Outage, match="the store does not answer"):
         store.read(f"{s3}/file")
 
 
@@ -321,6 +321,9 @@ def test_every_refusal_is_one_line_that_says_what_to_do(
             with pytest.raises(UserError, match=words) as error:
                 store.read(f"{s3}/none")
             assert secret not in str(error.value) and "\n" not in str(error.value)
+            assert isinstance(error.value, Outage) is (
+                words == "does not answer"
+            )  # nothing but silence passes by itself
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match="no credentials"):

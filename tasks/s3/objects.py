@@ -29,7 +29,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.errors import Outage, UserError, causes
 
 SCHEME = "s3://"
 WORKERS = 8  # parts in flight
@@ -141,10 +141,29 @@ REMEDIES = {
 }
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether the store did not answer, or answered that it cannot at the moment: by the types and the HTTP status of
+    botocore, which s3fs raises too.
+    """
+    from botocore import exceptions as boto
+
+    silent = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, _Cut, ConnectionError, TimeoutError)
+    for one in causes(error):
+        status = (
+            one.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if isinstance(one, boto.ClientError)
+            else 0
+        )
+        if isinstance(one, silent) or (status >= 500 and status != 501) or status == 429:
+            return True
+    return False
+
+
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns boto3's errors into UserError: what the store said and what to do. Missing for an absent object, Changed
-    for a condition that does not hold.
+    """Turns boto3's errors into UserError: what the store said and what to do.
+
+    Outage when it does not answer, Missing for an absent object, Changed for a condition that does not hold.
     """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
@@ -161,11 +180,10 @@ def explained(uri: str) -> Iterator[None]:
             raise Missing(f"{uri}: {REMEDIES[code]}") from error
         if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
             raise Changed(f"{uri}: somebody else wrote it first") from error
-        again = (
-            f"the store answers {status} ({code}); nothing is lost, run the same command again when it has recovered"
-        )
-        said = str(error.response["Error"].get("Message", "") or code)
-        raise UserError(f"{uri}: {REMEDIES.get(code) or (again if status >= 500 else said)}") from error
+        if is_outage(error):
+            again = "nothing is lost, run the same command again when it has recovered"
+            raise Outage(f"{uri}: the store answers {status} ({code}); {again}") from error
+        raise UserError(f"{uri}: {REMEDIES.get(code) or error.response['Error'].get('Message') or code}") from error
     except NoCredentialsError as error:
         raise NotConfigured(
             f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -173,9 +191,10 @@ def explained(uri: str) -> Iterator[None]:
     except NoRegionError as error:
         raise NotConfigured(f"{uri}: no region; set AWS_REGION") from error
     except (BotoCoreError, _Cut) as error:
-        raise UserError(
-            f"{uri}: the store does not answer ({error}); nothing is lost, run the same command again when it does"
-        ) from error
+        if is_outage(error):
+            again = "nothing is lost, run the same command again when it does"
+            raise Outage(f"{uri}: the store does not answer ({error}); {again}") from error
+        raise UserError(f"{uri}: {error}; look at the AWS settings") from error
 
 
 def read(uri: str) -> tuple[bytes, str]:
