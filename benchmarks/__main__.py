@@ -1,8 +1,8 @@
 """`python -m benchmarks NAME STEP ...`: GenEval and GEdit-Bench step by step on any model or folder of images, and the
 table beside the paper's rows.
 
-A user's mistake is one clear message on stderr and exit status 2; Ctrl-C is one line and 130. Anything else is a defect
-and keeps its traceback.
+A user's mistake is one clear message on stderr and exit status 2; an outage, worth another try, is one line and 75
+(EX_TEMPFAIL of sysexits.h); Ctrl-C is one line and 130. Anything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import NoReturn
 
-from data.errors import UserError
+from data.errors import TRY_AGAIN, Outage, UserError
 
 # name -> (module with `cli(arguments) -> exit status`, what it is for); imported only when asked for: torch costs
 # seconds
@@ -42,7 +42,9 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 2 a user's mistake, 130 interrupted, 143 terminated."""
+    """Runs one command; returns the exit status: 0 done, 2 a user's mistake, 75 an outage (try again), 130 interrupted,
+    143 terminated.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        return _refuse(str(error), 2)
+        return _refuse(str(error), TRY_AGAIN if isinstance(error, Outage) else 2)
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

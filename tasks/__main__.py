@@ -1,8 +1,8 @@
 """`python -m tasks COMMAND ...`: every stage by its name, the check of params.yaml, presets, and the reviewer's
 commands.
 
-A user's mistake is one clear message on stderr and exit status 2; Ctrl-C is one line and 130. Anything else is a defect
-and keeps its traceback.
+A user's mistake is one clear message on stderr and exit status 2; an outage, worth another try, is one line and 75
+(EX_TEMPFAIL of sysexits.h); Ctrl-C is one line and 130. Anything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from data.errors import Terminated, UserError
+from data.errors import TRY_AGAIN, Outage, Terminated, UserError
 from data.files import explain, write_json, write_text
 from tasks.environment import prepare
 from tasks.params.reading import PARAMS_FILE, load_params, read_yaml
@@ -71,7 +71,9 @@ REFUSALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 2 a user's mistake, 130 interrupted, 143 terminated."""
+    """Runs one command; returns the exit status: 0 done, 2 a user's mistake, 75 an outage (try again), 130 interrupted,
+    143 terminated.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     prepare()
     try:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated as error:
         return _refuse(str(error), 143)
     except UserError as error:
-        return _refuse(str(error), 2)
+        return _refuse(str(error), TRY_AGAIN if isinstance(error, Outage) else 2)
     except KeyboardInterrupt as error:
         return _refuse(
             str(error) or "interrupted; nothing half-written was left, the same command goes on from there", 130

@@ -34,10 +34,10 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from data.errors import UserError
+from data.errors import Outage, UserError
 from data.files import read_json
 from tasks.environment import PROJECT
-from tasks.running.repro import Busy, StageFailed, Unavailable, failure, is_chatter, pull, reproduce, stream
+from tasks.running.repro import StageFailed, failure, pull, reproduce, stream
 from tasks.running.workspace import Workspace, open_workspace, repository
 from tasks.running.workspace import close as close_workspace
 from tasks.running.workspace import push as push_workspace
@@ -59,19 +59,11 @@ HOUR = 3600.0
 TIMEOUTS = {"distill": 168 * HOUR, "absorb": 72 * HOUR, "teachers": 336 * HOUR}  # s; of the other stages: STAGE_TIMEOUT
 STAGE_TIMEOUT = 24 * HOUR
 SHORT_TIMEOUT = HOUR  # what talks to servers
-OUTAGES = (
-    "no MLflow server answers",
-    "stopped answering",
-    "run the same command again when it",
-)  # the words of tasks/registry/tracking.py and tasks/s3/objects.py
 PROGRESS = re.compile(r"^(?P<what>[^:]+(?:: [^:]+)?): (?P<done>\d+)/(?P<total>\d+)(?:,|$)")  # data/progress.py's lines
 
 
 def _when_transient(task: Any, run: Any, state: Any) -> bool:
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, (Busy, Unavailable)) or (
-        isinstance(error, UserError) and any(sign in str(error) for sign in OUTAGES)
-    )
+    return isinstance(state.result(raise_on_failure=False), Outage)
 
 
 retried = partial(
@@ -84,7 +76,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     """Our own refusals say all there is to say; where in Prefect's engine they passed is noise. Defects keep their
     traceback.
     """
-    if record.exc_info and isinstance(record.exc_info[1], (StageFailed, Busy, Unavailable, UserError)):
+    if record.exc_info and isinstance(record.exc_info[1], (StageFailed, UserError)):
         record.exc_info = None
     return True
 
@@ -95,7 +87,7 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
 
 def _into_log() -> Callable[[str], None]:
     logger = get_run_logger()
-    return lambda text: None if is_chatter(text) else logger.info(text)
+    return lambda text: logger.info(text) if text.strip() else None
 
 
 def _into_page(name: str) -> Callable[[str], None]:

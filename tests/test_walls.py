@@ -35,7 +35,7 @@ HOMES = {
     "torch": ("model/", "benchmarks/", "tasks/"),
     "boto3": ("tasks/s3/",),
     "botocore": ("tasks/s3/",),
-    "dvc": (),  # a child process, never a library: its locks are per process
+    "dvc": ("tasks/running/dvc_child.py",),  # a program of its own: a process holds the locks of DVC
     "pickle": (),
     "cloudpickle": (),
 }

@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.errors import Outage, UserError
 from data.files import sha256_bytes
 from tasks.registry import files, versions
 from tasks.release.provenance import CHECKPOINT_FOLDER, DVC_PATHS, LOCK_FILES, md5_of
 from tasks.running import workspace
-from tasks.running.repro import Unavailable
 from tasks.s3 import objects
 
 SHORTEST = 7  # characters of a digest that are looked for
@@ -129,15 +128,15 @@ def _with_revision(project: Path, sha: str) -> Path | None:
     """The git folder that has the commit: the project's own, else the mirror of the workers' repository, brought up to
     date; None when neither has it.
 
-    Raises UserError when that repository does not answer.
+    Raises Outage when that repository does not answer.
     """
     if _git(project, "cat-file", "-e", f"{sha}^{{commit}}") is not None:
         return project
     source = workspace.repository()
     try:
         return workspace.mirror() if source and workspace.resolve(source, sha) else None
-    except Unavailable as error:
-        raise UserError(str(error)) from error
+    except Outage:
+        raise
     except UserError:  # not there, or no longer on any branch
         return None
 

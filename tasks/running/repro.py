@@ -19,59 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.errors import TRY_AGAIN, Outage, UserError
 from data.files import read_json
-from tasks.environment import for_children
+from tasks.environment import PROJECT, for_children
 from tasks.running.guard import GUARD
 
 GRACE = 60.0  # s between asking a group to end and ending it: a training step ends and its state is saved meanwhile
 BUNDLED = "bundled"  # the remote in .dvc/config that travels with the repository
-UNCHANGED = "didn't change, skipping"
-CHATTER = (  # what DVC says around a stage's own lines
-    "To track the changes with git",
-    "git add ",
-    "To enable auto staging",
-    "dvc config core.autostage",
-    "Use `dvc push`",
-    "Updating lock file",
-    "Generating lock file",
-    "Data and pipelines are up to date",
-    "Everything is up to date",
-    "No remote provided and no default remote set",
-    "WARNING: stage: 'teachers' is frozen",
-    "WARNING: No file hash info found",  # of a pull: the run makes it
-)
-BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
-UNAVAILABLE = (  # how DVC, s3fs and git say that the other side is not there just now
-    "Could not connect to the endpoint",
-    "ConnectTimeoutError",
-    "Connect timeout",
-    "Read timeout",
-    "ReadTimeoutError",
-    "Connection reset",
-    "Connection was closed",
-    "Connection refused",
-    "SlowDown",
-    "ServiceUnavailable",
-    "Service Unavailable",
-    "InternalError",
-    "Internal Server Error",
-    "Could not resolve host",
-    "Failed to connect to",
-    "remote end hung up",
-)
+DVC = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tasks.running.dvc_child import main; sys.exit(main(sys.argv[1:]))"
+KILLED = 128 + signal.SIGKILL
 
 
 class StageFailed(RuntimeError):
     """A stage ended with an error; the message is the stage's own."""
-
-
-class Busy(RuntimeError):
-    """Another run holds the same files; it may be tried again later."""
-
-
-class Unavailable(RuntimeError):
-    """A store or a git server does not answer; it may be tried again later."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +95,6 @@ def _dismiss(guard: subprocess.Popen[bytes], word: str = ".") -> None:
     guard.wait()
 
 
-def is_chatter(text: str) -> bool:
-    return not text.strip() or text.strip().startswith(CHATTER)
-
-
 def end_group(child: subprocess.Popen[str]) -> None:
     """TERM to the child's whole process group, then KILL to what is left of it after `GRACE` seconds."""
     with contextlib.suppress(ProcessLookupError):
@@ -160,41 +116,37 @@ def _group_lives(child: subprocess.Popen[str]) -> bool:
     return True
 
 
-def reproduce(stage: str, project: Path, line: Callable[[str], None]) -> dict[str, Any]:
-    """`dvc repro --single-item STAGE`. Returns {"stage", "changed", "seconds", "summary"}: `changed` is False where DVC
-    had nothing to do.
+def dvc(project: Path, line: Callable[[str], None], *action: str) -> Ended:
+    """Runs an action of tasks/running/dvc_child.py in `project`: this code, whatever revision is checked out there."""
+    return stream([sys.executable, "-P", "-c", DVC, str(PROJECT), *action], project, line)
 
-    Raises Busy when another run holds the same files, StageFailed with the stage's own message otherwise.
+
+def reproduce(stage: str, project: Path, line: Callable[[str], None]) -> dict[str, Any]:
+    """Runs one stage, unless nothing that it reads has changed. Returns {"stage", "seconds", "summary"}.
+
+    Raises Outage when another run holds the same files or the stage met one, StageFailed with the stage's own message
+    otherwise.
     """
     begun = time.monotonic()
-    ended = stream([sys.executable, "-m", "dvc", "repro", "--single-item", stage], project, line)
+    ended = dvc(project, line, "repro", stage)
     if ended.status:
         raise failure(stage, ended)
     summary = project / "runs" / "summaries" / f"{stage}.json"
-    return {
-        "stage": stage,
-        "changed": not any(UNCHANGED in text for text in ended.lines),
-        "seconds": round(time.monotonic() - begun, 1),
-        "summary": read_json(summary) if summary.exists() else {},
-    }
+    found = read_json(summary) if summary.exists() else {}
+    return {"stage": stage, "seconds": round(time.monotonic() - begun, 1), "summary": found}
 
 
-def failure(what: str, ended: Ended) -> Exception:
-    """The exception for a child that ended with an error: its own message, not DVC's words around it."""
-    if any(sign in text for text in ended.lines for sign in BUSY):
-        return Busy(f"{what}: another run is at work on the same files; wait until it ends")
-    message = error_of(ended.lines)
-    if not message:
-        cause = next((text for text in ended.lines if any(sign in text for sign in UNAVAILABLE)), None)
-        if cause is not None:
-            return Unavailable(
-                f"{what}: a server does not answer ({cause.strip()[:300]}); nothing is lost, the same command goes on from there"
-            )
-        told = [text for text in ended.lines if text.strip()]
-        reasons = [text for text in told if text.startswith(("ERROR", "Error", "MemoryError"))] or told[-3:]
-        message = " / ".join(reasons[-3:]) or "it said nothing"
-        if ended.status < 0 or "exited with 137" in message or "exited with -9" in message:
-            message += " (killed from outside: perhaps the machine ran out of memory)"
+def failure(what: str, ended: Ended) -> Outage | StageFailed:
+    """The exception for a child that ended with an error: its kind by the exit status, its text the child's own
+    message, not DVC's words around it.
+    """
+    told = [text for text in ended.lines if text.strip()]
+    reasons = [text for text in told if text.startswith(("ERROR", "Error", "MemoryError"))] or told[-3:]
+    message = error_of(ended.lines) or " / ".join(reasons[-3:]) or "it said nothing"
+    if ended.status == TRY_AGAIN:
+        return Outage(f"{what}: {message}; nothing is lost, the same command goes on from there")
+    if ended.status in (KILLED, -signal.SIGKILL):
+        message += " (killed from outside: perhaps the machine ran out of memory)"
     return StageFailed(f"{what}: {message}")
 
 
@@ -215,7 +167,7 @@ def error_of(lines: Sequence[str]) -> str:
 
 
 def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
-    """`dvc pull PATH` from the remote inside the repository, so that no server and no credentials are asked for. What
+    """Pulls `path` from the remote inside the repository, so that no server and no credentials are asked for. What
     dvc.lock names is fetched unless it is there already. Raises UserError naming what to do.
 
     Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their
@@ -224,16 +176,18 @@ def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
     from tasks.params.reading import PARAMS_FILE, read_yaml
 
     if path == "data/teachers" and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
-        for command in (["tasks", "teachers", "--out", path], ["dvc", "commit", "--force", "teachers"]):
-            ended = stream([sys.executable, "-m", *command], project, line)
-            if ended.status:
-                raise failure(path, ended)
+        ended = stream([sys.executable, "-m", "tasks", "teachers", "--out", path], project, line)
+        if not ended.status:
+            ended = dvc(project, line, "commit", "teachers")
+        if ended.status:
+            raise failure(path, ended)
         return
-    ended = stream([sys.executable, "-m", "dvc", "pull", "--remote", BUNDLED, path], project, line)
+    ended = dvc(project, line, "pull", BUNDLED, path)
     if not ended.status and (project / path).exists():
         return
-    if any(sign in text for text in ended.lines for sign in BUSY):
-        raise failure(path, ended)
+    error = failure(path, ended)
+    if isinstance(error, Outage):
+        raise error
     told = [text for text in ended.lines if text.strip()]
     reason = " / ".join([text for text in told if text.startswith("ERROR")] or told[-2:]) or "it is in no remote"
     raise UserError(

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +23,19 @@ from typing import IO, Any
 
 import yaml
 
-from data.errors import UserError, UserErrors
+from data.errors import Outage, UserError, UserErrors
 from data.files import atomic_folder, digest, sha256_file, write_text
 from tasks.environment import PROJECT
 from tasks.params.reading import PARAMS_FILE, read_yaml
 from tasks.release.provenance import LOCK_FILES, git_state
-from tasks.running.repro import UNAVAILABLE, Busy, Ended, Unavailable, failure, stream
+from tasks.running.repro import dvc, failure
 
 REPOSITORY, WORKSPACES = "DANCEOPD_REPOSITORY", "DANCEOPD_WORKSPACES"
 DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
 REMOTE = "s3"  # in .dvc/config
 BRANCHES = "runs/"
-SKIPPED = "failed to transfer"  # DVC says so of a file of the run cache and then ends as if all were well
+# git's exit status when it could not do what was asked: where it speaks to a repository elsewhere, that did not answer
+FATAL = 128
 RECORDS = (
     "dvc.lock",
     "reports/scorecard.json",
@@ -80,7 +80,7 @@ def open_workspace(
 
     The same revision, preset and overrides lead to the same folder until the run is finished there, so that a run which
     was cut off is taken up where it stopped. Raises UserError for an unknown revision, preset or key, or a revision
-    made for another environment; Unavailable when git or S3 do not answer.
+    made for another environment; Outage when git or S3 do not answer.
     """
     source = repository()
     if source is None:
@@ -121,7 +121,7 @@ _held: dict[
 
 
 def _hold(folder: Path) -> None:
-    """One run a folder. Raises Busy while another process has it."""
+    """One run a folder. Raises Outage while another process has it."""
     if folder in _held:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _hold(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise Busy(f"{folder}: a run of the same revision and params is at work there; wait until it ends") from error
+        raise Outage(f"{folder}: a run of the same revision and params is at work there; wait until it ends") from error
     _held[folder] = file
 
 
@@ -213,41 +213,23 @@ def fetch(folder: Path, line: Line) -> None:
     """Everything that the remote has of what dvc.lock names, and its record of earlier stages' runs. What it has not is
     made by the run.
     """
-    ended = stream([sys.executable, "-m", "dvc", "pull", "--run-cache", "--allow-missing", "--force"], folder, line)
-    if not ended.status:
-        return _nothing_skipped("dvc pull", ended)
-    error = failure("dvc pull", ended)
-    missing = any(
-        sign in text for text in ended.lines for sign in ("failed to pull data from the cloud", "Checkout failed")
-    )
-    if not missing or isinstance(error, (Unavailable, Busy)):
-        raise error
-
-
-def _nothing_skipped(what: str, ended: Ended) -> None:
-    """Raises Unavailable for a record of the run cache that was not transferred: without it another machine would train
-    again what lies in the store.
-    """
-    skipped = [text.strip() for text in ended.lines if SKIPPED in text]
-    if skipped:
-        raise Unavailable(
-            f"{what}: files not transferred: {len(skipped)} ({skipped[0][:300]}); nothing is lost, the same command goes on from there"
-        )
+    ended = dvc(folder, line, "fetch")
+    if ended.status:
+        raise failure("dvc pull", ended)
 
 
 def push(work: Workspace, line: Line) -> dict[str, str]:
     """Data and checkpoints to the DVC remote, then dvc.lock and the reports to the branch: a commit is never pushed
     before the data it names.
 
-    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Unavailable when S3 or
-    git do not answer.
+    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Outage when S3 or git
+    do not answer.
     """
     if not work.is_checkout:
         return {}
-    ended = stream([sys.executable, "-m", "dvc", "push", "--run-cache"], work.path, line)
+    ended = dvc(work.path, line, "push")
     if ended.status:
         raise failure("dvc push", ended)
-    _nothing_skipped("dvc push", ended)
     _commit(work.path, f"Results of {work.branch}", tuple(name for name in RECORDS if (work.path / name).exists()))
     _git(work.path, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
     return {
@@ -273,27 +255,22 @@ def _commit(folder: Path, message: str, names: tuple[str, ...]) -> None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """git's output. Raises Unavailable when the other side does not answer, UserError otherwise; credentials in an
-    address are not repeated.
+    """git's output. Raises Outage when the other side does not answer, UserError otherwise; credentials in an address
+    are not repeated.
     """
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    ended = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-        env=environment,
-    )
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise Outage(f"git {arguments[0]}: no answer in half an hour") from error
     if ended.returncode == 0:
         return ended.stdout.strip()
     told = _without_credentials((ended.stderr or ended.stdout).strip()[-500:])
-    if any(sign in told for sign in UNAVAILABLE):
-        raise Unavailable(f"git {arguments[0]}: the repository does not answer ({told})")
-    if "index.lock" in told:
-        raise Busy(
-            f"git {arguments[0]}: another run is at work in {folder}; if none is, remove {folder}/.git/index.lock"
-        )
+    if ended.returncode == FATAL and arguments[0] in ("fetch", "push"):
+        raise Outage(f"git {arguments[0]}: the repository does not answer ({told})")
+    if (lock := folder / ".git" / "index.lock").exists():
+        raise Outage(f"git {arguments[0]}: another run is at work in {folder}; if none is, remove {lock}")
     raise UserError(f"git {arguments[0]} failed in {folder}: {told}")
 
 

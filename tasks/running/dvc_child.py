@@ -1,0 +1,121 @@
+"""DVC in a process of its own. Its exit status tells of what types DVC's exceptions were, so that nobody reads DVC's
+English.
+
+    repro STAGE         that stage alone
+    pull REMOTE PATH    what dvc.lock names there, from that remote
+    fetch               all that dvc.lock names and the default remote has, with the record of earlier runs; what is
+missing is left to the run
+    push                to the default remote, with that record
+    commit STAGE        takes the files that are there as the stage's
+
+0: done. 75 (EX_TEMPFAIL): a store does not answer, a file was not transferred, or another run holds the lock. A stage's
+own status where its command failed, 128 + N where signal N ended it. 1: anything else that DVC refuses. DVC's locks are
+held by a process, so it is never a library of ours elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import dvc.stage.run
+from dvc.exceptions import CheckoutError, DownloadError, FileTransferError
+from dvc.lock import LockError
+from dvc.repo import Repo
+from dvc.stage.exceptions import StageCmdFailedError
+
+from data.errors import TRY_AGAIN, causes
+from tasks.s3 import objects
+
+LOGGERS = ("dvc", "dvc_data", "dvc_objects")
+BUSY = "another run is at work on the same files; wait until it ends"
+ADVICE = (
+    "dvc.dvcfile",
+    "dvc.repo.reproduce",
+    "dvc.repo.scm_context",
+)  # what to add to git by hand, and that a frozen stage is frozen
+
+
+class _CommandFailed(StageCmdFailedError):
+    """DVC keeps a command's exit status in the message alone."""
+
+    def __init__(self, cmd: str, status: int) -> None:
+        super().__init__(cmd, status)
+        self.status = status
+
+
+class _Skipped(logging.Handler):
+    """What DVC logs and goes on from: a file that was not transferred. Of the run cache it says no more than that, and
+    ends as if all were well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.errors.append(record.exc_info[1])
+
+
+def repro(repo: Any, stage: str) -> None:
+    repo.reproduce(stage, single_item=True)
+
+
+def pull(repo: Any, remote: str, path: str) -> None:
+    repo.pull(path, remote=remote)
+
+
+def fetch(repo: Any) -> None:
+    repo.pull(run_cache=True, allow_missing=True, force=True)
+
+
+def push(repo: Any) -> None:
+    repo.push(run_cache=True)
+
+
+def commit(repo: Any, stage: str) -> None:
+    repo.commit(stage, force=True)
+
+
+ACTIONS: dict[str, Callable[..., None]] = {one.__name__: one for one in (repro, pull, fetch, push, commit)}
+
+
+def status_of(error: BaseException | None, skipped: list[BaseException]) -> int:
+    """The exit status for what was raised (None: nothing) and what was logged on the way."""
+    chain = [one for first in (error, *skipped) for one in causes(first)]
+    failed = next((one for one in chain if isinstance(one, _CommandFailed)), None)
+    if failed is not None:
+        return failed.status if failed.status > 0 else 128 - failed.status
+    if any(isinstance(one, PermissionError) for one in chain):
+        return 1
+    if any(isinstance(one, LockError) or objects.is_outage(one) for one in chain):
+        return TRY_AGAIN
+    if skipped and (error is None or isinstance(error, FileTransferError)):
+        return TRY_AGAIN
+    return 0 if error is None else 1
+
+
+def main(argv: list[str]) -> int:
+    skipped = _Skipped()
+    error: BaseException | None = None
+    dvc.stage.run.StageCmdFailedError = _CommandFailed
+    for name in ADVICE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(skipped)
+    try:
+        with Repo() as repo:
+            ACTIONS[argv[0]](repo, *argv[1:])
+    except (DownloadError, CheckoutError) as missing:
+        error = missing if skipped.errors or argv[0] != "fetch" else None
+    except Exception as raised:
+        error = raised
+    status = status_of(error, skipped.errors)
+    if error is not None:
+        locked = any(isinstance(one, LockError) for one in causes(error))
+        said = ": ".join(str(one) or type(one).__name__ for one in causes(error))
+        print(f"ERROR: {BUSY if locked else said}", file=sys.stderr, flush=True)
+    return status
