@@ -35,9 +35,7 @@ def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
 
 
 def _answer(function: Callable[[J], R], job: J) -> tuple[str, Any]:
-    """(kind, result): an exception comes back as its kind and its text, since it may not survive the journey between
-    processes.
-    """
+    """(kind, result): an exception comes back as kind and text, since it may not survive the way between processes."""
     try:
         return "result", function(job)
     except Outage as error:

@@ -26,8 +26,7 @@ class UserErrors(UserError):
 class Outage(UserError):
     """The other side did not answer, or another run holds what is needed: the same command may succeed later.
 
-    Whatever tries again decides by this type, and a command that ends for this reason by `TRY_AGAIN` as its exit
-    status.
+    Whatever tries again decides by this type; between processes, by the exit status `TRY_AGAIN`.
     """
 
 

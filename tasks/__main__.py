@@ -71,8 +71,9 @@ REFUSALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 2 a user's mistake, 75 an outage (try again), 130 interrupted,
-    143 terminated.
+    """Runs one command; returns the exit status.
+
+    0 done, 2 a user's mistake, 75 an outage (try again), 130 interrupted, 143 terminated.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     prepare()

@@ -169,13 +169,8 @@ def push(work: Workspace) -> dict[str, str]:
     """Data and checkpoints to the DVC remote, dvc.lock and reports to the run's branch."""
     pushed = push_workspace(work, _into_log())
     if pushed:
-        rows = "\n".join(f"| {key} | `{value}` |" for key, value in pushed.items())
         restore = f"`git fetch origin {pushed['branch']} && git checkout FETCH_HEAD && dvc pull`"
-        create_markdown_artifact(
-            f"| DVC revision | |\n|---|---|\n{rows}\n\nEvery file of this run: {restore}",
-            key="dvc-revision",
-            description="where it lies",
-        )
+        _show_table("dvc-revision", "DVC revision", pushed, "where it lies", f"Every file of this run: {restore}")
     return pushed
 
 
@@ -294,6 +289,12 @@ def verdict_markdown(verdict: dict[str, Any]) -> str:
     )
 
 
+def _show_table(key: str, title: str, values: Mapping[str, Any], description: str, below: str = "") -> None:
+    """Names and values as an artifact of the run's page, with a text below them."""
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
+    create_markdown_artifact(f"| {title} | |\n|---|---|\n{rows}\n\n{below}", key=key, description=description)
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "**no**"
@@ -356,10 +357,7 @@ def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, A
 
     reason = "promoted by the flow" if promote == "auto" else "submitted by the flow"
     result = dict(submission.submit_files(work.path, _gate_params(work), promote, actor(), reason))
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in result.items())
-    create_markdown_artifact(
-        f"| registered | |\n|---|---|\n{rows}", key="registration", description="the run and the version in MLflow"
-    )
+    _show_table("registration", "registered", result, "the run and the version in MLflow")
     for key, (link, text) in mlflow_links(result).items():
         create_link_artifact(link, link_text=text, key=key, description=text)
     return result
@@ -512,13 +510,8 @@ def require_clean(version: str) -> None:
 
 def _decided(result: Mapping[str, Any]) -> dict[str, Any]:
     entry, changed = result["entry"], [str(line) for line in result["changed"]]
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in entry.items())
     told = "\n".join(f"- {line}" for line in changed)
-    create_markdown_artifact(
-        f"| ledger | |\n|---|---|\n{rows}\n\n{told}",
-        key="decision",
-        description="the ledger's entry and what followed it",
-    )
+    _show_table("decision", "ledger", entry, "the ledger's entry and what followed it", told)
     return {"entry": entry, "changed": changed}
 
 
@@ -563,8 +556,5 @@ def publish() -> dict[str, Any]:
     if publishing.destination() is None:
         return {}
     published = publishing.publish(PROJECT)
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in published.items())
-    create_markdown_artifact(
-        f"| published | |\n|---|---|\n{rows}", key="published", description="the champion in the S3 store"
-    )
+    _show_table("published", "published", published, "the champion in the S3 store")
     return published

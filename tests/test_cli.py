@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from data.errors import UserError, UserErrors
+from benchmarks import __main__ as benchmarks_cli
+from data.errors import Outage, UserError, UserErrors
 from data.files import read_json
 from data.progress import callback, progress
 from tasks import __main__ as cli
@@ -72,6 +73,18 @@ def test_a_stage_runs_and_its_summary_is_kept(stage: Callable[..., int], capsys:
     assert read_json("out/b.json") == 3
     assert read_json("runs/summaries/copy.json") == {"number": 3, "nested": {"path": "out/b.json", "share": None}}
     assert "copy: nested.path = out/b.json" in capsys.readouterr().out.splitlines()
+
+
+def test_an_outage_has_an_exit_status_of_its_own(
+    stage: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever started the command decides by it whether to try again."""
+    assert stage(action=raising(Outage("the store does not answer"))) == 75
+    assert capsys.readouterr().err == "error: the store does not answer\n"
+    monkeypatch.setattr(benchmarks_cli, "_dispatch", raising(Outage("no answer")))
+    assert benchmarks_cli.main([]) == 75
+    monkeypatch.setattr(benchmarks_cli, "_dispatch", raising(UserError("no answer")))
+    assert benchmarks_cli.main([]) == 2
 
 
 def test_another_parameter_file(stage: Callable[..., int]) -> None:

@@ -80,12 +80,7 @@ def test_the_stages_own_message_is_found() -> None:
 @pytest.mark.parametrize(
     ("status", "lines", "kind", "words"),
     [
-        (
-            2,
-            ("error: data/raw: no such file", "ERROR: failed to reproduce 'curate'"),
-            StageFailed,
-            "^curate: data/raw: no such",
-        ),
+        (2, ("error: data/raw: no such file", "ERROR: failed to reproduce"), StageFailed, "^curate: data/raw: no such"),
         (1, ("Traceback", "ERROR: failed to reproduce 'curate'"), StageFailed, "^curate: ERROR: failed to reproduce"),
         (TRY_AGAIN, ("ERROR: another run is at work",), Outage, "^curate: ERROR: another run .* goes on from there"),
         (2, ("error: Connection refused is a prompt here",), StageFailed, "a prompt here$"),

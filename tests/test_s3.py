@@ -321,9 +321,7 @@ def test_every_refusal_is_one_line_that_says_what_to_do(
             with pytest.raises(UserError, match=words) as error:
                 store.read(f"{s3}/none")
             assert secret not in str(error.value) and "\n" not in str(error.value)
-            assert isinstance(error.value, Outage) is (
-                words == "does not answer"
-            )  # nothing but silence passes by itself
+            assert isinstance(error.value, Outage) is (words == "does not answer")  # only silence passes by itself
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match="no credentials"):

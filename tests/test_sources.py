@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from data.errors import UserError, UserErrors
+from data.errors import Outage, UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file
 from tasks.weights import sources
 from tasks.weights.sources import (
@@ -191,8 +191,10 @@ def test_what_the_hub_refuses_says_what_to_do(hub: Hub, tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="accept the licence"):
         resolve(f"hf://{REPO}", tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="the hub cannot be reached"):
+    with pytest.raises(Outage, match="the hub cannot be reached"):
         resolve(f"hf://{REPO}", tmp_path)
+    with pytest.raises(Outage, match=r"teachers\.a: .*cannot be reached"):  # nothing else is wrong: worth another try
+        resolve_all({"teachers.a": (f"hf://{REPO}", "")}, tmp_path)
     assert not (tmp_path / LOCK).exists()
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import candidates
 import pytest
+import requests
+from mlflow.exceptions import MlflowException, RestException
 
-from data.errors import UserError
+from data.errors import Outage, UserError
 from data.files import write_json
 from tasks.registry import server, tracking, versions
 
@@ -129,7 +131,7 @@ def test_a_dead_server_is_one_clear_message_within_seconds(project: Path, monkey
     port = closed_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{port}")
     started = time.monotonic()
-    with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: no MLflow server answers") as error:
+    with pytest.raises(Outage, match=rf"127\.0\.0\.1:{port}: no MLflow server answers") as error:
         versions.champion(project)
     assert (
         time.monotonic() - started < 5
@@ -143,9 +145,55 @@ def test_a_server_that_accepts_and_never_answers_does_not_hang(project: Path, mo
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(UserError, match="no MLflow server answers"):
+        with pytest.raises(Outage, match="no MLflow server answers"):
             tracking.open_store(project)
         assert time.monotonic() - started < 10
+
+
+def answered(status: int) -> Exception:
+    """What requests raises for an artifact."""
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(response=response)
+
+
+def around(error: Exception) -> Exception:
+    """As MLflow's client wraps what requests raised: the type is left in the context alone."""
+    try:
+        try:
+            raise error
+        except Exception as inner:
+            raise MlflowException(f"API request failed with exception {inner}")  # noqa: B904
+    except MlflowException as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "outage", "words"),
+    [
+        (RestException({"error_code": "INTERNAL_ERROR", "message": "x"}), True, "again"),
+        (RestException({"error_code": "TEMPORARILY_UNAVAILABLE", "message": "x"}), True, "again"),
+        (around(requests.ConnectionError("refused")), True, "again"),
+        (around(requests.exceptions.RetryError("x")), True, "again"),
+        (answered(502), True, "again"),
+        (requests.Timeout("x"), True, "again"),
+        (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "Connection lost"}), False, "lost"),
+        (RestException({"error_code": "PERMISSION_DENIED", "message": "x"}), False, "may not do this"),
+        (answered(403), False, "may not do this"),
+        (RestException({"error_code": "UNAUTHENTICATED", "message": "x"}), False, "does not know"),
+        (answered(401), False, "does not know"),
+        (answered(404), False, "MLflow"),
+    ],
+)
+def test_an_outage_is_told_by_types_and_status_not_by_words(error: Exception, outage: bool, words: str) -> None:
+    with pytest.raises(UserError, match=words) as told, server.explained("http://127.0.0.1:5000"):
+        raise error
+    assert isinstance(told.value, Outage) is outage
+
+
+def test_a_file_that_a_run_has_not_is_no_outage(project: Path) -> None:
+    with tracking.run(project, "bare", {}) as tracked, pytest.raises(UserError, match=r"has no scores/none\.parquet"):
+        tracking.artifact(tracked.store, tracked.run_id, "scores/none.parquet", project)
 
 
 def test_the_lock_lets_one_in_at_a_time(project: Path) -> None:

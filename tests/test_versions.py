@@ -96,10 +96,7 @@ def test_drift_is_a_mean_outside_its_interval() -> None:
     ("error", "again"),
     [
         (Outage("whatever its words"), True),
-        (
-            UserError("s3://b/k: the store answers 503 (SlowDown); run the same command again when it has recovered"),
-            False,
-        ),
+        (UserError("s3://b/k: the store answers 503; run the same command again when it has recovered"), False),
         (StageFailed("distill: loss is not a number"), False),
         (UserError("overrides: not every key exists"), False),
         (ValueError("a defect"), False),

@@ -225,10 +225,9 @@ def test_what_the_store_has_not_is_made_by_the_run(repository: Path, tmp_path: P
     if folder:
         text = (work.path / "dvc.yaml").read_text(encoding="utf-8")
         made = "__import__('pathlib').Path('doubled').mkdir(exist_ok=True); print(1, file=open('doubled/file', 'w'))"
-        write_text(
-            work.path / "dvc.yaml",
-            text.replace("print(2 * int(open('number').read()), file=open('doubled', 'w'))", made),
-        )
+        code = "print(2 * int(open('number').read()), file=open('doubled', 'w'))"
+        write_text(work.path / "dvc.yaml", text.replace(code, made))
+        assert made in (work.path / "dvc.yaml").read_text(encoding="utf-8")
     subprocess.run([*COMMAND, "repro", "--quiet"], cwd=work.path, check=True)
     git(work.path, "add", "--all")
     git(work.path, "commit", "--quiet", "-m", "never pushed")
@@ -254,12 +253,9 @@ def test_a_wrong_key_is_not_tried_again(
 
 def test_a_lock_that_another_process_holds_is_worth_another_try(repository: Path) -> None:
     work = opened()
-    holder = (
-        f"from dvc.repo import Repo\nwith Repo({str(work.path)!r}).lock:\n    print('held', flush=True)\n    input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    code = f"from dvc.repo import Repo\nwith Repo({str(work.path)!r}).lock:\n    print('held', flush=True)\n    input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(Outage, match="another run is at work"):
             reproduce("double", work.path, lambda text: None)
@@ -271,11 +267,7 @@ def test_a_lock_that_another_process_holds_is_worth_another_try(repository: Path
     ("command", "kind", "words"),
     [
         ("echo error: no answer >&2; exit 75", Outage, "double: no answer"),
-        (
-            "echo error: params.yaml: Connection refused is a prompt >&2; exit 2",
-            StageFailed,
-            "Connection refused is a prompt",
-        ),
+        ("echo error: row 3: Connection refused is no prompt >&2; exit 2", StageFailed, "refused is no prompt"),
         ("kill -9 $$", StageFailed, "out of memory"),
         ("exit 3", StageFailed, "exited with 3"),
     ],

@@ -278,12 +278,6 @@ def _mlflow(project: Path) -> Iterator[Finding]:
         "mlflow, rights",
         f"the account {server.account()} may write runs, and change {versions.MODEL} if it is there",
     )
-    kept = list((store.project / server.FOLDER / tracking.SPOOL).glob("*/*/"))
-    yield (
-        Finding(WARNING, "mlflow, spool", f"{len(kept)} runs wait to be sent")
-        if kept
-        else Finding(OK, "mlflow, spool", "nothing waits to be sent")
-    )
 
 
 def _ledger(project: Path) -> Iterator[Finding]:

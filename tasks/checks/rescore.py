@@ -110,7 +110,7 @@ def registered_scorecard(project: Path, version: Version, folder: Path) -> dict[
     store = tracking.open_store(project)
     folder.mkdir(parents=True, exist_ok=True)
     with server.explained(store.uri):
-        path = Path(store.client.download_artifacts(version.run_id, Path(SCORECARD_FILE).name, str(folder)))
+        path = tracking.artifact(store, version.run_id, Path(SCORECARD_FILE).name, folder)
     if sha256_file(path) != version.tags.get("scorecard.json.sha256"):
         raise UserError(
             f"version {version.number}: scorecard.json of run {version.run_id} is not the file that was judged"

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import UserError
+from data.errors import Outage, UserError
 from data.files import explain
+from tasks.registry.tracking import _http_status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +51,7 @@ def tracking_uri(project: Path) -> str:
 
 
 def _probe(uri: str) -> None:
-    """Raises UserError within seconds when no HTTP server answers at `uri`. Any answer counts, also a refusal."""
+    """Raises Outage within seconds when no HTTP server answers at `uri`. Any answer counts, also a refusal."""
     parts = urllib.parse.urlsplit(uri)
     where = urllib.parse.urlunsplit(
         (parts.scheme, parts.netloc.rpartition("@")[2], "", "", "")
@@ -65,12 +66,6 @@ def _probe(uri: str) -> None:
         raise Outage(
             f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}"
         ) from error
-
-
-class Outage(UserError):
-    """The server stopped answering. What was not sent is in the spool or in the project's files; the same command
-    finishes the job.
-    """
 
 
 def account() -> str:
@@ -102,19 +97,8 @@ def for_browsers(uri: str) -> str | None:
 
 
 def _clean(error: BaseException) -> str:
-    """An error's text without the credentials that an address in it may carry."""
-    return re.sub(r"//[^/@\s]+@", "//", str(error))
-
-
-def is_outage(error: BaseException) -> bool:
-    """Whether the server did not answer, or answered that it cannot at the moment: worth trying again later, unlike a
-    refusal.
-    """
-    from requests.exceptions import RequestException
-
-    return isinstance(error, RequestException) or bool(
-        re.search(r"failed with exception|error code 5\d\d|too many 5\d\d|Connection|timed out", str(error))
-    )
+    """The first line of an error's text, without the credentials that an address in it may carry."""
+    return next(iter(re.sub(r"//[^/@\s]+@", "//", str(error)).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -126,19 +110,16 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        first = (_clean(error).strip().splitlines() or [type(error).__name__])[0]
-        where = without_credentials(uri)
-        if uri.startswith("http") and is_outage(error):
-            raise Outage(
-                f"MLflow ({where}) stopped answering; no result is lost, run the same command again when it is back ({first[:300]})"
-            ) from error
-        if re.search(r"error code 401|UNAUTHENTICATED", str(error)):
+        first, where, status = _clean(error), without_credentials(uri), _http_status(error)
+        if uri.startswith("http") and (status >= 500 or status == 429):
+            again = "no result is lost, run the same command again when it is back"
+            raise Outage(f"MLflow ({where}) stopped answering; {again} ({first[:300]})") from error
+        if status == 401:
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of this server"
             raise UserError(f"MLflow ({where}) does not know {account()!r} or its password; {remedy}") from error
-        if re.search(r"error code 403|PERMISSION_DENIED", str(error)):
-            raise UserError(
-                f"MLflow ({where}): the account {account()!r} may not do this; ask for the permission EDIT on {EXPERIMENT}"
-            ) from error
+        if status == 403:
+            remedy = f"ask for the permission EDIT on {EXPERIMENT}"
+            raise UserError(f"MLflow ({where}): the account {account()!r} may not do this; {remedy}") from error
         raise UserError(f"MLflow ({where}): {first}") from error
     except OSError as error:
         raise explain(error, Path(error.filename or FOLDER)) from error

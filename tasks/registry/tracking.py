@@ -16,42 +16,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from data.errors import UserError
-from data.files import explain, sha256_bytes
+from data.errors import UserError, causes
+from data.files import sha256_bytes
 from tasks.environment import PROXIED
-from tasks.registry.server import (
-    EXPERIMENT,
-    FOLDER,
-    Store,
-    _clean,
-    _probe,
-    explained,
-    is_outage,
-    locked,
-    tracking_uri,
-    without_credentials,
-)
+from tasks.registry.server import EXPERIMENT, FOLDER, Store, _clean, _probe, explained, locked, tracking_uri
 from tasks.training.metrics import METRICS, speed_file
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 
 LONGEST_PARAM = 6000  # characters; MLflow cuts longer values without a word
 LONGEST_TAG = 8000
-BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one log_batch
 STEP_COLUMNS = ("step", "route", "loss", "t", "gradient_norm")
-SPOOL, OPERATIONS = "spool", "operations.jsonl"
 IDENTITY_TAG = "submission"  # what a run is about
 SWITCHES = {
     "DO_NOT_TRACK": "true",
@@ -78,10 +59,25 @@ class Run:
     started: int  # ms since 1970, UTC: the time of every metric, so that what is sent twice is kept once
 
 
-def open_store(project: Path) -> Store:
-    """Opens (and the first time creates) the store, and sends what the spool has kept. Raises UserError within seconds
-    when a server does not answer.
+def _http_status(error: BaseException) -> int:
+    """What the server answered; 503 when there was no answer.
+
+    MLflow's client wraps what requests raised in a type of its own; where it keeps nothing of it, as of a download that
+    was cut off, its code says 500.
     """
+    from mlflow.exceptions import MlflowException, RestException
+    from requests.exceptions import RequestException
+
+    for one in causes(error):
+        if isinstance(one, RestException):
+            return one.get_http_status_code()
+        if isinstance(one, RequestException):
+            return 503 if one.response is None else one.response.status_code
+    return error.get_http_status_code() if isinstance(error, MlflowException) else 0
+
+
+def open_store(project: Path) -> Store:
+    """Opens (and the first time creates) the store. Raises Outage within seconds when a server does not answer."""
     project = Path(project).resolve()
     uri = tracking_uri(project)
     for name, value in SWITCHES.items():
@@ -102,17 +98,19 @@ def open_store(project: Path) -> Store:
             client.create_experiment(
                 EXPERIMENT, artifact_location=(project / FOLDER / "artifacts").as_uri() if store.is_local else None
             )
-        replay(store)
     return store
 
 
 @contextmanager
 def run(project: Path, name: str, tags: Mapping[str, str], identity: str | None = None) -> Iterator[Run]:
-    """A run that ends FINISHED, FAILED or KILLED (Ctrl-C). MLflow's failures inside it become UserError.
+    """A run that ends FINISHED, FAILED or KILLED (Ctrl-C).
 
-    `identity` names what the run is about: the same call after a failure goes on with the run that it left. When the
-    server stops answering, what is logged from then on is kept in `mlflow/spool` and sent when a store is next opened.
+    MLflow's failures inside it become UserError, Outage where the server went away. `identity` names what the run is
+    about: the same call after a failure goes on with the run that it left.
     """
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
     store = open_store(project)
     with explained(store.uri):
         experiment = store.client.get_experiment_by_name(EXPERIMENT)
@@ -128,9 +126,13 @@ def run(project: Path, name: str, tags: Mapping[str, str], identity: str | None 
             log_tags(tracked, tags)
             yield tracked
         except BaseException as error:
-            _send(tracked, {"end": "FAILED" if isinstance(error, Exception) else "KILLED"}, spare=error)
+            try:
+                store.client.set_terminated(tracked.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            except (MlflowException, RequestException) as other:  # the first failure is the one to tell
+                logger = logging.getLogger(__name__)
+                logger.warning("run %s: its end is not recorded: %s", tracked.run_id, _clean(other))
             raise
-        _send(tracked, {"end": "FINISHED"})
+        store.client.set_terminated(tracked.run_id, "FINISHED")
 
 
 def _interrupted(store: Store, experiment_id: str, identity: str | None) -> Any:
@@ -141,120 +143,6 @@ def _interrupted(store: Store, experiment_id: str, identity: str | None) -> Any:
         [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"]
     )
     return next((one for one in same if one.info.status != "FINISHED"), None)
-
-
-def _spool(store: Store) -> Path:
-    """One for each server: a run's number means nothing to another."""
-    return store.project / FOLDER / SPOOL / sha256_bytes(without_credentials(store.uri).encode())[:12]
-
-
-def _send(tracked: Run, operation: Mapping[str, Any], spare: BaseException | None = None) -> None:
-    """Carries out one operation, or keeps it when the server does not answer; once one is kept the later ones are too,
-    so that their order holds.
-
-    `spare`: an error on its way out, worth more than the failure to record it.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests.exceptions import RequestException
-
-    folder = _spool(tracked.store) / tracked.run_id
-    if not folder.exists():
-        try:
-            _apply(tracked.store.client, tracked.run_id, operation, tracked.started)
-            return
-        except (MlflowException, RequestException) as error:
-            if not (tracked.store.uri.startswith("http") and is_outage(error)):
-                if spare is None:
-                    raise
-                logging.getLogger(__name__).warning(
-                    "run %s: %s could not be recorded: %s", tracked.run_id, dict(operation), _clean(error)
-                )
-                return
-    _keep(folder, operation)
-
-
-def _keep(folder: Path, operation: Mapping[str, Any]) -> None:
-    try:
-        (folder / "files").mkdir(parents=True, exist_ok=True)
-        kept = dict(operation)
-        if "file" in kept:  # what is published may be replaced before the server is back
-            copy = folder / "files" / uuid.uuid4().hex[:12] / Path(kept["file"]).name
-            if Path(kept["file"]).is_dir():
-                shutil.copytree(kept["file"], copy)
-            else:
-                copy.parent.mkdir()
-                shutil.copyfile(kept["file"], copy)
-            kept["file"] = copy.relative_to(folder).as_posix()
-        with open(folder / OPERATIONS, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(kept) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-    except OSError as error:
-        raise explain(error, folder) from error
-
-
-def _apply(client: MlflowClient, run_id: str, operation: Mapping[str, Any], started: int) -> None:
-    """Carries out one operation; repeating it changes nothing.
-
-    operation: {"metrics": [[name, value, step], ...], "model": number of a logged model}, {"params" or "tags": {...}},
-    {"file", "to"} or {"end"}.
-    """
-    from mlflow.entities import Metric, Param, RunTag
-
-    if "end" in operation:
-        client.set_terminated(run_id, operation["end"])
-    elif "file" in operation and Path(operation["file"]).is_dir():
-        client.log_artifacts(run_id, operation["file"], operation["to"] or None)
-    elif "file" in operation:
-        client.log_artifact(run_id, operation["file"], operation["to"] or None)
-    else:
-        model = operation.get("model")
-        metrics = [
-            Metric(name, value, started, step, model_id=model, run_id=run_id)
-            for name, value, step in operation.get("metrics", ())
-        ]
-        params = [Param(name, value) for name, value in operation.get("params", {}).items()]
-        client.log_batch(
-            run_id, metrics, params, [RunTag(name, value) for name, value in operation.get("tags", {}).items()]
-        )
-
-
-def replay(store: Store) -> list[str]:
-    """Sends what is kept in the spool, run by run in the order it was logged; returns the runs that are whole now.
-
-    Raises Outage when the server goes away again: what is kept stays kept, and nothing is logged twice. What the server
-    refuses for good (the run was deleted) is set aside as `RUN.refused`.
-    """
-    from mlflow.exceptions import MlflowException
-
-    done = []
-    for folder in sorted(_spool(store).glob("*/")):
-        operations = folder / OPERATIONS
-        if not operations.is_file() or folder.suffix == ".refused":
-            continue
-        lines = operations.read_text(encoding="utf-8").split("\n")[:-1]  # a line that was cut off was never promised
-        with explained(store.uri):
-            try:
-                started = int(store.client.get_run(folder.name).info.start_time)
-                for line in lines:
-                    operation = json.loads(line)
-                    if "file" in operation:
-                        operation["file"] = str(folder / operation["file"])
-                    _apply(store.client, folder.name, operation, started)
-            except MlflowException as error:
-                if is_outage(error):
-                    raise
-                logging.getLogger(__name__).warning(
-                    "run %s refuses what was kept for it (%s): set aside in %s.refused",
-                    folder.name,
-                    _clean(error),
-                    folder,
-                )
-                folder.rename(folder.with_name(f"{folder.name}.refused"))
-                continue
-        shutil.rmtree(folder)
-        done.append(folder.name)
-    return done
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -275,25 +163,29 @@ def param_text(value: str) -> str:
     return value if len(value) <= LONGEST_PARAM else f"sha256:{sha256_bytes(value.encode())} ({len(value)} characters)"
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _log_metrics(tracked: Run, metrics: Sequence[tuple[str, float, int]], model_id: str | None = None) -> None:
+    """metrics: (name, value, step)."""
+    from mlflow.entities import Metric
+
+    run = {"model_id": model_id, "run_id": tracked.run_id}
+    found = [Metric(name, value, tracked.started, step, **run) for name, value, step in metrics]
+    tracked.store.client.log_batch(tracked.run_id, metrics=found)
 
 
 def log_params(tracked: Run, params: Mapping[str, Any]) -> None:
     """Logs nested params under dotted names."""
-    items = [(name, param_text(text)) for name, text in flatten(params).items()]
-    for chunk in _chunks(items, BATCH["params"]):
-        _send(tracked, {"params": dict(chunk)})
+    from mlflow.entities import Param
+
+    found = [Param(name, param_text(text)) for name, text in flatten(params).items()]
+    tracked.store.client.log_batch(tracked.run_id, params=found)
 
 
 def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
     """Longer texts than a tag holds are cut at its limit with a visible mark; their whole is in an artifact."""
-    items = [
-        (key, value if len(value) <= LONGEST_TAG else value[: LONGEST_TAG - 4] + " ...") for key, value in tags.items()
-    ]
-    for chunk in _chunks(items, BATCH["tags"]):
-        _send(tracked, {"tags": dict(chunk)})
+    from mlflow.entities import RunTag
+
+    shown = {key: text if len(text) <= LONGEST_TAG else text[: LONGEST_TAG - 4] + " ..." for key, text in tags.items()}
+    tracked.store.client.log_batch(tracked.run_id, tags=[RunTag(key, text) for key, text in shown.items()])
 
 
 def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
@@ -338,15 +230,10 @@ def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
 
 
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
-    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and, where it ran here, its speed.
-
-    A request takes a thousand metrics.
-    """
+    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and, where it ran here, its speed."""
     metrics = [*step_metrics(stage, path), *named_metrics(stage, path.with_name(METRICS))]
     speed = speed_file(tracked.store.project, path.parent)
-    metrics += named_metrics(stage, speed) if speed else []
-    for chunk in _chunks(metrics, BATCH["metrics"]):
-        _send(tracked, {"metrics": [list(one) for one in chunk]})
+    _log_metrics(tracked, metrics + (named_metrics(stage, speed) if speed else []))
     if path.with_name("validation").is_dir():
         log_files(tracked, {f"{stage}/validation": path.with_name("validation")})
 
@@ -356,10 +243,7 @@ def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | No
     scorecard.json artifact.
     """
     means = {path: metric.get("mean") for path, metric in scorecard["metrics"].items()}
-    for chunk in _chunks(
-        [[path, float(mean), 0] for path, mean in means.items() if mean is not None], BATCH["metrics"]
-    ):
-        _send(tracked, {"metrics": list(chunk), **({"model": model_id} if model_id else {})})
+    _log_metrics(tracked, [(path, float(mean), 0) for path, mean in means.items() if mean is not None], model_id)
 
 
 def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
@@ -369,5 +253,17 @@ def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
     missing = [str(path) for path in files.values() if not path.exists()]
     if missing:
         raise UserError(f"cannot publish {', '.join(missing)}: no such file or folder; run the stage that makes it")
+    client = tracked.store.client
     for target, path in files.items():
-        _send(tracked, {"file": str(path), "to": target})
+        (client.log_artifacts if path.is_dir() else client.log_artifact)(tracked.run_id, str(path), target or None)
+
+
+def artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:
+    """A file that was kept with a run, brought into `folder`. Raises UserError when the run has none of that name.
+
+    That is asked first: of a download that fails, MLflow's client does not tell whether the file or the server is away.
+    """
+    top = Path(name).parent.as_posix()
+    if name not in {found.path for found in store.client.list_artifacts(run_id, None if top == "." else top)}:
+        raise UserError(f"MLflow run {run_id} has no {name}; submit the candidate again")
+    return Path(store.client.download_artifacts(run_id, name, str(folder)))

@@ -203,7 +203,7 @@ def champion(project: Path) -> dict[str, Any] | None:
                 folder.mkdir(parents=True, exist_ok=True)
                 artifact = "scores/scores.parquet" if name == "scores.parquet" else name
                 with tempfile.TemporaryDirectory() as temporary:
-                    fetched = Path(store.client.download_artifacts(run_id, artifact, temporary))
+                    fetched = tracking.artifact(store, run_id, artifact, Path(temporary))
                     if sha256_file(fetched) != expected:
                         raise UserError(
                             f"champion version {version}: {artifact} of run {run_id} is not the file that was judged; restore it, or roll back"
@@ -324,13 +324,9 @@ def facts(project: Path, reference: str) -> dict[str, Any]:
 
 
 def _artifact_sha256(store: server.Store, run_id: str, name: str, folder: Path) -> str | None:
-    from mlflow.exceptions import MlflowException
-
     try:
-        return sha256_file(store.client.download_artifacts(run_id, name, str(folder)))
-    except (MlflowException, OSError) as error:
-        if isinstance(error, MlflowException) and store.uri.startswith("http") and server.is_outage(error):
-            raise
+        return sha256_file(tracking.artifact(store, run_id, name, folder))
+    except UserError:  # the run has none
         return None
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import UserError
 from data.files import digest, read_json, sha256_file
 from tasks import environment
-from tasks.registry import files, ledger, server
+from tasks.registry import files, ledger, server, tracking
 from tasks.registry import versions as registry
 from tasks.registry.files import Refusal
 from tasks.release import gate
@@ -87,9 +87,9 @@ def _verified_verdict(store: server.Store, found: ModelVersion) -> tuple[dict[st
             f"version {found.version} did not pass the gate (gate.status = {found.tags.get('gate.status', 'unset')}); it cannot become champion"
         )
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(store.client.download_artifacts(found.run_id, "verdict.json", temporary))
+        path = tracking.artifact(store, found.run_id, "verdict.json", Path(temporary))
         verdict, noted = read_json(path), sha256_file(path)
-        card = Path(store.client.download_artifacts(found.run_id, "scorecard.json", temporary))
+        card = tracking.artifact(store, found.run_id, "scorecard.json", Path(temporary))
         scored, judged = sha256_file(card), md5_of(card)
     where = f"of run {found.run_id}"
     if noted != found.tags.get("gate.verdict.sha256") or not gate.has_passed(verdict):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from data.errors import UserError, UserErrors
+from data.errors import Outage, UserError, UserErrors
 from data.files import digest, link_or_copy, read_json, sha256_file
 from tasks.registry import files, server, tracking, versions
 from tasks.release import decisions, gate
@@ -412,18 +412,17 @@ def _compared(store: server.Store, version: str) -> tuple[str, Mapping[str, Any]
         return None
     found = versions.get_version(store, version)
     with tempfile.TemporaryDirectory() as temporary:
-        return version, read_json(store.client.download_artifacts(str(found.run_id), "scorecard.json", temporary))[
-            "metrics"
-        ]
+        scorecard = read_json(tracking.artifact(store, str(found.run_id), "scorecard.json", Path(temporary)))
+    return version, scorecard["metrics"]
 
 
 def _promote_at_once(project: Path, outcome: dict[str, Any], actor: str, reason: str) -> dict[str, Any]:
     try:
         decisions.promote(project, outcome["version"], actor, f"automatic promotion: {reason}")
     except UserError as error:
-        raise UserError(
-            f"{versions.MODEL} version {outcome['version']} is registered as candidate, but was not promoted: {error}"
-        ) from error
+        kind = Outage if isinstance(error, Outage) else UserError
+        done = f"{versions.MODEL} version {outcome['version']} is registered as candidate"
+        raise kind(f"{done}, but was not promoted: {error}") from error
     return {**outcome, "status": "champion"}
 
 

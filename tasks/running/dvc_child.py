@@ -1,10 +1,8 @@
-"""DVC in a process of its own. Its exit status tells of what types DVC's exceptions were, so that nobody reads DVC's
-English.
+"""DVC in a process of its own. Its exit status tells the types of DVC's exceptions, so that nobody reads its English.
 
     repro STAGE         that stage alone
     pull REMOTE PATH    what dvc.lock names there, from that remote
-    fetch               all that dvc.lock names and the default remote has, with the record of earlier runs; what is
-missing is left to the run
+    fetch               what dvc.lock names and the default remote has, with the record of earlier runs
     push                to the default remote, with that record
     commit STAGE        takes the files that are there as the stage's
 
@@ -31,11 +29,7 @@ from tasks.s3 import objects
 
 LOGGERS = ("dvc", "dvc_data", "dvc_objects")
 BUSY = "another run is at work on the same files; wait until it ends"
-ADVICE = (
-    "dvc.dvcfile",
-    "dvc.repo.reproduce",
-    "dvc.repo.scm_context",
-)  # what to add to git by hand, and that a frozen stage is frozen
+ADVICE = ("dvc.dvcfile", "dvc.repo.reproduce", "dvc.repo.scm_context")  # on git, and that a frozen stage is frozen
 
 
 class _CommandFailed(StageCmdFailedError):
@@ -47,9 +41,7 @@ class _CommandFailed(StageCmdFailedError):
 
 
 class _Skipped(logging.Handler):
-    """What DVC logs and goes on from: a file that was not transferred. Of the run cache it says no more than that, and
-    ends as if all were well.
-    """
+    """What DVC logs and goes on from: files that were not transferred. Of its run cache it raises nothing later."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -137,9 +137,7 @@ def reproduce(stage: str, project: Path, line: Callable[[str], None]) -> dict[st
 
 
 def failure(what: str, ended: Ended) -> Outage | StageFailed:
-    """The exception for a child that ended with an error: its kind by the exit status, its text the child's own
-    message, not DVC's words around it.
-    """
+    """The exception for a child that ended with an error: its kind by the exit status, its text from its lines."""
     told = [text for text in ended.lines if text.strip()]
     reasons = [text for text in told if text.startswith(("ERROR", "Error", "MemoryError"))] or told[-3:]
     message = error_of(ended.lines) or " / ".join(reasons[-3:]) or "it said nothing"
@@ -167,8 +165,9 @@ def error_of(lines: Sequence[str]) -> str:
 
 
 def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
-    """Pulls `path` from the remote inside the repository, so that no server and no credentials are asked for. What
-    dvc.lock names is fetched unless it is there already. Raises UserError naming what to do.
+    """Pulls `path` from the remote inside the repository, so that no server and no credentials are asked for.
+
+    What dvc.lock names is fetched unless it is there already. Raises UserError naming what to do.
 
     Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their
     stage, which is frozen, and committed.

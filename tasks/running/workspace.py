@@ -34,8 +34,7 @@ REPOSITORY, WORKSPACES = "DANCEOPD_REPOSITORY", "DANCEOPD_WORKSPACES"
 DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
 REMOTE = "s3"  # in .dvc/config
 BRANCHES = "runs/"
-# git's exit status when it could not do what was asked: where it speaks to a repository elsewhere, that did not answer
-FATAL = 128
+FATAL = 128  # git's exit status when it gives up: of a fetch or push, because the repository does not answer
 RECORDS = (
     "dvc.lock",
     "reports/scorecard.json",
@@ -222,8 +221,8 @@ def push(work: Workspace, line: Line) -> dict[str, str]:
     """Data and checkpoints to the DVC remote, then dvc.lock and the reports to the branch: a commit is never pushed
     before the data it names.
 
-    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Outage when S3 or git
-    do not answer.
+    Returns {"branch", "git.sha", "repository"}; empty where the run works in this folder. Raises Outage when S3 or
+    git do not answer.
     """
     if not work.is_checkout:
         return {}
@@ -255,8 +254,9 @@ def _commit(folder: Path, message: str, names: tuple[str, ...]) -> None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """git's output. Raises Outage when the other side does not answer, UserError otherwise; credentials in an address
-    are not repeated.
+    """git's output. Raises Outage when the other side does not answer, UserError otherwise.
+
+    Credentials in an address are not repeated.
     """
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     command = ["git", "-C", str(folder), *arguments]

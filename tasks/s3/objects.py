@@ -21,13 +21,13 @@ import functools
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.errors import Outage, UserError, causes
 
@@ -36,6 +36,7 @@ WORKERS = 8  # parts in flight
 ATTEMPTS = 6  # of one request, with exponential back-off, unless AWS_MAX_ATTEMPTS or the config file says otherwise
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 CHUNK = 1024 * 1024
+T = TypeVar("T")
 
 
 class Missing(UserError):
@@ -142,18 +143,16 @@ REMEDIES = {
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the store did not answer, or answered that it cannot at the moment: by the types and the HTTP status of
-    botocore, which s3fs raises too.
+    """Whether the store did not answer, or answered that it cannot now: by botocore's types and the HTTP status.
+
+    s3fs, which DVC uses, raises the same, or its own around them.
     """
     from botocore import exceptions as boto
 
     silent = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, _Cut, ConnectionError, TimeoutError)
     for one in causes(error):
-        status = (
-            one.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if isinstance(one, boto.ClientError)
-            else 0
-        )
+        told = one.response.get("ResponseMetadata", {}) if isinstance(one, boto.ClientError) else {}
+        status = told.get("HTTPStatusCode", 0)
         if isinstance(one, silent) or (status >= 500 and status != 501) or status == 429:
             return True
     return False
@@ -200,12 +199,13 @@ def explained(uri: str) -> Iterator[None]:
 def read(uri: str) -> tuple[bytes, str]:
     """(content, ETag). Raises Missing when there is none. For small objects: the whole of it is held in memory."""
     bucket, key = split(uri)
+
+    def get() -> tuple[bytes, str]:
+        answer = client().get_object(Bucket=bucket, Key=key)
+        return b"".join(_chunks(answer)), str(answer["ETag"])
+
     with explained(uri):
-        for attempt in _attempts():
-            with attempt:
-                answer = client().get_object(Bucket=bucket, Key=key)
-                return b"".join(_chunks(answer)), str(answer["ETag"])
-    raise AssertionError  # the last attempt returns or raises
+        return _repeated(get)
 
 
 def put_new(uri: str, content: bytes) -> str:
@@ -275,18 +275,12 @@ def server_time(uri: str) -> datetime:
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
 
 
-def _attempts() -> Iterator[Any]:
+def _repeated(work: Callable[..., T], *arguments: Any) -> T:
     """Repeats what was cut off while a body was read, which boto3's own retries do not cover."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-    return iter(
-        Retrying(
-            retry=retry_if_exception_type(_Cut),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(0.2, 10),
-            reraise=True,
-        )
-    )
+    settings = {"stop": stop_after_attempt(ATTEMPTS), "wait": wait_exponential_jitter(0.2, 10), "reraise": True}
+    return Retrying(retry=retry_if_exception_type(_Cut), **settings)(work, *arguments)
 
 
 def _chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
@@ -295,12 +289,14 @@ def _chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
     """
     from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
-    done = 0
     try:
-        for chunk in answer["Body"].iter_chunks(CHUNK):
-            done += len(chunk)
-            yield chunk
+        yield from answer["Body"].iter_chunks(CHUNK)
     except (HTTPClientError, IncompleteReadError, FlexibleChecksumError, ConnectionError, TimeoutError) as error:
         raise _Cut(str(error)) from error
-    if done != int(answer["ContentLength"]):
-        raise _Cut(f"{done} of {answer['ContentLength']} bytes arrived")
+
+
+def _read(descriptor: int, offset: int, length: int) -> bytes:
+    content = os.pread(descriptor, length, offset)
+    if len(content) < length:
+        raise UserError("the file became shorter while it was read; run the same command again")
+    return content

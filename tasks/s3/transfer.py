@@ -15,13 +15,13 @@ from typing import Any
 from data.errors import UserError, UserErrors
 from data.files import explain, sha256_bytes, sha256_file
 from tasks.s3.objects import (
-    CHUNK,
     SCHEME,
     WORKERS,
     Changed,
     Missing,
-    _attempts,
     _chunks,
+    _read,
+    _repeated,
     client,
     explained,
     list_objects,
@@ -58,13 +58,7 @@ def _parts(size: int) -> list[tuple[int, int]]:
 def _in_parallel(work: Callable[[int], None], indices: Sequence[int]) -> None:
     """Runs `work` for every index; the first failure stops those not begun yet and is raised."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        running = [pool.submit(work, index) for index in indices]
-        try:
-            for future in running:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        list(pool.map(work, indices))
 
 
 def download(uri: str, path: str | Path, *, sha256: str | None = None, progress: Progress | None = None) -> str:
@@ -126,14 +120,11 @@ def _fetch(bucket: str, key: str, etag: str, size: int, partial: Path, notes: An
         counter.add(sum(parts[index][1] for index in whole))
 
         def fetch(index: int) -> None:
-            offset, length = parts[index]
-            for attempt in _attempts():
-                with attempt:
-                    _fetch_part(bucket, key, etag, descriptor, offset, length, whole_object=len(parts) == 1)
+            _repeated(_fetch_part, bucket, key, etag, descriptor, parts[index], len(parts) == 1)
             with lock:
                 notes.write(f"{index}\n")
                 notes.flush()
-            counter.add(length)
+            counter.add(parts[index][1])
 
         with explained(f"{SCHEME}{bucket}/{key}"):
             _in_parallel(fetch, [index for index in range(len(parts)) if index not in whole])
@@ -143,9 +134,8 @@ def _fetch(bucket: str, key: str, etag: str, size: int, partial: Path, notes: An
     return bool(whole)
 
 
-def _fetch_part(
-    bucket: str, key: str, etag: str, descriptor: int, offset: int, length: int, whole_object: bool
-) -> None:
+def _fetch_part(bucket: str, key: str, etag: str, descriptor: int, part: tuple[int, int], whole_object: bool) -> None:
+    offset, length = part
     asked = (
         {} if whole_object else {"Range": f"bytes={offset}-{offset + length - 1}"}
     )  # without a range boto3 verifies the stored checksum
@@ -207,12 +197,12 @@ def upload(path: str | Path, uri: str, *, progress: Progress | None = None) -> s
         parts, sha256 = _parts(size), sha256_file(path)
         counter = _Counter(progress, size, path.name)
         with open(path, "rb") as file:
-            sums = [_md5(file.fileno(), *part) for part in parts]
+            sums = [hashlib.md5(_read(file.fileno(), *part), usedforsecurity=False).hexdigest() for part in parts]
             with explained(uri):
                 if _etag(bucket, key) == _expected_etag(sums):
                     counter.add(size)
                 elif len(parts) == 1:
-                    content = os.pread(file.fileno(), size, 0)
+                    content = _read(file.fileno(), 0, size)
                     client().put_object(Bucket=bucket, Key=key, Body=content, ContentMD5=_base64(sums[0]))
                     counter.add(size)
                 else:
@@ -226,17 +216,6 @@ def _base64(hexadecimal: str) -> str:
     import base64
 
     return base64.b64encode(bytes.fromhex(hexadecimal)).decode()
-
-
-def _md5(descriptor: int, offset: int, length: int) -> str:
-    found, done = hashlib.md5(usedforsecurity=False), 0
-    while done < length:
-        chunk = os.pread(descriptor, min(CHUNK, length - done), offset + done)
-        if not chunk:
-            raise UserError("the file became shorter while it was read; run the same command again")
-        found.update(chunk)
-        done += len(chunk)
-    return found.hexdigest()
 
 
 def _expected_etag(sums: Sequence[str]) -> str:
@@ -267,7 +246,7 @@ def _upload_parts(
 
     def send(index: int) -> None:
         offset, length = parts[index]
-        content = os.pread(descriptor, length, offset)
+        content = _read(descriptor, offset, length)
         answer = client().upload_part(**arguments, PartNumber=index + 1, Body=content, ContentMD5=_base64(sums[index]))
         tags[index] = str(answer["ETag"])
         counter.add(length)

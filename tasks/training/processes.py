@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from data.errors import Terminated, UserError
+from data.errors import Outage, Terminated, UserError
 from model.compute.execution import device_of
 from model.compute.parallel import ALONE, World, joined
 from model.compute.settings import ExecutionParams
@@ -69,8 +69,8 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: Exe
         if word and word[0] == "terminated":
             raise Terminated(word[1])
     for word in words:
-        if word and word[0] == "refused":
-            raise UserError(word[1])
+        if word and word[0] in ("refused", "outage"):
+            raise (Outage if word[0] == "outage" else UserError)(word[1])
     failed = [rank for rank, child in enumerate(children) if child.exitcode != 0]
     if failed:
         # One that lost a peer says so; the cause is the one that says nothing.
@@ -180,7 +180,7 @@ def _work(
         word.send(("terminated", str(error)))
         raise SystemExit(3) from None
     except UserError as error:
-        word.send(("refused", str(error)))
+        word.send(("outage" if isinstance(error, Outage) else "refused", str(error)))
         raise SystemExit(3) from None
     except torch.distributed.DistBackendError as error:
         word.send(("lost", str(error)))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError, UserErrors
+from data.errors import Outage, UserError, UserErrors
 from data.files import digest, explain, read_json, sha256_file, write_json
 from data.weights import PIPELINE, SAFETENSORS, folder_sha256, is_kept, pipeline_parts, weight_file, weight_folder
 
@@ -230,22 +230,27 @@ def _registered(uri: str, project: Path) -> Source:
 
 
 def resolve_all(wanted: Mapping[str, tuple[str, str]], project: Path) -> dict[str, Source]:
-    """Label -> (address, SHA-256 or ""), resolved. Raises UserErrors with everything that is missing or wrong; local
-    paths are looked at before any fetch.
+    """Label -> (address, SHA-256 or ""), resolved. Local paths are looked at before any fetch.
+
+    Raises UserErrors with everything that is missing or wrong; Outage where a store's silence is all that is wrong.
     """
     faults = missing_faults({label: uri for label, (uri, _) in wanted.items()}, project)
     if faults:
         raise UserErrors("these weights are not here:", faults)
-    found = {}
+    found, outages = {}, []
     for label, (uri, sha256) in wanted.items():
         try:
             found[label] = resolve(uri, project, sha256)
+        except Outage as error:
+            outages.append(f"{label}: {error}")
         except UserErrors as errors:
             faults += [f"{label}: {fault}" for fault in errors.faults]
         except UserError as error:
             faults.append(f"{label}: {error}")
     if faults:
-        raise UserErrors("these weights cannot be used:", faults)
+        raise UserErrors("these weights cannot be used:", [*faults, *outages])
+    if outages:
+        raise Outage("\n  ".join(outages))
     return found
 
 
@@ -279,8 +284,13 @@ def _disk(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _hub_answers(uri: str, repo: str) -> Iterator[None]:
-    """What the hub refuses, or that it does not answer, as a UserError with what to do."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    """What the hub refuses as a UserError with what to do; Outage when it does not answer."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of the client it speaks through, whichever that is
 
     try:
@@ -299,9 +309,10 @@ def _hub_answers(uri: str, repo: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{uri}: the hub cannot be reached ({first}); try again later, or fetch it elsewhere and name the folder's path instead"
-        ) from error
+        status = getattr(getattr(error, "response", None), "status_code", 503)  # none: no answer
+        passes = (status >= 500 or status == 429) and not isinstance(error, OfflineModeIsEnabled)
+        remedy = "try again later, or fetch it elsewhere and name the folder's path instead"
+        raise (Outage if passes else UserError)(f"{uri}: the hub cannot be reached ({first}); {remedy}") from error
 
 
 def _fetch_hub(uri: str, staged: Path, project: Path, pinned: str) -> tuple[Path, str]:
