@@ -279,8 +279,9 @@ def _repeated(work: Callable[..., T], *arguments: Any) -> T:
     """Repeats what was cut off while a body was read, which boto3's own retries do not cover."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-    settings = {"stop": stop_after_attempt(ATTEMPTS), "wait": wait_exponential_jitter(0.2, 10), "reraise": True}
-    return Retrying(retry=retry_if_exception_type(_Cut), **settings)(work, *arguments)
+    tries, waits = stop_after_attempt(ATTEMPTS), wait_exponential_jitter(0.2, 10)
+    again = Retrying(retry=retry_if_exception_type(_Cut), stop=tries, wait=waits, reraise=True)
+    return again(work, *arguments)
 
 
 def _chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
