@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 
 from benchmarks.scores.statistics import (
+    _percentiles,
     category_metric,
     compare_paired,
     holm,
@@ -59,6 +61,17 @@ def test_the_standard_error_is_the_formula():
     groups = {"a": np.array([0.0, 1.0, 1.0]), "b": np.array([2.0, 4.0])}
     assert standard_error(groups) == pytest.approx(math.sqrt((2 / 3) / 6 + 2 / 2) / 2)
     assert macro_mean(groups) == pytest.approx((2 / 3 + 3) / 2)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 10])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_the_widening_of_a_small_category_follows_student_s_t(freedom, confidence):
+    """T. Hesterberg's correction for n prompts: the tail of sqrt(n / (n - 1)) times the t quantile at n - 1 degrees of
+    freedom.
+    """
+    draws = np.linspace(0.0, 1.0, 100_001)  # even, so that a quantile is its own probability
+    tail = norm.cdf(-math.sqrt((freedom + 1) / freedom) * t.ppf(0.5 + confidence / 2, freedom))
+    assert _percentiles(draws, confidence, freedom + 1) == pytest.approx((tail, 1.0 - tail), rel=1e-6)
 
 
 def test_wilson_against_known_values():
