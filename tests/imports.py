@@ -1,4 +1,7 @@
-"""What the project's modules import, read from their text: used by the tests of the walls and of the wiring."""
+"""What the project's modules import and which page templates they name, read from their text.
+
+The tests of the walls and of the wiring use it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from jinja2 import Environment, meta
 
 from tasks.environment import PROJECT
 
@@ -50,6 +55,23 @@ def files_of(name: str) -> Iterator[Path]:
             yield module
 
 
+def templates_of(path: Path) -> set[Path]:
+    """The page templates that a module names ("ROOM/NAME.html.j2"), and all that those name in turn."""
+    texts = [node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    waiting = [
+        Path(room, "templates", name) for text in texts if text.endswith(".j2") for room, name in [text.split("/")]
+    ]
+    found: set[Path] = set()
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            named = meta.find_referenced_templates(Environment().parse((PROJECT / current).read_text(encoding="utf-8")))
+            places = [(current.with_name(str(name)), Path("data", "templates", str(name))) for name in named]
+            waiting += [near if (PROJECT / near).is_file() else base for near, base in places]
+    return found
+
+
 CLIENTS = {
     Path("tasks/registry"),
     Path("tasks/s3"),
@@ -57,8 +79,9 @@ CLIENTS = {
 
 
 def closure(path: Path) -> set[Path]:
-    """The file and every file of ours that it imports, directly or through others, at any depth; clients of stores left
-    out: their code changes no result.
+    """The file, every file of ours that it imports, directly or through others, at any depth, and their page templates.
+
+    Clients of stores are left out: their code changes no result.
     """
     found: set[Path] = set()
     waiting = [path]
@@ -69,4 +92,4 @@ def closure(path: Path) -> set[Path]:
             waiting += [
                 file for name in imported(current) for file in files_of(name) if not CLIENTS & {file, *file.parents}
             ]
-    return found
+    return found.union(*map(templates_of, found))

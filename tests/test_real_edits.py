@@ -211,20 +211,16 @@ def test_score_names_its_judge_and_a_judge_that_changed_in_between_is_refused(
     folders = {"curated": home.curated, "teachers": home.teachers, "validated": tmp_path / "validated", **students}
     with judge_server({}) as server:
         judge = judge_params(server.url, prices=(2.0, 8.0))
+        folders |= {"scorecard": tmp_path / "card.json", "metrics": tmp_path / "metrics"}
         run_validate(home.curated.parent, tmp_path, judge)
         with pytest.raises(UserError, match="not within the highest price, 1e-06"):
-            scoring.score(
-                score_params(home, replace(judge, highest_price=1e-6)),
-                **folders,
-                out=tmp_path / "score",
-                scorecard=tmp_path / "card.json",
-            )
+            scoring.score(score_params(home, replace(judge, highest_price=1e-6)), **folders, out=tmp_path / "score")
         asked = server.calls.total()
-        scoring.score(score_params(home, judge), **folders, out=tmp_path / "score", scorecard=tmp_path / "card.json")
+        scoring.score(score_params(home, judge), **folders, out=tmp_path / "score")
         assert asked < server.calls.total() <= asked + 12  # three models' edits; equal images share a question
         again = server.calls.total()
         first = (tmp_path / "card.json").read_bytes()
-        scoring.score(score_params(home, judge), **folders, out=tmp_path / "score", scorecard=tmp_path / "card.json")
+        scoring.score(score_params(home, judge), **folders, out=tmp_path / "score")
         assert server.calls.total() == again and (tmp_path / "card.json").read_bytes() == first
         means = rescore.rescore(
             score_params(home, judge),
@@ -242,12 +238,7 @@ def test_score_names_its_judge_and_a_judge_that_changed_in_between_is_refused(
             match=r"2 models answered under the name judge: \{'judge-2026-01-01': \d+, 'judge-of-today': \d+\}",
         ):
             other = replace(SAMPLING, seed=1)
-            scoring.score(
-                replace(score_params(home, judge), sampling=other),
-                **folders,
-                out=tmp_path / "other",
-                scorecard=tmp_path / "card.json",
-            )
+            scoring.score(replace(score_params(home, judge), sampling=other), **folders, out=tmp_path / "other")
         assert not (tmp_path / "other").exists() and not (tmp_path / "card.json").exists()
     card = read_scorecard(tmp_path / "rescored" / "scorecard.json")
     assert (

@@ -18,7 +18,7 @@ from benchmarks.geneval.confusion import color_confusion, count_confusion
 from benchmarks.geneval.prompts import official_records
 from benchmarks.geneval.rules import Detection, verdict
 from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot
-from benchmarks.scores.page import add_champion, extremes, write_report
+from benchmarks.scores.page import Report, add_champion, extremes, write_report
 from benchmarks.scores.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard
 from data.errors import UserError
 from data.files import write_text
@@ -72,9 +72,8 @@ def results(tmp_path):
 
 def page(results, **changes) -> str:
     folder, cards, scores, prompts = results
-    write_report(
-        folder / "report.html", **{"cards": cards, "scores": scores, "prompts": prompts, "folder": folder, **changes}
-    )
+    values = {"cards": cards, "scores": scores, "prompts": prompts, "folder": folder, **changes}
+    write_report(folder / "report.html", Report(**values))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -354,6 +353,34 @@ def test_worst_and_best_are_the_ends_and_never_the_same(results):
     assert extremes([*edits[:5], failed], 1)[0] == [failed]
 
 
+def shown_examples(text: str) -> dict[str, str]:
+    """Category -> what the section of the worst and best images says of it."""
+    part = text[text.index('<h2 id="examples">') : text.index('<h2 id="images">')]
+    return {piece.split("<", 1)[0]: piece for piece in part.split("<h3>")[1:]}
+
+
+def test_failures_are_shown_only_where_something_failed(results):
+    folder, cards, scores, prompts = results
+    shown = shown_examples(page(results))
+    assert '<p class="note">4 failures in 12</p>' in shown["colors"]
+    assert shown["colors"].count('<div class="card failure">') == 2 and shown["colors"].count("failure: correct 0") == 2
+    assert "expected circle &gt;= 1" in shown["colors"] and shown["colors"].count("best: correct 1") == 2
+    perfect = [
+        replace(score, values={"correct": 1.0} if score.benchmark == "geneval" else {"O": 9.0}, reasons=())
+        for score in scores
+    ]
+    perfect = [replace(score, values={"O": 9.5}) if score.example_id == "a3" else score for score in perfect]
+    shown = shown_examples(page((folder, cards, perfect, prompts)))
+    for category in ("colors", "subject-add"):
+        assert '<p class="note">no failures in 12</p>' in shown[category]
+        assert "failure:" not in shown[category] and "card failure" not in shown[category]
+    assert "lowest" not in shown["colors"] and shown["colors"].count('<div class="card best">') == 2  # all alike
+    assert shown["subject-add"].count("lowest: O 9<") == 2 and "best: O 9.5<" in shown["subject-add"]
+    broken = [replace(score, status="refused", values={}, reasons=()) for score in perfect]
+    shown = shown_examples(page((folder, cards, broken, prompts)))
+    assert "12 failures in 12" in shown["colors"] and 'card best"' not in shown["colors"]
+
+
 def test_what_is_missing_is_named(results):
     folder, _, _, prompts = results
     with pytest.raises(UserError, match="1 scored examples have no prompt.*c3"):
@@ -431,7 +458,7 @@ def test_the_full_set_s_page_opens_in_under_two_seconds(tmp_path):
             expected.setdefault(record["tag"], set()).add((str(index), k))
     prompts = {str(index): record["prompt"] for index, record in enumerate(official_records())}
     card = scorecard("m", rows_, {}, expected, {}, **HOW)
-    write_report(tmp_path / "report.html", cards={"m": card}, scores=rows_, prompts=prompts, folder=tmp_path)
+    write_report(tmp_path / "report.html", Report(cards={"m": card}, scores=rows_, prompts=prompts, folder=tmp_path))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.count('<div class="one"') == 2212 and len(text) < 25e6
     clock = '<script>addEventListener("load",()=>{document.title="opened "+Math.round(performance.now())})</script>'

@@ -18,6 +18,7 @@ from tasks.checks.preflight import check_all
 from tasks.environment import PROJECT
 from tasks.params.reading import read_yaml, shared_fields
 from tasks.params.sections import SHARED
+from tasks.running.workspace import RECORDS
 from tasks.stages.contract import STAGES, load_stage
 from tests.imports import closure
 
@@ -49,7 +50,8 @@ def made_by(stage: str) -> list[str]:
 
 
 def is_code(path: str) -> bool:
-    return path.endswith(".py")
+    """Python, and the templates of pages: they decide what a stage writes."""
+    return path.endswith((".py", ".j2", ".css"))
 
 
 def test_stages_and_their_order() -> None:
@@ -139,19 +141,20 @@ def test_only_the_teachers_are_frozen_and_bundled() -> None:
     assert frozen == ["teachers"] and bundled == ["data/teachers"]
 
 
-def test_metrics_are_small_files_for_git() -> None:
-    metrics = {
-        path: options
-        for entry in DVC["stages"].values()
-        for path, options in options_of(entry.get("metrics", [])).items()
-    }
-    assert metrics == {"reports/validate.json": {"cache": False}, "reports/scorecard.json": {"cache": False}}
+def test_reports_are_files_for_git_and_only_the_headline_is_a_metric() -> None:
+    """`dvc metrics show` prints every value of a metric file: the scorecard's hundreds are for programs, not for it."""
+    entries = DVC["stages"].values()
+    metrics = [path for entry in entries for path in paths_of(entry.get("metrics", []))]
+    made = [one for entry in entries for kind in ("outs", "metrics") for one in entry.get(kind, [])]
+    in_git = {path for path, options in options_of(made).items() if options.get("cache") is False}
+    assert metrics == ["reports/metrics"]
+    assert in_git == {"reports/validate.json", "reports/scorecard.json", "reports/metrics"} == {*RECORDS} - {"dvc.lock"}
 
 
-def test_plots_read_what_stages_make() -> None:
-    sources = [source for plot in DVC["plots"] for options in plot.values() for source in options["y"]]
+def test_plots_show_images_that_stages_make() -> None:
+    """An image stands on DVC's page as it is; data points would be drawn by scripts from the internet."""
     outs = {path for name in STAGES for path in made_by(name)}
-    assert sources and all(str(Path(source).parent) in outs for source in sources)
+    assert DVC["plots"] and all(Path(plot).suffix == ".png" and str(Path(plot).parent) in outs for plot in DVC["plots"])
 
 
 def test_the_flow_runs_the_stages_in_their_order() -> None:
@@ -211,14 +214,10 @@ def test_presets_are_valid(path: Path) -> None:
     check_all(path)
 
 
-def test_outs_are_kept_out_of_git_and_metrics_are_not() -> None:
+def test_outs_are_kept_out_of_git_and_reports_are_not() -> None:
     """DVC adds a .gitignore of its own beside every out that git would see."""
-    ignored = [
-        line.strip("/\n")
-        for line in (PROJECT / ".gitignore").read_text(encoding="utf-8").splitlines()
-        if line.startswith("/")
-    ]
-    outs = [path for entry in DVC["stages"].values() for path in paths_of(entry.get("outs", []))]
+    text = (PROJECT / ".gitignore").read_text(encoding="utf-8")
+    ignored = [line.strip("/\n") for line in text.splitlines() if line.startswith("/")]
+    outs = {path for name in STAGES for path in made_by(name)} - {*RECORDS}
     assert not [path for path in outs if not any(path == line or path.startswith(f"{line}/") for line in ignored)]
-    metrics = [path for entry in DVC["stages"].values() for path in paths_of(entry.get("metrics", []))]
-    assert not set(metrics) & set(ignored)
+    assert not {*RECORDS} & set(ignored)

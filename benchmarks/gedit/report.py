@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gedit.verdict import Judgements, column_scorecard, columns, drift, read_judgements, repeat_noise
 from benchmarks.judge.wording import Wording
-from benchmarks.scores.page import write_report
+from benchmarks.scores.page import Report, write_report
 from benchmarks.scores.scorecard import Scorecard, check_same_evaluator, read_scorecard
 
 
@@ -85,14 +85,14 @@ def write_gedit_report(
         cards[name] = other
     check_same_evaluator(cards)
     entries = {entry.id: entry for entry, _ in judgements.samples}
-    write_report(
-        path,
+    report = Report(
         cards=cards,
         scores=rows,
-        folder=folder,
+        folder=Path(folder),
         prompts={row.example_id: entries[row.example_id].instruction for row in rows},
         images={row.example_id: [("source", Path(folder) / entries[row.example_id].source)] for row in rows},
         title=f"GEdit-Bench: {card.model}",
         notes=notes_of(judgements, column, allow_partial=allow_partial, **numbers),
         files=["scores.parquet"],
     )
+    write_report(path, report)

@@ -131,17 +131,16 @@ def report(
 
 def _page(folder: Path, cards: Mapping[str, Scorecard], scores: Sequence[ExampleScore], images: Path) -> None:
     from benchmarks.geneval.run import RESULTS_FILE, read_official_rows
-    from benchmarks.scores.page import write_report
+    from benchmarks.scores.page import Report, write_report
 
     rows = {row["filename"]: row for row in read_official_rows(folder / RESULTS_FILE)}
-    write_report(
-        folder / PAGE_FILE,
+    report = Report(
         cards=cards,
         scores=scores,
         folder=images,
-        images={},
         prompts={score.example_id: rows[score.image]["prompt"] for score in scores},
         records={score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores},
         per_category=PER_CATEGORY,
         files=[str(folder / SCORES_FILE)],
     )
+    write_report(folder / PAGE_FILE, report)

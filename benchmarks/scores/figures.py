@@ -7,31 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.scores.page import all_paths
 from benchmarks.scores.scorecard import Scorecard
 from data.errors import UserError
 from data.files import atomic_file
 
-COLORS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#d55e00",
-    "#8c8c8c",
-    "#4d4d4d",
-    "#f0e442",
-    "#661100",
-)  # tell apart without red and green
 STRIPS_A_LINE = 2
-
-
-def _all_paths(cards: Mapping[str, Scorecard]) -> list[str]:
-    """Every metric path, in the order in which the scorecards first name it."""
-    return list(dict.fromkeys(path for card in cards.values() for path in card.metrics))
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -49,13 +34,13 @@ def _wrap(text: str, width: int) -> str:
 
 
 def sample_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: str | Path, columns: int = 6) -> None:
-    """A PNG sheet of images (H, W, 3) uint8 with their titles. Raises UserError for none, or another number of
-    titles.
+    """A PNG sheet of images (H, W, 3) uint8 with their titles.
+
+    Raises UserError for none, or another number of titles.
     """
     if not images or len(images) != len(titles):
-        raise UserError(
-            f"{path}: {len(images)} images with {len(titles)} titles; give one title an image and at least one image"
-        )
+        given = f"{len(images)} images with {len(titles)} titles"
+        raise UserError(f"{path}: {given}; give one title an image and at least one image")
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.7 * columns, 2.1 * rows))
@@ -74,8 +59,9 @@ def edit_strips(
     prompts: Sequence[str],
     path: str | Path,
 ) -> None:
-    """A PNG sheet with two edits a line: source, teacher, student, each (H, W, 3) uint8, under the instruction. Raises
-    UserError for unequal or empty lists.
+    """A PNG sheet with two edits a line: source, teacher, student, each (H, W, 3) uint8, under the instruction.
+
+    Raises UserError for unequal or empty lists.
     """
     lengths = {"sources": len(sources), "teachers": len(teachers), "students": len(students), "prompts": len(prompts)}
     if len(set(lengths.values())) > 1 or not prompts:
@@ -101,10 +87,11 @@ def edit_strips(
 
 
 def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> None:
-    """A PNG of every metric of every model with its interval, one panel a benchmark. Raises UserError when there is no
-    metric at all.
+    """A PNG of every metric of every model with its interval, one panel a benchmark.
+
+    Raises UserError when there is no metric at all.
     """
-    paths = _all_paths(scorecards)
+    paths = all_paths(scorecards)
     panels = [[path for path in paths if path.startswith(f"{kind}/")] for kind in ("geneval", "gedit", "retention")]
     panels = [panel for panel in panels if panel]
     if not panels:
@@ -123,15 +110,8 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
             spread = np.array([[metric.mean - metric.low, metric.high - metric.mean] for _, metric in known]).T.clip(
                 min=0.0
             )
-            axes.bar(
-                x,
-                means,
-                width,
-                yerr=spread,
-                label=name,
-                color=color_of[name],
-                error_kw={"elinewidth": 0.8, "capsize": 1.5},
-            )
+            whiskers = {"yerr": spread, "error_kw": {"elinewidth": 0.8, "capsize": 1.5}}
+            axes.bar(x, means, width, label=name, color=color_of[name], **whiskers)
         axes.set_xticks(range(len(panel)), [metric.split("/")[1].replace("_", "_\n") for metric in panel], fontsize=8)
         axes.set_title(f"{panel[0].split('/')[0]} (mean and interval)", fontsize=9, loc="left")
         axes.set_ylim(bottom=0.0)
@@ -142,3 +122,41 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
     }
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(6, len(entries)), fontsize=8)
     _save(figure, path)
+
+
+def training_curves(steps: Mapping[str, Path], path: str | Path) -> None:
+    """A PNG of the loss and the gradient norm by step of several trainings, with their running means over a twentieth.
+
+    `steps` maps a training to its steps.csv (columns step, loss, gradient_norm); a training of no step is an empty
+    panel. Raises UserError for a missing file.
+    """
+    missing = [str(file) for file in steps.values() if not file.is_file()]
+    if missing:
+        raise UserError(f"{path}: no {', '.join(missing)}; run the stage that trains it again")
+    columns = {"loss": "loss", "gradient_norm": "gradient norm"}
+    figure = Figure(figsize=(10, 3.0 * len(steps)), layout="constrained")
+    grid = figure.subplots(len(steps), len(columns), squeeze=False)
+    for row, (name, file) in zip(grid, steps.items(), strict=True):
+        table = pd.read_csv(file)
+        for axes, (column, label) in zip(row, columns.items(), strict=True):
+            mean = table[column].rolling(max(1, len(table) // 20), min_periods=1).mean()
+            axes.plot(table["step"], table[column], color=COLORS[4], linewidth=0.6)
+            axes.plot(table["step"], mean, color=COLORS[0], linewidth=1.5)
+            axes.set_title(f"{name}, {label} by step (thick: running mean)", fontsize=9, loc="left")
+            axes.set_ylim(bottom=0.0)
+            axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+COLORS = (  # tell apart without red and green
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#d55e00",
+    "#8c8c8c",
+    "#4d4d4d",
+    "#f0e442",
+    "#661100",
+)

@@ -5,7 +5,6 @@ Great Expectations takes many seconds to import, so it is imported only where a 
 
 from __future__ import annotations
 
-import html
 import logging
 import re
 import tempfile
@@ -21,6 +20,7 @@ from data.curation.filters import BUCKETS, Options, count_words, normalise
 from data.errors import UserErrors
 from data.files import atomic_folder, sha256_file
 from data.manifests import ID_PATTERN
+from data.pages import render
 from data.records import CAPABILITIES, COLUMNS, SPLITS, Example
 
 if TYPE_CHECKING:
@@ -294,16 +294,6 @@ def _outcome(item: Any, promised: dict[str, tuple[str, Expectation]]) -> Outcome
 # --- pages that need no network ---------------------------------------------------------------------------------------
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; color: #222; background: #fff; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; display: block; overflow-x: auto; }
-td, th { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; vertical-align: top; }
-th { background: #f2f2f2; } .bad { background: #fbe3e3; } img, svg { max-width: 2rem; } ul { padding-left: 1.2rem; }
-.modal, .card.mb-3, label, input, button, .cooltip .top, .badge:empty { display: none; } /* what needs a script to be of use */
-.card, .alert { border: 1px solid #ddd; padding: .5rem .8rem; margin: .5rem 0; }
-"""
-
-
 def _offline(page: str) -> str:
     """One of Great Expectations' pages without what it loads from elsewhere (styles, scripts, fonts, logos), in a plain
     style of its own.
@@ -319,7 +309,7 @@ def _offline(page: str) -> str:
     page = re.sub(r"(-collapse-body)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", page)
     page = re.sub(r'href="(?:\.\./)+index\.html"', 'href="index.html"', page)
     page = re.sub(r'href="[^"]*expectations/' + SUITE + r'\.html"', 'href="suite.html"', page)
-    return page.replace("</head>", f"<style>{STYLE}</style></head>", 1)
+    return page.replace("</head>", render("data/offline_style.html.j2"), 1)
 
 
 def _copy_pages(site: Path, pages: Path) -> None:
@@ -351,18 +341,8 @@ def _write_index(pages: Path, outcomes: Sequence[Outcome], rows: int) -> None:
     ]
     lines = ["# Curated data: validation", "", headline + ".", "", *(f"| {' | '.join(row)} |" for row in table)]
     (pages / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    body = ""
-    for outcome, row in zip(outcomes, cells, strict=True):
-        body += (
-            f"<tr{'' if outcome.success else ' class=bad'}>"
-            + "".join(f"<td>{html.escape(value)}</td>" for value in row)
-            + "</tr>"
-        )
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    (pages / "index.html").write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Curated data: validation</title><style>{STYLE}</style></head><body><h1>Curated data: validation</h1><p>{headline}. "
-        f'Great Expectations\' own pages: <a href="validation.html">this validation</a>, <a href="suite.html">the suite</a>.</p>'
-        f"<table><tr>{head}</tr>{body}</table></body></html>\n",
-        encoding="utf-8",
+    marked = [(outcome.success, row) for outcome, row in zip(outcomes, cells, strict=True)]
+    page = render(
+        "data/expectations.html.j2", title="Curated data: validation", headline=headline, columns=columns, rows=marked
     )
+    (pages / "index.html").write_text(page, encoding="utf-8")

@@ -35,11 +35,8 @@ DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
 REMOTE = "s3"  # in .dvc/config
 BRANCHES = "runs/"
 FATAL = 128  # git's exit status when it gives up: of a fetch or push, because the repository does not answer
-RECORDS = (
-    "dvc.lock",
-    "reports/scorecard.json",
-    "reports/validate.json",
-)  # what a run leaves for git; everything else is DVC's or MLflow's
+# what a run leaves for git; everything else is DVC's or MLflow's
+RECORDS = ("dvc.lock", "reports/scorecard.json", "reports/validate.json", "reports/metrics")
 IDENTITY = ("-c", "user.name=danceopd", "-c", "user.email=danceopd@localhost")
 Line = Callable[[str], None]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.micro import CONTROLS
-from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot
-from benchmarks.scores.page import write_report
+from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot, training_curves
+from benchmarks.scores.page import Report, write_report
 from benchmarks.scores.scorecard import (
+    MACRO,
     ExampleScore,
     Scorecard,
     compare,
@@ -23,6 +24,7 @@ from benchmarks.scores.scorecard import (
     write_scores,
 )
 from benchmarks.scores.scorecard import scorecard as make_scorecard
+from benchmarks.scores.statistics import Metric
 from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
 from data.images import read_picture
@@ -115,9 +117,12 @@ def score(
     absorbed: Path,
     out: Path,
     scorecard: Path,
+    metrics: Path,
 ) -> dict[str, Any]:
-    """Writes `scorecard` (the absorbed student's) and `out`: every image with its score, report.html, grids, all
-    models' scorecards and their comparisons.
+    """Writes `scorecard` (the absorbed student's), `metrics` (its headline figures, a small file each) and `out`.
+
+    `out` holds every image with its score, report.html, grids, the curves of both trainings, all models' scorecards and
+    their comparisons.
     """
     world, routes = params.world.world(), params.routing.routes
     records = read_records(teachers)
@@ -173,6 +178,8 @@ def score(
         }
         _pictures(folder, validated, evaluation, teacher_of, params.shown)
         scorecard_plot(cards, folder / "scorecard.png")
+        trainings = {"distillation": student / "steps.csv", "absorption": absorbed / "steps.csv"}
+        training_curves(trainings, folder / "training.png")
         beside = {
             example.id: ([("source", curated / example.source)] if example.source else [])
             + [
@@ -183,8 +190,7 @@ def score(
             ]
             for example in evaluation.examples
         }
-        write_report(
-            folder / "report.html",
+        report = Report(
             cards=cards,
             scores=scores[CANDIDATE],
             folder=folder,
@@ -200,12 +206,32 @@ def score(
                 **{name: (curated if name in CONTROLS else validated, rows) for name, rows in reference.items()},
             },
         )
+        write_report(folder / "report.html", report)
     write_scorecard(scorecard, card)
-    return {
-        path: round(metric.mean, 3)
-        for path, metric in card.metrics.items()
-        if path.startswith("retention/") or path in ("geneval/overall", "gedit/average")
+    headline = write_metrics(metrics, card, cards.get(BASE))
+    return {path: round(metric.mean, 3) for path, metric in headline.items()}
+
+
+def write_metrics(out: Path, card: Scorecard, base: Scorecard | None) -> dict[str, Metric]:
+    """Writes the headline figures into folder `out` for `dvc metrics`, and returns them: both averages and the
+    retentions.
+
+    A file a figure, because DVC prints a row a file and a column a key: {"mean", "low", "high", "n"}, and "base", the
+    base's mean, where the base was scored on the same benchmark. Four decimals.
+    """
+    found = {
+        path: metric for path, metric in card.metrics.items() if path.startswith("retention/") or path in MACRO.values()
     }
+    with atomic_folder(out) as folder:
+        for path, metric in found.items():
+            values = {name: round(getattr(metric, name), 4) for name in ("mean", "low", "high", "n")}
+            if base is not None and path in base.metrics:
+                values["base"] = round(base.metrics[path].mean, 4)
+            benchmark, _, name = path.partition("/")
+            write_json(
+                folder / (f"{benchmark}_{name}.json" if benchmark == "retention" else f"{benchmark}.json"), values
+            )
+    return found
 
 
 def _cards(
