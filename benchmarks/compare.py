@@ -8,8 +8,6 @@ average over the same six stands beside it.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from benchmarks.scores.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
@@ -221,53 +220,28 @@ def render(
     rows: Sequence[Row], columns: Sequence[str], notes: Mapping[str, Sequence[str]], style: str, source: str
 ) -> str:
     """The table and the notes, as text for a terminal, Markdown or CSV (there the notes are comment lines)."""
-    heads = [
-        column.split("/")[1]
-        if column not in MACRO.values()
-        else {"gedit": "GEdit avg", "geneval": "GenEval"}[column.split("/")[0]]
-        for column in columns
-    ]
-    lines = [[row.name, *(_text(row.values.get(column), column) for column in columns)] for row in rows]
     remarks = [f"{name}: {note}" for name, found in notes.items() for note in found]
     intro = f"The paper's rows: {source}. ±: standard error over prompts; of the paper's shares the binomial one."
+    names = pd.Index([row.name for row in rows], name="model")
     if style == "csv":
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["model", *(part for column in columns for part in (column, f"{column} stderr"))])
-        for row in rows:
-            cells = [row.values.get(column) for column in columns]
-            writer.writerow(
-                [
-                    row.name,
-                    *(
-                        part
-                        for cell in cells
-                        for part in (
-                            ("", "") if cell is None else (cell.mean, "" if cell.stderr is None else cell.stderr)
-                        )
-                    ),
-                ]
-            )
-        return buffer.getvalue() + "".join(f"# {line}\n" for line in (intro, *remarks))
-    table = [["model", *heads], *lines]
+        means = {column: [getattr(row.values.get(column), "mean", None) for row in rows] for column in columns}
+        errors = {column: [getattr(row.values.get(column), "stderr", None) for row in rows] for column in columns}
+        numbers = {
+            name: cells for key in columns for name, cells in ((key, means[key]), (f"{key} stderr", errors[key]))
+        }
+        return pd.DataFrame(numbers, index=names).to_csv() + "".join(f"# {line}\n" for line in (intro, *remarks))
+    averages = {MACRO["gedit"]: "GEdit avg", MACRO["geneval"]: "GenEval"}
+    heads = {column: averages.get(column, column.split("/")[1]) for column in columns}
+    cells = {column: [_text(row.values.get(column), column) for row in rows] for column in columns}
+    table = pd.DataFrame(cells, index=names)
     if style == "markdown":
-        body = ["| " + " | ".join(cells) + " |" for cells in table]
-        body.insert(1, "|---|" + "---:|" * len(columns))
+        lines = [["model", *heads.values()], ["---", *["---:"] * len(heads)], *table.reset_index().to_numpy().tolist()]
+        body = [f"| {' | '.join(line)} |" for line in lines]
         return "\n".join([*body, "", intro, "", "What differs:", "", *(f"- {remark}" for remark in remarks)]) + "\n"
     blocks = []
-    for benchmark in ("gedit", "geneval"):  # two tables: one would be wider than a terminal
-        chosen = [0, *(place + 1 for place, column in enumerate(columns) if column.startswith(f"{benchmark}/"))]
-        kept = [table[0], *(line for line in lines if any(line[place] != "-" for place in chosen[1:]))]
-        widths = [max(len(line[place]) for line in kept) for place in chosen]
-        for number, line in enumerate(kept):
-            padded = [
-                line[place].ljust(width) if place == 0 else line[place].rjust(width)
-                for place, width in zip(chosen, widths, strict=True)
-            ]
-            blocks.append("  ".join(padded).rstrip())
-            if number == 0:
-                blocks.append("-" * (sum(widths) + 2 * len(widths) - 2))
-        blocks.append("")
+    for benchmark in ("gedit", "geneval"):  # two tables: a table of both would be wider than a terminal
+        part = table[[column for column in columns if column.startswith(f"{benchmark}/")]].rename(columns=heads)
+        blocks += [part[(part != "-").any(axis=1)].to_string(index_names=False), ""]
     return "\n".join([*blocks, intro, "What differs:", *(f"- {remark}" for remark in remarks)]) + "\n"
 
 

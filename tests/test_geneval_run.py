@@ -497,7 +497,7 @@ def test_report_compares_models_of_the_same_seeds(
     difference = compare(*scores, expected=expected, seed=0, resamples=300, confidence=0.95)[
         "geneval/overall"
     ].difference
-    assert f"{difference:+9.4f}" in text and difference < 0 and "over 3 trainings" in text
+    assert f"{difference:+.4f}" in text and difference < 0 and "over 3 trainings" in text
     page = (tmp_path / "one" / VERDICT / "report.html").read_text()
     assert "geneval/overall" in page and str(tmp_path / "one") in page
     assert (tmp_path / "one" / VERDICT / "report.txt").read_text() == text

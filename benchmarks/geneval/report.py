@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.geneval.run import SCORECARD_FILE, VERDICT
 from benchmarks.scores.scorecard import (
     MACRO,
@@ -57,18 +59,27 @@ def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
     return {**primary, **holm({path: one.p for path, one in comparisons.items() if path not in primary})}
 
 
-def _table(cards: Mapping[str, Scorecard]) -> list[str]:
-    paths = list(dict.fromkeys(path for card in cards.values() for path in card.metrics))
-    lines = [f"{'metric':24}" + "".join(f"{name[:26]:>28}" for name in cards)]
-    for path in paths:
-        cells = [card.metrics.get(path) for card in cards.values()]
-        lines.append(
-            f"{path:24}"
-            + "".join(
-                f"{'-' if cell is None else f'{cell.mean:.4f} [{cell.low:.3f}, {cell.high:.3f}]':>28}" for cell in cells
-            )
-        )
-    return lines
+def _table(cards: Mapping[str, Scorecard]) -> str:
+    """Metrics down, models across."""
+    cells = {
+        name: {path: f"{cell.mean:.4f} [{cell.low:.3f}, {cell.high:.3f}]" for path, cell in card.metrics.items()}
+        for name, card in cards.items()
+    }
+    return pd.DataFrame(cells).fillna("-").to_string()
+
+
+def _comparison_table(comparisons: Mapping[str, Comparison]) -> str:
+    p_values = adjusted(comparisons)
+    cells = {
+        path: {
+            "difference": f"{value.difference:+.4f}",
+            "interval": f"[{value.low:+.4f}, {value.high:+.4f}]",
+            "p": f"{p_values[path]:.4f}",
+            "prompts that differ": f"{value.discordant} of {value.n}",
+        }
+        for path, value in comparisons.items()
+    }
+    return pd.DataFrame(cells).T.to_string()
 
 
 def report(
@@ -93,18 +104,14 @@ def report(
     cards = {name: card for name, (card, _) in models.items()}
     check_same_evaluator({**cards, **{f"training {name}": card for name, (card, _) in again.items()}})
     (name, (card, scores)), *others = models.items()
-    lines = _table(cards)
+    lines = [_table(cards)]
     expected: dict[str, set[tuple[str, int]]] = {}
     for row in scores:
         expected.setdefault(row.category, set()).add((row.example_id, row.k))
     for other, (_, rows) in others:
         comparisons = compare(scores, rows, expected=expected, seed=seed, resamples=resamples, confidence=confidence)
         lines += ["", f"{name} minus {other}, image by image (p of the tasks adjusted by Holm):"]
-        p_values = adjusted(comparisons)
-        for path, one in comparisons.items():
-            lines.append(
-                f"{path:24}{one.difference:+9.4f}   {one.low:+.4f} to {one.high:+.4f}   p {p_values[path]:.4f}   {one.discordant} of {one.n} prompts differ"
-            )
+        lines.append(_comparison_table(comparisons))
     if trainings:
         lines += ["", f"over {len(again)} trainings, two-level bootstrap:"]
         metrics = over_trainings(
@@ -114,9 +121,7 @@ def report(
             resamples=resamples,
             confidence=confidence,
         )
-        lines += [
-            f"{path:24}{metric.mean:9.4f}   {metric.low:.4f} to {metric.high:.4f}" for path, metric in metrics.items()
-        ]
+        lines.append(_table({f"{len(again)} trainings": Scorecard(name, {}, {}, metrics)}))
     identity: Mapping[str, Any] = card.identities.get("geneval", {})
     lines += [
         "",

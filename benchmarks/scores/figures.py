@@ -127,8 +127,8 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
 def training_curves(steps: Mapping[str, Path], path: str | Path) -> None:
     """A PNG of the loss and the gradient norm by step of several trainings, with their running means over a twentieth.
 
-    `steps` maps a training to its steps.csv (columns step, loss, gradient_norm); a training of no step is an empty
-    panel. Raises UserError for a missing file.
+    `steps` maps a training to its steps.csv (columns step, loss, gradient_norm); without steps its panels are empty.
+    Raises UserError for a missing file.
     """
     missing = [str(file) for file in steps.values() if not file.is_file()]
     if missing:
