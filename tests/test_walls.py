@@ -32,6 +32,7 @@ HOMES = {
     "diffusers": ("model/backbones/", "benchmarks/"),
     "transformers": ("model/backbones/", "benchmarks/"),
     "great_expectations": ("data/curation/expectations.py",),
+    "jinja2": ("data/pages.py",),
     "torch": ("model/", "benchmarks/", "tasks/"),
     "boto3": ("tasks/s3/",),
     "botocore": ("tasks/s3/",),
