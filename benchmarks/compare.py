@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from benchmarks.scores.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
 from data.errors import UserError
 from data.files import write_text
 from data.records import GEDIT_CATEGORIES
+from data.yaml_files import read_yaml
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
 FORMATS = ("text", "markdown", "csv")
@@ -43,7 +43,7 @@ class Row:
 
 
 def load_paper(path: Path = PAPER_FILE) -> dict[str, Any]:
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return read_yaml(path)
 
 
 def overall_of_counts(correct: Sequence[int], sizes: Sequence[int]) -> float:

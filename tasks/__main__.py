@@ -23,8 +23,9 @@ from typing import Any, NoReturn
 
 from data.errors import TRY_AGAIN, Outage, Terminated, UserError
 from data.files import explain, write_json, write_text
+from data.yaml_files import read_yaml
 from tasks.environment import prepare
-from tasks.params.reading import PARAMS_FILE, load_params, read_yaml
+from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.stages.contract import STAGES, load_stage
 
 SUMMARIES = Path("runs/summaries")

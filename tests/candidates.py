@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -65,7 +64,7 @@ def write_candidate(project: Path, *, card: dict[str, Any] | None = None, weight
         shutil.rmtree(project / folder, ignore_errors=True)
         (project / folder).mkdir(parents=True)
     routes = [{"capability": "t2i", "teacher": "base", "weight": 1.0}]
-    (project / "params.yaml").write_text(yaml.safe_dump({"distill": {"steps": 300, "routes": routes}, "seed": 0}))
+    write_json(project / "params.yaml", {"distill": {"steps": 300, "routes": routes}, "seed": 0})
     write_json(project / "reports/scorecard.json", card)
     teachers = {name: {"metrics": scorecard(0.85, 8.5)["metrics"]} for name in ("base", "local", "global")}
     write_json(project / "reports/validate.json", {"teachers": teachers})

@@ -7,10 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS
-from tasks.params.reading import read_yaml
+from data.yaml_files import set_values
 
 # Dotted key -> value; a key that the file does not have is a mistake here. The teachers' section is left alone: their
 # weights are fetched, not trained.
@@ -38,13 +36,4 @@ OVERRIDES: dict[str, Any] = {
 
 def shorten(path: Path, overrides: dict[str, Any] | None = None) -> None:
     """Rewrites the params.yaml at `path` with `OVERRIDES` and, over them, `overrides`."""
-    document = read_yaml(path)
-    for key, value in {**OVERRIDES, **(overrides or {})}.items():
-        *sections, name = key.split(".")
-        place = document
-        for section in sections:
-            place = place[section]
-        if name not in place:
-            raise KeyError(f"{key} is not in {path}")
-        place[name] = value
-    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    set_values(path, {**OVERRIDES, **(overrides or {})})

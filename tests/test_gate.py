@@ -16,11 +16,11 @@ from typing import Any
 import candidates
 import numpy as np
 import pytest
-import yaml
 from candidates import PARAMS, metric, scorecard
 
 from data.errors import UserError
 from data.files import read_json, write_json
+from data.yaml_files import read_yaml
 from tasks.release import gate
 from tasks.release.provenance import git_state, md5_of, provenance
 
@@ -345,19 +345,19 @@ def test_a_folders_hash_is_dvcs_own_and_a_changed_weight_is_noticed(tmp_path: Pa
     subprocess.run(
         [sys.executable, "-m", "dvc", "add", "-q", gate.CHECKPOINT_FOLDER], cwd=project, check=True, capture_output=True
     )
-    out = yaml.safe_load((project / f"{gate.CHECKPOINT_FOLDER}.dvc").read_text())["outs"][0]
+    out = read_yaml(project / f"{gate.CHECKPOINT_FOLDER}.dvc")["outs"][0]
     assert md5_of(project / gate.CHECKPOINT_FOLDER) == out["md5"]
     lock = {
         "schema": "2.0",
         "stages": {"absorb": {"cmd": "x", "outs": [{"path": gate.CHECKPOINT_FOLDER, "md5": out["md5"]}]}},
     }
-    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    write_json(project / "dvc.lock", lock)
     assert provenance(project)["files"][gate.CHECKPOINT_FOLDER] == {"now": out["md5"], "recorded": out["md5"]}
     candidates.write_candidate(project, weights=2.0)
     files = provenance(project)["files"][gate.CHECKPOINT_FOLDER]
     assert files["now"] != files["recorded"] == out["md5"]
     lock["stages"]["score"] = {"cmd": "y", "deps": [{"path": gate.CHECKPOINT_FOLDER, "md5": files["now"]}]}
-    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    write_json(project / "dvc.lock", lock)
     assert provenance(project)["files"][gate.CHECKPOINT_FOLDER]["recorded"] not in (
         files["now"],
         out["md5"],

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import candidates
 import pytest
-import yaml
 from safetensors.numpy import save_file
 
 from data.errors import UserError
@@ -83,7 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Pat
             {"path": path, "md5": md5_of(project / path)}
             for path in (*DVC_PATHS.values(), "reports/scorecard.json", "reports/validate.json")
         ]
-        (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"all": {"outs": outs}}}))
+        write_json(project / "dvc.lock", {"stages": {"all": {"outs": outs}}})
         (project / "requirements.lock").write_text("torch==2.13.0\n")
         (project / ".gitignore").write_text("/mlflow/\n/data/\n/checkpoints/\n/reports/\n/.dvc/cache/\n/runs/\n")
         git(project, "init", "-q", "-b", "main")

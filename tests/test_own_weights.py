@@ -19,12 +19,12 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from PIL import Image
 
 from data.errors import UserError
-from data.files import read_json
+from data.files import read_json, write_json
 from data.records import LOCAL_EDITS
+from data.yaml_files import read_yaml
 from model.backbones import load_backbone
 from model.networks.adapters import write_comfyui, write_peft
 from model.networks.network import own_layers
@@ -32,7 +32,7 @@ from tasks.__main__ import main
 from tasks.checks import lineage, plan
 from tasks.checks.preflight import preflight
 from tasks.environment import for_children
-from tasks.params.reading import load_params, read_yaml
+from tasks.params.reading import load_params
 from tasks.pyfunc_model import png_of
 from tasks.registry import server as registry_server
 from tasks.registry import versions
@@ -179,7 +179,7 @@ def put_params(project: Path, family: str, judge: str) -> None:
     for section, values in changes.items():
         document[section] |= values
     document["judge"]["server"] |= {"base_url": judge, "key_variable": "", "provider": "test"}
-    (project / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    write_json(project / "params.yaml", document)
 
 
 def run_stages(project: Path, family: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from data.errors import UserError, UserErrors
-from tasks.params.reading import check_sections, load_params, read_yaml, shared_fields
+from tasks.params.reading import check_sections, load_params, shared_fields
 from tasks.params.sections import SHARED, SamplingParams, WorldParams
 
 VALID = """
@@ -190,19 +190,3 @@ def test_the_whole_file_is_checked(write: Any) -> None:
 def test_a_stage_of_shared_sections_needs_none_of_its_own(write: Any) -> None:
     assert load_params(OnlyShared, "draw", write(VALID)).sampling.steps == 4
     assert shared_fields(OnlyShared) == {"sampling": SHARED["sampling"]}
-
-
-@pytest.mark.parametrize(
-    "scalar",
-    ["1e-3", "1e5", "1.5e+3", ".5", "5.", "-1", "012", "on", "no", "~", "null", "'true'", "FALSE", "1:30", ".inf"],
-)
-def test_scalars_are_read_as_dvc_reads_them(write: Any, scalar: str) -> None:
-    """DVC hashes the parameters through ruamel.yaml (YAML 1.2): what it recorded must be what ran."""
-    from dvc.utils.serialize import load_yaml
-
-    path = write(f"a: {scalar}\n")
-    ours, theirs = read_yaml(path)["a"], load_yaml(str(path))["a"]
-    assert (ours, type(ours).__name__) == (
-        theirs,
-        type(theirs).__name__.replace("ScalarFloat", "float").replace("ScalarInt", "int"),
-    )

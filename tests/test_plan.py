@@ -15,6 +15,7 @@ import pytest
 from data.errors import UserError, UserErrors
 from data.files import write_json, write_text
 from data.randomness import numpy_generator
+from data.yaml_files import read_yaml
 from model.rollout import QUERY_BIAS, query_index
 from tasks.checks import plan as planning
 from tasks.checks.plan import (
@@ -30,7 +31,6 @@ from tasks.checks.plan import (
 )
 from tasks.checks.preflight import other_teachers, preflight, teacher_faults
 from tasks.environment import PROJECT
-from tasks.params.reading import read_yaml
 from tasks.running.repro import Ended
 from tasks.stages.contract import STAGES
 from tests.test_flow import free_port

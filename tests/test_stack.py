@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from data.yaml_files import read_yaml
 from tasks.environment import PROJECT, defaults
 from tests.servers import FaultyProxy
 from tests.short_params import shorten
@@ -265,7 +265,7 @@ def story() -> Iterator[Story]:
     top = Path(tempfile.mkdtemp(prefix="danceopd-stack-"))
     top.chmod(0o755)  # PostgreSQL's account has to reach its own folder
     project = copy_project(top / "project")
-    evaluation = dict.fromkeys(yaml.safe_load((project / "params.yaml").read_text())["collect"]["evaluation"], 2)
+    evaluation = dict.fromkeys(read_yaml(project / "params.yaml")["collect"]["evaluation"], 2)
     shorten(project / "params.yaml", {"collect.evaluation": evaluation, **SAMPLING})
     subprocess.run(
         ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qam", "short params"],
@@ -476,11 +476,11 @@ def test_dvc_pull_anywhere_restores_every_file_of_the_run(story: Story) -> None:
         str(clone),
     )
     story.call(sys.executable, "-m", "dvc", "pull", cwd=clone)
-    lock = yaml.safe_load((clone / "dvc.lock").read_text(encoding="utf-8"))
+    lock = read_yaml(clone / "dvc.lock")
     outs = [out["path"] for stage in lock["stages"].values() for out in stage.get("outs", [])]
     assert "checkpoints/absorbed" in outs and not [path for path in outs if not (clone / path).exists()]
     assert "Data and pipelines are up to date" in story.call(sys.executable, "-m", "dvc", "status", cwd=clone)
-    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+    params = read_yaml(clone / "params.yaml")
     assert params["distill"]["steps"] == LONG["distill.steps"]
     shutil.rmtree(clone)
 

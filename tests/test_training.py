@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
-from data.files import read_json
+from data.files import read_json, write_json
+from data.yaml_files import read_yaml
 from model.checkpoint import save_state
 from model.compute.settings import ExecutionParams
 from tasks.__main__ import main
-from tasks.params.reading import read_yaml
 from tasks.registry.tracking import named_metrics
 from tasks.training.metrics import read_metrics
 from tasks.training.states import Watch, differing, facts_of
@@ -189,7 +188,7 @@ def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(
         {"capability": "local_edit", "scale": 1.0, "weight": 1.0},
     ]
     document["absorb"] = {**own, "fields": fields, "steps": 3, "save_every": 1}
-    Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    write_json(Path("params.yaml"), document)
     command = [
         "absorb",
         "--encoded",

@@ -41,7 +41,7 @@ HOMES = {
     "cloudpickle": (),
 }
 DISTRIBUTIONS = {
-    "yaml": "pyyaml",
+    "ruamel": "ruamel-yaml",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
 }  # where the import's name is not the package's

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from data.yaml_files import read_yaml
 from tasks.checks.preflight import check_all
 from tasks.environment import PROJECT
-from tasks.params.reading import read_yaml, shared_fields
+from tasks.params.reading import shared_fields
 from tasks.params.sections import SHARED
 from tasks.running.workspace import RECORDS
 from tasks.stages.contract import STAGES, load_stage

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
+from data.files import write_json
 from data.microworld import World, example, render
 from data.randomness import numpy_generator
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example, write_examples
+from data.yaml_files import read_yaml
 from model.backbones import Backbone
 from model.backbones.micro import MicroBackbone
 from model.drawing import as_images
@@ -27,7 +28,7 @@ from model.networks.teachers import BASE, read_records, save_teacher
 from model.randomness import noise_for, torch_generator
 from model.step import LoopParams
 from tasks.environment import PROJECT
-from tasks.params.reading import PARAMS_FILE, fill_section, read_yaml
+from tasks.params.reading import PARAMS_FILE, fill_section
 from tasks.params.sections import BackboneParams, JudgeParams, MicroParams
 from tasks.stages import encode as encoding
 
@@ -255,5 +256,5 @@ def write_params(path: Path, **changes: Any) -> Path:
         "execution": execution,
         "distill": {**section, **changes},
     }
-    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    write_json(path, sections)
     return path

@@ -23,9 +23,10 @@ from scipy import stats
 from data.errors import UserError
 from data.files import read_json
 from data.records import CAPABILITIES
+from data.yaml_files import read_yaml
 from model.rollout import QUERY_BIAS
 from tasks.checks.preflight import check_all, evaluators
-from tasks.params.reading import PARAMS_FILE, load_params, read_yaml
+from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.params.sections import SHARED
 from tasks.stages.contract import STAGES, load_stage
 from tasks.training.metrics import read_metrics, speed_file

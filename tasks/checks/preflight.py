@@ -11,7 +11,8 @@ from typing import Any
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import CAPABILITIES
-from tasks.params.reading import PARAMS_FILE, check_sections, read_yaml
+from data.yaml_files import read_yaml
+from tasks.params.reading import PARAMS_FILE, check_sections
 from tasks.stages.contract import STAGES, load_stage
 from tasks.weights.sources import HUB, address_faults, missing_faults, unfetchable_faults
 

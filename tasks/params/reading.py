@@ -10,81 +10,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
-from data.errors import UserError, UserErrors
-from data.files import explain
+from data.errors import UserErrors
+from data.yaml_files import read_yaml
 from tasks.params.sections import SHARED
 
 T = TypeVar("T")
 PARAMS_FILE = "params.yaml"
-
-
-# --- reading the file -------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, as DVC reads the same file: 1e-3 is a number, `on` and `no` are text; a key given twice is a
-    mistake.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {}  # YAML 1.1's, which the base class has
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        [*"-+.0123456789"],
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice; keep one", node.start_mark
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The file as a mapping. Raises UserError when it is missing, unreadable, not YAML, or not a mapping of
-    sections.
-    """
-    try:
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such file; run from the project's folder, or name another with --params"
-        ) from error
-    except OSError as error:
-        raise explain(error, Path(path)) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected sections (name: ...), found {_shown(value)}")
-    return value
 
 
 # --- filling a dataclass ----------------------------------------------------------------------------------------------

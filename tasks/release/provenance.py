@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.errors import UserError
 from data.files import sha256_file
+from data.yaml_files import read_yaml
 
 # What a version stands on, beside its data: their digests are in its lineage, and the gate compares them with dvc.lock.
 SCORECARD_FILE = "reports/scorecard.json"
@@ -108,15 +107,10 @@ def provenance(project: Path) -> dict[str, Any]:
     project = Path(project)
     lock_path = project / "dvc.lock"
     try:
-        lock = yaml.safe_load(lock_path.read_text(encoding="utf-8")) if lock_path.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{lock_path}: not valid YAML ({error}); restore it with git checkout dvc.lock, or delete it and run dvc repro"
-        ) from error
-    recorded = {
-        path: " / ".join(sorted(digests))
-        for path, digests in _recorded(lock if isinstance(lock, Mapping) else {}).items()
-    }
+        lock = read_yaml(lock_path) if lock_path.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}; restore it with git checkout dvc.lock, or delete it and run dvc repro") from error
+    recorded = {path: " / ".join(sorted(digests)) for path, digests in _recorded(lock).items()}
     env_lock = next((project / name for name in LOCK_FILES if (project / name).is_file()), None)
     params = project / "params.yaml"
     return {

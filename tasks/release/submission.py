@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from data.errors import Outage, UserError, UserErrors
 from data.files import digest, link_or_copy, read_json, sha256_file
+from data.yaml_files import read_yaml
 from tasks.registry import files, server, tracking, versions
 from tasks.release import decisions, gate
 from tasks.release.card import description, teacher_metrics
@@ -186,7 +185,7 @@ def _publish(
     name = f"candidate {hashes_name(hashes)}"
     with tracking.run(project, name, {**tags, "submitted.by": actor, "submitted.reason": reason}, identity) as tracked:
         store = tracked.store
-        tracking.log_params(tracked, _params_of(submission.params))
+        tracking.log_params(tracked, read_yaml(submission.params))
         for stage, path in submission.steps.items():
             tracking.log_steps(tracked, stage, path)
         lock = Path(project) / "dvc.lock"
@@ -342,14 +341,6 @@ def _outcome(store: server.Store, status: str, version: str | None, run_id: str,
         "tracking_uri": address,
         "reasons": reasons,
     }
-
-
-def _params_of(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({error})") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _write_mlmodel(folder: Path) -> None:

@@ -172,7 +172,8 @@ def pull(path: str, project: Path, line: Callable[[str], None]) -> None:
     Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their
     stage, which is frozen, and committed.
     """
-    from tasks.params.reading import PARAMS_FILE, read_yaml
+    from data.yaml_files import read_yaml
+    from tasks.params.reading import PARAMS_FILE
 
     if path == "data/teachers" and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
         ended = stream([sys.executable, "-m", "tasks", "teachers", "--out", path], project, line)

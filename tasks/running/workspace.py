@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from data.errors import Outage, UserError, UserErrors
+from data.errors import Outage, UserError
 from data.files import atomic_folder, digest, sha256_file, write_text
+from data.yaml_files import set_values
 from tasks.environment import PROJECT
-from tasks.params.reading import PARAMS_FILE, read_yaml
+from tasks.params.reading import PARAMS_FILE
 from tasks.release.provenance import LOCK_FILES, git_state
 from tasks.running.repro import dvc, failure
 
@@ -171,21 +170,8 @@ def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) 
         if preset not in known:
             raise UserError(f"preset = {preset!r}: unknown; choose of {', '.join(known)}")
         write_text(path, (project / "presets" / f"{preset}.yaml").read_text(encoding="utf-8"))
-    if not overrides:
-        return
-    document, faults = read_yaml(path), []
-    for key, value in overrides.items():
-        *sections, last = key.split(".")
-        place: Any = document
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or last not in place:
-            faults.append(f"{key}: no such key in {PARAMS_FILE}")
-        else:
-            place[last] = value
-    if faults:
-        raise UserErrors("overrides: not every key exists", faults)
-    write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=160))
+    if overrides:
+        set_values(path, overrides)
 
 
 def _same_environment(folder: Path) -> None:
