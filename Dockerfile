@@ -18,7 +18,7 @@ ENTRYPOINT ["tini", "-g", "--"]
 FROM base AS servers
 COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint requirements.lock "mlflow[auth]" prefect fastapi psycopg2-binary asyncpg boto3 requests pyyaml
+    pip install --constraint requirements.lock "mlflow[auth]" prefect fastapi psycopg2-binary asyncpg boto3 requests ruamel.yaml annotated-types
 COPY --chown=danceopd . .
 USER danceopd
 

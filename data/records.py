@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from data.bounds import OneOf
 from data.errors import UserError
 from data.files import atomic_file
 
@@ -33,6 +34,7 @@ CAPABILITIES: dict[str, Capability] = {
     "global_edit": Capability("global_edit", "gedit", GLOBAL_EDITS, is_edit=True),
     "edit": Capability("edit", "gedit", LOCAL_EDITS + GLOBAL_EDITS, is_edit=True),  # the union of both edit buckets
 }
+CapabilityName = Annotated[str, OneOf(CAPABILITIES)]
 SPLITS = ("train", "eval")
 
 

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import nn
 
+from data.bounds import Above, Count, Decay, NotNegative, OneOf, Positive
 from data.errors import UserError
 from data.randomness import numpy_generator
 from model.backbones import Backbone
 from model.checkpoint import Ema
-from model.compute.optimizer import Optimizers, warmup_then_linear
+from model.compute.optimizer import OPTIMIZERS, Optimizers, warmup_then_linear
 from model.fields.base import Condition, velocity_mse
 from model.randomness import noise_for
 
@@ -25,16 +27,16 @@ class FlowMatchingParams:
     possible.
     """
 
-    steps: int
-    batch: int
-    learning_rate: float
-    optimizer: str
-    warmup: int
-    decay_from: float
-    ema: float
-    clip: float
-    prompt_dropout: float
-    time_shift: float
+    steps: Positive
+    batch: Positive
+    learning_rate: Above
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)]
+    warmup: Count
+    decay_from: NotNegative
+    ema: Decay
+    clip: Above
+    prompt_dropout: NotNegative
+    time_shift: Above
 
 
 @dataclass(frozen=True)

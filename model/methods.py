@@ -78,7 +78,7 @@ class _Part:
 
 def method_faults(method: str, states: str, query_states: int, start: str, batch: int) -> list[str]:
     """What is wrong with a choice of method among a run's other numbers."""
-    faults = [] if method in METHODS else [f"method = {method!r}: choose one of {list(METHODS)}"]
+    faults = []
     if query_states not in QUERY_STATES:
         faults.append(f"query_states = {query_states}: choose one of {list(QUERY_STATES)}")
     elif query_states > 1 and (method != "danceopd" or states != "on_policy"):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.bounds import Above
 from data.errors import UserErrors
-from data.records import CAPABILITIES
+from data.records import CAPABILITIES, CapabilityName
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Route:
     0).
     """
 
-    capability: str
+    capability: CapabilityName
     teacher: str
-    weight: float
+    weight: Above
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from data.errors import UserError
-from model.compute.optimizer import OPTIMIZERS, SCHEDULES
-from model.rollout import QUERY_BIAS
 from model.route import Route
 
 STATES = ("on_policy", "off_policy")
@@ -41,34 +39,6 @@ class LoopParams:
     states: str
     routing: str
     held_out: int
-
-    def faults(self) -> list[str]:
-        found = [
-            f"{name} = {getattr(self, name)}: expected 1 or more"
-            for name in ("steps", "batch", "rollout_steps")
-            if getattr(self, name) < 1
-        ]
-        choices = (
-            ("optimizer", sorted(OPTIMIZERS)),
-            ("schedule", sorted(SCHEDULES)),
-            ("query", sorted(QUERY_BIAS)),
-            ("states", STATES),
-            ("routing", ROUTING),
-        )
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                found.append(f"{name} = {getattr(self, name)!r}: choose one of {list(known)}")
-        if not 0 <= self.ema < 1:
-            found.append(f"ema = {self.ema}: expected 0 or more and below 1")
-        for name in ("learning_rate", "clip"):
-            if getattr(self, name) <= 0:
-                found.append(f"{name} = {getattr(self, name)}: expected above 0")
-        found += [
-            f"{name} = {getattr(self, name)}: expected 0 or more"
-            for name in ("max_gradient_norm", "held_out")
-            if getattr(self, name) < 0
-        ]
-        return found
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,15 @@ from data.errors import TRY_AGAIN, Outage, Terminated, UserError
 from data.files import explain, write_json, write_text
 from data.yaml_files import read_yaml
 from tasks.environment import prepare
+from tasks.params.presets import preset_file, preset_names, preset_text
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.stages.contract import STAGES, load_stage
 
 SUMMARIES = Path("runs/summaries")
-PRESETS = Path("presets")
 OTHERS = {
     "check": "check params.yaml, the routes and the teachers they name",
     "preset": "put presets/NAME.yaml in force as params.yaml",
+    "schema": "write params.schema.json, with which editors check and explain params.yaml",
 }
 TOOLS = {  # modules with a `cli(argv)` of their own
     "plan": "what params.yaml would run: stages, cache, evaluations, memory, time",
@@ -114,6 +115,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _check(arguments[1:])
     if command == "preset":
         return _preset(arguments[1:])
+    if command == "schema":
+        return _schema(arguments[1:])
     if command in TOOLS:
         signal.signal(signal.SIGTERM, _terminate)
         return int(
@@ -174,7 +177,7 @@ def _preset(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m tasks preset", description="Put presets/NAME.yaml in force as params.yaml, after checking it."
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of: {', '.join(_presets()) or 'none found'}")
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of: {', '.join(preset_names()) or 'none found'}")
     parser.add_argument(
         "--params",
         type=Path,
@@ -183,16 +186,13 @@ def _preset(arguments: list[str]) -> int:
         help="the file to replace (default: %(default)s)",
     )
     parsed = parser.parse_args(arguments)
-    if parsed.name not in _presets():
-        given = "no preset named" if parsed.name is None else f"unknown preset {parsed.name!r}"
-        raise UserError(f"{given}; choose of {', '.join(_presets()) or f'(there are none in {PRESETS})'}")
+    source = preset_file(parsed.name)
     from tasks.checks.preflight import check_all
 
-    source = PRESETS / f"{parsed.name}.yaml"
     check_all(source)
     before = flatten(read_yaml(parsed.params)) if parsed.params.exists() else {}
     after = flatten(read_yaml(source))
-    write_text(parsed.params, source.read_text(encoding="utf-8"))
+    write_text(parsed.params, preset_text(parsed.name))
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     for key in changed:
         print(f"{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}")
@@ -207,8 +207,17 @@ def _preset(arguments: list[str]) -> int:
     return 0
 
 
-def _presets() -> list[str]:
-    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+def _schema(arguments: list[str]) -> int:
+    from tasks.params.schema import FILE, schema
+
+    parser = argparse.ArgumentParser(
+        "python -m tasks schema", description="Write the JSON Schema of params.yaml, for editors."
+    )
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: %(default)s)")
+    path = parser.parse_args(arguments).out
+    write_json(path, schema())
+    print(f"{path}: written; an editor with a YAML language server reads it for params.yaml and the presets")
+    return 0
 
 
 def _overview(command: str) -> int:

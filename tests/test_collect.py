@@ -19,6 +19,7 @@ from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
 from data.microworld import COLORS, Scene, render
 from data.records import CAPABILITIES, read_examples
+from tasks.params.reading import faults_of
 from tasks.params.sections import WorldParams
 from tasks.stages.collect import CATEGORIES, Params, collect, draw_examples
 
@@ -156,6 +157,6 @@ def test_a_broken_folder_leaves_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_params_name_their_faults(params: Params, key: str) -> None:
-    assert PARAMS.faults() == []
-    (fault,) = params.faults()
+    assert faults_of(PARAMS) == []
+    (fault,) = faults_of(params)
     assert fault.startswith(f"{key} = ")

@@ -38,6 +38,7 @@ from data.images import ImageFault, decode_image, distances, encode_png, fingerp
 from data.manifests import RawRow, write_manifest
 from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, SHAPES, Scene, Thing, World, render
 from data.records import read_examples
+from tasks.params.reading import faults_of
 
 WORLD = World()
 OPTIONS = Options(
@@ -433,8 +434,8 @@ def test_too_few_rows_are_an_error_that_names_them() -> None:
     ],
 )
 def test_options_name_their_faults(change: dict[str, Any], key: str) -> None:
-    assert OPTIONS.faults() == []
-    (fault,) = replace(OPTIONS, **change).faults()
+    assert faults_of(OPTIONS) == []
+    (fault,) = faults_of(replace(OPTIONS, **change))
     assert fault.startswith(f"{key} = ")
 
 

@@ -290,14 +290,6 @@ def test_the_learning_rate_follows_the_schedule_and_ema_the_weights() -> None:
     np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.06, 0.04, 0.02])
 
 
-def test_faults_of_the_loops_numbers_are_named_together() -> None:
-    found = loop_params(steps=0, query="lo", states="of_policy", routing="sfot", ema=1.0, learning_rate=0.0).faults()
-    assert len(found) == 6
-    for part in ("steps = 0", "'lo'", "'of_policy'", "'sfot'", "ema = 1.0", "learning_rate = 0.0"):
-        assert any(part in fault for fault in found)
-    assert loop_params().faults() == []
-
-
 # --- the algorithm, on real networks ----------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ from model.plain import accumulate_plain, own_networks
 from model.rollout import euler_grid
 from model.route import Route, Router
 from model.step import LoopParams, NotFinite, Plan
+from tasks.params.reading import faults_of
 from tests.tiny import EXECUTION, loop_params
 
 CPU = torch.device("cpu")
@@ -399,10 +400,9 @@ def test_what_fits_follows_the_memory_and_recomputes_only_when_it_must() -> None
 
 
 def test_faults_of_the_execution_are_named_together() -> None:
-    assert ExecutionParams(**EXECUTION).faults() == []
-    found = ExecutionParams(
-        **{**EXECUTION, "device": "tpu", "precision": "fp8", "micro_batch": -1, "processes": 0, "attention": "fast"}
-    ).faults()
+    assert faults_of(ExecutionParams(**EXECUTION)) == []
+    wrong = {"device": "tpu", "precision": "fp8", "micro_batch": -1, "processes": 0, "attention": "fast"}
+    found = faults_of(ExecutionParams(**{**EXECUTION, **wrong}))
     assert len(found) == 5 and any("'tpu'" in fault and "cuda" in fault for fault in found)
 
 

@@ -21,6 +21,7 @@ from candidates import PARAMS, metric, scorecard
 from data.errors import UserError
 from data.files import read_json, write_json
 from data.yaml_files import read_yaml
+from tasks.params.reading import faults_of
 from tasks.release import gate
 from tasks.release.provenance import git_state, md5_of, provenance
 
@@ -290,17 +291,12 @@ def test_a_malformed_scorecard_is_refused_not_a_crash(card: dict[str, Any]) -> N
 
 
 def test_params_faults_are_all_named() -> None:
-    assert PARAMS.faults() == []
+    assert faults_of(PARAMS) == []
+    floors = {"geneval/total": math.nan}
     bad = replace(
-        PARAMS,
-        capabilities=("t2l",),
-        floors={"geneval/total": math.nan},
-        compared=("x",),
-        alpha=1.0,
-        min_prompts={"genval": 3},
-        resamples=0,
+        PARAMS, capabilities=("t2l",), floors=floors, compared=("x",), alpha=1.0, min_prompts={"genval": 3}, resamples=0
     )
-    text = "\n".join(bad.faults())
+    text = "\n".join(faults_of(bad))
     for word in ("t2l", "geneval/total", "'x'", "alpha", "genval", "resamples", "finite"):
         assert word in text
 

@@ -28,6 +28,7 @@ from model.route import Route
 from tasks.checks import rescore
 from tasks.checks.preflight import judge_faults
 from tasks.environment import PROJECT
+from tasks.params.reading import faults_of
 from tasks.params.sections import (
     BenchmarkParams,
     JudgeParams,
@@ -432,10 +433,15 @@ def test_faults_of_the_judge_are_known_before_the_run(monkeypatch: pytest.Monkey
         {},
     ):
         assert judge_faults(fine) == []
-    faults = judge_params(
-        "ftp://x", model="", categories=("colors",), server=replace(judge_params("ftp://x").server, tries=0)
-    ).faults()
-    assert len(faults) == 4 and "server.tries = 0" in faults[0] and "'colors' is no category of edits" in faults[1]
+    faults = faults_of(
+        judge_params("ftp://x", categories=("colors",), server=replace(judge_params("ftp://x").server, tries=0))
+    )
+    assert len(faults) == 2 and faults[0].startswith("categories[0] = 'colors': expected one of subject-add, ")
+    assert faults[1] == "server.tries = 0: expected 1 or more"
+    assert [fault.split(" ")[0] for fault in faults_of(judge_params("ftp://x", model=""))] == [
+        "model",
+        "server.base_url",
+    ]
 
 
 __all__ = ["Path", "judge_params", "run_validate"]

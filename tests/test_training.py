@@ -16,12 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from data.errors import UserErrors
 from data.files import read_json, write_json
 from data.yaml_files import read_yaml
 from model.checkpoint import save_state
 from model.compute.settings import ExecutionParams
 from tasks.__main__ import main
+from tasks.params.reading import load_params
 from tasks.registry.tracking import named_metrics
+from tasks.stages import distill as distilling
 from tasks.training.metrics import read_metrics
 from tasks.training.states import Watch, differing, facts_of
 from tests.tiny import EXECUTION, Tiny, build, loop_params, write_params
@@ -229,11 +232,25 @@ def test_every_so_many_states_are_kept_for_good(tmp_path: Path) -> None:
 
 
 def test_faults_of_what_is_watched_are_named() -> None:
-    assert WATCH.faults(0) == []
+    assert WATCH.conflicts(0) == []
     assert (
-        any("held_out" in fault for fault in replace(WATCH, validate_every=5).faults(0))
-        and replace(WATCH, validate_every=5).faults(2) == []
+        any("held_out" in fault for fault in replace(WATCH, validate_every=5).conflicts(0))
+        and replace(WATCH, validate_every=5).conflicts(2) == []
     )
-    assert any("validate_every" in fault for fault in replace(WATCH, patience=1).faults(2))
-    assert any("keep_every" in fault for fault in replace(WATCH, keep_every=3).faults(0))
-    assert any("resume_from" in fault for fault in replace(WATCH, accept_changed=("steps",)).faults(0))
+    assert any("validate_every" in fault for fault in replace(WATCH, patience=1).conflicts(2))
+    assert any("keep_every" in fault for fault in replace(WATCH, keep_every=3).conflicts(0))
+    assert any("resume_from" in fault for fault in replace(WATCH, accept_changed=("steps",)).conflicts(0))
+
+
+def test_faults_of_the_loops_numbers_are_named_together(tmp_path: Path) -> None:
+    wrong = {"steps": 0, "query": "lo", "states": "of_policy", "routes_taken": "sfot", "ema": 1.0, "learning_rate": 0.0}
+    with pytest.raises(UserErrors) as told:
+        load_params(distilling.Params, "distill", write_params(tmp_path / "params.yaml", **wrong))
+    assert sorted(told.value.faults) == [
+        "distill.ema = 1.0: expected 0 or more and less than 1",
+        "distill.learning_rate = 0.0: expected more than 0",
+        "distill.query = 'lo': expected one of low, mid, high, uniform; did you mean 'low'?",
+        "distill.routes_taken = 'sfot': expected one of hard, soft; did you mean 'soft'?",
+        "distill.states = 'of_policy': expected one of on_policy, off_policy; did you mean 'off_policy'?",
+        "distill.steps = 0: expected 1 or more",
+    ]

@@ -7,7 +7,11 @@ import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge
+
+from data.bounds import Count, OneOf, Positive
 from data.files import digest
 from data.images import ImageFault, Picture, decode_image, picture_of
 from data.manifests import RawRow, Rejection
@@ -25,35 +29,23 @@ Progress = Callable[[int, int, str], None]
 class Options:
     """What is kept. Edges are in pixels; an exact size is `min_edge` = `max_edge`."""
 
-    min_edge: int
-    max_edge: int
-    max_pixels: int  # an image with more is refused before it is decoded
+    min_edge: Positive
+    max_edge: Positive
+    max_pixels: Positive  # an image with more is refused before it is decoded
     convert_modes: bool  # turn grey, palette, CMYK and transparent images into RGB instead of rejecting them
-    max_prompt_words: int
-    near_duplicate_distance: int  # bits of `data.images.fingerprint`
-    max_ratio: float  # no capability has more training rows than this times the smallest one's
-    minimum_train: dict[str, int]  # capability -> rows that must remain
-    minimum_eval: dict[str, int]
+    max_prompt_words: Positive
+    near_duplicate_distance: Count  # bits of `data.images.fingerprint`
+    max_ratio: Annotated[float, Ge(1)]  # no capability has more training rows than this times the smallest one's
+    minimum_train: dict[Annotated[str, OneOf(BUCKETS)], Count]  # capability -> rows that must remain
+    minimum_eval: dict[Annotated[str, OneOf(BUCKETS)], Count]
 
     def faults(self) -> list[str]:
         """Cross-field faults, each `key = value: what to do`."""
         found = []
-        if not 1 <= self.min_edge <= self.max_edge:
-            found.append(f"min_edge = {self.min_edge}: expected 1 or more and at most max_edge = {self.max_edge}")
+        if self.min_edge > self.max_edge:
+            found.append(f"min_edge = {self.min_edge}: expected at most max_edge = {self.max_edge}")
         if self.max_pixels < self.max_edge**2:
             found.append(f"max_pixels = {self.max_pixels}: expected at least max_edge squared = {self.max_edge**2}")
-        if self.max_prompt_words < 1:
-            found.append(f"max_prompt_words = {self.max_prompt_words}: expected 1 or more")
-        if self.near_duplicate_distance < 0:
-            found.append(f"near_duplicate_distance = {self.near_duplicate_distance}: expected 0 or more bits")
-        if not self.max_ratio >= 1:
-            found.append(f"max_ratio = {self.max_ratio}: expected 1 or more")
-        for key in ("minimum_train", "minimum_eval"):
-            for name, count in getattr(self, key).items():
-                if name not in BUCKETS:
-                    found.append(f"{key}.{name} = {count}: unknown capability; choose of {', '.join(BUCKETS)}")
-                elif count < 0:
-                    found.append(f"{key}.{name} = {count}: expected 0 or more")
         return found
 
 

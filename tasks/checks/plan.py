@@ -26,6 +26,7 @@ from data.records import CAPABILITIES
 from data.yaml_files import read_yaml
 from model.rollout import QUERY_BIAS
 from tasks.checks.preflight import check_all, evaluators
+from tasks.params.presets import preset_file
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.params.sections import SHARED
 from tasks.stages.contract import STAGES, load_stage
@@ -33,7 +34,7 @@ from tasks.training.metrics import read_metrics, speed_file
 from tasks.weights.assembly import addresses
 from tasks.weights.sources import availability, cached
 
-PRESETS, TEACHERS = Path("presets"), Path("data/teachers")
+TEACHERS = Path("data/teachers")
 GUIDED = 2  # evaluations of a field under classifier-free guidance
 # Floating-point operations of one forward of one sample, 1e12 (T2I, edit) by resolution; Z-Image with 128 and 160 text
 # tokens.
@@ -433,11 +434,7 @@ def cli(argv: Sequence[str]) -> int:
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(argv))
-    path = PRESETS / f"{options.preset}.yaml" if options.preset else options.params
-    if options.preset and not path.is_file():
-        raise UserError(
-            f"unknown preset {options.preset!r}; choose of {', '.join(sorted(file.stem for file in PRESETS.glob('*.yaml')))}"
-        )
+    path = preset_file(options.preset) if options.preset else options.params
     found = plan(path, Path.cwd())
     if options.json:
         print(json.dumps(found, indent=2))

@@ -14,8 +14,9 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
+from data.bounds import OneOf, expected, holds
 from data.errors import UserErrors
 from data.yaml_files import read_yaml
 from tasks.params.sections import SHARED
@@ -70,6 +71,13 @@ def shared_fields(cls: type) -> dict[str, type]:
     }
 
 
+def faults_of(params: Any) -> list[str]:
+    """The faults of parameters that were made in code or from flags, as the file's would be named."""
+    faults: list[str] = []
+    _dataclass(type(params), dataclasses.asdict(params), "", faults)
+    return [fault.removeprefix(".") for fault in faults]
+
+
 def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: list[str]) -> Any:
     """As `load_params` on a document already read; adds to `faults` (dotted keys) and returns None where there are
     any.
@@ -105,7 +113,7 @@ def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mappin
             )
         elif name not in names:
             faults.append(f"{key}.{name} = {_shown(value[name])}: unknown key{_nearest(str(name), names)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     filled = dict(given)
     for name in names:
         if name in value:
@@ -125,12 +133,20 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _dataclass(hint, value, key, faults)
+    if origin is Annotated:
+        made = _convert(arguments[0], value, key, faults)
+        if made is None or all(holds(made, rule) for rule in hint.__metadata__):
+            return made
+        faults.append(
+            f"{key} = {_shown(value)}: expected {_rules(hint)}{_nearest(made, _names(hint)) if _names(hint) else ''}"
+        )
+        return None
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _convert(inner, value, key, faults)
-    if origin in (list, tuple) and isinstance(value, list):
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if not fixed or len(value) == len(arguments):
             kinds = arguments if fixed else [arguments[0]] * len(value)
@@ -143,6 +159,8 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
         for name in value:
             if not isinstance(name, str):
                 faults.append(f"{key}: key {_shown(name)}: expected text; put it in quotes")
+            elif (known := _names(arguments[0])) and name not in known:
+                faults.append(f"{key}.{name} = {_shown(value[name])}: unknown name{_nearest(name, known)}")
         return {name: _convert(arguments[1], item, f"{key}.{name}", faults) for name, item in value.items()}
     elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -165,6 +183,8 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
 
 def _expected(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _rules(hint) if _names(hint) else f"{_expected(arguments[0])}, {_rules(hint)}"
     if origin in (Union, types.UnionType):
         return " or ".join("null" if argument is type(None) else _expected(argument) for argument in arguments)
     if origin is Literal:
@@ -179,6 +199,16 @@ def _expected(hint: Any) -> str:
         return f"a mapping with the keys {', '.join(field.name for field in dataclasses.fields(hint))}"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     return words.get(hint, str(hint))
+
+
+def _rules(hint: Any) -> str:
+    words = [rule for rule in hint.__metadata__ if isinstance(rule, str)]
+    return words[0] if words else " and ".join(text for rule in hint.__metadata__ if (text := expected(rule)))
+
+
+def _names(hint: Any) -> tuple[str, ...]:
+    """What `OneOf` names; none for every other type."""
+    return next((rule.names for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, OneOf)), ())
 
 
 def _shown(value: Any) -> str:

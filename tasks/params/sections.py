@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from annotated_types import Ge
+
+from data.bounds import Above, Count, NotNegative, OneOf, Positive
 from data.errors import UserError
 from data.records import GLOBAL_EDITS, LOCAL_EDITS
 from model.compute.settings import ExecutionParams
@@ -48,10 +51,10 @@ class MicroParams:
     evenly over `heads`.
     """
 
-    width: int
-    layers: int
-    heads: int
-    latent_channels: int
+    width: Positive
+    layers: Positive
+    heads: Positive
+    latent_channels: Positive
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ class PretrainedParams:
     `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
     """
 
-    precision: str
-    device: str
-    resolution: int
-    max_tokens: int
+    precision: Literal["float32", "bfloat16"]
+    device: Literal["auto", "cpu", "cuda"]
+    resolution: Positive
+    max_tokens: Positive
     offload: bool
 
 
@@ -89,20 +92,13 @@ class BackboneParams:
         if getattr(self, other) is not None:
             return [f"{other}: name = {self.name!r} does not read it; write {other}: null"]
         if self.micro is not None:
-            faults = [
-                f"micro.{fault}" for fault in _positive(self.micro, "width", "layers", "heads", "latent_channels")
-            ]
-            if not faults and self.micro.width % self.micro.heads:
-                faults.append(
-                    f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}"
-                )
-            return faults
-        assert self.pretrained is not None
-        faults = [f"pretrained.{fault}" for fault in _positive(self.pretrained, "resolution", "max_tokens")]
-        for name, known in (("precision", ("float32", "bfloat16")), ("device", ("auto", "cpu", "cuda"))):
-            if getattr(self.pretrained, name) not in known:
-                faults.append(f"pretrained.{name} = {getattr(self.pretrained, name)!r}: choose one of {list(known)}")
-        return faults
+            wrong = self.micro.width % self.micro.heads
+            return (
+                [f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}"]
+                if wrong
+                else []
+            )
+        return []
 
     @property
     def bytes_a_weight(self) -> int:
@@ -135,17 +131,11 @@ class SamplingParams:
     `steps` Euler steps; `guidance` is the scale of the guided references (1 = unguided).
     """
 
-    steps: int
-    guidance: float
-    images_per_prompt: int
+    steps: Positive
+    guidance: Annotated[float, Ge(1), "1 (unguided) or more"]
+    images_per_prompt: Positive
     seed: int
-    batch: int
-
-    def faults(self) -> list[str]:
-        faults = _positive(self, "steps", "images_per_prompt", "batch")
-        if self.guidance < 1:
-            faults.append(f"guidance = {self.guidance}: expected 1 (unguided) or more")
-        return faults
+    batch: Positive
 
 
 @dataclass(frozen=True)
@@ -172,17 +162,13 @@ class BenchmarkParams:
     detector: str
     classifier: str
     device: str
-    batch: int
-    workers: int
+    batch: Positive
+    workers: Positive
     scheduler: str
 
     def faults(self) -> list[str]:
-        faults = _positive(self, "batch", "workers")
-        if not self.detector:
-            faults.append(
-                "detector is empty: write micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance"
-            )
-        return faults
+        names = "micro, a folder, or a name on the hub such as facebook/mask2former-swin-small-coco-instance"
+        return [] if self.detector else [f"detector is empty: write {names}"]
 
 
 @dataclass(frozen=True)
@@ -191,9 +177,9 @@ class RequestParams:
     sends none; `resize` acts on the images ("match-source": the edited one to its source's size, "area512": both to the
     area of 512 x 512 px); `extra` are further fields of the request's body."""
 
-    temperature: float
+    temperature: NotNegative
     seed: int | None
-    max_tokens: int
+    max_tokens: Positive
     text_first: bool
     image_format: Literal["png", "jpeg"]
     resize: Literal["match-source", "area512", "none"]
@@ -211,11 +197,11 @@ class ServerParams:
     base_url: str
     key_variable: str
     provider: str
-    timeout_s: float
-    tries: int
-    wait_s: float
-    longest_wait_s: float
-    per_minute: int
+    timeout_s: Above
+    tries: Positive
+    wait_s: NotNegative
+    longest_wait_s: NotNegative
+    per_minute: Count
 
 
 @dataclass(frozen=True)
@@ -237,27 +223,19 @@ class JudgeParams:
     model: str
     wording: str
     language: Literal["en", "cn"]
-    categories: tuple[str, ...]
-    repeats: int
+    categories: tuple[Annotated[str, OneOf(EDITS)], ...]
+    repeats: Positive
     request: RequestParams
     server: ServerParams
     dtype: str
-    concurrency: int
-    workers: int
+    concurrency: Positive
+    workers: Positive
     retry: tuple[Literal["api_error", "refused", "unparseable"], ...]
     prices: tuple[float, float] | None
     highest_price: float | None
 
     def faults(self) -> list[str]:
-        faults = _positive(self, "repeats", "concurrency", "workers") + [
-            f"request.{fault}" for fault in _positive(self.request, "max_tokens")
-        ]
-        faults += [f"server.{fault}" for fault in _positive(self.server, "tries")]
-        faults += [
-            f"categories: {name!r} is no category of edits; choose of {', '.join(EDITS)}"
-            for name in self.categories
-            if name not in EDITS
-        ]
+        faults = []
         if self.kind != "none" and not self.model:
             faults.append(
                 f"model is empty, but kind = {self.kind!r}: name the model as the server does, with its date, or the checkpoint's folder"
@@ -268,18 +246,7 @@ class JudgeParams:
             faults.append(
                 f"request.temperature = {self.request.temperature}: a local judge decodes greedily, so it must be 0"
             )
-        faults += (
-            [f"request.temperature = {self.request.temperature}: expected 0 or more"]
-            if self.request.temperature < 0
-            else []
-        )
-        faults += [
-            f"server.{name} = {getattr(self.server, name)}: expected more than 0"
-            for name in ("timeout_s",)
-            if getattr(self.server, name) <= 0
-        ]
-        negative = [name for name in ("wait_s", "longest_wait_s", "per_minute") if getattr(self.server, name) < 0]
-        return faults + [f"server.{name} = {getattr(self.server, name)}: expected 0 or more" for name in negative]
+        return faults
 
 
 SHARED: dict[str, type] = {
@@ -291,7 +258,3 @@ SHARED: dict[str, type] = {
     "benchmark": BenchmarkParams,
     "judge": JudgeParams,
 }
-
-
-def _positive(params: object, *names: str) -> list[str]:
-    return [f"{name} = {getattr(params, name)}: expected 1 or more" for name in names if getattr(params, name) < 1]

@@ -62,8 +62,8 @@ def description(
         "",
     ]
     metrics = scorecard["metrics"]
-    order = [path for path in gate.known_paths() if path in metrics] + sorted(
-        path for path in metrics if path not in set(gate.known_paths())
+    order = [path for path in gate.PATHS if path in metrics] + sorted(
+        path for path in metrics if path not in gate.PATHS
     )
     order.sort(
         key=lambda path: not path.startswith("retention/") and path.partition("/")[2] not in gate.HEADLINES.values()

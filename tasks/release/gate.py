@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks.scores.scorecard import MINIMUM_COVERAGE
+from data.bounds import Count, OneOf, Positive, Share
 from data.errors import UserError
 from data.files import digest, read_json, write_json
-from data.records import CAPABILITIES
+from data.records import CAPABILITIES, CapabilityName
 from tasks.registry import versions
 from tasks.release.provenance import CHECKPOINT_FOLDER, SCORECARD_FILE, VALIDATE_FILE, provenance
 
@@ -36,64 +37,52 @@ SCORES_FILE = "reports/score/scores.parquet"
 VERDICT_FILE = "reports/verdict.json"
 
 
+def expected_paths(capabilities: Sequence[str]) -> list[str]:
+    """Metric paths on which a student with these capabilities must have been scored: headlines, categories,
+    retentions.
+    """
+    paths: dict[str, None] = {}
+    for name in capabilities:
+        capability = CAPABILITIES[name]
+        paths[f"{capability.benchmark}/{HEADLINES[capability.benchmark]}"] = None
+        paths.update(dict.fromkeys(f"{capability.benchmark}/{category}" for category in capability.categories))
+    paths.update(dict.fromkeys(f"retention/{name}" for name in capabilities))
+    return list(paths)
+
+
+PATHS = expected_paths(list(CAPABILITIES))
+MetricPath = Annotated[str, OneOf(PATHS)]
+
+
 @dataclass(frozen=True)
 class Params:
-    """Section `gate` of params.yaml."""
+    """Section `gate` of params.yaml.
 
-    capabilities: tuple[
-        str, ...
-    ]  # what the student must be able to do: these retentions and their benchmarks' paths have to be present
-    floors: dict[str, float]  # metric path -> lowest mean that passes
-    retention: float  # lowest student / teacher ratio, for each capability
-    compared: tuple[str, ...]  # metric paths on which the candidate may not fall behind the champion
-    alpha: float  # a fall counts when the two-sided (1 - alpha) interval of candidate - champion lies below zero
-    resamples: int  # of the paired bootstrap
+    `capabilities`: what the student must be able to do; their retentions and their benchmarks' paths have to be there.
+    `floors`: metric path -> lowest mean that passes. `retention`: lowest student / teacher ratio, for each capability.
+    `compared`: metric paths on which the candidate may not fall behind the champion: a fall counts when the two-sided
+    (1 - `alpha`) interval of candidate - champion, of `resamples` paired bootstraps, lies below zero. `min_prompts`:
+    benchmark -> lowest n of its headline metric. `allow_dirty`: tracked files may differ from the commit (recorded in
+    the registry all the same). `allow_unversioned`: no git revision or no dvc.lock is acceptable.
+    `allow_benchmark_change`: the champion was scored on another benchmark or sampling: start a new line, do not refuse.
+    """
+
+    capabilities: tuple[CapabilityName, ...]
+    floors: dict[MetricPath, float]
+    retention: float
+    compared: tuple[MetricPath, ...]
+    alpha: Share
+    resamples: Positive
     seed: int
-    min_prompts: dict[str, int]  # benchmark -> lowest n of its headline metric
-    allow_dirty: bool  # tracked files may differ from the commit (recorded in the registry all the same)
-    allow_unversioned: bool  # no git revision or no dvc.lock is acceptable
-    allow_benchmark_change: (
-        bool  # the champion was scored on another benchmark or sampling: start a new line instead of refusing
-    )
+    min_prompts: dict[Annotated[str, OneOf(HEADLINES)], Count]
+    allow_dirty: bool
+    allow_unversioned: bool
+    allow_benchmark_change: bool
 
     def faults(self) -> list[str]:
         """Cross-field faults, one sentence each."""
         known = ", ".join(CAPABILITIES)
-        found = [
-            f"capabilities: unknown capability {name!r}; known are {known}"
-            for name in self.capabilities
-            if name not in CAPABILITIES
-        ]
-        if not self.capabilities:
-            found.append("capabilities: empty; name at least one of " + known)
-        if not 0 < self.alpha < 1:
-            found.append(f"alpha = {self.alpha}: is not between 0 and 1")
-        if self.resamples < 1:
-            found.append(f"resamples = {self.resamples}: is not positive")
-        found += [
-            f"min_prompts: unknown benchmark {name!r}; known are {', '.join(HEADLINES)}"
-            for name in self.min_prompts
-            if name not in HEADLINES
-        ]
-        paths = set(known_paths())
-        found += [
-            f"floors: unknown metric path {path!r}; known are {', '.join(sorted(paths))}"
-            for path in self.floors
-            if path not in paths
-        ]
-        found += [
-            f"compared: unknown metric path {path!r}; known are {', '.join(sorted(paths))}"
-            for path in self.compared
-            if path not in paths
-        ]
-        found += [
-            f"floors.{path} = {floor}: is not a finite number"
-            for path, floor in self.floors.items()
-            if not math.isfinite(floor)
-        ]
-        if not math.isfinite(self.retention):
-            found.append(f"retention = {self.retention}: is not a finite number")
-        return found
+        return [] if self.capabilities else [f"capabilities: empty; name at least one of {known}"]
 
 
 @dataclass(frozen=True)
@@ -127,24 +116,6 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         return {"passed": self.passed, "rules": [rule.to_json() for rule in self.rules]}
-
-
-def known_paths() -> list[str]:
-    """Every metric path a scorecard can hold."""
-    return expected_paths(tuple(CAPABILITIES))
-
-
-def expected_paths(capabilities: Sequence[str]) -> list[str]:
-    """Metric paths that a student with these capabilities must have been scored on, each once: headlines, categories,
-    retentions.
-    """
-    paths: dict[str, None] = {}
-    for name in capabilities:
-        capability = CAPABILITIES[name]
-        paths[f"{capability.benchmark}/{HEADLINES[capability.benchmark]}"] = None
-        paths.update(dict.fromkeys(f"{capability.benchmark}/{category}" for category in capability.categories))
-    paths.update(dict.fromkeys(f"retention/{name}" for name in capabilities))
-    return list(paths)
 
 
 def finite(value: Any) -> float | None:

@@ -25,6 +25,7 @@ from data.errors import Outage, UserError
 from data.files import atomic_folder, digest, sha256_file, write_text
 from data.yaml_files import set_values
 from tasks.environment import PROJECT
+from tasks.params.presets import preset_text
 from tasks.params.reading import PARAMS_FILE
 from tasks.release.provenance import LOCK_FILES, git_state
 from tasks.running.repro import dvc, failure
@@ -166,10 +167,7 @@ def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) 
     """
     path = project / PARAMS_FILE
     if preset is not None:
-        known = sorted(file.stem for file in (project / "presets").glob("*.yaml"))
-        if preset not in known:
-            raise UserError(f"preset = {preset!r}: unknown; choose of {', '.join(known)}")
-        write_text(path, (project / "presets" / f"{preset}.yaml").read_text(encoding="utf-8"))
+        write_text(path, preset_text(preset, project))
     if overrides:
         set_values(path, overrides)
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from data.bounds import Above
 from data.files import read_json
-from data.records import CAPABILITIES
-from model.compute.settings import ExecutionParams
+from data.records import CAPABILITIES, CapabilityName
 from model.examples import encoded_fingerprint, load_buckets
 from model.fields.base import VelocityField
 from model.fields.guided import Guided
@@ -18,10 +20,9 @@ from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
 from model.route import Route, route_faults, router
 from model.step import LoopParams
-from tasks.params.sections import BackboneParams
 from tasks.training.processes import in_processes, this_process
-from tasks.training.run import loop_params, parts_to_load, run_training
-from tasks.training.states import Watch, facts_of, watch_params
+from tasks.training.run import TrainingParams, parts_to_load, run_training
+from tasks.training.states import facts_of
 
 
 @dataclass(frozen=True)
@@ -30,57 +31,27 @@ class Guidance:
     `weight` is the share of the steps.
     """
 
-    capability: str
-    scale: float
-    weight: float
+    capability: CapabilityName
+    scale: Annotated[float, Ge(1)]
+    weight: Above
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(TrainingParams):
     """Section `absorb`. `fields`: what is absorbed, by capability; the rest is as in `distill`."""
 
-    backbone: BackboneParams
-    execution: ExecutionParams
     fields: tuple[Guidance, ...]
-    seed: int
-    resume_from: str
-    accept_changed: tuple[str, ...]
-    save_every: int
-    keep_every: int
-    validate_every: int
-    patience: int
-    cosine_every: int
-    held_out: int
-    steps: int
-    batch: int
-    learning_rate: float
-    optimizer: str
-    schedule: str
-    warmup: int
-    decay_from: float
-    ema: float
-    clip: float
-    max_gradient_norm: float
-    rollout_steps: int
-    query: str
 
     def loop(self) -> LoopParams:
-        return loop_params(self, states="on_policy", routing="hard")
-
-    def watch(self) -> Watch:
-        return watch_params(self)
+        return self.loop_with("on_policy", "hard")
 
     def routes(self) -> list[Route]:
         return [Route(field.capability, f"guided {field.capability}", field.weight) for field in self.fields]
 
     def faults(self) -> list[str]:
-        found = self.loop().faults() + [fault.replace("routes", "fields") for fault in route_faults(self.routes())]
-        found += [
-            f"fields[{index}].scale = {field.scale}: expected 1 or more"
-            for index, field in enumerate(self.fields)
-            if field.scale < 1
-        ]
-        return found + self.watch().faults(self.held_out)
+        return [fault.replace("routes", "fields") for fault in route_faults(self.routes())] + self.conflicts(
+            self.held_out
+        )
 
 
 def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out: Path) -> dict[str, Any]:
@@ -111,11 +82,11 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
         router(params.routes()),
         params.loop(),
         seed=params.seed,
-        watch=params.watch(),
+        watch=params,
         execution=params.execution,
         facts=facts_of(
             params.loop(),
-            params.watch(),
+            params,
             params.execution,
             seed=params.seed,
             fields=[asdict(field) for field in params.fields],

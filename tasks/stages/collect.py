@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from data.bounds import Count, OneOf
 from data.curation.filters import BUCKETS
 from data.errors import UserError, UserErrors
 from data.files import atomic_folder
@@ -31,20 +32,14 @@ class Params:
     source: Literal["microworld", "folder"]
     folder: str  # with manifests and images; read when source is "folder"
     seed: int
-    train: dict[str, int]  # capability -> rows, spread evenly over its categories
-    evaluation: dict[str, int]  # category -> held-out rows
+    train: dict[Annotated[str, OneOf(BUCKETS)], Count]  # capability -> rows, spread evenly over its categories
+    evaluation: dict[Annotated[str, OneOf(CATEGORIES)], Count]  # category -> held-out rows
     world: WorldParams
 
     def faults(self) -> list[str]:
         found = []
         if self.source == "folder" and not self.folder:
             found.append('folder = "": expected the folder with your manifests, as source is "folder"')
-        for key, given, known in (("train", self.train, BUCKETS), ("evaluation", self.evaluation, CATEGORIES)):
-            for name, count in given.items():
-                if name not in known:
-                    found.append(f"{key}.{name} = {count}: unknown name; choose of {', '.join(known)}")
-                elif count < 0:
-                    found.append(f"{key}.{name} = {count}: expected 0 or more")
         if self.source == "microworld" and not sum(self.train.values()):
             found.append(f"train = {self.train}: expected at least one row")
         return found

@@ -43,3 +43,10 @@ def load_stage(name: str) -> Stage:
             f"tasks.stages.{name}.{name}: expected (params, *, path: Path, ...) without defaults, found {inspect.signature(function)}"
         )
     return Stage(name, function, params, tuple(argument.name for argument in paths))
+
+
+def sections() -> dict[str, type]:
+    """Every section of params.yaml that is not shared -> the dataclass that reads it."""
+    from tasks.release import gate
+
+    return {**{name: load_stage(name).params for name in STAGES}, "gate": gate.Params}

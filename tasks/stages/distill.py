@@ -4,79 +4,45 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from data.bounds import OneOf, Positive
 from data.files import atomic_folder, digest
-from model.compute.settings import ExecutionParams
 from model.examples import encoded_fingerprint, load_buckets
-from model.methods import compute_of, in_lockstep, method_faults
+from model.methods import METHODS, compute_of, in_lockstep, method_faults
 from model.networks.student import TRAINABLE, Student, save_student, start_student
 from model.networks.teachers import BASE, load_teachers, read_records
 from model.route import router
-from model.step import LoopParams
-from tasks.params.sections import BackboneParams, RoutingParams
+from model.step import ROUTING, STATES, LoopParams
+from tasks.params.sections import RoutingParams
 from tasks.training.processes import in_processes, this_process
-from tasks.training.run import SHARED_BASE, loop_params, parts_to_load, run_training, write_steps
-from tasks.training.states import Watch, facts_of, watch_params
+from tasks.training.run import SHARED_BASE, TrainingParams, parts_to_load, run_training, write_steps
+from tasks.training.states import facts_of
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(TrainingParams):
     """Section `distill`. `start`: "base", "merged" or a teacher; `trainable`: "all" or "adapter" (of `rank`, `alpha`).
 
-    The rest is model.step.LoopParams and tasks.training.states.Watch; the shared section `execution` is
-    model.compute.execution.ExecutionParams.
+    The rest is tasks.training.run.TrainingParams; the shared section `execution` is
+    model.compute.settings.ExecutionParams.
     """
 
-    backbone: BackboneParams
     routing: RoutingParams
-    execution: ExecutionParams
-    seed: int
     start: str
-    trainable: str
-    rank: int
-    alpha: int
-    resume_from: str
-    accept_changed: tuple[str, ...]
-    save_every: int
-    keep_every: int
-    validate_every: int
-    patience: int
-    cosine_every: int
-    held_out: int
-    steps: int
-    batch: int
-    learning_rate: float
-    optimizer: str
-    schedule: str
-    warmup: int
-    decay_from: float
-    ema: float
-    clip: float
-    max_gradient_norm: float
-    rollout_steps: int
-    query: str
-    states: str
-    routes_taken: str
-    method: str
+    trainable: Annotated[str, OneOf(TRAINABLE)]
+    rank: Positive
+    alpha: Positive
+    states: Annotated[str, OneOf(STATES)]
+    routes_taken: Annotated[str, OneOf(ROUTING)]
+    method: Annotated[str, OneOf(METHODS)]
     query_states: int
 
     def loop(self) -> LoopParams:
-        return loop_params(self, states=self.states, routing=self.routes_taken)
-
-    def watch(self) -> Watch:
-        return watch_params(self)
+        return self.loop_with(self.states, self.routes_taken)
 
     def faults(self) -> list[str]:
-        found = [fault.replace("routing =", "routes_taken =") for fault in self.loop().faults()]
-        if self.trainable not in TRAINABLE:
-            found.append(f"trainable = {self.trainable!r}: choose one of {list(TRAINABLE)}")
-        found += [
-            f"{name} = {getattr(self, name)}: expected 1 or more"
-            for name in ("rank", "alpha")
-            if getattr(self, name) < 1
-        ]
-        found += method_faults(self.method, self.states, self.query_states, self.start, self.batch)
+        found = method_faults(self.method, self.states, self.query_states, self.start, self.batch)
         if self.execution.shard_base and self.trainable == "all" and self.method != "merge":
             found.append(f"trainable = 'all': execution.shard_base = true {SHARED_BASE}")
         if self.execution.shard_base and not in_lockstep(self.method, self.query_states):
@@ -85,7 +51,7 @@ class Params:
                 "execution.shard_base = true must ask it equally often, which only method = 'danceopd' or 'offpolicy' "
                 "with query_states = 1 does; choose one of these, or set execution.shard_base: false"
             )
-        return found + self.watch().faults(self.held_out)
+        return found + self.conflicts(self.held_out)
 
 
 def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict[str, Any]:
@@ -126,11 +92,11 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         router(routes, names),
         params.loop(),
         seed=params.seed,
-        watch=params.watch(),
+        watch=params,
         execution=params.execution,
         facts=facts_of(
             params.loop(),
-            params.watch(),
+            params,
             params.execution,
             seed=params.seed,
             start=params.start,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data.aspect import bucket_of, fit
+from data.bounds import Positive
 from data.errors import UserError
 from data.files import atomic_folder, digest, sha256_file, write_json
 from data.images import picture_size, read_picture
@@ -40,11 +41,8 @@ class Params:
     """
 
     backbone: BackboneParams
-    batch: int
+    batch: Positive
     cache: bool
-
-    def faults(self) -> list[str]:
-        return [f"batch = {self.batch}: expected 1 or more"] if self.batch < 1 else []
 
 
 # --- what was encoded before ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from benchmarks.scores.scorecard import (
 )
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from benchmarks.scores.statistics import Metric
+from data.bounds import Positive, Share
 from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
 from data.images import read_picture
@@ -61,17 +62,9 @@ class Params:
     benchmark: BenchmarkParams
     judge: JudgeParams
     seed: int
-    resamples: int
-    confidence: float
-    shown: int
-
-    def faults(self) -> list[str]:
-        found = [f"confidence = {self.confidence}: expected between 0 and 1"] if not 0 < self.confidence < 1 else []
-        return found + [
-            f"{name} = {getattr(self, name)}: expected 1 or more"
-            for name in ("resamples", "shown")
-            if getattr(self, name) < 1
-        ]
+    resamples: Positive
+    confidence: Share
+    shown: Positive
 
 
 def _first(examples: tuple[Example, ...], count: int) -> list[Example]:

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.micro import controls
 from benchmarks.scores.scorecard import ExampleScore, expected_scores, summarise, write_scores
+from data.bounds import Positive, Share
 from data.errors import UserError, UserErrors
 from data.files import atomic_folder, write_json
 from data.microworld import MICRO
@@ -53,13 +54,9 @@ class Params:
     benchmark: BenchmarkParams
     judge: JudgeParams
     seed: int
-    resamples: int
-    confidence: float
+    resamples: Positive
+    confidence: Share
     floors: dict[str, float]
-
-    def faults(self) -> list[str]:
-        found = [f"confidence = {self.confidence}: expected between 0 and 1"] if not 0 < self.confidence < 1 else []
-        return found + ([f"resamples = {self.resamples}: expected 1 or more"] if self.resamples < 1 else [])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,7 +33,7 @@ from model.fields.guided import Guided
 from model.networks.teachers import RECORD as TEACHER_RECORD
 from model.networks.teachers import load_teachers, read_records
 from model.rollout import euler_grid, sample
-from tasks.params.reading import PARAMS_FILE, load_params
+from tasks.params.reading import PARAMS_FILE, faults_of, load_params
 from tasks.params.sections import BackboneParams, SamplingParams
 from tasks.student.opening import open_model
 
@@ -253,15 +253,9 @@ def cli(arguments: Sequence[str]) -> int:
     parser.add_argument("--scheduler", default="", metavar="ADDRESS")
     parsed = parser.parse_args(arguments)
     params = load_params(_Sections, "sample-set", parsed.params)
-    chosen = SamplingParams(
-        **{
-            **asdict(params.sampling),
-            **{name: value for name in ("steps", "batch") if (value := getattr(parsed, name)) is not None},
-        }
-    )
-    faults = chosen.faults() + (
-        [f"guidance = {parsed.guidance}: expected 1 (unguided) or more"] if parsed.guidance < 1 else []
-    )
+    given = {name: value for name in ("steps", "guidance", "batch") if (value := getattr(parsed, name)) is not None}
+    chosen = replace(params.sampling, **given)
+    faults = faults_of(chosen)
     if faults:
         raise UserErrors("sample-set:", faults)
     settings, jobs = _read_jobs(parsed.jobs)
@@ -273,7 +267,7 @@ def cli(arguments: Sequence[str]) -> int:
         base=parsed.base,
         backbone=params.backbone,
         steps=chosen.steps,
-        guidance=parsed.guidance,
+        guidance=chosen.guidance,
         batch=chosen.batch,
         workers=parsed.workers,
         scheduler=parsed.scheduler,

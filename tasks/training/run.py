@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data.bounds import Above, Count, Decay, NotNegative, OneOf, Positive
 from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest, write_json
 from data.progress import progress
 from model.backbones import TRANSFORMER
 from model.checkpoint import Ema, save_state, write_tensors
 from model.compute.execution import Execution, blocks_of, device_of, fit, moved, prepare_networks, recompute_blocks
-from model.compute.optimizer import Optimizers, build_optimizer
+from model.compute.optimizer import OPTIMIZERS, SCHEDULES, Optimizers, build_optimizer
 from model.compute.parallel import World, shard_frozen, shared
 from model.compute.settings import ExecutionParams
 from model.distill import Accumulate, distill
@@ -31,9 +32,10 @@ from model.examples import Bucket
 from model.fields.base import VelocityField
 from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
 from model.networks.student import Student, save_student
-from model.rollout import euler_grid
+from model.rollout import QUERY_BIAS, euler_grid
 from model.route import Router
 from model.step import LoopParams, NotFinite, Step
+from tasks.params.sections import BackboneParams
 from tasks.training.metrics import METRICS, SHARES, SPEED, Metrics, read_metrics, state_folder
 from tasks.training.processes import this_process
 from tasks.training.states import Watch, _state_to_start_from
@@ -45,14 +47,30 @@ SHARED_BASE = "spreads a frozen base that teachers and student share; set traina
 PICTURES = 4  # examples a capability
 
 
-def loop_params(params: Any, **given: Any) -> LoopParams:
-    """The loop's numbers out of a stage's parameters, which name them alike; `given` for those that they do not
-    have.
-    """
-    numbers: dict[str, Any] = {
-        field.name: given.get(field.name, getattr(params, field.name, None)) for field in fields(LoopParams)
-    }
-    return LoopParams(**numbers)
+@dataclass(frozen=True)
+class TrainingParams(Watch):
+    """What the sections `distill` and `absorb` share: `Watch`, and the loop's numbers (model.step.LoopParams)."""
+
+    backbone: BackboneParams
+    execution: ExecutionParams
+    seed: int
+    held_out: Count
+    steps: Positive
+    batch: Positive
+    learning_rate: Above
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)]
+    schedule: Annotated[str, OneOf(SCHEDULES)]
+    warmup: Count
+    decay_from: NotNegative
+    ema: Decay
+    clip: Above
+    max_gradient_norm: NotNegative
+    rollout_steps: Positive
+    query: Annotated[str, OneOf(QUERY_BIAS)]
+
+    def loop_with(self, states: str, routing: str) -> LoopParams:
+        numbers: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in fields(LoopParams)}
+        return LoopParams(**{**numbers, "states": states, "routing": routing})
 
 
 def parts_to_load(watch: Watch) -> tuple[str, ...]:

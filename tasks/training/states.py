@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.bounds import Count, Positive
 from data.errors import UserError
 from data.files import read_json
 from model.checkpoint import RECORD, load_state, newest_state, read_state
@@ -31,21 +32,17 @@ class Watch:
     all its facts but those in `accept_changed`.
     """
 
-    save_every: int
-    keep_every: int
-    validate_every: int
-    patience: int
-    cosine_every: int
+    save_every: Positive
+    keep_every: Count
+    validate_every: Count
+    patience: Count
+    cosine_every: Count
     resume_from: str
     accept_changed: tuple[str, ...]
 
-    def faults(self, held_out: int) -> list[str]:
-        found = [f"save_every = {self.save_every}: expected 1 or more"] if self.save_every < 1 else []
-        names = ("keep_every", "validate_every", "patience", "cosine_every")
-        found += [
-            f"{name} = {getattr(self, name)}: expected 0 (never) or more" for name in names if getattr(self, name) < 0
-        ]
-        if self.keep_every > 0 and self.save_every > 0 and self.keep_every % self.save_every:
+    def conflicts(self, held_out: int) -> list[str]:
+        found = []
+        if self.keep_every % self.save_every:
             found.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
         if self.validate_every > 0 and held_out < 1:
             found.append(
@@ -60,10 +57,6 @@ class Watch:
         if self.accept_changed and not self.resume_from:
             found.append(f"accept_changed = {list(self.accept_changed)}: means nothing without resume_from; empty it")
         return found
-
-
-def watch_params(params: Any) -> Watch:
-    return Watch(**{field.name: getattr(params, field.name) for field in fields(Watch)})
 
 
 def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **others: Any) -> dict[str, Any]:

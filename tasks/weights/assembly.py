@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from data.bounds import OneOf
 from data.errors import UserError, UserErrors
 from data.files import atomic_folder, link_or_copy, read_json, write_json
-from data.records import CAPABILITIES
+from data.records import CapabilityName
 from data.weights import SAFETENSORS, precision_of, read_header
 from model.backbones import Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
@@ -43,8 +44,8 @@ class SourceParams:
     `uri`: as in tasks/weights/sources.py; `sha256`: what the weights must be, "" to pin them at the first fetch.
     """
 
-    capability: str
-    kind: str
+    capability: CapabilityName
+    kind: Annotated[str, OneOf(KINDS)]
     uri: str
     sha256: str
 
@@ -53,11 +54,7 @@ def source_faults(sources: Mapping[str, SourceParams]) -> list[str]:
     """What is wrong with section `teachers.sources` as it is written."""
     found = [] if BASE in sources else [f"sources: {BASE!r} is missing; every other teacher is defined on it"]
     for name, source in sources.items():
-        if source.capability not in CAPABILITIES:
-            found.append(
-                f"sources.{name}.capability = {source.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}"
-            )
-        if source.kind not in KINDS or (source.kind == "base") != (name == BASE):
+        if (source.kind == "base") != (name == BASE):
             found.append(
                 f'sources.{name}.kind = {source.kind!r}: must be "base" for {BASE!r} and "full" or "adapter" for the others'
             )

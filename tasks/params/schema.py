@@ -1,0 +1,41 @@
+"""`python -m tasks schema`: params.yaml's JSON Schema, with which editors complete keys, explain sections and mark
+faults.
+
+Made from the dataclasses that read the file. What spans several fields is checked by `python -m tasks check` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from tasks.params.reading import shared_fields
+from tasks.params.sections import SHARED
+from tasks.stages.contract import sections
+
+FILE = Path("params.schema.json")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a whole params.yaml."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    classes = {**SHARED, **sections()}
+    document: Any = dataclasses.make_dataclass(
+        "Params", [(name, _without_shared(name, cls)) for name, cls in classes.items()]
+    )
+    document.__doc__, document.__pydantic_config__ = "The numbers of a run.", ConfigDict(extra="forbid")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(document).json_schema()}
+
+
+def _without_shared(name: str, cls: type) -> type:
+    """The dataclass without the fields that are filled from shared sections, which are written elsewhere in the
+    file.
+    """
+    hints, shared = typing.get_type_hints(cls, include_extras=True), shared_fields(cls)
+    fields = [(field.name, hints[field.name]) for field in dataclasses.fields(cls) if field.name not in shared]
+    made = dataclasses.make_dataclass(name, fields)
+    made.__doc__ = cls.__doc__
+    return made
