@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import commands
 from data.errors import UserError
 from data.files import write_json
 from model.backbones import Backbone
@@ -435,7 +436,11 @@ def device_name(device: torch.device) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table, writes JSON on request; 0 done, 2 refused."""
+    return commands.run(lambda: cli(argv))
+
+
+def cli(argv: Sequence[str] | None) -> int:
+    """Prints a table, writes JSON on request; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.speed", description="A distillation step beside the step without its savings."
     )
@@ -465,18 +470,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     missing = [name for name in options.case if name in ON_CUDA and device.type != "cuda"]
-    try:
-        if missing:
-            raise UserError(
-                f"speed: {', '.join(missing)} needs a CUDA device, and torch finds none on this machine; "
-                f"choose {MICRO} or {SD3_14M}"
-            )
-        if options.alternations < 1:
-            raise UserError(f"speed: --alternations {options.alternations}: expected 1 or more")
-        results = {name: _figures(name, device, options) for name in options.case}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"speed: {names} needs a CUDA device, and torch finds none; choose {MICRO} or {SD3_14M}")
+    if options.alternations < 1:
+        raise UserError(f"speed: --alternations {options.alternations}: expected 1 or more")
+    results = {name: _figures(name, device, options) for name in options.case}
     if options.json:
         write_json(options.json, results)
     return 0

@@ -74,6 +74,14 @@ def set_values(path: str | Path, values: Mapping[str, Any]) -> None:
     write_text(path, stream.getvalue())
 
 
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay whole."""
+    if not isinstance(value, dict):
+        return {key: value}
+    inner = (flatten(part, f"{key}.{name}" if key else str(name)) for name, part in value.items())
+    return {name: item for part in inner for name, item in part.items()}
+
+
 def _merged(old: Any, value: Any) -> Any:
     """`value`, in the lines that `old` has as far as it can."""
     if isinstance(old, dict) and isinstance(value, dict) and old and value:

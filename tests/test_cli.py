@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as benchmarks_cli
+from data import commands
 from data.errors import Outage, UserError, UserErrors
 from data.files import read_json
 from data.progress import callback, progress
@@ -26,6 +27,7 @@ from tasks.environment import PROJECT
 STAGE = '''"""Copies a number."""
 from dataclasses import dataclass
 from pathlib import Path
+from data import commands
 from data.errors import UserError, UserErrors
 from data.files import write_json
 
@@ -198,7 +200,6 @@ def test_termination_removes_temporary_files(tmp_path: Path) -> None:
         "import os, signal, sys; from pathlib import Path; from data.files import atomic_folder\n"
         "from tasks import __main__ as cli\n"
         "def work(arguments):\n"
-        "    signal.signal(signal.SIGTERM, cli._terminate)\n"
         "    with atomic_folder(Path(sys.argv[1]) / 'out') as folder:\n"
         "        (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGTERM); signal.pause()\n"
         "cli._dispatch = work\n"
@@ -210,6 +211,43 @@ def test_termination_removes_temporary_files(tmp_path: Path) -> None:
         ended.returncode == 143 and ended.stderr.startswith("error: terminated") and len(ended.stderr.splitlines()) == 1
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_nobody_reads_is_no_defect_and_no_success() -> None:
+    for program in ("tasks", "benchmarks"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", program, "--help"]
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120, check=False, cwd=PROJECT)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback() -> None:
+    def send() -> int:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb", buffering=0) as pipe:
+            return pipe.write(b"x")
+
+    with pytest.raises(BrokenPipeError):
+        commands.run(send)
+
+
+def test_the_overview_loads_nothing_heavy(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    heavy = ["torch", "mlflow", "prefect", "pandas", "diffusers", "pydantic", "boto3"]
+    for program in ("tasks", "benchmarks"):
+        text = f"import sys; from {program}.__main__ import main; main(['--help']); "
+        ended = python("-c", f"{text}print([name for name in {heavy} if name in sys.modules])")
+        assert ended.returncode == 0 and ended.stdout.strip().splitlines()[-1] == "[]", ended.stderr
+
+
+def test_every_command_has_its_module() -> None:
+    from benchmarks.__main__ import COMMANDS as STEPS
+
+    files = {f"tasks/{module}.py" for module, _ in cli.COMMANDS.values()}
+    files |= {f"{module.replace('.', '/')}.py" for module, _ in STEPS.values()}
+    assert [file for file in files if "\ndef cli(" not in (PROJECT / file).read_text(encoding="utf-8")] == []
 
 
 # --- routes and teachers, before anything runs ------------------------------------------------------------------------

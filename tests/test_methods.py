@@ -177,13 +177,8 @@ def test_choices_that_do_not_fit_are_named() -> None:
     good = [("danceopd", "on_policy", 4, "base"), ("danceopd", "off_policy", 1, "base")]
     good += [("offpolicy", "off_policy", 1, "base"), ("merge", "on_policy", 1, "merged")]
     assert [fault for method, states, k, start in good for fault in method_faults(method, states, k, start, 16)] == []
-    bad = [
-        ("danseopd", "on_policy", 1, "base"),
-        ("offpolicy", "on_policy", 1, "base"),
-        ("joint", "off_policy", 1, "base"),
-        ("merge", "on_policy", 1, "base"),
-    ]
-    bad += [("danceopd", "on_policy", 3, "base"), ("diffusionopd", "on_policy", 4, "base")]
+    bad = [("offpolicy", "on_policy", 1, "base"), ("joint", "off_policy", 1, "base"), ("merge", "on_policy", 1, "base")]
+    bad += [("diffusionopd", "on_policy", 4, "base")]
     assert [len(method_faults(method, states, k, start, 16)) for method, states, k, start in bad] == [1] * len(bad)
     assert "groups of 16" in method_faults("flowopd", "on_policy", 1, "base", 24)[0]
     with pytest.raises(UserError, match="nothing is trained"):

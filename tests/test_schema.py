@@ -57,6 +57,7 @@ def test_a_preset_in_force_names_the_schema_beside_it() -> None:
         ("distill.steps", GONE, "distill.steps: missing; expected a whole number, 1 or more"),
         ("distill.stepz", 1, "distill.stepz = 1: unknown key; did you mean 'steps'?"),
         ("distill.optimizer", "muno", "distill.optimizer = 'muno': expected one of adamw, muon; did you mean 'muon'?"),
+        ("distill.query_states", 3, "distill.query_states = 3: expected one of 1, 2, 4, 8, 16"),
         ("distill.accept_changed", "seed", "distill.accept_changed = 'seed': expected a list, each item text"),
         ("distill.world", {}, "distill.world = {}: unknown key"),
         ("collect.world", {}, "collect.world = {}: this is the shared top-level section 'world'; remove it here"),

@@ -34,6 +34,7 @@ from benchmarks.judge.protocol import IMAGE_FORMATS, JUDGES, RESIZES, JudgeSetti
 from benchmarks.judge.wording import load_wording
 from benchmarks.scores.scorecard import STATUSES, write_scorecard, write_scores
 from benchmarks.store import shard_of
+from data.commands import overview
 from data.errors import UserError, UserErrors
 from data.files import atomic_file, write_json
 
@@ -468,15 +469,7 @@ STEPS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def cli(arguments: Sequence[str]) -> int:
     """Runs one step; returns the exit status. Raises UserError for an unknown step."""
-    lines = [
-        "usage: python -m benchmarks gedit STEP [--help]",
-        "",
-        *(f"  {name:10}{text}" for name, (_, text) in STEPS.items()),
-    ]
-    name = arguments[0] if arguments else "--help"
+    name, *others = arguments or ["--help"]
     if name in STEPS:
-        return STEPS[name][0](arguments[1:])
-    if name in ("-h", "--help"):
-        print("\n".join(lines))
-        return 0
-    raise UserError(f"unknown step {name!r}\n" + "\n".join(lines))
+        return STEPS[name][0](others)
+    return overview("python -m benchmarks gedit STEP", name, {"": {step: text for step, (_, text) in STEPS.items()}})

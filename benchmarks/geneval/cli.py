@@ -22,6 +22,7 @@ from benchmarks.geneval.rules import (
     Thresholds,
 )
 from benchmarks.store import shard_of
+from data.commands import overview
 from data.errors import UserError
 from data.files import write_json
 
@@ -329,16 +330,9 @@ STEPS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def cli(arguments: Sequence[str]) -> int:
     """Runs one step; returns the exit status. Raises UserError for an unknown step."""
-    lines = [
-        "usage: python -m benchmarks geneval STEP [--help]",
-        "",
-        *(f"  {name:10}{text}" for name, (_, text) in STEPS.items()),
-    ]
-    name = arguments[0] if arguments else "--help"
+    name, *others = arguments or ["--help"]
     if name in STEPS:
-        return STEPS[name][0](arguments[1:])
-    if name in ("-h", "--help"):
-        print("\n".join(lines))
-        return 0
-    reason = "GenEval asks no judge: detect and verdict are its steps" if name == "judge" else f"unknown step {name!r}"
-    raise UserError(f"{reason}\n" + "\n".join(lines))
+        return STEPS[name][0](others)
+    if name == "judge":
+        raise UserError("GenEval asks no judge: detect and verdict are its steps")
+    return overview("python -m benchmarks geneval STEP", name, {"": {step: text for step, (_, text) in STEPS.items()}})

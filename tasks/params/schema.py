@@ -6,11 +6,14 @@ Made from the dataclasses that read the file. What spans several fields is check
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import write_json
 from tasks.params.reading import shared_fields
 from tasks.params.sections import SHARED
 from tasks.stages.contract import sections
@@ -39,3 +42,14 @@ def _without_shared(name: str, cls: type) -> type:
     made = dataclasses.make_dataclass(name, fields)
     made.__doc__ = cls.__doc__
     return made
+
+
+def cli(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m tasks schema", description="Write the JSON Schema of params.yaml, for editors."
+    )
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: %(default)s)")
+    path = parser.parse_args(arguments).out
+    write_json(path, schema())
+    print(f"{path}: written; an editor with a YAML language server reads it for params.yaml and the presets")
+    return 0

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from data.bounds import OneOf, Positive
 from data.files import atomic_folder, digest
 from model.examples import encoded_fingerprint, load_buckets
-from model.methods import METHODS, compute_of, in_lockstep, method_faults
+from model.methods import METHODS, QueryStates, compute_of, in_lockstep, method_faults
 from model.networks.student import TRAINABLE, Student, save_student, start_student
 from model.networks.teachers import BASE, load_teachers, read_records
 from model.route import router
@@ -36,7 +36,7 @@ class Params(TrainingParams):
     states: Annotated[str, OneOf(STATES)]
     routes_taken: Annotated[str, OneOf(ROUTING)]
     method: Annotated[str, OneOf(METHODS)]
-    query_states: int
+    query_states: QueryStates
 
     def loop(self) -> LoopParams:
         return self.loop_with(self.states, self.routes_taken)
