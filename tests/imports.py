@@ -57,7 +57,9 @@ def files_of(name: str) -> Iterator[Path]:
 
 def templates_of(path: Path) -> set[Path]:
     """The page templates that a module names ("ROOM/NAME.html.j2"), and all that those name in turn."""
-    texts = [node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [
+        node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     waiting = [
         Path(room, "templates", name) for text in texts if text.endswith(".j2") for room, name in [text.split("/")]
     ]

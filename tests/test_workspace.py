@@ -4,6 +4,7 @@ branch and can be fetched anywhere.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_a_stage_tells_by_its_exit_status_what_its_failure_was(
     repository: Path, command: str, kind: type[Exception], words: str
 ) -> None:
     work = opened()
-    write_text(work.path / "dvc.yaml", yaml.safe_dump({"stages": {"double": {"cmd": command, "outs": ["doubled"]}}}))
+    write_text(work.path / "dvc.yaml", json.dumps({"stages": {"double": {"cmd": command, "outs": ["doubled"]}}}))
     with pytest.raises(kind, match=words) as told:
         reproduce("double", work.path, lambda text: None)
     assert type(told.value) is kind

@@ -11,8 +11,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.scores.page import all_paths
-from benchmarks.scores.scorecard import Scorecard
+from benchmarks.scores.scorecard import Scorecard, all_paths
 from data.errors import UserError
 from data.files import atomic_file
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.geneval.confusion import Confusion, color_confusion, count_confusion
 from benchmarks.scores.figures import COLORS
-from benchmarks.scores.scorecard import BENCHMARK_OF, MACRO, PRIMARY, ExampleScore, Scorecard
+from benchmarks.scores.scorecard import BENCHMARK_OF, MACRO, PRIMARY, ExampleScore, Scorecard, all_paths
 from data.errors import UserError
 from data.files import explain, write_text
 from data.pages import render
@@ -142,11 +142,6 @@ class _Places:
             wanted = [category for category, of in BENCHMARK_OF.items() if of == benchmark]
         first = next((category for category in self._shown.get(model, ()) if category in wanted), None)
         return self._pages.get(model) if first is None else f"#{self.anchor(model, first)}"
-
-
-def all_paths(cards: Mapping[str, Scorecard]) -> list[str]:
-    """Every metric path, in the order in which the scorecards first name it."""
-    return list(dict.fromkeys(path for card in cards.values() for path in card.metrics))
 
 
 def _cell(card: Scorecard, path: str, address: str | None) -> dict[str, Any]:

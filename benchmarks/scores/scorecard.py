@@ -491,3 +491,8 @@ def over_trainings(
 STATUSES = ("ok", "unparseable", "refused", "api_error", "missing_image", "bad_image")
 HIGHEST = 10.0
 MINIMUM_COVERAGE = 0.99  # below this share of judged samples no headline is given
+
+
+def all_paths(cards: Mapping[str, Scorecard]) -> list[str]:
+    """Every metric path, in the order in which the scorecards first name it."""
+    return list(dict.fromkeys(path for card in cards.values() for path in card.metrics))

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import Outage, UserError
+from data.errors import Outage, UserError, causes
 from data.files import explain
-from tasks.registry.tracking import _http_status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -139,3 +138,20 @@ def locked(project: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _http_status(error: BaseException) -> int:
+    """What the server answered; 503 when there was no answer.
+
+    MLflow's client wraps what requests raised in a type of its own; where it keeps nothing of it, as of a download that
+    was cut off, its code says 500.
+    """
+    from mlflow.exceptions import MlflowException, RestException
+    from requests.exceptions import RequestException
+
+    for one in causes(error):
+        if isinstance(one, RestException):
+            return one.get_http_status_code()
+        if isinstance(one, RequestException):
+            return 503 if one.response is None else one.response.status_code
+    return error.get_http_status_code() if isinstance(error, MlflowException) else 0

@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from data.errors import UserError, causes
+from data.errors import UserError
 from data.files import sha256_bytes
 from tasks.environment import PROXIED
 from tasks.registry.server import EXPERIMENT, FOLDER, Store, _clean, _probe, explained, locked, tracking_uri
@@ -57,23 +57,6 @@ class Run:
     run_id: str
     experiment_id: str
     started: int  # ms since 1970, UTC: the time of every metric, so that what is sent twice is kept once
-
-
-def _http_status(error: BaseException) -> int:
-    """What the server answered; 503 when there was no answer.
-
-    MLflow's client wraps what requests raised in a type of its own; where it keeps nothing of it, as of a download that
-    was cut off, its code says 500.
-    """
-    from mlflow.exceptions import MlflowException, RestException
-    from requests.exceptions import RequestException
-
-    for one in causes(error):
-        if isinstance(one, RestException):
-            return one.get_http_status_code()
-        if isinstance(one, RequestException):
-            return 503 if one.response is None else one.response.status_code
-    return error.get_http_status_code() if isinstance(error, MlflowException) else 0
 
 
 def open_store(project: Path) -> Store:

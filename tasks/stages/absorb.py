@@ -64,7 +64,7 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
             params.execution,
         )
     base = read_records(teachers)[BASE]
-    options = {"need": parts_to_load(params.watch()), **params.backbone.loading(params.execution.device)}
+    options = {"need": parts_to_load(params), **params.backbone.loading(params.execution.device)}
     learner = load_student(student, load_base(teachers, **options), base.sha256)
     frozen = learner.frozen_copy()
     guided: dict[str, VelocityField] = {

@@ -62,7 +62,7 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out}, params.execution)
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    options = {"need": parts_to_load(params.watch()), **params.backbone.loading(params.execution.device)}
+    options = {"need": parts_to_load(params), **params.backbone.loading(params.execution.device)}
     backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, **options)
     records = read_records(teachers)
     buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)

@@ -41,7 +41,6 @@ from tasks.training.processes import this_process
 from tasks.training.states import Watch, _state_to_start_from
 
 COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor")
-LAYOUT = 2  # of what a state holds: one of another layout is not taken up
 VALIDATION = "validation"  # folder of the pictures
 SHARED_BASE = "spreads a frozen base that teachers and student share; set trainable: adapter and start: base"
 PICTURES = 4  # examples a capability

@@ -18,7 +18,8 @@ from model.compute.settings import ExecutionParams
 from model.step import LoopParams
 from tasks.training.metrics import RUNS
 from tasks.training.processes import this_process
-from tasks.training.run import LAYOUT
+
+LAYOUT = 2  # of what a state holds: one of another layout is not taken up
 
 
 @dataclass(frozen=True)
