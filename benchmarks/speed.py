@@ -102,22 +102,11 @@ def sd3_case(name: str, size: NetworkSize, rank: int, batch: int, budget: int | 
 
 
 def _micro(_: int) -> Case:
-    config = SD35_MEDIUM | {
-        "sample_size": 3,
-        "patch_size": 1,
-        "in_channels": 32,
-        "out_channels": 32,
-        "num_layers": 6,
-        "attention_head_dim": 32,
-        "num_attention_heads": 3,
-        "joint_attention_dim": 96,
-        "caption_projection_dim": 96,
-        "pooled_projection_dim": 96,
-        "pos_embed_max_size": 3,
-        "dual_attention_layers": (),
-    }
+    size = sd3_size(96, 6, 3, 8)
+    cells = {"patch_size": 1, "in_channels": 32, "out_channels": 32, "attention_head_dim": 32, "num_attention_heads": 3}
     execution = replace(FP32, rollout_batch=0)
-    return Case(MICRO, NetworkSize("sd3", config, 8), None, 0, 2, 64, 8, "uniform", "muon", execution, None)
+    size = replace(size, config=size.config | cells)
+    return Case(MICRO, size, None, 0, 2, 64, 8, "uniform", "muon", execution, None)
 
 
 def _sd3_14m(_: int) -> Case:
@@ -155,9 +144,8 @@ class Running:
 @torch.no_grad()
 def _spread(values: Sequence[torch.Tensor], size: float, seed: int) -> None:
     for slot, value in enumerate(values):
-        value += moved(
-            size * torch.randn(value.shape, generator=torch_generator(seed, 0, slot, "spread")), value.device
-        ).to(value.dtype)
+        normal = torch.randn(value.shape, generator=torch_generator(seed, 0, slot, "spread"))
+        value += moved(size * normal, value.device).to(value.dtype)
 
 
 def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[str, VelocityField], Bucket]:
@@ -168,26 +156,25 @@ def build(case: Case, device: torch.device, seed: int) -> tuple[Student, dict[st
         return random_backbone(case.size, device=device, dtype=dtype, resolution=case.resolution, seed=seed)
 
     backbone = base()
-    network = backbone.network
-    names = [f"teacher{number}" for number in range(case.teachers)]
+    network = backbone.network.requires_grad_(not case.rank)
     teachers: dict[str, VelocityField] = {}
-    for number, name in enumerate(names):
+    for number in range(case.teachers):
+        name, field = f"teacher{number}", NetworkField(backbone, network if case.rank else base().network)
         if case.rank:
             adapter = add_adapter(backbone, network, name, case.rank, case.rank, seed)
             _spread([value for key, value in adapter.items() if "lora_B" in key], 0.05, seed + number)
-            teachers[name] = NetworkField(backbone, network, name)
+            field = replace(field, adapter=name)
         else:
-            own = base().network
-            _spread(list(own.parameters()), 0.02, seed + number)
-            teachers[name] = NetworkField(backbone, own)
-    if case.rank:
-        network.requires_grad_(False)
-        trained = add_adapter(backbone, network, STUDENT, case.rank, case.rank, seed)
-        student = Student(backbone, network, STUDENT, trained)
-    else:
-        network.requires_grad_(True)
-        student = Student(backbone, network, None, dict(network.named_parameters()))
-    return student, teachers, _examples(case, backbone, seed)
+            _spread(list(field.network.parameters()), 0.02, seed + number)
+        teachers[name] = field
+    if not case.rank:
+        return (
+            Student(backbone, network, None, dict(network.named_parameters())),
+            teachers,
+            _examples(case, backbone, seed),
+        )
+    trained = add_adapter(backbone, network, STUDENT, case.rank, case.rank, seed)
+    return Student(backbone, network, STUDENT, trained), teachers, _examples(case, backbone, seed)
 
 
 def _examples(case: Case, backbone: Backbone, seed: int) -> Bucket:
@@ -196,43 +183,28 @@ def _examples(case: Case, backbone: Backbone, seed: int) -> Bucket:
     def normal(*shape: int, purpose: str) -> torch.Tensor:
         return torch.randn(shape, generator=torch_generator(seed, 0, 0, purpose))
 
-    config, tokens = backbone.network.config, case.size.tokens
-    sd3 = case.size.family == "sd3"
+    config, tokens = dict(backbone.network.config), case.size.tokens
     width, pooled_width = (
-        (config.joint_attention_dim, config.pooled_projection_dim) if sd3 else (config.cap_feat_dim, 0)
+        config.get("joint_attention_dim") or config["cap_feat_dim"],
+        config.get("pooled_projection_dim", 0),
     )
     embeds, pooled = normal(ROWS, tokens, width, purpose="embeds"), normal(ROWS, pooled_width, purpose="pooled")
-    segments = None if sd3 else torch.full((ROWS, 1), tokens)
+    segments = None if pooled_width else torch.full((ROWS, 1), tokens)
     target = torch.zeros(1, *backbone.latent_shape).expand(ROWS, -1, -1, -1)  # its shape is all that is asked of it
-    return Bucket(
-        torch.arange(ROWS),
-        embeds,
-        pooled,
-        torch.zeros_like(embeds[0]),
-        torch.zeros_like(pooled[0]),
-        None,
-        target,
-        segments,
-        None if segments is None else segments[0],
-    )
+    empty = torch.zeros_like(embeds[0]), torch.zeros_like(pooled[0])
+    last = None if segments is None else segments[0]
+    return Bucket(torch.arange(ROWS), embeds, pooled, *empty, None, target, segments, last)
 
 
 def start(case: Case, path: str, device: torch.device, seed: int, steps: int) -> Running:
     """The path before its first step. The plain one has a network for every teacher and recomputes every block."""
     student, teachers, bucket = build(case, device, seed)
     prepare_networks(case.execution, device, student.network, student.parameters.values(), [])
+    execution = _fitted(case, student, bucket, device)
     if path == "plain":
-        teachers = own_networks(teachers)
-        recompute_blocks(student.network, len(blocks_of(student.network)))
-        execution = replace(
-            _fitted(case, student, bucket, device),
-            merged=False,
-            compiled_rollout=False,
-            recompute=len(blocks_of(student.network)),
-        )
-        recompute_blocks(student.network, len(blocks_of(student.network)))
-    else:
-        execution = _fitted(case, student, bucket, device)
+        blocks, teachers = len(blocks_of(student.network)), own_networks(teachers)
+        execution = replace(execution, merged=False, compiled_rollout=False, recompute=blocks)
+        recompute_blocks(student.network, blocks)
     params = LoopParams(
         steps=steps,
         batch=case.batch,
@@ -250,12 +222,8 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
         routing="hard",
         held_out=0,
     )
-    routes = Router(
-        tuple(
-            Route(capability, name, 1.0)
-            for capability, name in zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
-        )
-    )
+    named = zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
+    routes = Router(tuple(Route(capability, name, 1.0) for capability, name in named))
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     compute: Accumulate = accumulate_plain if path == "plain" else accumulate
     buckets = {route.capability: bucket for route in routes.routes}
@@ -277,14 +245,10 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
 
 
 def _fitted(case: Case, student: Student, bucket: Bucket, device: torch.device) -> Execution:
-    return fit(
-        case.execution,
-        device,
-        student.network,
-        lambda: student.field(*_rows(bucket, 1, device)),
-        case.batch,
-        case.budget,
-    )
+    def row() -> torch.Tensor:
+        return student.field(*_rows(bucket, 1, device))
+
+    return fit(case.execution, device, student.network, row, case.batch, case.budget)
 
 
 def _compile(case: Case, device: torch.device, seed: int) -> float:
@@ -340,9 +304,9 @@ def measure(case: Case, device: torch.device, seed: int, alternations: int) -> d
         counted, floor = counted + step.evaluations, floor + step.floor
         gap = max(gap, abs(losses["fast"] - losses["plain"]) / max(abs(losses["plain"]), 1e-12))
     ratios = [plain / fast for plain, fast in zip(seconds["plain"], seconds["fast"], strict=True)]
-    samples = case.batch * alternations
-    execution = paths["fast"].execution
-    return {
+    samples, fast = case.batch * alternations, paths["fast"]
+    weights = {name: value for name, value in fast.student.network.named_parameters() if "lora_" not in name}
+    figures = {
         "ratio_median": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
@@ -352,23 +316,19 @@ def measure(case: Case, device: torch.device, seed: int, alternations: int) -> d
         "alternations": alternations,
         "largest_loss_gap": gap,
         "execution": {
-            "micro_batch": execution.micro_batch,
-            "rollout_batch": execution.rollout_batch,
-            "recomputed_blocks": execution.recompute,
+            "micro_batch": fast.execution.micro_batch,
+            "rollout_batch": fast.execution.rollout_batch,
+            "recomputed_blocks": fast.execution.recompute,
             "compile": case.execution.compile,
         },
-        "parameters": sum(
-            value.numel() for name, value in paths["fast"].student.network.named_parameters() if "lora_" not in name
-        ),
-        **(
-            _utilization(case, paths["fast"], device, samples / sum(seconds["fast"]), (floor / samples))
-            if device.type == "cuda"
-            else {}
-        ),
+        "parameters": sum(value.numel() for value in weights.values()),
     }
+    if device.type == "cuda":
+        figures |= _utilization(fast, device, samples / sum(seconds["fast"]), floor / samples)
+    return figures
 
 
-def _utilization(case: Case, path: Running, device: torch.device, rate: float, floor: float) -> dict[str, float]:
+def _utilization(path: Running, device: torch.device, rate: float, floor: float) -> dict[str, float]:
     """Model FLOPs over the measured rate of a large bf16 matrix product. A step needs the floor's forwards and a
     backward, which costs one more.
     """
@@ -407,12 +367,9 @@ def peak_bytes(case: Case, path: str, device: torch.device, seed: int) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         _two_steps(case, path, device, seed)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    return max(itertools.accumulate(nbytes for _, nbytes in sorted(events, key=lambda event: event[0])), default=0)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events), default=0)
 
 
 def _two_steps(case: Case, path: str, device: torch.device, seed: int) -> None:
@@ -424,12 +381,9 @@ def _two_steps(case: Case, path: str, device: torch.device, seed: int) -> None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"CPU ({models[0] if models else 'unknown'}), {torch.get_num_threads()} threads"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"CPU ({model}), {torch.get_num_threads()} threads"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -441,30 +395,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def cli(argv: Sequence[str] | None) -> int:
     """Prints a table, writes JSON on request; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.speed", description="A distillation step beside the step without its savings."
-    )
-    parser.add_argument(
-        "--case",
-        nargs="+",
-        required=True,
-        choices=sorted(CASES),
-        metavar="CASE",
-        help=f"one or more of {', '.join(CASES)}",
-    )
-    parser.add_argument(
-        "--resolution",
-        type=int,
-        choices=(512, 1024),
-        default=512,
-        help=f"pixels of {' and '.join(ON_CUDA)} (default: %(default)s)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too, by case")
-    parser.add_argument(
-        "--alternations", type=int, default=ALTERNATIONS, help="timed pairs of steps (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
+    about = "A distillation step beside the step without its savings."
+    parser = argparse.ArgumentParser("python -m benchmarks.speed", description=about)
+    add = parser.add_argument
+    cases, large = ", ".join(CASES), " and ".join(ON_CUDA)
+    add("--case", nargs="+", required=True, choices=sorted(CASES), metavar="CASE", help=f"one or more of {cases}")
+    add("--resolution", type=int, choices=(512, 1024), default=512, help=f"px of {large} (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the figures here too, by case")
+    add("--alternations", type=int, default=ALTERNATIONS, help="timed pairs of steps (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -503,21 +443,15 @@ def _figures(name: str, device: torch.device, options: argparse.Namespace) -> di
 
 def _print(name: str, found: dict[str, Any]) -> None:
     rates, peaks = found["samples_per_second"], found["peak_memory_bytes"]
+    ends = f"{found['ratio_min']:.2f} to {found['ratio_max']:.2f}, {found['alternations']} alternations"
+    share = peaks["fast"] / peaks["plain"]
     rows = [
         ("device", found["device"]),
-        (
-            "fast / plain",
-            f"{found['ratio_median']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f}, "
-            f"{found['alternations']} alternations)",
-        ),
+        ("fast / plain", f"{found['ratio_median']:.2f} ({ends})"),
         ("samples a second", f"plain {rates['plain']:.3g}, fast {rates['fast']:.3g}"),
         ("evaluations a sample", f"{found['evaluations_per_sample']:.3f}, floor {found['floor']:.3f}"),
         ("largest loss gap", f"{found['largest_loss_gap']:.1e}"),
-        (
-            "peak memory",
-            f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB "
-            f"({peaks['fast'] / peaks['plain']:.2f})",
-        ),
+        ("peak memory", f"plain {peaks['plain'] / MB:.0f} MiB, fast {peaks['fast'] / MB:.0f} MiB ({share:.2f})"),
     ]
     if found["compile_seconds"]:
         rows.append(("rollouts compiled in", f"{found['compile_seconds']:.0f} s, not counted above"))

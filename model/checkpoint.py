@@ -120,3 +120,18 @@ class Ema:
             steps = torch._foreach_sub(values, averages)
             torch._foreach_mul_(steps, ok * (1.0 - decay))
             torch._foreach_add_(averages, steps)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Raises UserError when the file is missing, truncated, not safetensors, or holds a value that is not finite."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        hint = "`dvc pull` brings the bundled teachers, `dvc repro` makes the rest"
+        raise UserError(f"{path}: no such file; {hint}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); make or pull it again") from error
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path}: tensor {name} holds values that are not finite; the checkpoint is damaged")
+    return tensors

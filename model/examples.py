@@ -12,7 +12,7 @@ import torch
 from data.errors import UserError
 from data.files import read_json, sha256_file
 from data.records import CAPABILITIES
-from model.backbones.micro import read_tensors
+from model.checkpoint import read_tensors
 from model.fields.base import Condition
 
 Rows = torch.Tensor | Sequence[torch.Tensor]  # one tensor where all rows share a shape, else a tensor a row

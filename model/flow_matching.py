@@ -46,14 +46,21 @@ class TrainingStep:
     gradient_norm: float
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """A network in training; `named` are its parameters that train."""
+
+    backbone: Backbone
+    network: nn.Module
+    named: dict[str, nn.Parameter]
+    optimizers: Optimizers
+    ema: Ema
+
+
 def train(
-    backbone: Backbone,
-    network: nn.Module,
-    named: dict[str, nn.Parameter],
+    trainee: Trainee,
     batch_at: Callable[[list[int]], tuple[Condition, torch.Tensor]],
     rows: int,
-    optimizers: Optimizers,
-    ema: Ema,
     params: FlowMatchingParams,
     seed: int,
     start: int = 0,
@@ -75,22 +82,19 @@ def train(
             embeds=torch.where(dropped[:, None, None], empty.embeds, condition.embeds),
             pooled=torch.where(dropped[:, None], empty.pooled, condition.pooled),
         )
-        uniform = torch.from_numpy(
-            (rng.permutation(params.batch) + rng.random(params.batch)) / params.batch
-        ).float()  # stratified over the batch
+        stratified = (rng.permutation(params.batch) + rng.random(params.batch)) / params.batch
+        uniform = torch.from_numpy(stratified).float()
         t = params.time_shift * uniform / (1.0 + (params.time_shift - 1.0) * uniform)
         noise = noise_for(seed, index, range(params.batch), x_0.shape[1:])
         weight = t.reshape(-1, 1, 1, 1)
-        loss = velocity_mse(
-            backbone.velocity(network, (1.0 - weight) * x_0 + weight * noise, t, condition), noise - x_0
-        )
-        optimizers.zero_grad()
+        x_t = (1.0 - weight) * x_0 + weight * noise
+        loss = velocity_mse(trainee.backbone.velocity(trainee.network, x_t, t, condition), noise - x_0)
+        trainee.optimizers.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(list(named.values()), params.clip)
+        norm = nn.utils.clip_grad_norm_(list(trainee.named.values()), params.clip)
         if not bool(torch.isfinite(norm)):
-            raise UserError(
-                f"step {index}: the gradient is not finite (loss {float(loss.detach())}); lower learning_rate = {params.learning_rate} and run again"
-            )
-        optimizers.step(warmup_then_linear(index, params.steps, params.warmup, params.decay_from))
-        ema.update(named)
+            remedy = f"lower learning_rate = {params.learning_rate} and run again"
+            raise UserError(f"step {index}: the gradient is not finite (loss {float(loss.detach())}); {remedy}")
+        trainee.optimizers.step(warmup_then_linear(index, params.steps, params.warmup, params.decay_from))
+        trainee.ema.update(trainee.named)
         yield TrainingStep(index, float(loss.detach()), float(norm))

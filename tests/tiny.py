@@ -20,7 +20,7 @@ from data.randomness import numpy_generator
 from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example, write_examples
 from data.yaml_files import read_yaml
 from model.backbones import Backbone
-from model.backbones.micro import MicroBackbone
+from model.backbones.micro import MicroBackbone, MicroSize
 from model.drawing import as_images
 from model.fields.base import Condition
 from model.networks.network import add_adapter
@@ -66,7 +66,7 @@ class Tiny:
 
 
 def new_backbone(seed: int = 0) -> MicroBackbone:
-    backbone = MicroBackbone.new(WORLD.vocabulary, WORLD.grid, WIDTH, LAYERS, HEADS, CHANNELS, SHIFT, seed)
+    backbone = MicroBackbone.new(WORLD.vocabulary, MicroSize(WORLD.grid, WIDTH, LAYERS, HEADS, CHANNELS), SHIFT, seed)
     backbone.codec.fit(as_images(np.stack([draw("two_object", row)[2] for row in range(16)])))
     backbone.freeze()
     return backbone

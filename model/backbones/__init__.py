@@ -4,7 +4,7 @@ routes or checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from data.errors import UserError
 from data.files import read_json
+from model.families import FAMILIES
 from model.fields.base import Condition, Prompts
 
 PARTS = ("transformer", "text", "vae")
@@ -21,30 +22,31 @@ MAX_TOKENS = 256
 
 
 def check_sizes(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> None:
-    """Raises UserError for a picture (width, height in px) that is larger than the network has positions for, or is no
+    """Raises UserError for a picture (width, height in px) that is larger than the network has positions for, or no
     whole number of its patches.
     """
     for width, height in sizes:
-        if max(width, height) > backbone.largest_edge:
-            raise UserError(
-                f"{width} x {height} px: the network has positions for edges of up to {backbone.largest_edge} px; choose a smaller resolution"
-            )
-        if width % backbone.size_multiple or height % backbone.size_multiple:
-            raise UserError(
-                f"{width} x {height} px: expected multiples of {backbone.size_multiple} px, as the network's latents and patches need"
-            )
+        size, largest, multiple = f"{width} x {height} px", backbone.largest_edge, backbone.size_multiple
+        if max(width, height) > largest:
+            raise UserError(f"{size}: the network has positions for edges of up to {largest} px; choose a smaller one")
+        if width % multiple or height % multiple:
+            raise UserError(f"{size}: expected multiples of {multiple} px, as the network's latents and patches need")
 
 
 class Backbone(Protocol):
     """One frozen base network with what belongs to it."""
 
-    name: str
+    name: str  # of its family
     network: Any  # the base, an nn.Module with diffusers' adapter methods
     latent_shape: tuple[int, int, int]  # (C, H, W) of the network's usual picture; examples bring their own H and W
     scheduler: dict[str, Any]  # type and shift, as the checkpoint says
     adapter_targets: tuple[str, ...]  # module names that a LoRA adapter covers
     blocks: tuple[str, ...]  # names of the network's lists of transformer blocks
     modulations: tuple[str, ...]  # module names within a block that scale and shift by the time, not the hidden states
+    # Pattern of diffusers' module name -> the original checkpoint's; {qkv} marks three modules that one fused layer
+    # holds in that order.
+    original_names: tuple[tuple[str, str], ...]
+    comfyui_prefix: str | None  # of adapter keys, before diffusers' module names; None where ComfyUI cannot run it
     supports_edits: bool  # whether the network reads a source image
     pixels_per_latent: int
     size_multiple: int  # px: height and width of a picture are multiples of it
@@ -81,47 +83,18 @@ class Backbone(Protocol):
         ...
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """Writes the base with all that belongs to it (or `network` in its place) as a folder that `load_backbone`
-        reads.
-        """
+        """Writes the base with all that belongs to it, or `network` in its place, as a folder for `load_backbone`."""
         ...
-
-
-def _micro(folder: Path, **options: Any) -> Backbone:
-    from model.backbones.micro import MicroBackbone
-
-    return MicroBackbone.load(folder)  # tiny, in fp32 on the CPU: what is not needed costs nothing
-
-
-def _sd3(folder: Path, **options: Any) -> Backbone:
-    from model.backbones.sd3 import SD3Backbone
-
-    return SD3Backbone.load(folder, **options)
-
-
-def _zimage(folder: Path, **options: Any) -> Backbone:
-    from model.backbones.zimage import ZImageBackbone
-
-    return ZImageBackbone.load(folder, **options)
-
-
-BACKBONES: dict[str, Callable[..., Backbone]] = {"micro": _micro, "sd3": _sd3, "zimage": _zimage}
-PIPELINES = {
-    "MicroPipeline": "micro",
-    "StableDiffusion3Pipeline": "sd3",
-    "ZImagePipeline": "zimage",
-    "ZImageOmniPipeline": "zimage",
-}
 
 
 def family_of(folder: Path) -> str:
     """The family of a pipeline folder, from its model_index.json. Raises UserError for a pipeline of no family here."""
     kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(
-            f"{folder / 'model_index.json'}: _class_name = {kind!r}: choose a checkpoint of one of {sorted(PIPELINES)}"
-        )
-    return PIPELINES[kind]
+    known = {pipeline: name for name, family in FAMILIES.items() for pipeline in family.pipelines}
+    if kind not in known:
+        index = folder / "model_index.json"
+        raise UserError(f"{index}: _class_name = {kind!r}: choose a checkpoint of one of {sorted(known)}")
+    return known[kind]
 
 
 def load_backbone(
@@ -141,15 +114,9 @@ def load_backbone(
     picture's edge where the checkpoint's own is not wanted. The micro backbone takes none of these: it is what its
     folder says. Raises UserError for a folder that is missing, damaged, pickled or of no known family.
     """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {
-        "need": frozenset(need),
-        "dtype": dtype,
-        "max_tokens": max_tokens,
-        "device": device,
-        "resolution": resolution,
-    }
-    return BACKBONES[family_of(folder)](folder, **options)
+    options = {"dtype": dtype, "max_tokens": max_tokens, "device": device, "resolution": resolution}
+    made: Backbone = FAMILIES[family_of(folder)].backbone().load(folder, need=frozenset(need), **options)
+    return made

@@ -7,24 +7,25 @@ UltraEdit does on SD3). The network takes 1000 t and returns v, which is SD3's o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from data.errors import UserError, UserErrors
 from data.files import read_json, write_json
-from model.checkpoint import write_tensors
+from model.backbones import parts
+from model.backbones.sd3 import ORIGINAL_NAMES, SD3Backbone
+from model.checkpoint import read_tensors, write_tensors
 from model.fields.base import Condition, Prompts
 
 MAX_WORDS = 16
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PAD, UNKNOWN = 0, 1  # rows of the embedding table
 
 
@@ -47,9 +48,8 @@ class LinearCodec(nn.Module):
     def _patches(self, images: torch.Tensor) -> torch.Tensor:
         b, c, h, w = images.shape
         p = self.patch
-        return (
-            images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h // p, w // p, c * p * p)
-        )
+        cells = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        return cells.reshape(b, h // p, w // p, c * p * p)
 
     def fit(self, images: torch.Tensor) -> float:
         """Closed form, from images (B, 3, H, W) in [0, 1]; returns the share of pixel variance that the latents
@@ -60,9 +60,8 @@ class LinearCodec(nn.Module):
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         channels = len(self.scale)
         top, basis = values.flip(0)[:channels].clamp_min(1e-12), vectors.flip(1)[:, :channels].T
-        basis = basis * torch.where(
-            basis.gather(1, basis.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0
-        )  # eigenvectors have no sign of their own
+        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        basis = basis * torch.where(largest < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
         scale = top.pow(-0.25)  # half way to white: the latents' deviations are the square roots of the components' own
         scale = scale / (top * scale.square()).mean().sqrt()
         self.mean.copy_(mean)
@@ -114,9 +113,8 @@ class WordEncoder(nn.Module):
             others = f" and {len(where) - 1} more" if len(where) > 1 else ""
             faults.append(f"{word!r} (prompt {where[0]!r}{others}): use one of the nearest known words: {nearest}")
         if faults:
-            raise UserErrors(
-                f"the micro text encoder knows {len(self.vocabulary)} words, and these are not among them:", faults
-            )
+            count = len(self.vocabulary)
+            raise UserErrors(f"the micro text encoder knows {count} words, and these are not among them:", faults)
 
     def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
         """(B, MAX_WORDS) word ids. Raises UserError for a longer prompt, whose end would be lost without a word."""
@@ -124,9 +122,8 @@ class WordEncoder(nn.Module):
         for row, prompt in enumerate(prompts):
             words = words_of(prompt)
             if len(words) > MAX_WORDS:
-                raise UserError(
-                    f"prompt of {len(words)} words, the micro backbone reads {MAX_WORDS}: {prompt!r}; shorten it or let the curate stage reject it"
-                )
+                counts = f"{len(words)} words, the micro backbone reads {MAX_WORDS}"
+                raise UserError(f"prompt of {counts}: {prompt!r}; shorten it or let the curate stage reject it")
             ids[row, : len(words)] = torch.tensor([self.index.get(word, UNKNOWN) for word in words], dtype=torch.long)
         return ids
 
@@ -135,10 +132,8 @@ class WordEncoder(nn.Module):
         placed = words + self.positions.weight
         pairs = placed.unflatten(1, (MAX_WORDS // 2, 2)).mean(2)  # (B, L, D), L = MAX_WORDS / 2
         tokens = pairs + self.project(nn.functional.gelu(self.window(placed.mT).mT))
-        pooled = (words * (1.0 + self.gates.weight) * (ids != PAD).unsqueeze(-1)).sum(1) / MAX_WORDS**0.5 + tokens.mean(
-            1
-        )  # (B, D)
-        return tokens, pooled
+        gated = (words * (1.0 + self.gates.weight) * (ids != PAD).unsqueeze(-1)).sum(1)
+        return tokens, gated / MAX_WORDS**0.5 + tokens.mean(1)  # (B, L, D), (B, D)
 
 
 def cell_codes(grid: int, width: int) -> torch.Tensor:
@@ -155,8 +150,19 @@ def cell_codes(grid: int, width: int) -> torch.Tensor:
     return codes.reshape(1, grid * grid, width)
 
 
+@dataclass(frozen=True)
+class MicroSize:
+    """Of a new network: `grid` cells an edge, `width` split evenly over `heads`, latents of `channels`."""
+
+    grid: int
+    width: int
+    layers: int
+    heads: int
+    channels: int
+
+
 class MicroBackbone:
-    """See `Backbone`. `grid` is the picture's edge in cells."""
+    """See `Backbone`."""
 
     name = "micro"
     supports_edits = True
@@ -164,18 +170,9 @@ class MicroBackbone:
     max_tokens = MAX_WORDS
     blocks: tuple[str, ...] = ("transformer_blocks",)
     modulations: tuple[str, ...] = ("norm1", "norm1_context")
-    adapter_targets: tuple[str, ...] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "net.0.proj",
-        "net.2",
-    )
+    adapter_targets: tuple[str, ...] = (*SD3Backbone.adapter_targets, "net.0.proj", "net.2")
+    original_names = ORIGINAL_NAMES
+    comfyui_prefix = None
 
     def __init__(
         self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]
@@ -186,39 +183,30 @@ class MicroBackbone:
         self.largest_edge = network.config.pos_embed_max_size * network.config.patch_size * codec.patch
 
     @classmethod
-    def new(
-        cls,
-        vocabulary: Sequence[str],
-        grid: int,
-        width: int,
-        layers: int,
-        heads: int,
-        channels: int,
-        shift: float,
-        seed: int,
-    ) -> MicroBackbone:
+    def new(cls, vocabulary: Sequence[str], size: MicroSize, shift: float, seed: int) -> MicroBackbone:
         """An untrained one; weights depend on `seed` alone."""
+        width = size.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = SD3Transformer2DModel(
-                sample_size=grid,
+                sample_size=size.grid,
                 patch_size=1,
-                in_channels=2 * channels,
-                out_channels=channels,
-                num_layers=layers,
-                attention_head_dim=width // heads,
-                num_attention_heads=heads,
+                in_channels=2 * size.channels,
+                out_channels=size.channels,
+                num_layers=size.layers,
+                attention_head_dim=width // size.heads,
+                num_attention_heads=size.heads,
                 joint_attention_dim=width,
                 caption_projection_dim=width,
                 pooled_projection_dim=width,
-                pos_embed_max_size=grid,
+                pos_embed_max_size=size.grid,
                 qk_norm="rms_norm",
             )
-            network.pos_embed.pos_embed.copy_(cell_codes(grid, width))
+            network.pos_embed.pos_embed.copy_(cell_codes(size.grid, width))
             text = WordEncoder(vocabulary, width)
             for table, deviation in ((text.words, 1.0), (text.positions, 0.5), (text.gates, 0.5)):
                 nn.init.normal_(table.weight, std=deviation)
-        return cls(network, text, LinearCodec(channels), {"type": "FlowMatchEulerDiscreteScheduler", "shift": shift})
+        return cls(network, text, LinearCodec(size.channels), {"type": parts.SCHEDULER, "shift": shift})
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.text(self.text.tokens(prompts))
@@ -253,93 +241,55 @@ class MicroBackbone:
 
     def freeze(self) -> None:
         for module in (self.network, self.text, self.codec):
-            module.requires_grad_(False)
-            module.eval()
+            module.requires_grad_(False).eval()
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
         """A folder in diffusers' layout: transformer/, text_encoder/, vae/, scheduler/ and model_index.json; weights in
         half precision.
         """
         net: Any = self.network if network is None else network
-        for part, module in (("transformer", net), ("text_encoder", self.text), ("vae", self.codec)):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            # The codec stays in fp32: it is tiny, and rounding its basis would cost exact decoding.
-            dtype = torch.float32 if part == "vae" else torch.float16
-            write_tensors(
-                folder / part / "diffusion_pytorch_model.safetensors",
-                {k: v.to(dtype) for k, v in module.state_dict().items()},
-            )
-        (folder / "transformer" / "config.json").write_text(
-            json.dumps(
-                {
-                    "_class_name": "SD3Transformer2DModel",
-                    **{k: v for k, v in dict(net.config).items() if not k.startswith("_")},
-                },
-                indent=2,
-            )
-        )
-        write_json(
-            folder / "text_encoder" / "config.json",
-            {"vocabulary": list(self.text.vocabulary), "width": self.text.words.embedding_dim},
-        )
+        parts.save_transformer(folder / "transformer", net, _half(net))
+        (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "text_encoder" / WEIGHTS, _half(self.text))
+        (folder / "vae").mkdir(parents=True, exist_ok=True)
+        # The codec stays in fp32: it is tiny, and rounding its basis would cost exact decoding.
+        write_tensors(folder / "vae" / WEIGHTS, self.codec.state_dict())
+        words = {"vocabulary": list(self.text.vocabulary), "width": self.text.words.embedding_dim}
+        scheduler = {"_class_name": self.scheduler["type"], "shift": self.scheduler["shift"]}
+        write_json(folder / "text_encoder" / "config.json", words)
         write_json(folder / "vae" / "config.json", {"channels": len(self.codec.scale), "patch": self.codec.patch})
-        write_json(
-            folder / "scheduler" / "scheduler_config.json",
-            {"_class_name": self.scheduler["type"], "shift": self.scheduler["shift"]},
-        )
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         write_json(folder / "model_index.json", {"_class_name": "MicroPipeline", "backbone": self.name})
 
     @classmethod
-    def load(cls, folder: Path) -> MicroBackbone:
-        """Frozen, in fp32. Raises UserError for a missing, truncated or mismatched part."""
+    def load(cls, folder: Path, **unused: Any) -> MicroBackbone:
+        """Frozen, in fp32 on the CPU: so small that the options of the others would save nothing.
+
+        Raises UserError for a missing, truncated or mismatched part.
+        """
         config = {k: v for k, v in read_json(folder / "transformer" / "config.json").items() if not k.startswith("_")}
         words, vae = read_json(folder / "text_encoder" / "config.json"), read_json(folder / "vae" / "config.json")
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        network, text, codec = (
-            SD3Transformer2DModel(**config),
-            WordEncoder(words["vocabulary"], words["width"]),
-            LinearCodec(vae["channels"], vae["patch"]),
-        )
+        network = SD3Transformer2DModel(**config)
+        text, codec = WordEncoder(words["vocabulary"], words["width"]), LinearCodec(vae["channels"], vae["patch"])
         for part, module in (("transformer", network), ("text_encoder", text), ("vae", codec)):
-            load_weights(module, folder / part / "diffusion_pytorch_model.safetensors")
+            load_weights(module, folder / part / WEIGHTS)
         backbone = cls(network, text, codec, {"type": scheduler["_class_name"], "shift": scheduler["shift"]})
         backbone.freeze()
         return backbone
 
 
+def _half(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.to(torch.float16) for key, value in module.state_dict().items()}
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Every key must match, in name and shape, and every value be finite; in fp32. Raises UserError otherwise."""
-    tensors = read_tensors(path)
-    expected = module.state_dict()
+    tensors, expected = read_tensors(path), module.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected.keys() & tensors.keys()
-        if tensors[key].shape != expected[key].shape
-    ]
+    sizes = {key: (tuple(tensors[key].shape), tuple(expected[key].shape)) for key in expected.keys() & tensors.keys()}
+    shapes = sorted(f"{key} is {given}, expected {wanted}" for key, (given, wanted) in sizes.items() if given != wanted)
     if missing or extra or shapes:
-        raise UserError(
-            f"{path}: does not fit this model (missing keys {missing[:3]}, extra keys {extra[:3]}, shapes {sorted(shapes)[:3]}); "
-            "take the weights that belong to it"
-        )
+        shown = f"missing keys {missing[:3]}, extra keys {extra[:3]}, shapes {shapes[:3]}"
+        raise UserError(f"{path}: does not fit this model ({shown}); take the weights that belong to it")
     module.load_state_dict({key: value.to(torch.float32) for key, value in tensors.items()})
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Raises UserError when the file is missing, truncated, not safetensors, or holds a value that is not finite."""
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such file; `dvc pull` brings the bundled teachers, `dvc repro` makes the rest"
-        ) from error
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); remove it and make or pull it again"
-        ) from error
-    bad = [
-        name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    if bad:
-        raise UserError(f"{path}: tensor {bad[0]} holds values that are not finite; the checkpoint is damaged")
-    return tensors

@@ -8,7 +8,7 @@ of them: CLIP-L and CLIP-G beside each other, then T5, padded to a fixed length 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,129 +22,82 @@ from model.backbones import parts
 from model.fields.base import Condition, Prompts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ORIGINAL_NAMES = (  # see Backbone.original_names
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.to_([qkv])", r"joint_blocks.\1.x_block.\2.qkv"),
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
+    (r"transformer_blocks\.(\d+)\.(attn)\.add_([qkv])_proj", r"joint_blocks.\1.context_block.\2.qkv"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"joint_blocks.\1.context_block.adaLN_modulation.1"),
+    (r"context_embedder", r"context_embedder"),
+)
 
 
-class SD3Backbone:
+class SD3Backbone(parts.PipelineBackbone):
     """See `Backbone`. Made by `load`."""
 
     name = "sd3"
+    network_class = SD3Transformer2DModel
     edit_prompts = False
     blocks: tuple[str, ...] = ("transformer_blocks",)
     modulations: tuple[str, ...] = ("norm1", "norm1_context")
-    adapter_targets: tuple[str, ...] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
+    adapter_targets: tuple[str, ...] = tuple(
+        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
     )
+    original_names = ORIGINAL_NAMES
+    comfyui_prefix: str | None = "transformer."
 
-    def __init__(
-        self, folder: Path, network: Any, scheduler: dict[str, Any], pixels_per_latent: int, max_tokens: int
-    ) -> None:
-        self.folder, self.network, self.scheduler, self.max_tokens = folder, network, scheduler, max_tokens
-        config = network.config
+    def __init__(self, *given: Any) -> None:
+        """Raises UserError where the input channels are neither those of the latents nor twice as many."""
+        super().__init__(*given)
+        config = self.network.config
         channels = config.out_channels or config.in_channels
         if config.in_channels not in (channels, 2 * channels):
-            raise UserError(
-                f"{folder / 'transformer' / 'config.json'}: in_channels = {config.in_channels}: expected {channels} (T2I) or {2 * channels} (T2I and edits) "
-                f"for {channels} latent channels"
-            )
+            place = f"{self.folder / 'transformer' / 'config.json'}: in_channels = {config.in_channels}"
+            wanted = f"{channels} (T2I) or {2 * channels} (T2I and edits) for {channels} latent channels"
+            raise UserError(f"{place}: expected {wanted}")
         self.supports_edits = config.in_channels == 2 * channels
         self.latent_shape = (channels, config.sample_size, config.sample_size)
-        self.pixels_per_latent, self.size_multiple = pixels_per_latent, pixels_per_latent * config.patch_size
+        self.size_multiple = self.pixels_per_latent * config.patch_size
         self.largest_edge = self.size_multiple * config.pos_embed_max_size
-        self.vae: Any = None
-        self._texts: Any = None
 
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        need: Collection[str],
-        dtype: torch.dtype,
-        max_tokens: int,
-        device: torch.device | str = "cpu",
-        resolution: int | None = None,
-    ) -> SD3Backbone:
-        """A frozen base from a pipeline folder; `need` names the parts that are read ("transformer", "text", "vae").
-
-        Raises UserError for a part that is missing, damaged or of another family, for latents of VAE and network that
-        differ, and for a scheduler not followed.
-        """
-        network = parts.load_network(
-            SD3Transformer2DModel, folder / "transformer", dtype, device, weights="transformer" in need
-        )
-        backbone = cls(folder, network, parts.read_scheduler(folder), parts.pixels_per_latent(folder), max_tokens)
-        backbone.latent_shape = parts.check_latents(
-            folder, backbone.latent_shape, resolution, backbone.pixels_per_latent
-        )
-        if "vae" in need:
-            backbone.vae = parts.load_vae(folder, device)
-        if "text" in need:
-            backbone._texts = cls._text_pipeline(folder, network, dtype, device)
-        return backbone
-
-    @staticmethod
-    def _text_pipeline(folder: Path, network: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    def load_texts(self, dtype: torch.dtype, device: torch.device | str) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
-        index, given = read_json(folder / "model_index.json"), dict[str, Any]()
+        index, given = read_json(self.folder / "model_index.json"), dict[str, Any]()
         for part in ENCODERS:
             there = (index.get(part) or [None])[0] is not None  # SD3 may come without T5
-            tokenizer, encoder = parts.load_text(folder, part, dtype, device) if there else (None, None)
-            given |= {part: encoder, part.replace("text_encoder", "tokenizer"): tokenizer}
-        return StableDiffusion3Pipeline(transformer=network, scheduler=None, vae=None, **given)
-
-    def release(self, *names: str) -> None:
-        """Frees "text" or "vae": the text encoders are needed for prompts alone."""
-        if "text" in names:
-            self._texts = None
-        if "vae" in names:
-            self.vae = None
+            tokenizer, encoder = parts.load_text(self.folder, part, dtype, device) if there else (None, None)
+            given |= {part: encoder, parts.name_of_tokenizer(part): tokenizer}
+        return StableDiffusion3Pipeline(transformer=self.network, scheduler=None, vae=None, **given)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
         """embeds (B, 77 + max_tokens, D), pooled (B, P). Edits read their prompts as T2I does."""
-        pipeline = _loaded(self._texts, "text encoders")
-        device = next(pipeline.text_encoder.parameters()).device
+        pipeline = self.loaded("texts")
+        how = {"device": next(pipeline.text_encoder.parameters()).device, "max_sequence_length": self.max_tokens}
         with parts.quiet():
             embeds, _, pooled, _ = pipeline.encode_prompt(
-                list(prompts),
-                None,
-                None,
-                device=device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_tokens,
+                list(prompts), None, None, do_classifier_free_guidance=False, **how
             )
         return Prompts(embeds, pooled)
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Nothing: the tokenizers read every word."""
 
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
         """How many of the prompts lose their end in each text encoder, by the encoder's name; CLIP reads 77 tokens, T5
         `max_tokens`.
         """
-        pipeline = _loaded(self._texts, "text encoders")
-        counts = {}
+        pipeline, counts = self.loaded("texts"), {}
         with parts.quiet():
             for part in ENCODERS:
-                tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
+                tokenizer = getattr(pipeline, parts.name_of_tokenizer(part))
                 if tokenizer is not None:
                     limit = self.max_tokens if part == "text_encoder_3" else pipeline.tokenizer_max_length
                     counts[part] = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
         return counts
-
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        return parts.encode_image(_loaded(self.vae, "VAE"), images)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return parts.decode(_loaded(self.vae, "VAE"), latents)
 
     def velocity(self, network: Any, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The network's inputs are cast to its own dtype; latents and times stay fp32 outside. Raises UserError for an
@@ -153,9 +106,8 @@ class SD3Backbone:
         dtype = network.proj_out.weight.dtype  # of the base: an adapter's weights are fp32 whatever it adapts
         hidden = x_t
         if self.supports_edits:
-            hidden = torch.cat(
-                [x_t, torch.zeros_like(x_t) if condition.source is None else condition.source.to(x_t)], dim=1
-            )
+            source = torch.zeros_like(x_t) if condition.source is None else condition.source.to(x_t)
+            hidden = torch.cat([x_t, source], dim=1)
         elif condition.source is not None:
             raise UserError(edit_fault(self.folder))
         return network(
@@ -166,24 +118,12 @@ class SD3Backbone:
             return_dict=False,
         )[0].float()
 
-    def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """A pipeline folder that diffusers loads: this base, or `network` in its transformer's place; the other parts
-        are copied from where it came from.
-        """
-        net: Any = self.network if network is None else network
-        parts.save_pipeline(folder, self.folder, net, parts.plain_state(net))
-
-
-def _loaded(part: Any, what: str) -> Any:
-    if part is None:
-        raise RuntimeError(f"the {what} were not loaded; name them in `need`")
-    return part
-
 
 def edit_fault(folder: Path) -> str:
     return (
-        f"{folder}: this base reads no source image (in_channels = latent channels), so it cannot edit; take a base with twice the channels, "
-        "widen this one (model.backbones.sd3.widen_for_edits) and train it on edits, or leave the edit routes out"
+        f"{folder}: this base reads no source image (in_channels = latent channels), so it cannot edit; take a base "
+        "with twice the channels, widen this one (model.backbones.sd3.widen_for_edits) and train it on edits, or leave "
+        "the edit routes out"
     )
 
 
@@ -197,12 +137,10 @@ def widen_for_edits(network: Any) -> Any:
     """
     config = network.config
     if config.in_channels != (config.out_channels or config.in_channels):
-        raise UserError(
-            f"widen for edits: in_channels = {config.in_channels} already differs from out_channels = {config.out_channels}"
-        )
-    wide = SD3Transformer2DModel.from_config(
-        {**config, "in_channels": 2 * config.in_channels, "out_channels": config.in_channels}
-    )
+        both = f"in_channels = {config.in_channels} already differs from out_channels = {config.out_channels}"
+        raise UserError(f"widen for edits: {both}")
+    channels = {"in_channels": 2 * config.in_channels, "out_channels": config.in_channels}
+    wide = SD3Transformer2DModel.from_config({**config, **channels})
     state, old = parts.plain_state(network), network.pos_embed.proj.weight
     wide = nn.Module.to(wide, device=old.device, dtype=old.dtype)
     wide.load_state_dict({**state, "pos_embed.proj.weight": torch.cat([old, torch.zeros_like(old)], dim=1)})

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
 from model.backbones import Backbone
 from model.backbones.parts import SCHEDULER
-from model.backbones.sd3 import SD3Backbone
-from model.backbones.zimage import ZImageBackbone
+from model.families import FAMILIES
 
 SD35_MEDIUM: dict[str, Any] = {
     "sample_size": 128,
@@ -66,15 +64,11 @@ PIXELS_PER_LATENT = 8
 class NetworkSize:
     """A network's family and configuration, and the tokens of a usual T2I prompt."""
 
-    family: str  # a key of FAMILIES
+    family: str  # a key of model.families.FAMILIES
     config: dict[str, Any]
     tokens: int
 
 
-FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
-    "sd3": (SD3Backbone, SD3Transformer2DModel),
-    "zimage": (ZImageBackbone, ZImageTransformer2DModel),
-}
 SIZES = {
     "sd35-m": NetworkSize("sd3", SD35_MEDIUM, 77 + 256),  # CLIP's tokens, then T5's
     "sd35-l": NetworkSize("sd3", SD35_LARGE, 77 + 256),
@@ -89,8 +83,7 @@ def _random_network(make: Callable[[], Any], device: torch.device | str, dtype: 
     alone.
     """
     with torch.device("meta"):
-        network = make()
-    network = nn.Module.to(network, dtype)
+        network = nn.Module.to(make(), dtype)
     if str(device) != "meta":
         network.to_empty(device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -100,9 +93,7 @@ def _random_network(make: Callable[[], Any], device: torch.device | str, dtype: 
                     value.fill_(1.0 if "norm" in key and key.endswith("weight") else 0.0)
                 else:
                     value.normal_(std=0.5 / value[0].numel() ** 0.5, generator=generator)
-    network.requires_grad_(False)
-    network.eval()
-    return network
+    return network.requires_grad_(False).eval()
 
 
 def random_backbone(
@@ -119,9 +110,9 @@ def random_backbone(
     `edits` gives SD3 the doubled input channels, `resolution` (px) sets the usual picture's edge. On device "meta" it
     has shapes alone. It has neither text encoder nor VAE.
     """
-    kind, network_class = FAMILIES[size.family]
-    wide = {"in_channels": 2 * size.config["out_channels"]} if edits and size.family == "sd3" else {}
-    network = _random_network(lambda: network_class(**{**size.config, **wide}), device, dtype, seed)
+    kind = FAMILIES[size.family].backbone()
+    wide = {"in_channels": 2 * size.config["out_channels"]} if edits and "out_channels" in size.config else {}
+    network = _random_network(lambda: kind.network_class(**{**size.config, **wide}), device, dtype, seed)
     scheduler = {"type": SCHEDULER, "shift": SHIFT}
     backbone: Any = kind(Path(size.family), network, scheduler, PIXELS_PER_LATENT, size.tokens)
     if resolution is not None:

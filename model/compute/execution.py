@@ -63,9 +63,8 @@ class Execution:
     compiled_rollout: bool = False
 
 
-WHOLE_BATCH = Execution(
-    torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False
-)  # fp32, nothing cut, nothing merged
+# In fp32, nothing cut, nothing merged.
+WHOLE_BATCH = Execution(torch.device("cpu"), 1 << 30, 1 << 30, None, "auto", False, 0, False, False)
 
 
 def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
@@ -103,10 +102,9 @@ def moved(value: T, device: torch.device) -> T:
         return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
     if hasattr(value, "to"):  # it knows what of it belongs on the host
         return whole.to(device)
-    parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(whole)}
-    return dataclasses.replace(
-        whole, **{name: moved(part, device) for name, part in parts.items() if isinstance(part, torch.Tensor)}
-    )
+    values = {field.name: getattr(value, field.name) for field in dataclasses.fields(whole)}
+    tensors = {name: moved(item, device) for name, item in values.items() if isinstance(item, torch.Tensor)}
+    return dataclasses.replace(whole, **tensors)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -155,37 +153,18 @@ def fit(
     """Decides batch sizes and recomputation for `row()`, the student's forward on one row. `budget` in bytes: the free
     memory's share unless given.
 
-    Recomputes only when memory asks for it: as few blocks as let one row fit (all of them where `checkpointing` is
-    "always").
+    Recomputes only when memory asks for it: as few blocks as let one row fit (all where `checkpointing` is "always").
     """
-    blocks = blocks_of(network)
-    allowed = (
-        int(MEMORY_SHARE * free_memory(device) / (params.processes if device.type == "cpu" else 1))
-        if budget is None
-        else budget
-    )
-    recompute = len(blocks) if params.checkpointing == "always" else 0
-    measured = params.micro_batch == 0 or params.checkpointing == "auto"
-    rows = max(params.micro_batch, 1)
-    if measured:
-        with ExitStack() as stack:
-            stack.enter_context(precision(device, PRECISION[params.precision]))
-            recompute_blocks(network, recompute)
-            need = activation_bytes(row, [network])
-            if params.checkpointing == "auto" and need * rows > allowed:
-                whole = need
-                recompute_blocks(network, len(blocks))
-                least = activation_bytes(row, [network])
-                # A block under recomputation rebuilds all its activations once in the backward, so one block's share
-                # comes on top of what is kept.
-                share = (whole - least) / max(len(blocks), 1)
-                recompute = next(
-                    (k for k in range(len(blocks) + 1) if (whole - k * share + (share if k else 0)) * rows <= allowed),
-                    len(blocks),
-                )
-                need = int(whole - recompute * share + (share if recompute else 0))
-            if params.micro_batch == 0:
-                rows = max(1, min(batch, allowed // max(need, 1)))
+    if budget is None:
+        budget = int(MEMORY_SHARE * free_memory(device) / (params.processes if device.type == "cpu" else 1))
+    rows, recompute = max(params.micro_batch, 1), 0
+    if params.micro_batch == 0 or params.checkpointing == "auto":
+        with precision(device, PRECISION[params.precision]):
+            recompute, need = _recomputed(params.checkpointing, network, row, budget // rows)
+        if params.micro_batch == 0:
+            rows = max(1, budget // max(need, 1))
+    elif params.checkpointing == "always":
+        recompute = len(blocks_of(network))
     rows = min(rows, batch)
     recompute_blocks(network, recompute)
     merged = params.merge_rollout == "always" or (params.merge_rollout == "auto" and params.precision == "fp32")
@@ -201,6 +180,22 @@ def fit(
         params.shard_base,
         params.compile == "rollout",
     )
+
+
+def _recomputed(checkpointing: str, network: Any, row: Callable[[], torch.Tensor], allowed: int) -> tuple[int, int]:
+    """How many blocks recompute their activations so that `row()` takes at most `allowed` bytes, and what it takes."""
+    blocks = len(blocks_of(network))
+    recompute_blocks(network, blocks if checkpointing == "always" else 0)
+    whole = activation_bytes(row, [network])
+    if checkpointing != "auto" or whole <= allowed:
+        return (blocks if checkpointing == "always" else 0), whole
+    recompute_blocks(network, blocks)
+    # A block under recomputation rebuilds all its activations once in the backward, so the share of one block comes on
+    # top of what is kept.
+    share = (whole - activation_bytes(row, [network])) / max(blocks, 1)
+    needs = {count: whole - count * share + (share if count else 0) for count in range(blocks + 1)}
+    count = next((count for count, need in needs.items() if need <= allowed), blocks)
+    return count, int(needs[count])
 
 
 def recompute_blocks(network: Any, count: int) -> None:
@@ -269,9 +264,8 @@ def check_compiler(device: torch.device) -> None:
     """Raises UserError when torch.compile would find no C++ compiler; on CUDA it brings its own."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):
-        raise UserError(
-            f"execution.compile: torch.compile needs {compiler} on a CPU, and it is not here; install it, name another as CXX, or choose none"
-        )
+        remedy = "install it, name another as CXX, or choose none"
+        raise UserError(f"execution.compile: torch.compile needs {compiler} on a CPU, and it is not here; {remedy}")
 
 
 @contextmanager
@@ -346,11 +340,8 @@ class EvaluationCounter:
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
-        self.rows = 0
-        self.handles = [
-            network.register_forward_pre_hook(self._count, with_kwargs=True)
-            for network in {id(n): n for n in networks}.values()
-        ]
+        self.rows, distinct = 0, {id(network): network for network in networks}.values()
+        self.handles = [network.register_forward_pre_hook(self._count, with_kwargs=True) for network in distinct]
 
     def _count(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         first = inputs[0] if inputs else next(named[key] for key in ("hidden_states", "x") if key in named)

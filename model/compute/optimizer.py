@@ -18,11 +18,7 @@ from torch import nn
 from data.errors import UserError
 from model.backbones import Backbone
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # quintic coefficients: singular values land in about [0.7, 1.2] after five steps
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic: singular values land in about [0.7, 1.2] after five steps
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -70,9 +66,8 @@ class Muon(torch.optim.Optimizer):
                     gradients = [torch.where(ok > 0, gradient, 0.0) for gradient in gradients]
                     torch._foreach_mul_(momenta, torch.where(ok > 0, group["momentum"], 1.0))
                 torch._foreach_add_(momenta, gradients)
-                updates = list(
-                    orthogonalize(torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))).unbind()
-                )  # Nesterov
+                nesterov = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+                updates = list(orthogonalize(torch.stack(nesterov)).unbind())
                 if ok is not None:
                     torch._foreach_mul_(updates, ok)
                 weights: list[torch.Tensor] = list(parameters)
@@ -104,18 +99,19 @@ class Optimizers:
                 optimizer.step(ok=ok)
                 continue
             if ok is not None:
-                optimizer.found_inf = 1.0 - ok  # type: ignore[attr-defined]  # torch's own way to withhold a fused step, as GradScaler uses it
+                # How GradScaler withholds a fused step.
+                optimizer.found_inf = 1.0 - ok  # type: ignore[attr-defined]
             optimizer.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The whole state as flat named tensors, for safetensors."""
-        named = {}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                named.update(
-                    {f"{number}.{index}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
-                )
-        return named
+        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        return {
+            f"{number}.{index}.{key}": torch.as_tensor(value).clone()
+            for number, state in enumerate(states)
+            for index, values in state.items()
+            for key, value in values.items()
+        }
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
         for number, optimizer in enumerate(self.optimizers):
@@ -139,14 +135,11 @@ def _build_adamw(named: list[tuple[str, nn.Parameter]], learning_rate: float, ba
 def _build_muon(named: list[tuple[str, nn.Parameter]], learning_rate: float, backbone: Backbone) -> Optimizers:
     """Matrices inside the backbone's blocks go to Muon; modulations, embeddings, norms and biases to AdamW."""
     blocks, modulations = set(backbone.blocks), set(backbone.modulations)
-    matrices = [
-        p for name, p in named if p.ndim == 2 and blocks & {*name.split(".")} and not modulations & {*name.split(".")}
-    ]
+    places = [({*name.split(".")}, p) for name, p in named if p.ndim == 2]
+    matrices = [p for place, p in places if blocks & place and not modulations & place]
     if not matrices:
-        raise UserError(
-            f"optimizer = 'muon': no trained parameter is a matrix in the blocks of {backbone.name} "
-            f"({', '.join(backbone.blocks)}); choose adamw"
-        )
+        where = f"the blocks of {backbone.name} ({', '.join(backbone.blocks)})"
+        raise UserError(f"optimizer = 'muon': no trained parameter is a matrix in {where}; choose adamw")
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     return Optimizers([Muon(matrices, lr=learning_rate), *([_adamw(rest, learning_rate)] if rest else [])])
@@ -167,9 +160,8 @@ def build_optimizer(
         raise UserError(f"optimizer = {name!r}: choose one of {sorted(OPTIMIZERS)}")
     wrong = [key for key, parameter in trainable if parameter.dtype != torch.float32]
     if wrong:
-        raise UserError(
-            f"trainable parameters must be float32, {wrong[0]} is not (Adam's second moment cannot decay in bfloat16)"
-        )
+        why = "Adam's second moment cannot decay in bfloat16"
+        raise UserError(f"trainable parameters must be float32, {wrong[0]} is not ({why})")
     return OPTIMIZERS[name](trainable, learning_rate, backbone)
 
 

@@ -39,9 +39,8 @@ def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterato
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group(
-        backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=PATIENCE
-    )
+    address = meeting.absolute().as_uri()
+    distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size)
     finally:
@@ -73,22 +72,20 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], others: torch.Tensor) -
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), others])
     distributed.all_reduce(flat)
-    torch._foreach_copy_(
-        gradients,
-        [
-            part.view_as(gradient)
-            for part, gradient in zip(flat.split([g.numel() for g in gradients] + [len(others)]), gradients)
-        ],
-    )
+    sums = flat.split([gradient.numel() for gradient in gradients] + [len(others)])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(sums, gradients)])
     return flat[-len(others) :]
+
+
+def _meeting_device() -> str:
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 
 
 def most(counts: Sequence[int]) -> list[int]:
     """The largest of each count over all processes."""
     if not distributed.is_initialized():
         return list(counts)
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    box = torch.tensor(list(counts), device=device)
+    box = torch.tensor(list(counts), device=_meeting_device())
     distributed.all_reduce(box, op=distributed.ReduceOp.MAX)
     return [int(count) for count in box.tolist()]
 
@@ -97,7 +94,7 @@ def shared(value: float, world: World) -> float:
     """Rank 0's value, in every process."""
     if world.size == 1:
         return value
-    box = torch.tensor([value], dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    box = torch.tensor([value], dtype=torch.float64, device=_meeting_device())
     distributed.broadcast(box, src=0)
     return float(box[0])
 
@@ -113,8 +110,5 @@ def shard_frozen(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in blocks:
-        fully_shard(
-            block,
-            mesh=mesh,
-            ignored_params={parameter for name, parameter in block.named_parameters() if "lora_" in name},
-        )
+        adapters = {parameter for name, parameter in block.named_parameters() if "lora_" in name}
+        fully_shard(block, mesh=mesh, ignored_params=adapters)

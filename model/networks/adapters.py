@@ -23,8 +23,8 @@ from torch import nn
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
-from model.backbones.micro import read_tensors
-from model.checkpoint import write_tensors
+from model.checkpoint import read_tensors, write_tensors
+from model.families import FAMILIES
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")  # what PEFT and diffusers call an adapter in a folder
@@ -37,29 +37,6 @@ ROLES = (
     (re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora_up|lora\.up)\.weight$"), "B"),
     (re.compile(r"\.alpha$"), "alpha"),
 )
-# diffusers' module name -> the original checkpoint's, by family; {qkv} marks three modules that one fused layer holds
-# in that order.
-ORIGINAL: dict[str, tuple[tuple[str, str], ...]] = {
-    "sd3": (
-        (r"transformer_blocks\.(\d+)\.(attn2?)\.to_([qkv])", r"joint_blocks.\1.x_block.\2.qkv"),
-        (r"transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
-        (r"transformer_blocks\.(\d+)\.(attn)\.add_([qkv])_proj", r"joint_blocks.\1.context_block.\2.qkv"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
-        (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
-        (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
-        (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
-        (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"joint_blocks.\1.context_block.adaLN_modulation.1"),
-        (r"context_embedder", r"context_embedder"),
-    ),
-    "zimage": (
-        (r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(attention)\.to_([qkv])", r"\1.\2.qkv"),
-        (r"((?:layers|noise_refiner|context_refiner)\.\d+)\.attention\.to_out\.0", r"\1.attention.out"),
-    ),
-}
-ORIGINAL["micro"] = ORIGINAL["sd3"]
-COMFYUI_PREFIX = {"sd3": "transformer.", "zimage": "diffusion_model."}  # with diffusers' module names after it
 
 
 @dataclass(frozen=True)
@@ -96,7 +73,7 @@ def fused_names(family: str, modules: Iterable[str]) -> dict[str, list[str]]:
     """The original checkpoint's name of a layer -> the diffusers modules that it holds, in the order of its rows."""
     fused: dict[str, dict[str, str]] = {}
     for module in modules:
-        for pattern, original in ORIGINAL.get(family, ()):
+        for pattern, original in FAMILIES[family].backbone().original_names:
             match = re.fullmatch(pattern, module)
             if match:
                 part = match[3] if match.re.groups == 3 else ""
@@ -394,11 +371,12 @@ def write_comfyui(file: Path, adapter: Adapter, family: str) -> None:
     It has no alpha keys: diffusers refuses them for SD3. So alpha / rank is multiplied into B, and both take the
     missing alpha for the rank. Raises UserError for a family that neither knows.
     """
-    if family not in COMFYUI_PREFIX:
+    prefix = FAMILIES[family].backbone().comfyui_prefix
+    if prefix is None:
         raise UserError(f"backbone = {family!r}: no ComfyUI key style is known for it; choose another format")
     scale = adapter.alpha / adapter.rank
     tensors = {
         key: value.float() * scale if key.endswith("lora_B.weight") else value.float()
         for key, value in adapter.tensors.items()
     }
-    write_tensors(file, {f"{COMFYUI_PREFIX[family]}{key}": value for key, value in tensors.items()})
+    write_tensors(file, {f"{prefix}{key}": value for key, value in tensors.items()})

@@ -16,7 +16,7 @@ from torch import nn
 
 from data.errors import UserError
 from model.backbones import Backbone
-from model.backbones.micro import read_tensors
+from model.checkpoint import read_tensors
 from model.fields.base import Condition
 from model.networks.adapters import Adapter, linear_modules
 

@@ -18,8 +18,9 @@ from torch import nn
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file, write_json
 from data.weights import precision_of, read_header
-from model.backbones import BACKBONES, Backbone, load_backbone, parts
+from model.backbones import Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
+from model.families import FAMILIES
 from model.networks.network import NetworkField, adapter_parameters, add_adapter, load_adapter
 
 BASE = "base"
@@ -187,8 +188,8 @@ def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
                 )
             continue
         faults += _weight_faults(folder / name, record)
-        if record.backbone not in BACKBONES:
-            faults.append(f"{name}: backbone = {record.backbone!r}: unknown; choose one of {sorted(BACKBONES)}")
+        if record.backbone not in FAMILIES:
+            faults.append(f"{name}: backbone = {record.backbone!r}: unknown; choose one of {sorted(FAMILIES)}")
         for key in ("backbone", "base_sha256", "latent_shape", "scheduler") if base else ():
             if getattr(record, key) != getattr(base, key):
                 faults.append(

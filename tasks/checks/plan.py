@@ -24,6 +24,7 @@ from data.errors import UserError
 from data.files import read_json
 from data.records import CAPABILITIES
 from data.yaml_files import read_yaml
+from model.families import FAMILIES
 from model.rollout import QUERY_BIAS
 from tasks.checks.preflight import check_all, evaluators
 from tasks.params.presets import preset_file
@@ -36,9 +37,6 @@ from tasks.weights.sources import availability, cached
 
 TEACHERS = Path("data/teachers")
 GUIDED = 2  # evaluations of a field under classifier-free guidance
-# Floating-point operations of one forward of one sample, 1e12 (T2I, edit) by resolution; Z-Image with 128 and 160 text
-# tokens.
-ZIMAGE_TERA = {512: (13.7, 27.4), 1024: (56.6, 128.8)}
 GPU_RATE, GPU_SHARE = (
     790e12,
     0.4,
@@ -165,15 +163,16 @@ def size_of(params: Mapping[str, Any], project: Path) -> Size:
     base = (cached(sources["base"].uri, project) if "base" in sources else None) or project / TEACHERS / "base"
     if (base / "model_index.json").is_file() and family_of(base) == backbone.name:
         made: Any = load_backbone(base, need=())
-    elif backbone.name == "micro":
-        from model.backbones.micro import MicroBackbone
+    elif backbone.micro is not None:
+        from model.backbones.micro import MicroBackbone, MicroSize
 
         world, m = params["collect"].world.world(), backbone.micro
-        made = MicroBackbone.new(world.vocabulary, world.grid, m.width, m.layers, m.heads, m.latent_channels, 1.0, 0)
+        size = MicroSize(world.grid, m.width, m.layers, m.heads, m.latent_channels)
+        made = MicroBackbone.new(world.vocabulary, size, shift=1.0, seed=0)
     else:
         from model.backbones.sizes import SIZES, random_backbone
 
-        made = random_backbone(SIZES["zimage" if backbone.name == "zimage" else "sd35-m"], device="meta")
+        made = random_backbone(SIZES[FAMILIES[backbone.name].size], device="meta")
     shapes, layers = linear_modules(made.network), own_layers(made)
     if backbone.pretrained is None:
         _, h, w = made.latent_shape
@@ -182,7 +181,7 @@ def size_of(params: Mapping[str, Any], project: Path) -> Size:
     patch = made.size_multiple // made.pixels_per_latent
     config = dict(made.network.config)
     width = int(config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"])
-    text = 128 if backbone.name == "zimage" else 8 if backbone.name == "micro" else 333
+    text = FAMILIES[backbone.name].text_tokens
     blocks = int(config.get("n_layers") or config["num_layers"])
     count = sum(value.numel() for value in made.network.parameters())
     return Size(count, sum(sum(shapes[name]) for name in layers), (h // patch) * (w // patch) + text, width, blocks)
@@ -192,9 +191,10 @@ def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> 
     """Floating-point operations of one forward of one sample: 2 per parameter and token, and 4 tokens^2 width per block
     for the attention.
     """
-    if family == "zimage" and resolution in ZIMAGE_TERA:
-        return ZIMAGE_TERA[resolution][edit] * 1e12
-    tokens = size.tokens * (2 if edit and family == "zimage" else 1)  # the others read the source beside the noise
+    known = FAMILIES[family]
+    if resolution in known.tera:
+        return known.tera[resolution][edit] * 1e12
+    tokens = size.tokens * (known.images_of_edit if edit else 1)
     return 2.0 * size.parameters * tokens + 4.0 * tokens**2 * size.width * size.blocks
 
 
@@ -270,7 +270,7 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     size = size_of(params, project)
     resolution = p.backbone.pretrained.resolution if p.backbone.pretrained else 0
     rate = measured_rate(project, family)
-    gpu = family != "micro"
+    gpu = FAMILIES[family].size is not None
     assumed = GPU_RATE * GPU_SHARE if gpu else CPU_RATE
     basis = (
         f"{rate:.1f} evaluations/s, measured by the last run here"

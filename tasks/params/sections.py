@@ -11,6 +11,7 @@ from data.bounds import Above, Count, NotNegative, OneOf, Positive
 from data.errors import UserError
 from data.records import GLOBAL_EDITS, LOCAL_EDITS
 from model.compute.settings import ExecutionParams
+from model.families import FAMILIES
 from model.route import Route, route_faults
 
 if TYPE_CHECKING:
@@ -81,12 +82,12 @@ class BackboneParams:
     other family `pretrained`.
     """
 
-    name: Literal["micro", "sd3", "zimage"]
+    name: Annotated[str, OneOf(FAMILIES)]
     micro: MicroParams | None
     pretrained: PretrainedParams | None
 
     def faults(self) -> list[str]:
-        wanted, other = ("micro", "pretrained") if self.name == "micro" else ("pretrained", "micro")
+        wanted, other = ("micro", "pretrained") if FAMILIES[self.name].size is None else ("pretrained", "micro")
         if getattr(self, wanted) is None:
             return [f"{wanted} = null: name = {self.name!r} needs it"]
         if getattr(self, other) is not None:

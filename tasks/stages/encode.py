@@ -21,8 +21,7 @@ from data.images import picture_size, read_picture
 from data.progress import Advance, progress
 from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import Backbone, check_sizes
-from model.backbones.micro import read_tensors
-from model.checkpoint import write_tensors
+from model.checkpoint import read_tensors, write_tensors
 from model.drawing import as_images
 from model.examples import BUCKETS, EDIT_PROMPTS, PROMPTS
 from model.fields.base import Prompts

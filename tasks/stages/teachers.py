@@ -24,12 +24,12 @@ from data.microworld import World, example, render
 from data.progress import progress
 from data.randomness import numpy_generator
 from data.records import CAPABILITIES, CapabilityName
-from model.backbones.micro import MicroBackbone
+from model.backbones.micro import MicroBackbone, MicroSize
 from model.checkpoint import Ema, load_state, save_state
 from model.compute.optimizer import build_optimizer
 from model.drawing import as_images
 from model.fields.base import Condition
-from model.flow_matching import FlowMatchingParams, train
+from model.flow_matching import FlowMatchingParams, Trainee, train
 from model.networks.network import add_adapter
 from model.networks.teachers import BASE, save_teacher, weights_file
 from tasks.params.sections import BackboneParams, WorldParams
@@ -134,9 +134,8 @@ def _new_backbone(world: World, params: Params) -> MicroBackbone:
         raise UserError(
             f"backbone.name = {params.backbone.name!r}: this stage trains the micro network only; published checkpoints are brought, not trained"
         )
-    backbone = MicroBackbone.new(
-        world.vocabulary, world.grid, p.width, p.layers, p.heads, p.latent_channels, params.shift, params.seed
-    )
+    size = MicroSize(world.grid, p.width, p.layers, p.heads, p.latent_channels)
+    backbone = MicroBackbone.new(world.vocabulary, size, params.shift, params.seed)
     lost = _fit_codec(backbone, world, params)
     print(f"codec: {p.latent_channels} components lose {100 * lost:.2f} % of the pixel variance", flush=True)
     return backbone
@@ -200,9 +199,8 @@ def _train(
     batch_at = _batches(backbone, world, teacher, params.seed, name)
     recent: list[float] = []
     with progress(f"teacher {name}", teacher.training.steps - start) as advance:
-        for step in train(
-            backbone, network, named, batch_at, teacher.examples, optimizers, ema, teacher.training, params.seed, start
-        ):
+        trainee = Trainee(backbone, network, named, optimizers, ema)
+        for step in train(trainee, batch_at, teacher.examples, teacher.training, params.seed, start):
             recent.append(step.loss)
             advance(loss=step.loss)
             done = step.index + 1
