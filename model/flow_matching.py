@@ -1,6 +1,4 @@
-"""Training a teacher (or a base) on data: plain conditional flow matching, the loss that made the specialists the
-pipeline distils.
-"""
+"""Training a teacher, or a base, on data: plain conditional flow matching."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ from model.randomness import noise_for
 
 @dataclass(frozen=True)
 class FlowMatchingParams:
-    """Numbers of one training. prompt_dropout is the share of rows trained on the empty prompt, which makes guidance
-    possible.
-    """
+    """Numbers of one training. prompt_dropout: the share of rows trained on the empty prompt, for guidance."""
 
     steps: Positive
     batch: Positive

@@ -1,6 +1,4 @@
-"""A backbone binds a network family to the conventions of model/fields/base.py. It knows nothing of losses, optimizers,
-routes or checkpoints.
-"""
+"""A backbone binds a network family to the conventions of model/fields/base.py, and knows nothing of training."""
 
 from __future__ import annotations
 

@@ -52,9 +52,7 @@ class LinearCodec(nn.Module):
         return cells.reshape(b, h // p, w // p, c * p * p)
 
     def fit(self, images: torch.Tensor) -> float:
-        """Closed form, from images (B, 3, H, W) in [0, 1]; returns the share of pixel variance that the latents
-        lose.
-        """
+        """In closed form, from images (B, 3, H, W) in [0, 1]; returns the share of pixel variance that is lost."""
         patches = self._patches(images).reshape(-1, self.mean.numel()).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
@@ -244,9 +242,7 @@ class MicroBackbone:
             module.requires_grad_(False).eval()
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """A folder in diffusers' layout: transformer/, text_encoder/, vae/, scheduler/ and model_index.json; weights in
-        half precision.
-        """
+        """A folder in diffusers' layout, with weights in half precision."""
         net: Any = self.network if network is None else network
         parts.save_transformer(folder / "transformer", net, _half(net))
         (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
@@ -263,10 +259,7 @@ class MicroBackbone:
 
     @classmethod
     def load(cls, folder: Path, **unused: Any) -> MicroBackbone:
-        """Frozen, in fp32 on the CPU: so small that the options of the others would save nothing.
-
-        Raises UserError for a missing, truncated or mismatched part.
-        """
+        """Frozen, in fp32 on the CPU. Raises UserError for a missing, truncated or mismatched part."""
         config = {k: v for k, v in read_json(folder / "transformer" / "config.json").items() if not k.startswith("_")}
         words, vae = read_json(folder / "text_encoder" / "config.json"), read_json(folder / "vae" / "config.json")
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")

@@ -1,6 +1,4 @@
-"""The parts of a diffusers pipeline folder, read strictly: only safetensors, every key matched, every value finite, and
-a scheduler that we follow.
-"""
+"""The parts of a diffusers pipeline folder, read strictly: safetensors alone, every key matched, every value finite."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
-    """Type and shift of the pipeline's scheduler. Raises UserError for one whose noise levels are not those of
-    model.rollout.euler_grid.
-    """
+    """Its type and shift. Raises UserError where its noise levels are not those of model.rollout.euler_grid."""
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
     kind = config.get("_class_name")
@@ -116,9 +112,7 @@ def finite(value: torch.Tensor, path: Path, name: str) -> torch.Tensor:
 def load_network(
     cls: Any, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", weights: bool = True
 ) -> Any:
-    """A frozen network of class `cls` from folder/config.json and its safetensors; without `weights` only its shape, on
-    the meta device, at no cost.
-    """
+    """A frozen network from config.json and safetensors; without `weights` its shapes alone, on the meta device."""
     config = read_json(folder / "config.json")
     if config.get("_class_name") != cls.__name__:
         other = f"_class_name = {config.get('_class_name')!r}"
@@ -202,9 +196,7 @@ class PipelineBackbone:
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1] -> normalised latents (B, C, h, w) float32; the posterior's mode, so that equal
-        pictures give equal latents.
-        """
+        """(B, 3, H, W) in [0, 1] -> normalised latents (B, C, h, w) float32: the posterior's mode, without a draw."""
         vae = self.loaded("vae")
         latents = vae.encode(2.0 * images.to(vae.device, torch.float32) - 1.0).latent_dist.mode()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
@@ -217,9 +209,7 @@ class PipelineBackbone:
         return (vae.decode(scaled).sample / 2.0 + 0.5).clamp(0.0, 1.0).float().cpu()
 
     def save(self, folder: Path, network: nn.Module | None = None) -> None:
-        """A pipeline folder that diffusers loads: this base, or `network` in its transformer's place; the other parts
-        are copied from where it came from.
-        """
+        """A folder that diffusers loads, with `network` in its transformer's place; other parts are copied."""
         net: Any = self.network if network is None else network
         save_pipeline(folder, self.folder, net, plain_state(net))
 
@@ -264,9 +254,7 @@ def name_of_tokenizer(part: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The libraries' own progress bars and warnings stay out of a stage's log: what matters is raised, and cut prompts
-    are counted.
-    """
+    """Without the libraries' progress bars and warnings: what matters is raised, and cut prompts are counted."""
     from diffusers.utils import logging as diffusion
     from transformers.utils import logging as text
 
@@ -290,9 +278,7 @@ def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_pipeline(folder: Path, origin: Path, network: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """A whole pipeline folder: the parts of `origin` copied, its transformer replaced by `network`'s configuration and
-    `tensors`.
-    """
+    """The parts of `origin` copied, its transformer replaced by `network`'s configuration and `tensors`."""
     index = read_json(origin / "model_index.json")
     for name, value in index.items():
         if isinstance(value, list) and value[0] is not None and name != "transformer" and (origin / name).is_dir():

@@ -87,9 +87,7 @@ class SD3Backbone(parts.PipelineBackbone):
         return Prompts(embeds, pooled)
 
     def truncated(self, prompts: Sequence[str], edits: bool = False) -> dict[str, int]:
-        """How many of the prompts lose their end in each text encoder, by the encoder's name; CLIP reads 77 tokens, T5
-        `max_tokens`.
-        """
+        """How many prompts each text encoder cuts; CLIP reads 77 tokens, T5 `max_tokens`."""
         pipeline, counts = self.loaded("texts"), {}
         with parts.quiet():
             for part in ENCODERS:

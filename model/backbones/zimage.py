@@ -57,9 +57,7 @@ class ZImageBackbone(parts.PipelineBackbone):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], edits: bool = False) -> Prompts:
-        """embeds (B, L, D) padded to the longest, with lengths and segments: one part for T2I, three for edits. pooled
-        is empty (B, 0).
-        """
+        """embeds (B, L, D) padded, their lengths, segments of one part (T2I) or three (edits); pooled (B, 0)."""
         pipeline, device = self._pipeline(edits)
         how = {"device": device, "max_sequence_length": self.max_tokens} | (
             {"num_condition_images": 1} if edits else {}

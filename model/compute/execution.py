@@ -92,9 +92,7 @@ def networks_of(field: VelocityField) -> list[nn.Module]:
 
 
 def moved(value: T, device: torch.device) -> T:
-    """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that the copy waits for
-    nothing that is still running there.
-    """
+    """A tensor, or a dataclass of tensors, on `device`; through pinned memory to CUDA, so that nothing waits."""
     whole: Any = value
     if isinstance(value, torch.Tensor):
         if value.device == device:
@@ -199,9 +197,7 @@ def _recomputed(checkpointing: str, network: Any, row: Callable[[], torch.Tensor
 
 
 def recompute_blocks(network: Any, count: int) -> None:
-    """The first `count` blocks recompute their activations in the backward. A no-op for a network that cannot and need
-    not.
-    """
+    """The first `count` blocks recompute their activations in the backward; a network that cannot stays as it is."""
     if not hasattr(network, "enable_gradient_checkpointing"):
         return
     if not count:
@@ -270,9 +266,7 @@ def check_compiler(device: torch.device) -> None:
 
 @contextmanager
 def rollout_ready(network: nn.Module, adapter: str | None, execution: Execution) -> Iterator[None]:
-    """Within it the network is as fast as `execution` allows without a gradient: the adapter merged, the blocks
-    compiled. Leaves no trace.
-    """
+    """Within it the network is as fast as a forward without gradient can be: adapter merged, blocks compiled."""
     with ExitStack() as stack:
         if execution.merged:
             stack.enter_context(merged_adapter(network, adapter))
@@ -304,18 +298,14 @@ def _merged_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def compiled_blocks(network: nn.Module) -> Iterator[None]:
-    """Within it the network's blocks run compiled (torch.compile, any number of rows). The first call of a kind of
-    block takes tens of seconds.
-    """
+    """Within it the blocks run compiled, for any number of rows. The first call of a kind takes tens of seconds."""
     with _other_forwards({block: compiled_forward(cast(Any, type(block))) for block in blocks_of(network)}):
         yield
 
 
 @cache
 def compiled_forward(kind: Any) -> Callable[..., Any]:
-    """The forward of a class of modules, compiled; it takes the module as its first argument, so all modules of the
-    class share it.
-    """
+    """The compiled forward of a class of modules, module first, so that all of the class share it."""
     return torch.compile(kind.forward, dynamic=True)
 
 
@@ -335,9 +325,7 @@ def _other_forwards(chosen: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 
 class EvaluationCounter:
-    """Counts the rows that networks are asked, at the networks themselves: `rows` since the last `take()`. Recomputed
-    blocks are no evaluations.
-    """
+    """Counts the rows that networks are asked, at the networks; recomputed blocks are no evaluations."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self.rows, distinct = 0, {id(network): network for network in networks}.values()

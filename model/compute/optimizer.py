@@ -46,9 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None, ok: torch.Tensor | None = None) -> None:  # type: ignore[override]
-        """`ok`, a 0-dim tensor of 1 or 0: with 0 the step leaves parameters and momenta exactly as they are, without
-        the host knowing.
-        """
+        """With `ok` (0-dim, 1 or 0) equal to 0 nothing changes, and the host need not know."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -89,9 +87,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, rate: float = 1.0, ok: torch.Tensor | None = None) -> None:
-        """One step at `rate` times the configured learning rates. With `ok` (0-dim, 1 or 0) equal to 0 nothing changes,
-        and the host need not know.
-        """
+        """One step at `rate` times the configured learning rates; `ok` as for Muon."""
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * rate
@@ -166,9 +162,7 @@ def build_optimizer(
 
 
 def warmup_then_linear(step: int, steps: int, warmup: int, decay_from: float) -> float:
-    """Learning-rate factor of `step` (from 0): linear warm-up over `warmup` steps, 1 until `decay_from` of all steps,
-    then linear to 0.
-    """
+    """Factor of the learning rate at `step`: up over `warmup` steps, 1 until `decay_from` of all, then down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     start = decay_from * steps

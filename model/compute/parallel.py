@@ -31,9 +31,7 @@ ALONE = World(0, 1)
 
 @contextmanager
 def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterator[World]:
-    """The process group of `size` processes that all name the same new file `meeting`; gloo on the CPU, NCCL on
-    CUDA.
-    """
+    """The process group of all that name the same new file `meeting`: gloo on the CPU, NCCL on CUDA."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -62,9 +60,7 @@ def deal(costs: Sequence[float], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def reduce_gradients(parameters: Iterable[nn.Parameter], others: torch.Tensor) -> torch.Tensor:
-    """Sums gradients over all processes in place, and returns the sum of `others` (n,): one collective. A parameter
-    without a gradient counts as zero.
-    """
+    """Sums gradients in place (a missing one is zero), and returns the sum of `others` (n,): one collective."""
     trained = list(parameters)
     for parameter in trained:
         if parameter.grad is None:

@@ -1,6 +1,4 @@
-"""How a step is computed, as words and numbers of params.yaml. Without torch, so that the file is read and checked at
-once; model/compute/execution.py acts on it.
-"""
+"""How a step is computed, as section `execution` says it; model/compute/execution.py acts on it. Without torch."""
 
 from __future__ import annotations
 
