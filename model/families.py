@@ -7,25 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Family:
     """What others ask of a family before one of its networks is loaded."""
 
-    path: str  # MODULE:CLASS of its backbone, imported only when it is asked for
+    path: str  # MODULE:CLASS of its backbone: model.backbones.backbone_class imports it
     pipelines: tuple[str, ...]  # `_class_name` in model_index.json
     size: str | None  # the published network (model.backbones.sizes.SIZES); None: this project makes its networks
     steps: int  # Euler steps of a picture where nobody says how many
     text_tokens: int  # of a usual T2I prompt
     images_of_edit: int = 1  # 2 where an edit's source has tokens of its own, 1 where it lies beside the noise
     tera: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # px -> 1e12 operations a forward: T2I, edit
-
-    def backbone(self) -> Any:
-        module, name = self.path.split(":")
-        return getattr(import_module(module), name)
 
 
 # Operations of Z-Image: counted over its tokens (docs/results.md); 28 steps as DanceOPD samples.

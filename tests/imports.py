@@ -6,6 +6,7 @@ The tests of the walls and of the wiring use it.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from jinja2 import Environment, meta
 from tasks.environment import PROJECT
 
 ROOMS = ("flows", "tasks", "model", "benchmarks", "data")
+NAMED = re.compile(r"\w+(\.\w+)+:\w+")
 
 
 def modules() -> list[Path]:
@@ -39,6 +41,19 @@ def imported(path: Path) -> tuple[str, ...]:
             assert node.module is not None
             names += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
     return tuple(names)
+
+
+@cache
+def imported_by_name(path: Path) -> tuple[str, ...]:
+    """What a file that calls `import_module` may import: names "MODULE:NAME" in it and in the files it imports."""
+    if not any(
+        isinstance(node, ast.Name | ast.alias) and "import_module" in ast.unparse(node)
+        for node in ast.walk(parsed(path))
+    ):
+        return ()
+    near = {path, *(file for name in imported(path) for file in files_of(name))}
+    texts = [node.value for file in near for node in ast.walk(parsed(file)) if isinstance(node, ast.Constant)]
+    return tuple(text.split(":")[0] for text in texts if isinstance(text, str) and NAMED.fullmatch(text))
 
 
 def files_of(name: str) -> Iterator[Path]:
@@ -91,7 +106,6 @@ def closure(path: Path) -> set[Path]:
         current = waiting.pop()
         if current not in found:
             found.add(current)
-            waiting += [
-                file for name in imported(current) for file in files_of(name) if not CLIENTS & {file, *file.parents}
-            ]
+            names = (*imported(current), *imported_by_name(current))
+            waiting += [file for name in names for file in files_of(name) if not CLIENTS & {file, *file.parents}]
     return found.union(*map(templates_of, found))

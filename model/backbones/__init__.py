@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,12 @@ def family_of(folder: Path) -> str:
     return known[kind]
 
 
+def backbone_class(family: str) -> Any:
+    """The class of a family's backbones, imported now."""
+    module, name = FAMILIES[family].path.split(":")
+    return getattr(import_module(module), name)
+
+
 def load_backbone(
     folder: Path,
     *,
@@ -116,5 +123,5 @@ def load_backbone(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "max_tokens": max_tokens, "device": device, "resolution": resolution}
-    made: Backbone = FAMILIES[family_of(folder)].backbone().load(folder, need=frozenset(need), **options)
+    made: Backbone = backbone_class(family_of(folder)).load(folder, need=frozenset(need), **options)
     return made

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.backbones import Backbone
+from model.backbones import Backbone, backbone_class
 from model.backbones.parts import SCHEDULER
-from model.families import FAMILIES
 
 SD35_MEDIUM: dict[str, Any] = {
     "sample_size": 128,
@@ -110,7 +109,7 @@ def random_backbone(
     `edits` gives SD3 the doubled input channels, `resolution` (px) sets the usual picture's edge. On device "meta" it
     has shapes alone. It has neither text encoder nor VAE.
     """
-    kind = FAMILIES[size.family].backbone()
+    kind = backbone_class(size.family)
     wide = {"in_channels": 2 * size.config["out_channels"]} if edits and "out_channels" in size.config else {}
     network = _random_network(lambda: kind.network_class(**{**size.config, **wide}), device, dtype, seed)
     scheduler = {"type": SCHEDULER, "shift": SHIFT}

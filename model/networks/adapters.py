@@ -23,8 +23,8 @@ from torch import nn
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
+from model.backbones import backbone_class
 from model.checkpoint import read_tensors, write_tensors
-from model.families import FAMILIES
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")  # what PEFT and diffusers call an adapter in a folder
@@ -73,7 +73,7 @@ def fused_names(family: str, modules: Iterable[str]) -> dict[str, list[str]]:
     """The original checkpoint's name of a layer -> the diffusers modules that it holds, in the order of its rows."""
     fused: dict[str, dict[str, str]] = {}
     for module in modules:
-        for pattern, original in FAMILIES[family].backbone().original_names:
+        for pattern, original in backbone_class(family).original_names:
             match = re.fullmatch(pattern, module)
             if match:
                 part = match[3] if match.re.groups == 3 else ""
@@ -371,7 +371,7 @@ def write_comfyui(file: Path, adapter: Adapter, family: str) -> None:
     It has no alpha keys: diffusers refuses them for SD3. So alpha / rank is multiplied into B, and both take the
     missing alpha for the rank. Raises UserError for a family that neither knows.
     """
-    prefix = FAMILIES[family].backbone().comfyui_prefix
+    prefix = backbone_class(family).comfyui_prefix
     if prefix is None:
         raise UserError(f"backbone = {family!r}: no ComfyUI key style is known for it; choose another format")
     scale = adapter.alpha / adapter.rank
