@@ -57,7 +57,7 @@ from tests.tiny_evaluator import tiny_clip, tiny_mask2former
 
 WORLD = World()
 MICRO_EVALUATOR = Evaluator(MICRO, "", "cpu")
-HOW = {"model": "candidate", "resamples": 300}
+HOW: dict[str, Any] = {"model": "candidate", "seed": 0, "resamples": 300, "confidence": 0.95}
 
 
 def micro_set(root: Path, per_tag: int, samples: int, right: float = 0.7) -> list[dict[str, Any]]:
@@ -328,14 +328,14 @@ def test_a_stage_s_own_pictures_get_the_same_verdicts(
     judge_images(folder / "images", tmp_path, records, **HOW)
     scores = read_scores(tmp_path / VERDICT)
     pictures = [(score.image, records[int(score.example_id)]) for score in scores]
-    how: dict[str, Any] = {"batch": 5, "workers": 1, "scheduler": ""}
-    found, identity = judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)
+    evaluator = replace(MICRO_EVALUATOR, batch=5)
+    found, identity = judge_pictures(folder / "images", tmp_path / "store", pictures, evaluator)
     assert [(float(one.correct), one.reasons) for one in found] == [
         (score.values["correct"], score.reasons) for score in scores
     ]
     assert identity["detector"]["architecture"] == MICRO
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # the second time nothing is looked at
-    assert judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)[0] == found
+    assert judge_pictures(folder / "images", tmp_path / "store", pictures, evaluator)[0] == found
 
 
 def test_refusals_name_what_is_wrong(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
     records, evaluator = real_set(tmp_path)
     # the records ask for a class that this random network reports, so that a colour is asked of something
-    detect_images(tmp_path / "images", tmp_path / "probe", records, evaluator, batch=4)
+    detect_images(tmp_path / "images", tmp_path / "probe", records, replace(evaluator, batch=4))
     seen = [one["detections"] for one in read_results(tmp_path / "probe" / DETECTIONS).values()]
     assert all(seen)
     records = [
@@ -549,7 +549,7 @@ def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: p
         for index, record in enumerate(records)
     ]
     write_metadata(tmp_path / "images", records)
-    assert detect_images(tmp_path / "images", tmp_path / "out", records, evaluator, batch=4)["detected"] == 6
+    assert detect_images(tmp_path / "images", tmp_path / "out", records, replace(evaluator, batch=4))["detected"] == 6
     stored = read_results(tmp_path / "out" / DETECTIONS)
     for record, value in zip(records, stored.values(), strict=True):
         found = value["detections"]
@@ -567,7 +567,7 @@ def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: p
     (shard,) = shard_files(tmp_path / "out" / DETECTIONS)
     whole = shard.read_bytes()
     shard.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    assert detect_images(tmp_path / "images", tmp_path / "out", records, evaluator, batch=4)["detected"] == 6
+    assert detect_images(tmp_path / "images", tmp_path / "out", records, replace(evaluator, batch=4))["detected"] == 6
     assert shard.read_bytes() == whole
     card = judge_images(
         tmp_path / "images", tmp_path / "out", records, thresholds=Thresholds(score=0.05, counting=0.05), **HOW
@@ -588,7 +588,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     records, evaluator = real_set(tmp_path)
     for workers in (1, 2):
-        detect_images(tmp_path / "images", tmp_path / str(workers), records, evaluator, batch=2, workers=workers)
+        detect_images(tmp_path / "images", tmp_path / str(workers), records, replace(evaluator, batch=2, workers=workers))
     assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
 
 
