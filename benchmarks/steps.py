@@ -26,9 +26,14 @@ class Step:
     options: Options
 
 
-def setting(default: float, text: str, **more: Any) -> dict[str, Any]:
-    """A number's option: type and default, which the help shows."""
-    return {"type": type(default), "default": default, "metavar": "N", "help": f"{text} (default: %(default)s)", **more}
+def setting(default: Any, text: str, metavar: str = "N", **more: Any) -> dict[str, Any]:
+    """An option with a default, which gives its type and stands in the help."""
+    shown = " (default: %(default)s)" if default != "" else ""
+    return {"type": type(default), "default": default, "metavar": metavar, "help": text + shown, **more}
+
+
+def path(text: str = "", metavar: str = "DIR", **more: Any) -> dict[str, Any]:
+    return {"type": Path, "metavar": metavar, "help": text, **more}
 
 
 def run_step(benchmark: str, steps: Mapping[str, Step], arguments: Sequence[str]) -> int:

@@ -5,69 +5,39 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-from benchmarks.geneval.images import SUITE, example_id, image_path, image_seed, write_metadata
-from benchmarks.geneval.prompts import as_jsonl, is_official, official_records, read_prompts, set_digest
-from benchmarks.geneval.rules import OFFICIAL, Thresholds
-from benchmarks.steps import SAMPLER, Options, Step, run_step, sample, setting
+from benchmarks.geneval.images import SUITE, ImageSet, example_id, image_path, image_seed, read_images, write_metadata
+from benchmarks.geneval.prompts import as_jsonl, official_records, read_prompts, set_digest, set_name
+from benchmarks.geneval.rules import CLASSIFIER, DETECTOR, OFFICIAL, Thresholds
+from benchmarks.steps import SAMPLER, Options, Step, path, run_step, sample, setting
 from benchmarks.store import shard_of
 from data.errors import UserError
 from data.files import read_json
 
-SAMPLES = 4  # images a prompt, as the benchmark has it; the paper's rows have 1
-
-FLAG = {"action": "store_true"}
-FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
-FOLDERS: dict[str, Any] = {**FOLDER, "action": "append", "default": []}
-NEEDED: dict[str, Any] = {**FOLDER, "required": True}
-FILE: dict[str, Any] = {"type": Path, "required": True, "metavar": "FILE"}
 PROMPTS: Options = {
-    "--prompts": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "a metadata file of one's own (JSON Lines); default: the official 553 records",
-    }
+    "--prompts": path("a metadata file of one's own (JSON Lines); default: the official 553 records", "FILE")
 }
-DETECTOR: Options = {
-    "--detector": {
-        "default": "facebook/mask2former-swin-small-coco-instance",
-        "metavar": "MODEL",
-        "help": "a folder, a name on the hub, or `micro` for the micro world's pictures (default: %(default)s)",
-    },
-    "--classifier": {
-        "default": "openai/clip-vit-large-patch14",
-        "metavar": "MODEL",
-        "help": "the CLIP that tells colours (default: %(default)s)",
-    },
-    "--samples": {"type": int, "help": "images a prompt that must be there (default: as many as the first prompt has)"},
+SAMPLES: Options = {
+    "--samples": {"type": int, "help": "images a prompt that must be there (default: as many as the first prompt has)"}
+}
+EVALUATOR: Options = {
+    "--detector": setting(DETECTOR, "a folder, a name on the hub, or `micro` for the micro world's images", "MODEL"),
+    "--classifier": setting(CLASSIFIER, "the CLIP that tells colours", "MODEL"),
+    "--device": setting("cpu", "cpu, cuda, cuda:1, ...", "DEVICE"),
     "--batch": setting(8, "images that pass a network together; fixed for a folder's life"),
     "--workers": setting(1, "processes on this machine"),
-    "--scheduler": {
-        "default": "",
-        "metavar": "ADDRESS",
-        "help": "a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here",
-    },
-    "--shard": {
-        "default": "0/1",
-        "metavar": "I/N",
-        "help": "only every N-th batch, beginning with the I-th: for machines without a scheduler",
-    },
-    "--device": {"default": "cpu", "help": "cpu, cuda, cuda:1, ... (default: %(default)s)"},
+    "--scheduler": setting("", "a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here", "ADDRESS"),
+    "--shard": setting("0/1", "every N-th batch from the I-th on: for machines without a scheduler", "I/N"),
 }
 THRESHOLDS: Options = {
     "--threshold": setting(OFFICIAL.score, "a detection counts above this score", dest="score"),
     "--counting-threshold": setting(OFFICIAL.counting, "the same for counting", dest="counting"),
     "--max-objects": setting(OFFICIAL.most, "detections of a class that count", dest="most"),
-    "--max-overlap": setting(
-        OFFICIAL.overlap, "IoU from which the less confident of two boxes is dropped; 1 drops none", dest="overlap"
-    ),
-    "--position-threshold": setting(
-        OFFICIAL.position, "share of the extents that an offset must exceed", dest="position"
-    ),
+    "--max-overlap": setting(OFFICIAL.overlap, "IoU that drops the weaker of two boxes; 1: none", dest="overlap"),
+    "--position-threshold": setting(OFFICIAL.position, "share of the extents that an offset exceeds", dest="position"),
 }
 INTERVALS: Options = {
     "--resamples": setting(10_000, "of the bootstrap"),
@@ -76,49 +46,44 @@ INTERVALS: Options = {
 }
 
 
-def _records(path: Path | None) -> list[dict[str, Any]]:
-    return official_records() if path is None else read_prompts(path)
+def _records(given: Namespace) -> list[dict[str, Any]]:
+    return read_prompts(given.prompts) if given.prompts else official_records()
 
 
-def _intervals(given: Namespace) -> dict[str, Any]:
-    return {"seed": given.seed, "resamples": given.resamples, "confidence": given.confidence}
+def _images(given: Namespace) -> ImageSet:
+    return read_images(given.images, _records(given), given.samples)
 
 
-def _manifest_row(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    row = {"id": example_id(index), "split": "eval", "capability": "t2i"}
-    return {**row, "category": record["tag"], "prompt": record["prompt"], "record": dict(record)}
+def _values(given: Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in names}
 
 
 def _prompts(given: Namespace) -> None:
     """Print the prompt set as JSON Lines: the 553 official records, or a checked file of one's own."""
-    records = _records(given.prompts)
     if given.text and given.manifest:
         raise UserError("--text and --manifest are two forms of the set; give one of them")
-    if given.text:
-        sys.stdout.write("".join(f"{record['prompt']}\n" for record in records))
-    else:
-        rows = [_manifest_row(*pair) for pair in enumerate(records)] if given.manifest else records
-        sys.stdout.write(as_jsonl(rows))
+    records = _records(given)
+    fixed = {"split": "eval", "capability": "t2i"}
+    rows = [
+        {"id": example_id(index), **fixed, "category": record["tag"], "prompt": record["prompt"], "record": record}
+        for index, record in enumerate(records)
+    ]
+    text = "".join(f"{record['prompt']}\n" for record in records)
+    sys.stdout.write(text if given.text else as_jsonl(rows if given.manifest else records))
 
 
 def _generate(given: Namespace) -> int:
     """Sample the prompt set with a model into the official folder layout. What is there already is not made again."""
     if given.samples < 1:
         raise UserError(f"--samples {given.samples}: expected 1 or more")
-    records = _records(given.prompts)
+    records = _records(given)
     write_metadata(given.images, records)
-    jobs = [
-        {
-            "id": f"{example_id(index)}-{k}",
-            "prompt": record["prompt"],
-            "seed": image_seed(index, k, given.seed),
-            "path": image_path(index, k),
-        }
-        for index, record in enumerate(records)
-        for k in range(given.samples)
-    ]
-    name = "official" if is_official(records) else "custom"
-    settings = {"suite": SUITE, "prompts": set_digest(records), "set": name, "seed": given.seed}
+    jobs = []
+    for index, record in enumerate(records):
+        for k in range(given.samples):
+            seed, place = image_seed(index, k, given.seed), image_path(index, k)
+            jobs.append({"id": f"{example_id(index)}-{k}", "prompt": record["prompt"], "seed": seed, "path": place})
+    settings = {"suite": SUITE, "prompts": set_digest(records), "set": set_name(records), "seed": given.seed}
     return sample(given.model, given.images, settings, jobs, given.sampler)
 
 
@@ -126,9 +91,8 @@ def _detect(given: Namespace) -> None:
     """Detect what the images show and keep it below OUT/detections. Run again, it goes on where it stopped."""
     from benchmarks.geneval.run import Evaluator, detect_images
 
-    evaluator = Evaluator(**{field.name: getattr(given, field.name) for field in fields(Evaluator)})
-    records, shard = _records(given.prompts), shard_of(given.shard)
-    counts = detect_images(given.images, given.out, records, evaluator, samples=given.samples, shard=shard)
+    evaluator = Evaluator(**_values(given, *(field.name for field in fields(Evaluator))))
+    counts = detect_images(_images(given), given.out, evaluator, shard_of(given.shard))
     print(f"detect: {counts['detected']} images looked at, {counts['kept']} were known, {counts['images']} in the set")
 
 
@@ -137,22 +101,15 @@ def _verdict(given: Namespace) -> None:
     from benchmarks.geneval.run import SUMMARY_FILE, VERDICT, judge_images
 
     to = given.to or given.out / VERDICT
-    card = judge_images(
-        given.images,
-        given.out,
-        _records(given.prompts),
-        model=given.model,
-        to=to,
-        thresholds=Thresholds(**{field.name: getattr(given, field.name) for field in fields(Thresholds)}),
-        samples=given.samples,
-        **_intervals(given),
-    )
+    thresholds = Thresholds(**_values(given, *(field.name for field in fields(Thresholds))))
+    images, intervals = _images(given), _values(given, "seed", "resamples", "confidence")
+    card = judge_images(images, given.out, model=given.model, to=to, thresholds=thresholds, **intervals)
     summary = read_json(to / SUMMARY_FILE)
     print(f"{'metric':24}{'value':>9}   {'interval':19}{'correct':>8}{'images':>8}")
-    for path, metric in card.metrics.items():
-        tag = summary["tags"].get(path.split("/")[1], {})
+    for name, metric in card.metrics.items():
+        tag = summary["tags"].get(name.split("/")[1], {})
         counts = f"{tag.get('correct', ''):>8}{tag.get('images', ''):>8}"
-        print(f"{path:24}{metric.mean:9.5f}   {metric.low:.4f} to {metric.high:.4f}   {counts}")
+        print(f"{name:24}{metric.mean:9.5f}   {metric.low:.4f} to {metric.high:.4f}   {counts}")
     shares = f"images correct {summary['correct_images']:.2%}, "
     shares += f"prompts with a correct image {summary['correct_prompts']:.2%}"
     print(f"images {summary['images']}, prompts {summary['prompts']}, {shares}; set: {summary['identity']['set']}")
@@ -162,7 +119,8 @@ def _report(given: Namespace) -> None:
     """Tables of one or several verdicts, paired comparisons with the first, and its page."""
     from benchmarks.geneval.report import report
 
-    print(report(given.out, given.against, given.training, images=given.images, **_intervals(given)))
+    intervals = _values(given, "seed", "resamples", "confidence")
+    print(report(given.out, given.against, given.training, images=given.images, **intervals))
 
 
 def _agreement(given: Namespace) -> None:
@@ -172,35 +130,29 @@ def _agreement(given: Namespace) -> None:
     print(json.dumps(agreement(given.ours, given.reference), indent=2))
 
 
+PROMPT_FORMS: Options = {
+    "--text": {"action": "store_true", "help": "the prompts alone, one a line"},
+    "--manifest": {"action": "store_true", "help": "as a manifest of the eval split, which the collect stage reads"},
+}
+IMAGES: Options = {"--images": path(required=True)}
+OUT: Options = {"--out": path("where detections are kept, and verdicts below them", required=True)}
 STEPS = {
-    "prompts": Step(
-        _prompts,
-        "print the 553 records",
-        {
-            "--text": {**FLAG, "help": "the prompts alone, one a line"},
-            "--manifest": {**FLAG, "help": "as a manifest of the eval split, which the collect stage reads"},
-            **PROMPTS,
-        },
-    ),
+    "prompts": Step(_prompts, "print the 553 records", {**PROMPT_FORMS, **PROMPTS}),
     "generate": Step(
         _generate,
         "sample the set with a model",
-        {"--images": NEEDED, "--samples": setting(SAMPLES, "images a prompt; the paper's rows have 1")}
-        | PROMPTS
-        | SAMPLER,
+        {**IMAGES, "--samples": setting(4, "images a prompt; the paper's rows have 1"), **PROMPTS, **SAMPLER},
     ),
-    "detect": Step(
-        _detect, "detect objects and colours, once", {"--images": NEEDED, "--out": NEEDED, **DETECTOR, **PROMPTS}
-    ),
+    "detect": Step(_detect, "detect objects and colours, once", {**IMAGES, **OUT, **EVALUATOR, **SAMPLES, **PROMPTS}),
     "verdict": Step(
         _verdict,
         "verdicts, summary and scorecard from what was detected",
         {
-            "--images": NEEDED,
-            "--out": {**NEEDED, "help": "as given to detect"},
-            "--to": {**FOLDER, "help": "where verdicts go (default: OUT/verdict); other thresholds, another folder"},
-            "--model": {"default": "model", "metavar": "NAME", "help": "in the scorecard (default: %(default)s)"},
-            "--samples": DETECTOR["--samples"],
+            **IMAGES,
+            **OUT,
+            "--to": path("where verdicts go (default: OUT/verdict); other thresholds need another folder"),
+            "--model": setting("model", "in the scorecard", "NAME"),
+            **SAMPLES,
             **PROMPTS,
             **THRESHOLDS,
             **INTERVALS,
@@ -210,15 +162,17 @@ STEPS = {
         _report,
         "tables, paired comparisons, the page",
         {
-            "--out": {**NEEDED, "help": "as given to detect, or a folder that verdict wrote to"},
-            "--against": {**FOLDERS, "help": "another model's; may be repeated"},
-            "--training": {**FOLDERS, "help": "another training seed of the same recipe; two or more"},
-            "--images": {**FOLDER, "help": "the first model's images: with them the page report.html is written"},
+            "--out": path("as given to detect, or a folder that verdict wrote to", required=True),
+            "--against": path("another model's; may be repeated", action="append", default=[]),
+            "--training": path("another training of the same recipe; two or more", action="append", default=[]),
+            "--images": path("the first model's images: with them the page report.html is written"),
             **INTERVALS,
         },
     ),
     "agreement": Step(
-        _agreement, "compare two detectors' verdicts on the same images", {"--ours": FILE, "--reference": FILE}
+        _agreement,
+        "compare two detectors' verdicts on the same images",
+        {"--ours": path(metavar="FILE", required=True), "--reference": path(metavar="FILE", required=True)},
     ),
 }
 

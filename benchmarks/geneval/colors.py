@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.geneval.detector import Instance, full_precision, load_network, model_folder
 from benchmarks.geneval.prompts import COLORS
+from benchmarks.geneval.rules import CLASSIFIER
 from data.errors import UserError
 from data.files import weights_digest
 
@@ -29,7 +30,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 TOKENS = 77
 ACTIVATION = "quick_gelu"
-WHAT, EXAMPLE = "colour classifier", "openai/clip-vit-large-patch14"
+WHAT = "colour classifier"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def check_activation(network: Any) -> None:
         wrong.append("a layer computes another function")
     if wrong:
         fault = f"the activation must be {ACTIVATION}, as in OpenAI's training ({'; '.join(wrong)})"
-        raise UserError(f"colour classifier: {fault}; use {EXAMPLE}")
+        raise UserError(f"colour classifier: {fault}; use {CLASSIFIER}")
 
 
 def classifier_identity(source: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def load_classifier(source: str, device: str) -> Classifier:
     """Loads CLIP. Raises UserError as `load_network` and `check_activation` do."""
     from transformers import AutoTokenizer, CLIPModel
 
-    folder, network = load_network(WHAT, source, "clip", CLIPModel, EXAMPLE)
+    folder, network = load_network(WHAT, source, "clip", CLIPModel, CLASSIFIER)
     check_activation(network)
     size = int(network.config.vision_config.image_size)
     return Classifier(network.to(device), AutoTokenizer.from_pretrained(folder), device, size)

@@ -25,6 +25,7 @@ METADATA_FILE = "metadata.jsonl"
 SAMPLES = "samples"
 MAX_PIXELS = 4096 * 4096
 SHOWN = 5  # names that a message shows of many
+Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,25 @@ class Item:
     @property
     def example_id(self) -> str:
         return example_id(self.index)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A folder with every image of a prompt set, `items` in the order of prompts and samples; `pictures` are their
+    paths and records."""
+
+    root: Path
+    records: Records
+    items: tuple[Item, ...]
+
+    @property
+    def pictures(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [(item.path, item.record) for item in self.items]
+
+    @property
+    def samples(self) -> int:
+        """Images a prompt."""
+        return len(self.items) // len(self.records)
 
 
 def example_id(index: int) -> str:
@@ -56,7 +76,7 @@ def image_seed(index: int, k: int, seed: int) -> int:
     return int(sha256_bytes(f"{SUITE}|{example_id(index)}|{k}|{seed}".encode())[:16], 16) >> 1
 
 
-def write_metadata(root: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_metadata(root: str | Path, records: Records) -> None:
     """Writes every prompt's metadata file, so that the folder says which images are still missing."""
     for index, record in enumerate(records):
         path, text = Path(root) / example_id(index) / METADATA_FILE, json.dumps(record) + "\n"
@@ -74,7 +94,7 @@ def canonical(record: Any) -> str:
     return json.dumps(record, sort_keys=True)
 
 
-def _folders(root: Path, records: Sequence[Mapping[str, Any]], faults: list[str]) -> dict[int, Path]:
+def _folders(root: Path, records: Records, faults: list[str]) -> dict[int, Path]:
     """Prompt index -> its folder, by the folder's metadata."""
     index_of = {canonical(record): index for index, record in enumerate(records)}
     folders: dict[int, Path] = {}
@@ -114,9 +134,8 @@ def _samples(folder: Path, faults: list[str]) -> list[str]:
     return [files[number] for number in sorted(files)]
 
 
-def read_images(root: str | Path, records: Sequence[Mapping[str, Any]], samples: int | None = None) -> list[Item]:
-    """Every image of the set in the order of prompts and samples; `samples` images a prompt, or as many as there are
-    where None.
+def read_images(root: str | Path, records: Records, samples: int | None = None) -> ImageSet:
+    """The set with `samples` images a prompt, or as many as there are where None.
 
     Raises UserErrors with all faults at once: a wrong or missing metadata file, a prompt that is missing or there
     twice, an unequal number of images.
@@ -136,11 +155,12 @@ def read_images(root: str | Path, records: Sequence[Mapping[str, Any]], samples:
         faults.append(f"{len(unequal)} prompts do not have {expected} image(s): {some(unequal)}")
     if faults:
         raise UserErrors(f"{root}: not a complete set of {len(records)} prompts:", faults)
-    return [
+    items = (
         Item(index, k, f"{folders[index].name}/{SAMPLES}/{name}", records[index])
         for index, names in files.items()
         for k, name in enumerate(names)
-    ]
+    )
+    return ImageSet(root, records, tuple(items))
 
 
 def read_pixels(path: Path) -> np.ndarray:

@@ -30,6 +30,7 @@ class Thresholds:
 
 
 OFFICIAL = Thresholds()
+DETECTOR, CLASSIFIER = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"  # on the hub
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.geneval import shapes
-from benchmarks.geneval.images import SUITE, Item, canonical, example_id, image_seed, read_images, read_pixels, some
-from benchmarks.geneval.prompts import is_official, read_jsonl, set_digest
-from benchmarks.geneval.rules import OFFICIAL, Detection, Thresholds, Verdict, parse_record, surviving, verdict
+from benchmarks.geneval import prompts, rules, shapes
+from benchmarks.geneval.images import (
+    SUITE,
+    ImageSet,
+    Item,
+    Records,
+    canonical,
+    example_id,
+    image_seed,
+    read_pixels,
+    some,
+)
 from benchmarks.parallel import batches, device_of, each
 from benchmarks.scores.scorecard import ExampleScore, Scorecard, scorecard, write_scorecard, write_scores
 from benchmarks.store import SETTINGS_FILE, claim, open_shard, read_results, read_settings, result_key, shard_name
@@ -36,7 +44,6 @@ UNKNOWN_SEED = -1  # of images made elsewhere
 # from here a port of the detector may stand in for the reference
 ACCEPTED_IMAGES, ACCEPTED_AGREEMENT, ACCEPTED_DIFFERENCE = 2000, 0.97, 0.01
 
-Records = Sequence[Mapping[str, Any]]
 Pictures = Sequence[tuple[str, Mapping[str, Any]]]  # path relative to the folder of images, record
 Row = dict[str, Any]
 
@@ -89,7 +96,7 @@ def evaluator_identity(evaluator: Evaluator, records: Records) -> Row:
     """What every result names. Raises UserError for a model that is not there, or records with colours and no
     classifier."""
     if evaluator.detector != MICRO and not evaluator.classifier and any(map(color_counts, records)):
-        advice = "name the colour classifier too (--classifier, a folder or openai/clip-vit-large-patch14)"
+        advice = f"name the colour classifier too (--classifier, a folder or {rules.CLASSIFIER})"
         raise UserError(f"the prompt set asks for colours: {advice}")
     return _identity(evaluator)
 
@@ -164,27 +171,16 @@ def _keys(root: Path, pictures: Pictures, identity: Row) -> list[str]:
     ]
 
 
-def detect_images(
-    root: Path,
-    out: Path,
-    records: Records,
-    evaluator: Evaluator,
-    *,
-    samples: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-) -> dict[str, int]:
-    """Detects what the set's images show and keeps it below `out`/detections; images that are known there are not
-    evaluated again.
+def detect_images(images: ImageSet, out: Path, evaluator: Evaluator, shard: tuple[int, int] = (0, 1)) -> dict[str, int]:
+    """Detects what the images show and keeps it below `out`/detections; images that are known there are not evaluated
+    again.
 
-    Returns {"images", "kept", "detected"}. Raises UserErrors for an incomplete set, UserError for networks that are not
-    the folder's or cannot be loaded.
+    Returns {"images", "kept", "detected"}. Raises UserError for networks that are not the folder's or cannot be loaded.
     """
-    items = read_images(root, records, samples)
-    identity = evaluator_identity(evaluator, records)
-    claim(out / DETECTIONS, {"suite": SUITE, "prompts": set_digest(records), "evaluator": identity})
-    pictures = [(item.path, item.record) for item in items]
-    counts, _ = _detect(root, out / DETECTIONS, pictures, evaluator, identity, shard)
-    return {"images": len(items), **counts}
+    identity = evaluator_identity(evaluator, images.records)
+    claim(out / DETECTIONS, {"suite": SUITE, "prompts": prompts.set_digest(images.records), "evaluator": identity})
+    counts, _ = _detect(images.root, out / DETECTIONS, images.pictures, evaluator, identity, shard)
+    return {"images": len(images.items), **counts}
 
 
 def _detect(
@@ -219,36 +215,32 @@ def _detect(
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def _detections(row: Row) -> dict[str, list[Detection]]:
-    by_class: dict[str, list[Detection]] = {}
+def _detections(row: Row) -> dict[str, list[rules.Detection]]:
+    by_class: dict[str, list[rules.Detection]] = {}
     for value in row["detections"]:
         x0, y0, x1, y1 = value["box"]
-        detection = Detection(value["class"], value["color"], value["score"], (x0, y0, x1, y1))
+        detection = rules.Detection(value["class"], value["color"], value["score"], (x0, y0, x1, y1))
         by_class.setdefault(detection.class_name, []).append(detection)
     return by_class
 
 
-def stored_detections(
-    root: Path, out: Path, records: Records, samples: int | None = None
-) -> tuple[list[Item], list[Row]]:
-    """Every image of the set with its stored row. Raises UserErrors where a set is incomplete, was detected for other
-    prompts, or not to its end."""
-    items = read_images(root, records, samples)
+def stored_detections(images: ImageSet, out: Path) -> list[Row]:
+    """Every image's stored row. Raises UserError where the set was detected for other prompts, or not to its end."""
     folder = out / DETECTIONS
     settings = read_settings(folder)
-    if settings.get("prompts") != set_digest(records):
+    if settings.get("prompts") != prompts.set_digest(images.records):
         advice = "give the same --prompts as then, or detect into another folder"
         raise UserError(f"{folder}: its detections were made for another prompt set; {advice}")
     known = read_results(folder)
-    keys = _keys(root, [(item.path, item.record) for item in items], settings["evaluator"])
-    missing = [item.path for item, key in zip(items, keys, strict=True) if key not in known]
+    keys = _keys(images.root, images.pictures, settings["evaluator"])
+    missing = [item.path for item, key in zip(images.items, keys, strict=True) if key not in known]
     if missing:
-        fault = f"{len(missing)} of {len(items)} images have no detections: {some(missing)}"
+        fault = f"{len(missing)} of {len(keys)} images have no detections: {some(missing)}"
         raise UserError(f"{folder}: {fault}; run the detect step to its end (every shard of it)")
-    return items, [known[key] for key in keys]
+    return [known[key] for key in keys]
 
 
-def _official_row(item: Item, outcome: Verdict, survivors: Mapping[str, Sequence[Detection]]) -> Row:
+def _official_row(item: Item, outcome: rules.Verdict, survivors: Mapping[str, Sequence[rules.Detection]]) -> Row:
     """A line of the reference's per-image file; metadata and details are JSON text in it."""
     details = {name: [[*thing.box, thing.score] for thing in things] for name, things in survivors.items() if things}
     return {
@@ -266,19 +258,19 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The reference's summary of its per-image rows: pooled share of images, share of prompts with any correct image,
     share by tag, and their plain mean."""
     frame = pd.DataFrame(rows)
-    prompts = frame.groupby("metadata")["correct"].any()
+    by_prompt = frame.groupby("metadata")["correct"].any()
     tags = frame.groupby("tag", sort=False)["correct"].agg(score="mean", correct="sum", images="size")
     return {
         "images": len(frame),
-        "prompts": len(prompts),
+        "prompts": len(by_prompt),
         "correct_images": float(frame["correct"].mean()),
-        "correct_prompts": float(prompts.mean()),
+        "correct_prompts": float(by_prompt.mean()),
         "tags": tags.to_dict("index"),
         "overall": float(tags["score"].mean()),
     }
 
 
-def _check_colors(item: Item, survivors: Mapping[str, Sequence[Detection]]) -> None:
+def _check_colors(item: Item, survivors: Mapping[str, Sequence[rules.Detection]]) -> None:
     """Where overlaps are dropped, a detection that was not classified may come to the front."""
     for name, count in color_counts(item.record).items():
         if any(thing.color is None for thing in survivors.get(name, ())[:count]):
@@ -287,55 +279,51 @@ def _check_colors(item: Item, survivors: Mapping[str, Sequence[Detection]]) -> N
 
 
 def judge_images(
-    root: Path,
+    images: ImageSet,
     out: Path,
-    records: Records,
     *,
     model: str,
     to: Path | None = None,
-    thresholds: Thresholds = OFFICIAL,
-    samples: int | None = None,
+    thresholds: rules.Thresholds = rules.OFFICIAL,
     **intervals: Any,
 ) -> Scorecard:
     """Verdicts from stored detections, written below `to` (default `out`/verdict): results.jsonl (the reference's
     per-image file), scores.parquet, summary.json and scorecard.json. A pure function of images, detections and
     arguments: run again it writes the same bytes.
 
-    `intervals`: seed, resamples and confidence, as `scorecard` takes them. Raises UserErrors for an incomplete or
-    repeated set, UserError where the detector saw nothing in any image.
+    `intervals`: seed, resamples and confidence, as `scorecard` takes them. Raises UserError as `stored_detections`
+    does, and where the detector saw nothing in any image.
     """
-    items, rows = stored_detections(root, out, records, samples)
-    to = out / VERDICT if to is None else to
-    found = [_detections(row) for row in rows]
-    pairs = zip(items, found, strict=True)
-    seen = [surviving(parse_record(item.record), detections, thresholds) for item, detections in pairs]
+    to = to or out / VERDICT
+    found = [_detections(row) for row in stored_detections(images, out)]
+    records = [rules.parse_record(item.record) for item in images.items]
+    seen = [rules.surviving(record, things, thresholds) for record, things in zip(records, found, strict=True)]
     if not any(things for survivors in seen for things in survivors.values()):
-        fault = f"the detector saw nothing above the threshold in any of {len(items)} images"
+        fault = f"the detector saw nothing above the threshold in any of {len(seen)} images"
         raise UserError(f"{out}: {fault}; its weights or the images are wrong")
     # how the images were made, where the folder says it
-    made = read_json(root / SETTINGS_FILE) if (root / SETTINGS_FILE).exists() else None
-    base = (made or {}).get("seed")
+    made = read_json(file) if (file := images.root / SETTINGS_FILE).exists() else {}
+    base = made.get("seed")
     official, scores = [], []
-    for item, detections, survivors in zip(items, found, seen, strict=True):
+    for item, record, detections, survivors in zip(images.items, records, found, seen, strict=True):
         _check_colors(item, survivors)
-        outcome = verdict(item.record, detections, thresholds)
+        outcome = rules.verdict(record, detections, thresholds)
         official.append(_official_row(item, outcome, survivors))
         seed = UNKNOWN_SEED if base is None else image_seed(item.index, item.k, int(base))
-        tag, values = item.record["tag"], {"correct": float(outcome.correct)}
-        scores.append(
-            ExampleScore(model, SUITE, tag, item.example_id, item.k, seed, values, outcome.reasons, item.path)
-        )
+        values = {"correct": float(outcome.correct)}
+        place = (item.example_id, item.k, seed)
+        scores.append(ExampleScore(model, SUITE, record.tag, *place, values, outcome.reasons, item.path))
     identity = {
-        "prompts": set_digest(records),
-        "set": "official" if is_official(records) else "custom",
-        "images_per_prompt": len(items) // len(records),
+        "prompts": prompts.set_digest(images.records),
+        "set": prompts.set_name(images.records),
+        "images_per_prompt": images.samples,
         "evaluator": read_settings(out / DETECTIONS)["evaluator"],
         "thresholds": asdict(thresholds),
-        "images": made,
+        "images": made or None,
     }
-    expected = expected_of(records, len(items) // len(records))
+    expected = expected_of(images.records, images.samples)
     card = scorecard(model, scores, {}, expected, {SUITE: identity}, **intervals)
-    write_text(to / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in official))
+    write_text(to / RESULTS_FILE, prompts.as_jsonl(official))
     write_scores(to, scores)
     write_json(to / SUMMARY_FILE, {**summary_of(official), "identity": identity})
     write_scorecard(to / SCORECARD_FILE, card)
@@ -350,7 +338,9 @@ def expected_of(records: Records, samples: int) -> dict[str, set[tuple[str, int]
     return expected
 
 
-def judge_pictures(root: Path, store: Path, pictures: Pictures, evaluator: Evaluator) -> tuple[list[Verdict], Row]:
+def judge_pictures(
+    root: Path, store: Path, pictures: Pictures, evaluator: Evaluator
+) -> tuple[list[rules.Verdict], Row]:
     """Verdicts of pictures in any layout, in order, and the evaluator's identity: for a stage that has drawn them
     itself. What was seen is kept below `store`, so that a stage that was killed does not evaluate equal images twice.
 
@@ -361,7 +351,7 @@ def judge_pictures(root: Path, store: Path, pictures: Pictures, evaluator: Evalu
     folder = store / digest(identity)[:16]
     claim(folder, {"suite": SUITE, "evaluator": identity})
     _, rows = _detect(root, folder, pictures, evaluator, identity)
-    return [verdict(record, _detections(row)) for record, row in zip(records, rows, strict=True)], identity
+    return [rules.verdict(record, _detections(row)) for record, row in zip(records, rows, strict=True)], identity
 
 
 # --- two detectors ----------------------------------------------------------------------------------------------------
@@ -374,7 +364,7 @@ def _checked(row: Any) -> Row:
 
 def read_official_rows(path: Path) -> list[Row]:
     """A per-image file of this project or of the reference. Raises UserErrors naming every line at fault."""
-    rows, faults = read_jsonl(path, _checked, "give a results.jsonl")
+    rows, faults = prompts.read_jsonl(path, _checked, "give a results.jsonl")
     if faults or not rows:
         raise UserErrors(f"{path}: not a per-image result file:", faults or ["it is empty"])
     return rows
