@@ -1,7 +1,5 @@
 """`python -m benchmarks NAME STEP ...`: GenEval and GEdit-Bench step by step on any model or folder of images, and the
-table beside the paper's rows.
-
-data/commands.py says how they end.
+table beside the paper's rows. data/commands.py says how they end.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ from collections.abc import Sequence
 
 from data import commands
 
-# name -> (module with `cli(arguments) -> exit status`, what it is for); imported only when asked for: torch costs
-# seconds
+# name -> (module with `cli(arguments) -> exit status`, what it is for); imported on use: torch costs seconds
 COMMANDS = {
     "geneval": ("benchmarks.geneval.cli", "GenEval: prompts, generate, detect, verdict, report"),
     "gedit": ("benchmarks.gedit.cli", "GEdit-Bench: prompts, generate, judge, verdict, report"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gedit.rules import overall
-from benchmarks.geneval.rules import THRESHOLD, Detection, verdict
+from benchmarks.geneval.rules import OFFICIAL, Detection, verdict
 from benchmarks.geneval.shapes import Detections, check_image, detect
 from benchmarks.scores.scorecard import ExampleScore
 from data.errors import UserError, UserErrors
@@ -90,7 +90,7 @@ def _thing_in(found: Detections, cell: int) -> Detection | None:
         (
             thing
             for index, thing in zip(found.cells, found.things, strict=True)
-            if index == cell and thing.score > THRESHOLD
+            if index == cell and thing.score > OFFICIAL.score
         ),
         None,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ R = TypeVar("R")
 AHEAD = 2  # jobs a worker has waiting, so that none is idle while results are written
 CONNECT_SECONDS = 20
 PROJECT = Path(__file__).resolve().parents[1]
-ROOMS = ("benchmarks", "data", "model", "tasks")  # what workers run: they draw images with the model, through tasks/
+ROOMS = ("benchmarks", "data", "model", "tasks")  # whose code runs in workers; tasks/ draws images with the model
 
 
 def batches(items: Sequence[J], size: int) -> list[tuple[J, ...]]:
@@ -38,10 +38,8 @@ def _answer(function: Callable[[J], R], job: J) -> tuple[str, Any]:
     """(kind, result): an exception comes back as kind and text, since it may not survive the way between processes."""
     try:
         return "result", function(job)
-    except Outage as error:
-        return "outage", str(error)
     except UserError as error:
-        return "mistake", str(error)
+        return "outage" if isinstance(error, Outage) else "mistake", str(error)
 
 
 def _one_thread(function: Callable[[J], R], job: J) -> tuple[str, Any]:
@@ -56,9 +54,10 @@ def _one_thread(function: Callable[[J], R], job: J) -> tuple[str, Any]:
 
 
 def _unwrapped(answer: tuple[str, Any]) -> Any:
-    if answer[0] != "result":
-        raise (Outage if answer[0] == "outage" else UserError)(answer[1])
-    return answer[1]
+    kind, result = answer
+    if kind != "result":
+        raise (Outage if kind == "outage" else UserError)(result)
+    return result
 
 
 def code_digest(root: Path = PROJECT) -> str:
@@ -69,54 +68,43 @@ def code_digest(root: Path = PROJECT) -> str:
 
 
 @contextmanager
-def _client(workers: int, scheduler: str, threads: int = 1) -> Iterator[Any]:
-    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards.
-    Nothing listens beyond loopback.
+def _client(workers: int, scheduler: str, threads: int = 1) -> Iterator[tuple[Any, int]]:
+    """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards, and
+    its number of processes. Nothing listens beyond loopback.
 
     `threads`: jobs that each process of such a cluster takes at once.
     """
     from distributed import Client, LocalCluster
 
-    if scheduler:
-        try:
-            client = Client(scheduler, timeout=CONNECT_SECONDS)
-        except (OSError, ValueError) as error:  # a time-out is an OSError
-            raise UserError(
-                f"scheduler {scheduler}: no answer ({error}); start one (`dask scheduler --host 127.0.0.1`) and its workers, or leave it empty"
-            ) from error
-        with client:
+    with ExitStack() as stack:
+        if scheduler:
+            try:
+                client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
+            except (OSError, ValueError) as error:  # a time-out is an OSError
+                advice = "start one (`dask scheduler --host 127.0.0.1`) and its workers, or leave it empty"
+                raise UserError(f"scheduler {scheduler}: no answer ({error}); {advice}") from error
             check_workers(client, scheduler, code_digest())
-            yield client
-        return
-    cluster = LocalCluster(
-        n_workers=workers,
-        threads_per_worker=threads,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address=None,
-        memory_limit=0,
-    )
-    with cluster, Client(cluster) as client:
-        yield client
+        else:
+            local = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": 0}
+            cluster = LocalCluster(n_workers=workers, threads_per_worker=threads, processes=True, **local)
+            client = stack.enter_context(Client(stack.enter_context(cluster)))
+        yield client, max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
 
 
-def check_workers(client: Any, scheduler: str, own: str) -> None:
-    """Raises UserError unless the scheduler has workers and all of them run the code with the digest `own`."""
+def check_workers(client: Any, scheduler: str, digest_here: str) -> None:
+    """Raises UserError unless the scheduler has workers and all of them run the code with this digest."""
+    where = f"scheduler {scheduler}"
     try:
-        found = client.run(code_digest)
+        digests = client.run(code_digest)
     except Exception as error:  # whatever importing our code raises over there
-        raise UserError(
-            f"scheduler {scheduler}: its workers cannot import this project ({error}); start them in its folder with its environment"
-        ) from error
-    if not found:
-        raise UserError(
-            f"scheduler {scheduler}: it has no worker; start some: `dask worker {scheduler}` in the project's folder"
-        )
-    other = sorted(address for address, value in found.items() if value != own)
+        advice = "start them in its folder with its environment"
+        raise UserError(f"{where}: its workers cannot import this project ({error}); {advice}") from error
+    if not digests:
+        raise UserError(f"{where}: it has no worker; start some: `dask worker {scheduler}` in the project's folder")
+    other = sorted(address for address, value in digests.items() if value != digest_here)
     if other:
-        raise UserError(
-            f"scheduler {scheduler}: {len(other)} of {len(found)} workers run another version of the code, e.g. {other[0]}; update and restart them"
-        )
+        fault = f"{len(other)} of {len(digests)} workers run another version of the code, e.g. {other[0]}"
+        raise UserError(f"{where}: {fault}; update and restart them")
 
 
 def each(
@@ -142,15 +130,14 @@ def each(
         for index, job in enumerate(jobs):
             done(index, _unwrapped(_one_thread(function, prepare(job))))
         return
-    with _client(min(workers, len(jobs)), scheduler) as client:
-        window = AHEAD * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    with _client(min(workers, len(jobs)), scheduler) as (client, processes):
         waiting: deque[tuple[int, Any]] = deque()
-        index = 0
-        while waiting or index < len(jobs):
-            while index < len(jobs) and len(waiting) < window:
-                waiting.append((index, client.submit(_one_thread, function, prepare(jobs[index]), pure=False)))
-                index += 1
-            place, future = waiting.popleft()
+        for index, job in enumerate(jobs):
+            if len(waiting) == AHEAD * processes:
+                place, future = waiting.popleft()
+                done(place, _unwrapped(future.result()))
+            waiting.append((index, client.submit(_one_thread, function, prepare(job), pure=False)))
+        for place, future in waiting:
             done(place, _unwrapped(future.result()))
 
 
@@ -168,7 +155,7 @@ def as_they_come(
     that wait rather than compute.
 
     At most `at_once` jobs are under way in all workers together (None: one a worker), and none begins before `done` has
-    returned for the one whose place it takes. `processes` is the number of workers. After a mistake (a UserError of a
+    returned for the job whose place it takes. `processes` is the number of workers. After a mistake (a UserError of a
     job or of `done`) no further job begins; those under way are done as well, then the first mistake is raised. A
     cluster on this machine where no `scheduler` is named, as for `each`.
     """
@@ -179,8 +166,8 @@ def as_they_come(
     from distributed import as_completed
 
     workers = min(workers, len(jobs))
-    with _client(workers, scheduler, threads=-(-at_once // workers) if at_once else 1) as client:
-        processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    threads = -(-at_once // workers) if at_once else 1
+    with _client(workers, scheduler, threads) as (client, processes):
         todo, index_of, mistake = iter(enumerate(jobs)), dict[str, int](), None
         running = as_completed()
 
@@ -204,8 +191,7 @@ def as_they_come(
 
 def device_of(device: str) -> str:
     """The torch device that this process computes on: "cuda" in a dask worker is dealt out by the worker's number,
-    "cpu" and "cuda:1" are taken as they are.
-    """
+    "cpu" and "cuda:1" are taken as they are."""
     if device != "cuda":
         return device
     import torch
@@ -213,11 +199,8 @@ def device_of(device: str) -> str:
     try:
         from distributed import get_worker
 
-        name = get_worker().name
+        number = get_worker().name
     except (ImportError, ValueError):  # not inside a worker
         return device
-    return (
-        f"cuda:{int(name) % torch.cuda.device_count()}"
-        if isinstance(name, int) and torch.cuda.device_count()
-        else device
-    )
+    count = torch.cuda.device_count()
+    return f"cuda:{int(number) % count}" if isinstance(number, int) and count else device

@@ -1,9 +1,9 @@
-"""Results that survive a kill: one line a result, addressed by what it was made from, appended to a shard that has one
+"""Results that survive a kill: a line a result, addressed by what it was made from, appended to a shard that has one
 writer.
 
-A folder of results holds `settings.json` (what every result in it was made with) and `shards/NAME.jsonl`, each line
-{"key", "value"}. A line counts from its newline on; what a killed writer left behind the last newline is ignored by
-readers and cut off by the next writer. So the same command, run again, goes on where it stopped, and a report, being a
+A folder of results holds `settings.json` (what every result in it was made with) and `shards/NAME.jsonl`, its lines
+{"key", "value"}. A line counts once its newline is there; readers ignore what a killed writer left after the last
+newline, and the next writer removes it. So the same command, run again, goes on where it stopped, and a report, a
 function of the results alone, does not change.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, UserErrors
-from data.files import digest, explain, read_json, write_json
+from data.files import digest, explain, read_json, sync, write_json
 
 SETTINGS_FILE = "settings.json"
 SHARDS = "shards"
@@ -29,8 +30,7 @@ LOCKED = {errno.EAGAIN, errno.EACCES}
 
 def result_key(kind: str, **parts: Any) -> str:
     """The address of a result: SHA-256 (hex) of its kind and of all that it depends on, as JSON values. Raises
-    ValueError for NaN or infinity.
-    """
+    ValueError for NaN or infinity."""
     return digest({"kind": kind, **parts})
 
 
@@ -45,10 +45,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
-    """Declares what the results of a folder are made with: written the first time, compared ever after.
+    """Declares what the results of a folder are made with: written the first time, compared from then on.
 
-    Raises UserErrors, naming every setting that differs, for a folder of results made otherwise (another detector,
-    judge, prompt set).
+    Raises UserErrors with every setting that differs, for a folder of results made otherwise (another detector, judge,
+    prompt set).
     """
     path = Path(folder) / SETTINGS_FILE
     given = json.loads(json.dumps(dict(settings), allow_nan=False))  # tuples as lists, as they will be read back
@@ -56,15 +56,11 @@ def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
         write_json(path, given)
         return
     old, new = _flat(read_json(path)), _flat(given)
-    faults = [
-        f"{name}: the folder has {old.get(name)!r}, this command {new.get(name)!r}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
+    pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
+    faults = [f"{name}: the folder has {a!r}, this command {b!r}" for name, (a, b) in pairs.items() if a != b]
     if faults:
-        raise UserErrors(
-            f"{folder}: its results were made with other settings; choose another folder for these:", faults
-        )
+        advice = "choose another folder for these"
+        raise UserErrors(f"{folder}: its results were made with other settings; {advice}:", faults)
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -74,9 +70,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; {folder} holds no results yet: run the step that makes them first")
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: expected a mapping, found {type(value).__name__}; restore the file or choose another folder"
-        )
+        advice = "restore the file or choose another folder"
+        raise UserError(f"{path}: expected a mapping, found {type(value).__name__}; {advice}")
     return value
 
 
@@ -103,21 +98,19 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """key -> value over all shards. Within a shard a later line replaces an earlier one of the same key: a retry that
+    """key -> value over all shards. Within a shard a later line replaces an earlier line of the same key: a retry that
     succeeded.
 
     Raises UserError for a damaged line, or for two shards that disagree about a key.
     """
     results: dict[str, Any] = {}
-    home: dict[str, Path] = {}
+    shard_with: dict[str, Path] = {}
     for path in shard_files(folder):
-        own = {key: value for _, key, value in _rows(path)}
-        for key, value in own.items():
+        for key, value in {key: value for _, key, value in _rows(path)}.items():
             if key in results and results[key] != value:
-                raise UserError(
-                    f"{path} and {home[key]} hold different results for the key {key[:16]}...; remove one of the two shards"
-                )
-            results[key], home[key] = value, path
+                fault = f"hold different results for the key {key[:16]}..."
+                raise UserError(f"{path} and {shard_with[key]} {fault}; remove one of the two shards")
+            results[key], shard_with[key] = value, path
     return results
 
 
@@ -125,7 +118,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 
 class Shard:
-    """The one writer of a shard; made by `open_shard`. Threads may share it."""
+    """The only writer of a shard; made by `open_shard`. Threads may share it."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor, self._path = descriptor, path
@@ -137,11 +130,8 @@ class Shard:
 
     def append_all(self, results: Mapping[str, Any]) -> None:
         """Several results with one wait for the disk. A kill may keep the first few of them."""
-        lines = [
-            json.dumps({"key": key, "value": value}, separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n"
-            for key, value in results.items()
-        ]
-        content = "".join(lines).encode()
+        encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
+        content = "".join(encode({"key": key, "value": value}) + "\n" for key, value in results.items()).encode()
         with self._lock:
             length = os.lseek(self._descriptor, 0, os.SEEK_END)
             try:
@@ -155,26 +145,19 @@ class Shard:
 
 
 def _cut_torn_line(descriptor: int) -> None:
-    """Removes what stands behind the last newline. It is at most one result, but that may be long."""
-    end = os.lseek(descriptor, 0, os.SEEK_END)
-    position, block = end, 1 << 16
-    while position > 0:
-        start = max(0, position - block)
-        found = os.pread(descriptor, position - start, start).rfind(b"\n")
-        if found >= 0:
-            position = start + found + 1
-            break
-        position = start
-    if position < end:
-        os.ftruncate(descriptor, position)
-        os.fsync(descriptor)
+    """Removes what stands after the last newline."""
+    if size := os.fstat(descriptor).st_size:  # an empty file cannot be mapped
+        with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+        if end < size:
+            os.ftruncate(descriptor, end)
+            os.fsync(descriptor)
 
 
 @contextmanager
 def open_shard(folder: str | Path, name: str = "0-of-1") -> Iterator[Shard]:
     """Opens `shards/NAME.jsonl` for appending, alone. Raises UserError while another process writes it, or where
-    nothing can be written.
-    """
+    nothing can be written."""
     path = Path(folder) / SHARDS / f"{name}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,15 +170,10 @@ def open_shard(folder: str | Path, name: str = "0-of-1") -> Iterator[Shard]:
         except OSError as error:
             if error.errno not in LOCKED:
                 raise explain(error, path) from error
-            raise UserError(
-                f"{path}: another process is writing this shard; wait for it, or give this one a shard of its own (--shard 1/2)"
-            ) from error
+            advice = "wait for it, or give this one a shard of its own (--shard 1/2)"
+            raise UserError(f"{path}: another process is writing this shard; {advice}") from error
         _cut_torn_line(descriptor)
-        parent = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        sync(path.parent)
         yield Shard(descriptor, path)
     finally:
         os.close(descriptor)  # which releases the lock
@@ -203,8 +181,7 @@ def open_shard(folder: str | Path, name: str = "0-of-1") -> Iterator[Shard]:
 
 def shard_of(text: str) -> tuple[int, int]:
     """`I/N` of the option --shard: this process takes every N-th item, beginning with the I-th (from 0). Raises
-    UserError for anything else.
-    """
+    UserError for anything else."""
     first, _, count = text.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, e.g. 0/4")

@@ -143,6 +143,12 @@ def test_a_set_of_another_size_does_not_pass_for_the_benchmark() -> None:
     assert "judge: not stated" in text and "detector: not stated" in text and "sampling: not stated" in text
 
 
+def test_images_made_elsewhere_name_no_sampling() -> None:
+    """Their scorecard has `images: null`."""
+    made = Scorecard("x", {"geneval": {"n": 553, "images": 553}}, {"geneval": {"images": None}}, card().metrics)
+    assert differences(made, PAPER)[-1].startswith("sampling: not stated; the paper 28 steps")
+
+
 def test_different_judges_do_not_share_a_table(tmp_path: Path) -> None:
     write_scorecard(tmp_path / "a.json", card())
     write_scorecard(tmp_path / "b.json", card("other", judge={"model": "gpt", "answered_by": "gpt-2"}))

@@ -12,12 +12,11 @@ import pytest
 from benchmarks.geneval.prompts import (
     CLASSES,
     COLORS,
-    METADATA_MD5,
     METADATA_SHA256,
     as_jsonl,
-    is_official,
     official_records,
     read_prompts,
+    set_name,
 )
 from data.errors import UserErrors
 from data.records import GENEVAL_TAGS
@@ -32,7 +31,7 @@ def test_the_records_have_the_published_digests(capsys: pytest.CaptureFixture[st
 
     assert main(["geneval", "prompts"]) == 0
     content = capsys.readouterr().out.encode()
-    assert hashlib.md5(content).hexdigest() == METADATA_MD5 == "9a0ed515640279a48ed3380d90aec0ed"
+    assert hashlib.md5(content).hexdigest() == "9a0ed515640279a48ed3380d90aec0ed"
     assert hashlib.sha256(content).hexdigest() == METADATA_SHA256
     assert main(["geneval", "prompts", "--text"]) == 0
     assert hashlib.sha256(capsys.readouterr().out.encode()).hexdigest() == PROMPTS_SHA256
@@ -69,10 +68,10 @@ def test_sizes_relations_and_counts_are_the_published_ones() -> None:
 def test_a_set_of_one_s_own_is_read_and_is_not_official(tmp_path: Path) -> None:
     path = tmp_path / "rewritten.jsonl"
     path.write_text(as_jsonl(RECORDS))
-    assert read_prompts(path) == RECORDS and is_official(RECORDS)
+    assert read_prompts(path) == RECORDS and set_name(RECORDS) == "official"
     rewritten = [{**RECORDS[0], "prompt": "a bench in a park at noon"}, *RECORDS[1:]]
     path.write_text(as_jsonl(rewritten))
-    assert read_prompts(path) == rewritten and not is_official(rewritten)
+    assert read_prompts(path) == rewritten and set_name(rewritten) == "custom"
 
 
 def test_every_fault_of_a_set_is_listed(tmp_path: Path) -> None:

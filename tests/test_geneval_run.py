@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.geneval.images import image_path, image_seed, read_images, write_metadata
+from benchmarks.geneval.images import ImageSet, image_path, image_seed, read_images, write_metadata
 from benchmarks.geneval.prompts import COLORS, as_jsonl, official_records
 from benchmarks.geneval.report import adjusted
 from benchmarks.geneval.rules import OFFICIAL, Detection, Thresholds, overlap, surviving, verdict
@@ -57,7 +57,7 @@ from tests.tiny_evaluator import tiny_clip, tiny_mask2former
 
 WORLD = World()
 MICRO_EVALUATOR = Evaluator(MICRO, "", "cpu")
-HOW = {"model": "candidate", "resamples": 300}
+HOW: dict[str, Any] = {"model": "candidate", "seed": 0, "resamples": 300, "confidence": 0.95}
 
 
 def micro_set(root: Path, per_tag: int, samples: int, right: float = 0.7) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def official_folder(root: Path, records: list[dict[str, Any]], samples: int) -> 
 def test_folders_made_elsewhere_are_read_by_their_metadata(tmp_path: Path) -> None:
     records = official_records()[:5]
     official_folder(tmp_path, records, 2)
-    items = read_images(tmp_path, records)
+    items = read_images(tmp_path, records).items
     assert [(item.index, item.k) for item in items] == [(index, k) for index in range(5) for k in range(2)]
     assert (
         items[0].path == "105/samples/0000.png"
@@ -168,7 +168,7 @@ def test_incomplete_repeated_and_foreign_sets_are_refused(
 def test_a_number_of_images_may_be_demanded(tmp_path: Path) -> None:
     records = official_records()[:5]
     official_folder(tmp_path, records, 2)
-    assert len(read_images(tmp_path, records, 2)) == 10
+    assert len(read_images(tmp_path, records, 2).items) == 10
     with pytest.raises(UserErrors, match=r"5 prompts do not have 4 image\(s\)"):
         read_images(tmp_path, records, 4)
     with pytest.raises(UserError, match="no such folder"):
@@ -259,17 +259,16 @@ def test_categories_are_adjusted_together_and_the_average_is_not() -> None:
 
 
 @pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("micro")
-    return folder, micro_set(folder / "images", per_tag=4, samples=2)
+def micro(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    root = tmp_path_factory.mktemp("micro") / "images"
+    return read_images(root, micro_set(root, per_tag=4, samples=2))
 
 
-def test_verdicts_files_and_scorecard(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    folder, records = micro
-    counts = detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)
+def test_verdicts_files_and_scorecard(micro: ImageSet, tmp_path: Path) -> None:
+    counts = detect_images(micro, tmp_path, MICRO_EVALUATOR)
     assert counts == {"images": 48, "kept": 0, "detected": 48}
-    assert detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)["detected"] == 0
-    card = judge_images(folder / "images", tmp_path, records, **HOW)
+    assert detect_images(micro, tmp_path, MICRO_EVALUATOR)["detected"] == 0
+    card = judge_images(micro, tmp_path, **HOW)
     rows = [json.loads(line) for line in (tmp_path / VERDICT / "results.jsonl").read_text().splitlines()]
     assert [list(one) for one in rows] == [
         ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
@@ -289,73 +288,65 @@ def test_verdicts_files_and_scorecard(micro: tuple[Path, list[dict[str, Any]]], 
 
 
 def test_pictures_of_their_own_scene_are_right(tmp_path: Path) -> None:
-    records = micro_set(tmp_path / "images", per_tag=3, samples=1, right=2.0)
-    detect_images(tmp_path / "images", tmp_path / "out", records, MICRO_EVALUATOR)
-    assert judge_images(tmp_path / "images", tmp_path / "out", records, **HOW).metrics["geneval/overall"].mean == 1.0
+    images = read_images(tmp_path / "images", micro_set(tmp_path / "images", per_tag=3, samples=1, right=2.0))
+    detect_images(images, tmp_path / "out", MICRO_EVALUATOR)
+    assert judge_images(images, tmp_path / "out", **HOW).metrics["geneval/overall"].mean == 1.0
 
 
 def test_shards_make_one_set_and_thresholds_need_no_detector(
-    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, records = micro
-    detect_images(folder / "images", tmp_path / "whole", records, MICRO_EVALUATOR)
-    judge_images(folder / "images", tmp_path / "whole", records, **HOW)
+    detect_images(micro, tmp_path / "whole", MICRO_EVALUATOR)
+    judge_images(micro, tmp_path / "whole", **HOW)
     for shard in ((0, 2), (1, 2)):
         if shard[0]:
             with pytest.raises(UserError, match="24 of 48 images have no detections.*every shard of it"):
-                judge_images(folder / "images", tmp_path / "parts", records, **HOW)
-        detect_images(folder / "images", tmp_path / "parts", records, MICRO_EVALUATOR, shard=shard)
+                judge_images(micro, tmp_path / "parts", **HOW)
+        detect_images(micro, tmp_path / "parts", MICRO_EVALUATOR, shard=shard)
     assert len(shard_files(tmp_path / "parts" / DETECTIONS)) == 2
-    judge_images(folder / "images", tmp_path / "parts", records, **HOW)
+    judge_images(micro, tmp_path / "parts", **HOW)
     assert bytes_of(tmp_path / "whole" / VERDICT) == bytes_of(tmp_path / "parts" / VERDICT)
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)
     strict = judge_images(
-        folder / "images",
-        tmp_path / "whole",
-        records,
-        to=tmp_path / "strict",
-        thresholds=Thresholds(score=0.999, counting=0.999),
-        **HOW,
+        micro, tmp_path / "whole", to=tmp_path / "strict", thresholds=Thresholds(score=0.999, counting=0.999), **HOW
     )
     assert strict.identities["geneval"]["thresholds"]["score"] == 0.999
 
 
 def test_a_stage_s_own_pictures_get_the_same_verdicts(
-    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, records = micro
-    detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)
-    judge_images(folder / "images", tmp_path, records, **HOW)
+    detect_images(micro, tmp_path, MICRO_EVALUATOR)
+    judge_images(micro, tmp_path, **HOW)
     scores = read_scores(tmp_path / VERDICT)
-    pictures = [(score.image, records[int(score.example_id)]) for score in scores]
-    how: dict[str, Any] = {"batch": 5, "workers": 1, "scheduler": ""}
-    found, identity = judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)
+    pictures = [(score.image, micro.records[int(score.example_id)]) for score in scores]
+    evaluator = replace(MICRO_EVALUATOR, batch=5)
+    found, identity = judge_pictures(micro.root, tmp_path / "store", pictures, evaluator)
     assert [(float(one.correct), one.reasons) for one in found] == [
         (score.values["correct"], score.reasons) for score in scores
     ]
     assert identity["detector"]["architecture"] == MICRO
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # the second time nothing is looked at
-    assert judge_pictures(folder / "images", tmp_path / "store", pictures, MICRO_EVALUATOR, **how)[0] == found
+    assert judge_pictures(micro.root, tmp_path / "store", pictures, evaluator)[0] == found
 
 
-def test_refusals_name_what_is_wrong(micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    folder, records = micro
+def test_refusals_name_what_is_wrong(micro: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no results yet"):
-        judge_images(folder / "images", tmp_path, records, **HOW)
-    detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)
+        judge_images(micro, tmp_path, **HOW)
+    detect_images(micro, tmp_path, MICRO_EVALUATOR)
     images = tmp_path / "images"
     other = micro_set(images, per_tag=4, samples=1)
     with pytest.raises(UserErrors, match="(?s)made with other settings.*prompts"):
-        detect_images(images, tmp_path, _renamed(images, other), MICRO_EVALUATOR)
+        detect_images(read_images(images, _renamed(images, other)), tmp_path, MICRO_EVALUATOR)
     with pytest.raises(UserError, match="saw nothing above the threshold"):
-        judge_images(folder / "images", tmp_path, records, thresholds=Thresholds(score=1.0, counting=1.0), **HOW)
+        judge_images(micro, tmp_path, thresholds=Thresholds(score=1.0, counting=1.0), **HOW)
     with pytest.raises(UserError, match="name the colour classifier"):
-        detect_images(folder / "images", tmp_path / "other", records, Evaluator("some/detector", "", "cpu"))
+        detect_images(micro, tmp_path / "other", Evaluator("some/detector", "", "cpu"))
     broken = tmp_path / "broken"
     records = micro_set(broken, per_tag=2, samples=1)
     (broken / image_path(3, 0)).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"00003/samples/00000\.png: unreadable image"):
-        detect_images(broken, tmp_path / "third", records, MICRO_EVALUATOR)
+        detect_images(read_images(broken, records), tmp_path / "third", MICRO_EVALUATOR)
 
 
 def _renamed(root: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -434,65 +425,23 @@ def test_a_kill_anywhere_changes_no_byte(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_report_compares_models_of_the_same_seeds(
-    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    micro: ImageSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, records = micro
     other = tmp_path / "images"
     micro_set(other, per_tag=4, samples=2, right=2.0)
-    prompts = ["--prompts", str(folder / "prompts.jsonl")]
-    for name, images in (("one", folder / "images"), ("other", other)):
-        assert (
-            main(
-                [
-                    "geneval",
-                    "detect",
-                    "--images",
-                    str(images),
-                    "--out",
-                    str(tmp_path / name),
-                    "--detector",
-                    "micro",
-                    *prompts,
-                ]
-            )
-            == 0
-        )
-        assert (
-            main(
-                [
-                    "geneval",
-                    "verdict",
-                    "--images",
-                    str(images),
-                    "--out",
-                    str(tmp_path / name),
-                    "--model",
-                    name,
-                    "--resamples",
-                    "300",
-                    *prompts,
-                ]
-            )
-            == 0
-        )
+    prompts = ["--prompts", str(micro.root.parent / "prompts.jsonl")]
+    for name, images in (("one", micro.root), ("other", other)):
+        common = ["--images", str(images), "--out", str(tmp_path / name), *prompts]
+        assert main(["geneval", "detect", *common, "--detector", "micro"]) == 0
+        assert main(["geneval", "verdict", *common, "--model", name, "--resamples", "300"]) == 0
     assert "prompts with a correct image" in capsys.readouterr().out
     for seed in "ab":
         shutil.copytree(tmp_path / "one", tmp_path / seed)
     trainings = ["--training", str(tmp_path / "a"), "--training", str(tmp_path / "b")]
-    arguments = [
-        "geneval",
-        "report",
-        "--out",
-        str(tmp_path / "one"),
-        "--against",
-        str(tmp_path / "other"),
-        *trainings,
-        "--resamples",
-        "300",
-    ]
-    assert main([*arguments, "--images", str(folder / "images")]) == 0
+    compared = ["--out", str(tmp_path / "one"), "--against", str(tmp_path / "other"), *trainings]
+    assert main(["geneval", "report", *compared, "--resamples", "300", "--images", str(micro.root)]) == 0
     text = capsys.readouterr().out
-    expected = expected_of(records, 2)
+    expected = expected_of(micro.records, 2)
     scores = [read_scores(tmp_path / name / VERDICT) for name in ("one", "other")]
     difference = compare(*scores, expected=expected, seed=0, resamples=300, confidence=0.95)[
         "geneval/overall"
@@ -539,17 +488,18 @@ def real_set(tmp_path: Path) -> tuple[list[dict[str, Any]], Evaluator]:
 
 def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
-    records, evaluator = real_set(tmp_path)
+    (records, evaluator), root = real_set(tmp_path), tmp_path / "images"
     # the records ask for a class that this random network reports, so that a colour is asked of something
-    detect_images(tmp_path / "images", tmp_path / "probe", records, evaluator, batch=4)
+    detect_images(read_images(root, records), tmp_path / "probe", replace(evaluator, batch=4))
     seen = [one["detections"] for one in read_results(tmp_path / "probe" / DETECTIONS).values()]
     assert all(seen)
     records = [
         {**record, "include": [{**record["include"][0], "class": seen[index][0]["class"]}]}
         for index, record in enumerate(records)
     ]
-    write_metadata(tmp_path / "images", records)
-    assert detect_images(tmp_path / "images", tmp_path / "out", records, evaluator, batch=4)["detected"] == 6
+    write_metadata(root, records)
+    images, evaluator = read_images(root, records), replace(evaluator, batch=4)
+    assert detect_images(images, tmp_path / "out", evaluator)["detected"] == 6
     stored = read_results(tmp_path / "out" / DETECTIONS)
     for record, value in zip(records, stored.values(), strict=True):
         found = value["detections"]
@@ -567,19 +517,15 @@ def test_the_whole_path_with_mask2former_and_clip(tmp_path: Path, monkeypatch: p
     (shard,) = shard_files(tmp_path / "out" / DETECTIONS)
     whole = shard.read_bytes()
     shard.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    assert detect_images(tmp_path / "images", tmp_path / "out", records, evaluator, batch=4)["detected"] == 6
+    assert detect_images(images, tmp_path / "out", evaluator)["detected"] == 6
     assert shard.read_bytes() == whole
-    card = judge_images(
-        tmp_path / "images", tmp_path / "out", records, thresholds=Thresholds(score=0.05, counting=0.05), **HOW
-    )
+    card = judge_images(images, tmp_path / "out", thresholds=Thresholds(score=0.05, counting=0.05), **HOW)
     assert card.metrics["geneval/single_object"].mean == 1.0
     identity = card.identities["geneval"]["evaluator"]
     assert identity["classifier"]["activation"] == "quick_gelu" and len(identity["detector"]["weights"]) == 64
     tiny_clip(tmp_path / "classifier2", activation="gelu")
     with pytest.raises(UserErrors, match=r"(?s)made with other settings.*evaluator\.classifier\.weights"):
-        detect_images(
-            tmp_path / "images", tmp_path / "out", records, replace(evaluator, classifier=str(tmp_path / "classifier2"))
-        )
+        detect_images(images, tmp_path / "out", replace(evaluator, classifier=str(tmp_path / "classifier2")))
 
 
 @pytest.mark.slow
@@ -587,14 +533,12 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest
     """At the reference's own resolution, with both networks."""
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     records, evaluator = real_set(tmp_path)
+    images = read_images(tmp_path / "images", records)
     for workers in (1, 2):
-        detect_images(tmp_path / "images", tmp_path / str(workers), records, evaluator, batch=2, workers=workers)
+        detect_images(images, tmp_path / str(workers), replace(evaluator, batch=2, workers=workers))
     assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
 
 
-def test_a_shard_that_another_process_writes_is_refused(
-    micro: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    folder, records = micro
+def test_a_shard_that_another_process_writes_is_refused(micro: ImageSet, tmp_path: Path) -> None:
     with open_shard(tmp_path / DETECTIONS), pytest.raises(UserError, match="another process is writing"):
-        detect_images(folder / "images", tmp_path, records, MICRO_EVALUATOR)
+        detect_images(micro, tmp_path, MICRO_EVALUATOR)

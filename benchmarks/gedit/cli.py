@@ -7,9 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from benchmarks.judge.access import Access, name_of_local
 from benchmarks.judge.protocol import IMAGE_FORMATS, JUDGES, RESIZES, JudgeSettings, read_rgb
 from benchmarks.judge.wording import load_wording
 from benchmarks.scores.scorecard import STATUSES, write_scorecard, write_scores
+from benchmarks.steps import sample
 from benchmarks.store import shard_of
 from data.commands import overview
 from data.errors import UserError, UserErrors
@@ -160,23 +159,7 @@ def _generate(arguments: Sequence[str]) -> int:
         "set": "official" if is_official(tasks) else "custom",
         "seed": parsed.seed,
     }
-    with tempfile.TemporaryDirectory(prefix="gedit-") as folder:
-        file = Path(folder) / "jobs.json"
-        write_json(file, {"settings": settings, "jobs": jobs})
-        # Sampling belongs to the room above this one, so it is another program: it is given the list and nothing else.
-        command = [
-            sys.executable,
-            "-m",
-            "tasks",
-            "sample-set",
-            "--model",
-            parsed.model,
-            "--jobs",
-            str(file),
-            "--out",
-            str(parsed.images),
-        ]
-        return subprocess.run([*command, *(word for word in parsed.sampler if word != "--")], check=False).returncode
+    return sample(parsed.model, parsed.images, settings, jobs, parsed.sampler)
 
 
 def _judge_parser() -> argparse.ArgumentParser:

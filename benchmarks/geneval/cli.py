@@ -2,337 +2,183 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from benchmarks.geneval.images import SUITE, example_id, image_path, image_seed, write_metadata
-from benchmarks.geneval.prompts import as_jsonl, is_official, official_records, read_prompts, set_digest
-from benchmarks.geneval.rules import (
-    COUNTING_THRESHOLD,
-    MAX_OVERLAP,
-    MAX_PER_CLASS,
-    POSITION_THRESHOLD,
-    THRESHOLD,
-    Thresholds,
-)
+from benchmarks.geneval.images import SUITE, ImageSet, example_id, image_path, image_seed, read_images, write_metadata
+from benchmarks.geneval.prompts import as_jsonl, official_records, read_prompts, set_digest, set_name
+from benchmarks.geneval.rules import CLASSIFIER, DETECTOR, OFFICIAL, Thresholds
+from benchmarks.steps import SAMPLER, Options, Step, path, run_step, sample, setting
 from benchmarks.store import shard_of
-from data.commands import overview
 from data.errors import UserError
-from data.files import write_json
+from data.files import read_json
 
-DETECTOR, CLASSIFIER = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
-SAMPLES = 4  # images a prompt, as the benchmark has it; the paper's rows have 1
-
-
-def _parser(step: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"python -m benchmarks geneval {step}", description=description)
-
-
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="a metadata file of one's own (JSON Lines); default: the official 553 records",
-    )
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=8,
-        help="images that pass a network together; fixed for a folder's life (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes on this machine (default: %(default)s)")
-    parser.add_argument(
-        "--scheduler",
-        default="",
-        metavar="ADDRESS",
-        help="a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here",
-    )
-    parser.add_argument(
-        "--shard",
-        default="0/1",
-        metavar="I/N",
-        help="only every N-th batch, beginning with the I-th: for machines without a scheduler",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+PROMPTS: Options = {
+    "--prompts": path("a metadata file of one's own (JSON Lines); default: the official 553 records", "FILE")
+}
+SAMPLES: Options = {
+    "--samples": {"type": int, "help": "images a prompt that must be there (default: as many as the first prompt has)"}
+}
+EVALUATOR: Options = {
+    "--detector": setting(DETECTOR, "a folder, a name on the hub, or `micro` for the micro world's images", "MODEL"),
+    "--classifier": setting(CLASSIFIER, "the CLIP that tells colours", "MODEL"),
+    "--device": setting("cpu", "cpu, cuda, cuda:1, ...", "DEVICE"),
+    "--batch": setting(8, "images that pass a network together; fixed for a folder's life"),
+    "--workers": setting(1, "processes on this machine"),
+    "--scheduler": setting("", "a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here", "ADDRESS"),
+    "--shard": setting("0/1", "every N-th batch from the I-th on: for machines without a scheduler", "I/N"),
+}
+THRESHOLDS: Options = {
+    "--threshold": setting(OFFICIAL.score, "a detection counts above this score", dest="score"),
+    "--counting-threshold": setting(OFFICIAL.counting, "the same for counting", dest="counting"),
+    "--max-objects": setting(OFFICIAL.most, "detections of a class that count", dest="most"),
+    "--max-overlap": setting(OFFICIAL.overlap, "IoU that drops the weaker of two boxes; 1: none", dest="overlap"),
+    "--position-threshold": setting(OFFICIAL.position, "share of the extents that an offset exceeds", dest="position"),
+}
+INTERVALS: Options = {
+    "--resamples": setting(10_000, "of the bootstrap"),
+    "--confidence": setting(0.95, "of the intervals"),
+    "--seed": setting(0, "of the bootstrap"),
+}
 
 
-def _records(path: Path | None) -> list[dict[str, Any]]:
-    return official_records() if path is None else read_prompts(path)
+def _records(given: Namespace) -> list[dict[str, Any]]:
+    return read_prompts(given.prompts) if given.prompts else official_records()
 
 
-def _manifest_row(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    shared = {
-        "id": example_id(index),
-        "split": "eval",
-        "capability": "t2i",
-        "category": record["tag"],
-        "prompt": record["prompt"],
-    }
-    return {**shared, "record": dict(record)}
+def _images(given: Namespace) -> ImageSet:
+    return read_images(given.images, _records(given), given.samples)
 
 
-def _prompts(arguments: Sequence[str]) -> int:
-    parser = _parser(
-        "prompts", "Print the prompt set as JSON Lines: the 553 official records, or a checked file of one's own."
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--text", action="store_true", help="the prompts alone, one a line")
-    form.add_argument(
-        "--manifest",
-        action="store_true",
-        help="as a manifest of the eval split, for a folder that the collect stage reads",
-    )
-    _add_prompts(parser)
-    parsed = parser.parse_args(arguments)
-    records = _records(parsed.prompts)
-    if parsed.manifest:
-        sys.stdout.write(as_jsonl([_manifest_row(index, record) for index, record in enumerate(records)]))
-        return 0
-    sys.stdout.write("".join(f"{record['prompt']}\n" for record in records) if parsed.text else as_jsonl(records))
-    return 0
+def _values(given: Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in names}
 
 
-def _generate(arguments: Sequence[str]) -> int:
-    parser = _parser(
-        "generate",
-        "Sample the prompt set with a model into the official folder layout. What is there already is not made again.",
-    )
-    parser.add_argument(
-        "--model", required=True, metavar="URI", help="as `python -m tasks sample-set --model` takes it"
-    )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--samples", type=int, default=SAMPLES, help="images a prompt (default: %(default)s; the paper's rows have 1)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="base seed; every image has a seed of its own that follows from it (default: %(default)s)",
-    )
-    _add_prompts(parser)
-    parser.add_argument(
-        "sampler",
-        nargs=argparse.REMAINDER,
-        metavar="-- OPTIONS",
-        help="passed on to `python -m tasks sample-set`, e.g. -- --steps 28 --guidance 1",
-    )
-    parsed = parser.parse_args(arguments)
-    if parsed.samples < 1:
-        raise UserError(f"--samples {parsed.samples}: expected 1 or more")
-    records = _records(parsed.prompts)
-    write_metadata(parsed.images, records)
-    jobs = [
-        {
-            "id": f"{example_id(index)}-{k}",
-            "prompt": record["prompt"],
-            "seed": image_seed(index, k, parsed.seed),
-            "path": image_path(index, k),
-        }
+def _prompts(given: Namespace) -> None:
+    """Print the prompt set as JSON Lines: the 553 official records, or a checked file of one's own."""
+    if given.text and given.manifest:
+        raise UserError("--text and --manifest are two forms of the set; give one of them")
+    records = _records(given)
+    fixed = {"split": "eval", "capability": "t2i"}
+    rows = [
+        {"id": example_id(index), **fixed, "category": record["tag"], "prompt": record["prompt"], "record": record}
         for index, record in enumerate(records)
-        for k in range(parsed.samples)
     ]
-    settings = {
-        "suite": SUITE,
-        "prompts": set_digest(records),
-        "set": "official" if is_official(records) else "custom",
-        "seed": parsed.seed,
-    }
-    with tempfile.TemporaryDirectory(prefix="geneval-") as folder:
-        file = Path(folder) / "jobs.json"
-        write_json(file, {"settings": settings, "jobs": jobs})
-        # Sampling belongs to the room above this one, so it is another program: it is given the list and nothing else.
-        command = [
-            sys.executable,
-            "-m",
-            "tasks",
-            "sample-set",
-            "--model",
-            parsed.model,
-            "--jobs",
-            str(file),
-            "--out",
-            str(parsed.images),
-        ]
-        return subprocess.run([*command, *(word for word in parsed.sampler if word != "--")], check=False).returncode
+    text = "".join(f"{record['prompt']}\n" for record in records)
+    sys.stdout.write(text if given.text else as_jsonl(rows if given.manifest else records))
 
 
-def _detect(arguments: Sequence[str]) -> int:
+def _generate(given: Namespace) -> int:
+    """Sample the prompt set with a model into the official folder layout. What is there already is not made again."""
+    if given.samples < 1:
+        raise UserError(f"--samples {given.samples}: expected 1 or more")
+    records = _records(given)
+    write_metadata(given.images, records)
+    jobs = []
+    for index, record in enumerate(records):
+        for k in range(given.samples):
+            seed, place = image_seed(index, k, given.seed), image_path(index, k)
+            jobs.append({"id": f"{example_id(index)}-{k}", "prompt": record["prompt"], "seed": seed, "path": place})
+    settings = {"suite": SUITE, "prompts": set_digest(records), "set": set_name(records), "seed": given.seed}
+    return sample(given.model, given.images, settings, jobs, given.sampler)
+
+
+def _detect(given: Namespace) -> None:
+    """Detect what the images show and keep it below OUT/detections. Run again, it goes on where it stopped."""
     from benchmarks.geneval.run import Evaluator, detect_images
 
-    parser = _parser(
-        "detect",
-        "Detect what the images show and keep it below OUT/detections. Run again, it goes on where it stopped.",
-    )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--detector",
-        default=DETECTOR,
-        metavar="MODEL",
-        help="a folder, a name on the hub, or `micro` for the micro world's pictures (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--classifier", default=CLASSIFIER, metavar="MODEL", help="the CLIP that tells colours (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--samples", type=int, help="images a prompt that must be there (default: as many as the first prompt has)"
-    )
-    _add_prompts(parser)
-    _add_workers(parser)
-    parsed = parser.parse_args(arguments)
-    counts = detect_images(
-        parsed.images,
-        parsed.out,
-        _records(parsed.prompts),
-        Evaluator(parsed.detector, parsed.classifier, parsed.device),
-        samples=parsed.samples,
-        batch=parsed.batch,
-        shard=shard_of(parsed.shard),
-        workers=parsed.workers,
-        scheduler=parsed.scheduler,
-    )
+    evaluator = Evaluator(**_values(given, *(field.name for field in fields(Evaluator))))
+    counts = detect_images(_images(given), given.out, evaluator, shard_of(given.shard))
     print(f"detect: {counts['detected']} images looked at, {counts['kept']} were known, {counts['images']} in the set")
-    return 0
 
 
-def _verdict(arguments: Sequence[str]) -> int:
-    from benchmarks.geneval.run import VERDICT, judge_images
+def _verdict(given: Namespace) -> None:
+    """Verdicts, per-image file, summary and scorecard from the stored detections; no network runs."""
+    from benchmarks.geneval.run import SUMMARY_FILE, VERDICT, judge_images
 
-    parser = _parser(
-        "verdict", "Verdicts, per-image file, summary and scorecard from the stored detections; no network runs."
-    )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="as given to detect")
-    parser.add_argument(
-        "--to",
-        type=Path,
-        metavar="DIR",
-        help="where verdicts go (default: OUT/verdict); name another for other thresholds",
-    )
-    parser.add_argument(
-        "--model", default="model", metavar="NAME", help="the name in the scorecard (default: %(default)s)"
-    )
-    parser.add_argument("--samples", type=int)
-    _add_prompts(parser)
-    for name, default, text in (
-        ("threshold", THRESHOLD, "a detection counts above this score"),
-        ("counting-threshold", COUNTING_THRESHOLD, "the same for counting"),
-        ("max-objects", MAX_PER_CLASS, "detections of a class that are looked at"),
-        ("max-overlap", MAX_OVERLAP, "IoU from which the less confident of two boxes is dropped; 1 drops none"),
-        ("position-threshold", POSITION_THRESHOLD, "share of the extents that an offset must exceed"),
-    ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    parsed = parser.parse_args(arguments)
-    thresholds = Thresholds(
-        parsed.threshold, parsed.counting_threshold, parsed.max_objects, parsed.max_overlap, parsed.position_threshold
-    )
-    card = judge_images(
-        parsed.images,
-        parsed.out,
-        _records(parsed.prompts),
-        model=parsed.model,
-        to=parsed.to,
-        thresholds=thresholds,
-        samples=parsed.samples,
-        seed=parsed.seed,
-        resamples=parsed.resamples,
-        confidence=parsed.confidence,
-    )
-    _show(parsed.to or parsed.out / VERDICT, card.metrics)
-    return 0
-
-
-def _show(folder: Path, metrics: Mapping[str, Any]) -> None:
-    from benchmarks.geneval.run import SUMMARY_FILE
-    from data.files import read_json
-
-    summary = read_json(folder / SUMMARY_FILE)
+    to = given.to or given.out / VERDICT
+    thresholds = Thresholds(**_values(given, *(field.name for field in fields(Thresholds))))
+    images, intervals = _images(given), _values(given, "seed", "resamples", "confidence")
+    card = judge_images(images, given.out, model=given.model, to=to, thresholds=thresholds, **intervals)
+    summary = read_json(to / SUMMARY_FILE)
     print(f"{'metric':24}{'value':>9}   {'interval':19}{'correct':>8}{'images':>8}")
-    for path, metric in metrics.items():
-        tag = summary["tags"].get(path.split("/")[1], {})
-        print(
-            f"{path:24}{metric.mean:9.5f}   {metric.low:.4f} to {metric.high:.4f}   {tag.get('correct', ''):>8}{tag.get('images', ''):>8}"
-        )
-    print(
-        f"images {summary['images']}, prompts {summary['prompts']}, images correct {summary['correct_images']:.2%}, ",
-        end="",
-    )
-    print(f"prompts with a correct image {summary['correct_prompts']:.2%}; set: {summary['identity']['set']}")
+    for name, metric in card.metrics.items():
+        tag = summary["tags"].get(name.split("/")[1], {})
+        counts = f"{tag.get('correct', ''):>8}{tag.get('images', ''):>8}"
+        print(f"{name:24}{metric.mean:9.5f}   {metric.low:.4f} to {metric.high:.4f}   {counts}")
+    shares = f"images correct {summary['correct_images']:.2%}, "
+    shares += f"prompts with a correct image {summary['correct_prompts']:.2%}"
+    print(f"images {summary['images']}, prompts {summary['prompts']}, {shares}; set: {summary['identity']['set']}")
 
 
-def _report(arguments: Sequence[str]) -> int:
+def _report(given: Namespace) -> None:
+    """Tables of one or several verdicts, paired comparisons with the first, and its page."""
     from benchmarks.geneval.report import report
 
-    parser = _parser("report", "Tables of one or several verdicts, paired comparisons with the first, and its page.")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="as given to detect, or a folder that verdict wrote to"
-    )
-    parser.add_argument(
-        "--against", type=Path, action="append", default=[], metavar="DIR", help="another model's; may be repeated"
-    )
-    parser.add_argument(
-        "--training",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="another training seed of the same recipe; two or more",
-    )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="the first one's images: with them the page report.html is written"
-    )
-    parser.add_argument("--resamples", type=int, default=10_000)
-    parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    parsed = parser.parse_args(arguments)
-    numbers = {"seed": parsed.seed, "resamples": parsed.resamples, "confidence": parsed.confidence}
-    print(report(parsed.out, parsed.against, parsed.training, images=parsed.images, **numbers))
-    return 0
+    intervals = _values(given, "seed", "resamples", "confidence")
+    print(report(given.out, given.against, given.training, images=given.images, **intervals))
 
 
-def _agreement(arguments: Sequence[str]) -> int:
+def _agreement(given: Namespace) -> None:
+    """How far two evaluators agree on the same images: this project's per-image file beside the reference's."""
     from benchmarks.geneval.run import agreement
 
-    parser = _parser(
-        "agreement",
-        "How far two evaluators agree on the same images: this project's per-image file beside the reference's.",
-    )
-    parser.add_argument("--ours", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--reference", type=Path, required=True, metavar="FILE")
-    parsed = parser.parse_args(arguments)
-    print(json.dumps(agreement(parsed.ours, parsed.reference), indent=2))
-    return 0
+    print(json.dumps(agreement(given.ours, given.reference), indent=2))
 
 
-STEPS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "prompts": (_prompts, "print the 553 records"),
-    "generate": (_generate, "sample the set with a model"),
-    "detect": (_detect, "detect objects and colours, once"),
-    "verdict": (_verdict, "verdicts, summary and scorecard from what was detected"),
-    "report": (_report, "tables, paired comparisons, the page"),
-    "agreement": (_agreement, "compare two detectors' verdicts on the same images"),
+PROMPT_FORMS: Options = {
+    "--text": {"action": "store_true", "help": "the prompts alone, one a line"},
+    "--manifest": {"action": "store_true", "help": "as a manifest of the eval split, which the collect stage reads"},
+}
+IMAGES: Options = {"--images": path(required=True)}
+OUT: Options = {"--out": path("where detections are kept, and verdicts below them", required=True)}
+STEPS = {
+    "prompts": Step(_prompts, "print the 553 records", {**PROMPT_FORMS, **PROMPTS}),
+    "generate": Step(
+        _generate,
+        "sample the set with a model",
+        {**IMAGES, "--samples": setting(4, "images a prompt; the paper's rows have 1"), **PROMPTS, **SAMPLER},
+    ),
+    "detect": Step(_detect, "detect objects and colours, once", {**IMAGES, **OUT, **EVALUATOR, **SAMPLES, **PROMPTS}),
+    "verdict": Step(
+        _verdict,
+        "verdicts, summary and scorecard from what was detected",
+        {
+            **IMAGES,
+            **OUT,
+            "--to": path("where verdicts go (default: OUT/verdict); other thresholds need another folder"),
+            "--model": setting("model", "in the scorecard", "NAME"),
+            **SAMPLES,
+            **PROMPTS,
+            **THRESHOLDS,
+            **INTERVALS,
+        },
+    ),
+    "report": Step(
+        _report,
+        "tables, paired comparisons, the page",
+        {
+            "--out": path("as given to detect, or a folder that verdict wrote to", required=True),
+            "--against": path("another model's; may be repeated", action="append", default=[]),
+            "--training": path("another training of the same recipe; two or more", action="append", default=[]),
+            "--images": path("the first model's images: with them the page report.html is written"),
+            **INTERVALS,
+        },
+    ),
+    "agreement": Step(
+        _agreement,
+        "compare two detectors' verdicts on the same images",
+        {"--ours": path(metavar="FILE", required=True), "--reference": path(metavar="FILE", required=True)},
+    ),
 }
 
 
 def cli(arguments: Sequence[str]) -> int:
-    """Runs one step; returns the exit status. Raises UserError for an unknown step."""
-    name, *others = arguments or ["--help"]
-    if name in STEPS:
-        return STEPS[name][0](others)
-    if name == "judge":
+    """Runs a step; returns the exit status. Raises UserError for an unknown step."""
+    if arguments[:1] == ["judge"]:
         raise UserError("GenEval asks no judge: detect and verdict are its steps")
-    return overview("python -m benchmarks geneval STEP", name, {"": {step: text for step, (_, text) in STEPS.items()}})
+    return run_step("geneval", STEPS, arguments)

@@ -1,4 +1,4 @@
-"""What was asked for against what was found, counted over the images: numbers of things, and colours."""
+"""What the prompts asked for against what the images show, counted over the images: numbers of things, and colours."""
 
 from __future__ import annotations
 
@@ -10,53 +10,42 @@ from benchmarks.scores.scorecard import ExampleScore
 
 NOTHING = "nothing"
 FOUND = re.compile(r", found (\d+)")
-SEEN = re.compile(r"\(seen: ([^)]*)\)")
-Confusion = dict[str, dict[str, list[int]]]  # asked -> found -> places of the rows in the sequence given
+SEEN = re.compile(r"\(seen: ([^,)]*)")  # the most confident detection's colour
+Confusion = dict[str, dict[str, list[int]]]  # wanted -> seen -> places of the rows in the given sequence
+Records = Mapping[str, Mapping[str, Any]]  # example id -> GenEval's record
 
 
-def _reasons_of(score: ExampleScore, class_name: str, color: str | None) -> list[str]:
-    """The verdict's reasons (`benchmarks.geneval.rules.verdict`) that speak of one clause."""
-    starts = [f"expected {class_name} "] + ([f"expected {color} {class_name} "] if color else [])
-    return [reason for reason in score.reasons if reason.startswith(tuple(starts))]
+def _matches(pattern: re.Pattern[str], reasons: Sequence[str]) -> list[str]:
+    return [match.group(1) for reason in reasons if (match := pattern.search(reason))]
 
 
-def _put(table: Confusion, asked: str, found: str, place: int) -> None:
-    table.setdefault(asked, {}).setdefault(found, []).append(place)
+def _put(table: Confusion, wanted: str, seen: str, place: int) -> None:
+    table.setdefault(wanted, {}).setdefault(seen, []).append(place)
 
 
-def count_confusion(scores: Sequence[ExampleScore], records: Mapping[str, Mapping[str, Any]]) -> Confusion:
-    """How many things a counting prompt asked for and how many were found. `records` holds GenEval's record of every
-    example id.
-    """
+def count_confusion(scores: Sequence[ExampleScore], records: Records) -> Confusion:
+    """How many things a counting prompt wants and how many were detected."""
     table: Confusion = {}
     for place, score in enumerate(scores):
-        record = records.get(score.example_id, {})
-        if score.category != "counting" or score.status != "ok" or not record.get("include"):
-            continue
-        clause = record["include"][0]
-        asked = str(clause["count"])
-        numbers = [
-            match.group(1) for reason in _reasons_of(score, clause["class"], None) if (match := FOUND.search(reason))
-        ]
-        if numbers or not score.reasons:
-            _put(table, asked, numbers[-1] if numbers else asked, place)
+        clauses = records.get(score.example_id, {}).get("include")
+        if score.category == "counting" and score.status == "ok" and clauses:
+            wanted, start = str(clauses[0]["count"]), f"expected {clauses[0]['class']} "
+            numbers = _matches(FOUND, [reason for reason in score.reasons if reason.startswith(start)])
+            if numbers or not score.reasons:
+                _put(table, wanted, numbers[-1] if numbers else wanted, place)
     return dict(sorted(table.items(), key=lambda item: int(item[0])))
 
 
-def color_confusion(scores: Sequence[ExampleScore], records: Mapping[str, Mapping[str, Any]]) -> Confusion:
-    """Which colour a clause asked for and which its thing had, "nothing" where no such thing was found. One clause of a
-    prompt counts once.
-    """
+def color_confusion(scores: Sequence[ExampleScore], records: Records) -> Confusion:
+    """Which colour a clause wants and which its thing had, "nothing" where no such thing was detected. A clause of a
+    prompt counts once."""
     table: Confusion = {}
     for place, score in enumerate(scores):
-        record = records.get(score.example_id, {})
-        if score.category not in ("colors", "color_attr") or score.status != "ok":
-            continue
-        for clause in record.get("include", ()):
-            color = clause.get("color")
-            if color is None:
-                continue
-            reasons = _reasons_of(score, clause["class"], color)
-            seen = [match.group(1).split(", ")[0] for reason in reasons if (match := SEEN.search(reason))]
-            _put(table, color, seen[0] if seen else NOTHING if reasons else color, place)
+        if score.category in ("colors", "color_attr") and score.status == "ok":
+            for clause in records.get(score.example_id, {}).get("include", ()):
+                if color := clause.get("color"):
+                    starts = (f"expected {clause['class']} ", f"expected {color} {clause['class']} ")
+                    reasons = [reason for reason in score.reasons if reason.startswith(starts)]
+                    seen = _matches(SEEN, reasons)
+                    _put(table, color, seen[0] if seen else NOTHING if reasons else color, place)
     return dict(sorted(table.items()))

@@ -1,13 +1,12 @@
 """GenEval's folder of images, as its own scripts write and read it: ROOT/00017/metadata.jsonl and
 ROOT/00017/samples/00000.png, one folder a prompt.
 
-Images made elsewhere are read too: any folder whose name is a number, any PNG whose name begins with one. Which prompt
-a folder belongs to is told by its metadata and by nothing else.
+Images made elsewhere are read too: any folder whose name is a number, any PNG whose name begins with a number. The
+metadata alone tells which prompt a folder belongs to.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,19 +17,20 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError, UserErrors
-from data.files import write_text
+from data.files import sha256_bytes, write_text
 from data.images import ImageFault, decode_image
 
 SUITE = "geneval"
 METADATA_FILE = "metadata.jsonl"
 SAMPLES = "samples"
 MAX_PIXELS = 4096 * 4096
-SHOWN = 5  # faults of a kind that are named one by one
+SHOWN = 5  # names that a message shows of many
+Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image of the set: the k-th sample of the prompt with this index; `path` is relative to the folder."""
+    """An image of the set: the k-th sample of the prompt with this index; `path` is relative to the folder."""
 
     index: int
     k: int
@@ -40,6 +40,25 @@ class Item:
     @property
     def example_id(self) -> str:
         return example_id(self.index)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A folder with every image of a prompt set, `items` in the order of prompts and samples; `pictures` are their
+    paths and records."""
+
+    root: Path
+    records: Records
+    items: tuple[Item, ...]
+
+    @property
+    def pictures(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [(item.path, item.record) for item in self.items]
+
+    @property
+    def samples(self) -> int:
+        """Images a prompt."""
+        return len(self.items) // len(self.records)
 
 
 def example_id(index: int) -> str:
@@ -52,13 +71,12 @@ def image_path(index: int, k: int) -> str:
 
 
 def image_seed(index: int, k: int, seed: int) -> int:
-    """Of one image, from suite, prompt, sample and base seed alone: two models start from the same noise, two prompts
-    do not. 63 bits.
-    """
-    return int.from_bytes(hashlib.sha256(f"{SUITE}|{example_id(index)}|{k}|{seed}".encode()).digest()[:8], "big") >> 1
+    """An image's seed, 63 bits, from suite, prompt, sample and base seed alone: two models start from the same noise,
+    two prompts do not."""
+    return int(sha256_bytes(f"{SUITE}|{example_id(index)}|{k}|{seed}".encode())[:16], 16) >> 1
 
 
-def write_metadata(root: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_metadata(root: str | Path, records: Records) -> None:
     """Writes every prompt's metadata file, so that the folder says which images are still missing."""
     for index, record in enumerate(records):
         path, text = Path(root) / example_id(index) / METADATA_FILE, json.dumps(record) + "\n"
@@ -66,87 +84,83 @@ def write_metadata(root: str | Path, records: Sequence[Mapping[str, Any]]) -> No
             write_text(path, text)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _canonical(record: Any) -> str:
+def canonical(record: Any) -> str:
+    """Equal for equal records, whatever the order of their keys."""
     return json.dumps(record, sort_keys=True)
 
 
-def _folders(root: Path, records: Sequence[Mapping[str, Any]], faults: list[str]) -> dict[int, Path]:
-    """prompt index -> its folder, by the folder's metadata."""
-    index_of = {_canonical(record): index for index, record in enumerate(records)}
-    found: dict[int, Path] = {}
+def _folders(root: Path, records: Records, faults: list[str]) -> dict[int, Path]:
+    """Prompt index -> its folder, by the folder's metadata."""
+    index_of = {canonical(record): index for index, record in enumerate(records)}
+    folders: dict[int, Path] = {}
     broken, foreign, repeated = [], [], []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name.isdecimal()):
         try:
             lines = (folder / METADATA_FILE).read_text(encoding="utf-8").splitlines()
-            index = index_of.get(_canonical(json.loads(lines[0])))
+            index = index_of.get(canonical(json.loads(lines[0])))
         except (OSError, ValueError, IndexError) as error:
             broken.append(f"{folder.name} ({error})")
             continue
         if index is None:
             foreign.append(folder.name)
-        elif index in found:
-            repeated.append(f"{folder.name} and {found[index].name}")
+        elif index in folders:
+            repeated.append(f"{folder.name} and {folders[index].name}")
         else:
-            found[index] = folder
-    faults += [f"{len(broken)} folders without a readable {METADATA_FILE}: {_some(broken)}"] if broken else []
-    faults += (
-        [f"{len(foreign)} folders whose {METADATA_FILE} is no record of the prompt set: {_some(foreign)}"]
-        if foreign
-        else []
-    )
-    faults += [f"{len(repeated)} prompts appear in two folders: {_some(repeated)}"] if repeated else []
-    missing = [example_id(index) for index in range(len(records)) if index not in found]
-    faults += [f"{len(missing)} of {len(records)} prompts have no folder: {_some(missing)}"] if missing else []
-    return found
+            folders[index] = folder
+    missing = [example_id(index) for index in range(len(records)) if index not in folders]
+    for names, fault in (
+        (broken, f"folders without a readable {METADATA_FILE}"),
+        (foreign, f"folders whose {METADATA_FILE} is no record of the prompt set"),
+        (repeated, "prompts appear in two folders"),
+        (missing, f"of {len(records)} prompts have no folder"),
+    ):
+        faults += [f"{len(names)} {fault}: {some(names)}"] if names else []
+    return folders
 
 
-def _samples(folder: Path, faults: list[str]) -> dict[int, str]:
-    """Sample number -> file name, of the PNG files whose names begin with digits."""
-    found: dict[int, str] = {}
+def _samples(folder: Path, faults: list[str]) -> list[str]:
+    """The PNG files whose names begin with a number, in the order of these numbers."""
+    files: dict[int, str] = {}
     for file in sorted((folder / SAMPLES).glob("*.png")):
-        match = re.match(r"\d+", file.name)
-        if match is None:
-            continue
-        number = int(match.group())
-        if number in found:
-            faults.append(f"{folder.name}: {found[number]} and {file.name} have the same number; keep one")
-        found[number] = file.name
-    return found
+        if match := re.match(r"\d+", file.name):
+            first = files.setdefault(int(match.group()), file.name)
+            if first != file.name:
+                faults.append(f"{folder.name}: {first} and {file.name} have the same number; keep one")
+    return [files[number] for number in sorted(files)]
 
 
-def read_images(root: str | Path, records: Sequence[Mapping[str, Any]], samples: int | None = None) -> list[Item]:
-    """Every image of the set in the order of prompts and samples; `samples` images a prompt, or as many as there are
-    where None.
+def read_images(root: str | Path, records: Records, samples: int | None = None) -> ImageSet:
+    """The set with `samples` images a prompt, or as many as there are where None.
 
     Raises UserErrors with all faults at once: a wrong or missing metadata file, a prompt that is missing or there
     twice, an unequal number of images.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder; give the folder that holds 00000/{METADATA_FILE} and 00000/{SAMPLES}/"
-        )
+        layout = f"00000/{METADATA_FILE} and 00000/{SAMPLES}/"
+        raise UserError(f"{root}: no such folder; give the folder that holds {layout}")
     faults: list[str] = []
     folders = _folders(root, records, faults)
-    names = {index: _samples(folder, faults) for index, folder in sorted(folders.items())}
-    counts = {index: len(found) for index, found in names.items()}
-    expected = max(counts.values(), default=0) if samples is None else samples
-    unequal = [f"{folders[index].name} has {count}" for index, count in counts.items() if count != expected]
+    files = {index: _samples(folder, faults) for index, folder in sorted(folders.items())}
+    expected = max(map(len, files.values()), default=0) if samples is None else samples
+    unequal = [f"{folders[index].name} has {len(names)}" for index, names in files.items() if len(names) != expected]
     if expected < 1:
         faults.append("there is no image; generate them first")
     elif unequal:
-        faults.append(f"{len(unequal)} prompts do not have {expected} image(s): {_some(unequal)}")
+        faults.append(f"{len(unequal)} prompts do not have {expected} image(s): {some(unequal)}")
     if faults:
         raise UserErrors(f"{root}: not a complete set of {len(records)} prompts:", faults)
-    return [
-        Item(index, k, f"{folders[index].name}/{SAMPLES}/{found[number]}", records[index])
-        for index, found in names.items()
-        for k, number in enumerate(sorted(found))
-    ]
+    items = (
+        Item(index, k, f"{folders[index].name}/{SAMPLES}/{name}", records[index])
+        for index, names in files.items()
+        for k, name in enumerate(names)
+    )
+    return ImageSet(root, records, tuple(items))
 
 
 def read_pixels(path: Path) -> np.ndarray:

@@ -11,18 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.geneval.run import SCORECARD_FILE, VERDICT
-from benchmarks.scores.scorecard import (
-    MACRO,
-    SCORES_FILE,
-    ExampleScore,
-    Scorecard,
-    check_same_evaluator,
-    compare,
-    over_trainings,
-    read_scorecard,
-    read_scores,
-)
+from benchmarks.geneval.run import RESULTS_FILE, SCORECARD_FILE, VERDICT, read_official_rows
+from benchmarks.scores import scorecard
+from benchmarks.scores.scorecard import ExampleScore, Scorecard
 from benchmarks.scores.statistics import Comparison, holm
 from data.errors import UserError
 from data.files import write_text
@@ -32,31 +23,30 @@ PER_CATEGORY = 6  # best and worst images that the page shows of a task
 
 
 def verdict_folder(folder: Path) -> Path:
-    """The folder that holds the scorecard: the one given, or `verdict` in it. Raises UserError where neither does."""
-    for candidate in (folder, folder / VERDICT):
-        if (candidate / SCORECARD_FILE).exists():
-            return candidate
+    """The folder that holds the scorecard: this folder, or `verdict` in it. Raises UserError where neither does."""
+    for place in (folder, folder / VERDICT):
+        if (place / SCORECARD_FILE).exists():
+            return place
     raise UserError(f"{folder}: no {SCORECARD_FILE} in it or in {VERDICT}/; run the verdict step first")
 
 
-def _named(folders: Sequence[Path]) -> dict[str, tuple[Scorecard, list[ExampleScore]]]:
+def _read(folders: Sequence[Path]) -> dict[str, tuple[Scorecard, list[ExampleScore]]]:
     """Name -> scorecard and rows; two models of one name are told apart by their folder."""
-    found: dict[str, tuple[Scorecard, list[ExampleScore]]] = {}
-    for folder in folders:
-        card = read_scorecard(folder / SCORECARD_FILE)
-        name = card.model if card.model not in found else f"{card.model} ({folder})"
-        if name in found:
+    models: dict[str, tuple[Scorecard, list[ExampleScore]]] = {}
+    for folder in map(verdict_folder, folders):
+        card = scorecard.read_scorecard(folder / SCORECARD_FILE)
+        name = card.model if card.model not in models else f"{card.model} ({folder})"
+        if name in models:
             raise UserError(f"{folder}: given twice; name every folder once")
-        found[name] = card, read_scores(folder)
-    return found
+        models[name] = card, scorecard.read_scores(folder)
+    return models
 
 
 def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
-    """p by metric path: the macro average is the declared question and keeps its own, the categories are adjusted
-    together (Holm).
-    """
-    primary = {path: one.p for path, one in comparisons.items() if path in MACRO.values()}
-    return {**primary, **holm({path: one.p for path, one in comparisons.items() if path not in primary})}
+    """p by metric path: the macro average is the declared question and keeps its p, the categories are adjusted
+    together (Holm)."""
+    p = {path: comparison.p for path, comparison in comparisons.items()}
+    return {**p, **holm({path: value for path, value in p.items() if path not in scorecard.MACRO.values()})}
 
 
 def _table(cards: Mapping[str, Scorecard]) -> str:
@@ -83,51 +73,36 @@ def _comparison_table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def report(
-    folder: Path,
-    against: Sequence[Path],
-    trainings: Sequence[Path],
-    *,
-    images: Path | None,
-    seed: int,
-    resamples: int,
-    confidence: float,
+    folder: Path, against: Sequence[Path], trainings: Sequence[Path], *, images: Path | None, **intervals: Any
 ) -> str:
     """The text of the table and comparisons; also written beside the first scorecard, with the page where its images
     are given. `trainings` are other training seeds of the first model's recipe: with two or more of them the recipe
-    gets intervals of its own.
+    gets its own intervals. `intervals`: seed, resamples and confidence, as `compare` takes them.
 
     Raises UserErrors for mixed detectors or prompt sets, for unlike image sets, or for images of different seeds.
     """
-    first = verdict_folder(folder)
-    models = _named([first, *(verdict_folder(other) for other in against)])
-    again = _named([first, *(verdict_folder(other) for other in trainings)])
+    models, recipe = _read([folder, *against]), _read([folder, *trainings])
     cards = {name: card for name, (card, _) in models.items()}
-    check_same_evaluator({**cards, **{f"training {name}": card for name, (card, _) in again.items()}})
+    scorecard.check_same_evaluator({**cards, **{f"training {name}": card for name, (card, _) in recipe.items()}})
     (name, (card, scores)), *others = models.items()
-    lines = [_table(cards)]
     expected: dict[str, set[tuple[str, int]]] = {}
     for row in scores:
         expected.setdefault(row.category, set()).add((row.example_id, row.k))
+    lines = [_table(cards)]
     for other, (_, rows) in others:
-        comparisons = compare(scores, rows, expected=expected, seed=seed, resamples=resamples, confidence=confidence)
+        comparisons = scorecard.compare(scores, rows, expected=expected, **intervals)
         lines += ["", f"{name} minus {other}, image by image (p of the tasks adjusted by Holm):"]
         lines.append(_comparison_table(comparisons))
     if trainings:
-        lines += ["", f"over {len(again)} trainings, two-level bootstrap:"]
-        metrics = over_trainings(
-            [rows for _, rows in again.values()],
-            expected=expected,
-            seed=seed,
-            resamples=resamples,
-            confidence=confidence,
-        )
-        lines.append(_table({f"{len(again)} trainings": Scorecard(name, {}, {}, metrics)}))
+        metrics = scorecard.over_trainings([rows for _, rows in recipe.values()], expected=expected, **intervals)
+        lines += ["", f"over {len(recipe)} trainings, two-level bootstrap:"]
+        lines.append(_table({f"{len(recipe)} trainings": Scorecard(name, {}, {}, metrics)}))
     identity: Mapping[str, Any] = card.identities.get("geneval", {})
-    lines += [
-        "",
-        f"set: {identity.get('set')}, images a prompt: {identity.get('images_per_prompt')}, prompts sha256 {str(identity.get('prompts'))[:12]}",
-    ]
+    digest = str(identity.get("prompts"))[:12]
+    samples = identity.get("images_per_prompt")
+    lines += ["", f"set: {identity.get('set')}, images a prompt: {samples}, prompts sha256 {digest}"]
     text = "\n".join(lines)
+    first = verdict_folder(folder)
     write_text(first / TABLE_FILE, text + "\n")
     if images is not None:
         _page(first, cards, scores, images)
@@ -135,7 +110,6 @@ def report(
 
 
 def _page(folder: Path, cards: Mapping[str, Scorecard], scores: Sequence[ExampleScore], images: Path) -> None:
-    from benchmarks.geneval.run import RESULTS_FILE, read_official_rows
     from benchmarks.scores.page import Report, write_report
 
     rows = {row["filename"]: row for row in read_official_rows(folder / RESULTS_FILE)}
@@ -146,6 +120,6 @@ def _page(folder: Path, cards: Mapping[str, Scorecard], scores: Sequence[Example
         prompts={score.example_id: rows[score.image]["prompt"] for score in scores},
         records={score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores},
         per_category=PER_CATEGORY,
-        files=[str(folder / SCORES_FILE)],
+        files=[str(folder / scorecard.SCORES_FILE)],
     )
     write_report(folder / PAGE_FILE, report)

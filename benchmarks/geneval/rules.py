@@ -1,8 +1,8 @@
-"""GenEval's verdict on one image: a record of requirements against a list of detections. The micro world and the real
-benchmark share it.
+"""GenEval's verdict on an image: a record of requirements against a list of detections, for the micro world and the
+real benchmark alike.
 
-Facts follow djghosh13/geneval (evaluation/evaluate_images.py): what counts as detected, which detections a colour or a
-position is asked of, when a relation holds.
+Facts follow djghosh13/geneval (evaluation/evaluate_images.py): which detections count, which of them need the colour or
+the position of their clause, when a relation holds.
 """
 
 from __future__ import annotations
@@ -14,35 +14,29 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
+from data.microworld import RELATIONS
 from data.records import GENEVAL_TAGS
-
-RELATIONS = ("left of", "right of", "above", "below")
-THRESHOLD = 0.3  # a detection counts when its score is strictly above
-COUNTING_THRESHOLD = 0.9  # the same for the tag "counting"
-MAX_PER_CLASS = 16
-POSITION_THRESHOLD = 0.1  # share of both boxes' extents that an offset must exceed before it counts
-MAX_OVERLAP = 1.0  # IoU from which the less confident of two detections of a class is dropped; 1 drops none
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What counts as seen. The defaults are the benchmark's; a result made with others is another benchmark's."""
 
-    score: float = THRESHOLD
-    counting: float = COUNTING_THRESHOLD
-    most: int = MAX_PER_CLASS
-    overlap: float = MAX_OVERLAP
-    position: float = POSITION_THRESHOLD
+    score: float = 0.3  # a detection counts when its score is strictly above
+    counting: float = 0.9  # the same for the tag "counting"
+    most: int = 16  # detections of a class
+    overlap: float = 1.0  # IoU from which the less confident of two detections of a class is dropped; 1 drops none
+    position: float = 0.1  # share of both boxes' extents that an offset must exceed
 
 
 OFFICIAL = Thresholds()
+DETECTOR, CLASSIFIER = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"  # on the hub
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected object. `score` lies in [0, 1]; `box` is (x0, y0, x1, y1) in pixels, y down; `color` is None where
-    nobody classified it.
-    """
+    """A detected object. `score` lies in [0, 1]; `box` is (x0, y0, x1, y1) in pixels, y down; `color` None: not
+    classified."""
 
     class_name: str
     color: str | None
@@ -50,11 +44,13 @@ class Detection:
     box: tuple[float, float, float, float]
 
 
+Detections = Mapping[str, Sequence[Detection]]  # by class
+
+
 @dataclass(frozen=True)
 class Clause:
-    """`count` objects of a class, perhaps of a colour, perhaps in a relation to the objects of an earlier clause (its
-    index).
-    """
+    """`count` objects of a class, perhaps of a colour, perhaps in a relation to the objects of the clause with this
+    index."""
 
     class_name: str
     count: int
@@ -64,7 +60,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of evaluation_metadata.jsonl: all of `include` must hold, none of `exclude` may be reached."""
+    """A line of evaluation_metadata.jsonl: all of `include` must hold, the counts of `exclude` must not be reached."""
 
     tag: str
     prompt: str
@@ -75,46 +71,42 @@ class Record:
 @dataclass(frozen=True)
 class Verdict:
     correct: bool
-    reasons: tuple[str, ...] = ()  # every failure found; empty when correct
+    reasons: tuple[str, ...] = ()  # why not; empty when correct
 
 
 def _clause(value: Any, index: int, where: str) -> Clause:
+    where = f"{where}: clause {index}"
     try:
         position = value.get("position")
-        clause = Clause(
-            str(value["class"]),
-            int(value["count"]),
-            value.get("color"),
-            None if position is None else (str(position[0]), int(position[1])),
-        )
+        place = None if position is None else (str(position[0]), int(position[1]))
+        clause = Clause(str(value["class"]), int(value["count"]), value.get("color"), place)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{where}: clause {index} is {value!r}; it needs class, count and, where asked, color and position = [relation, index]"
-        ) from error
+        needs = "it needs class, count and, where wanted, color and position = [relation, index]"
+        raise UserError(f"{where} is {value!r}; {needs}") from error
     if clause.count < 1:
-        raise UserError(f"{where}: clause {index} asks for count = {clause.count}; it must be 1 or more")
-    if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < index):
-        raise UserError(
-            f"{where}: clause {index} has position = {list(clause.position)}; use one of {list(RELATIONS)} and the index of an earlier clause"
-        )
+        raise UserError(f"{where} asks for count = {clause.count}; it must be 1 or more")
+    if place is not None and (place[0] not in RELATIONS or not 0 <= place[1] < index):
+        needs = f"use one of {list(RELATIONS)} and the index of an earlier clause"
+        raise UserError(f"{where} has position = {list(place)}; {needs}")
     return clause
 
 
 def parse_record(value: Mapping[str, Any]) -> Record:
     """A record from its JSON object (keys tag, include, [exclude], prompt). Raises UserError naming the prompt and the
-    key at fault.
-    """
+    key at fault."""
     where = f"GenEval record {value.get('prompt', '')!r}"
     if value.get("tag") not in GENEVAL_TAGS:
         raise UserError(f"{where}: tag = {value.get('tag')!r}; choose one of {list(GENEVAL_TAGS)}")
     if not value.get("include"):
         raise UserError(f"{where}: include is missing or empty; name at least one class and count")
-    include = tuple(_clause(clause, index, where) for index, clause in enumerate(value["include"]))
-    exclude = tuple(_clause(clause, index, where) for index, clause in enumerate(value.get("exclude") or ()))
+    include, exclude = (
+        tuple(_clause(clause, index, where) for index, clause in enumerate(value.get(key) or ()))
+        for key in ("include", "exclude")
+    )
     return Record(value["tag"], str(value.get("prompt", "")), include, exclude)
 
 
-def relation_table(a: np.ndarray, b: np.ndarray, threshold: float = POSITION_THRESHOLD) -> np.ndarray:
+def relation_table(a: np.ndarray, b: np.ndarray, threshold: float = OFFICIAL.position) -> np.ndarray:
     """Which of RELATIONS box `a[i]` has to box `b[i]`: booleans (N, 4) of boxes (N, 4), each x0, y0, x1, y1, y down.
     None, one or two of them hold.
 
@@ -126,16 +118,15 @@ def relation_table(a: np.ndarray, b: np.ndarray, threshold: float = POSITION_THR
     extents = (a[:, 2:] - a[:, :2]) + (b[:, 2:] - b[:, :2])
     shrunken = np.sign(offset) * np.maximum(np.abs(offset) - threshold * extents, 0.0)
     apart = (np.abs(shrunken) >= 1e-3).any(1, keepdims=True)
-    x, y = np.divide(
-        shrunken, np.linalg.norm(offset, axis=1, keepdims=True), out=np.zeros_like(shrunken), where=apart
-    ).T
+    length = np.linalg.norm(offset, axis=1, keepdims=True)
+    x, y = np.divide(shrunken, length, out=np.zeros_like(shrunken), where=apart).T
     return np.stack([x < -0.5, x > 0.5, y < -0.5, y > 0.5], axis=1)
 
 
-def relations(a: Sequence[float], b: Sequence[float], threshold: float = POSITION_THRESHOLD) -> frozenset[str]:
-    """The names of the relations that `relation_table` finds between two boxes."""
+def relations(a: Sequence[float], b: Sequence[float], threshold: float = OFFICIAL.position) -> frozenset[str]:
+    """The names of the relations that box `a` has to box `b`."""
     (held,) = relation_table(np.asarray([a]), np.asarray([b]), threshold)
-    return frozenset(name for name, one in zip(RELATIONS, held, strict=True) if one)
+    return frozenset(name for name, holds in zip(RELATIONS, held, strict=True) if holds)
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -146,88 +137,65 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def _without_overlaps(found: Sequence[Detection], highest: float) -> list[Detection]:
-    kept: list[Detection] = []
-    for detection in found:
-        if all(overlap(detection.box, other.box) < highest for other in kept):
-            kept.append(detection)
-    return kept
-
-
-def surviving(
-    record: Record, detections: Mapping[str, Sequence[Detection]], thresholds: Thresholds = OFFICIAL
-) -> dict[str, list[Detection]]:
-    """Per class, most confident first: the detections above the tag's threshold, at most `thresholds.most`, without
-    overlaps where those are asked for.
-    """
+def surviving(record: Record, detections: Detections, thresholds: Thresholds = OFFICIAL) -> dict[str, list[Detection]]:
+    """Class -> its detections that count, most confident first: above the tag's threshold, at most `thresholds.most`,
+    then without overlaps."""
     threshold = thresholds.counting if record.tag == "counting" else thresholds.score
-    ranked = {name: sorted(found, key=lambda detection: -detection.score) for name, found in detections.items()}
-    alive = {
-        name: [detection for detection in found if detection.score > threshold][: thresholds.most]
-        for name, found in ranked.items()
-    }
-    return (
-        alive
-        if thresholds.overlap >= 1.0
-        else {name: _without_overlaps(found, thresholds.overlap) for name, found in alive.items()}
-    )
+    survivors: dict[str, list[Detection]] = {}
+    for name, objects in detections.items():
+        ranked = sorted(objects, key=lambda detection: -detection.score)
+        kept = survivors[name] = []
+        for detection in [detection for detection in ranked if detection.score > threshold][: thresholds.most]:
+            if thresholds.overlap >= 1.0 or all(overlap(detection.box, k.box) < thresholds.overlap for k in kept):
+                kept.append(detection)
+    return survivors
 
 
-def _failures(
-    clause: Clause,
-    found: Sequence[Detection],
-    groups: Sequence[Sequence[Detection] | None],
-    names: Sequence[str],
-    position_threshold: float,
-) -> list[str]:
-    """Why the top detections `found` do not fulfil an include clause; empty when they do."""
-    if len(found) < clause.count:
-        return [f"expected {clause.class_name} >= {clause.count}, found {len(found)}"]
-    failures = []
+Group = Sequence[Detection] | None  # the objects that fulfil a clause; None where it fails
+
+
+def _failure(clause: Clause, top: Sequence[Detection], target: Group, target_name: str, offset: float) -> str | None:
+    """Why the most confident detections `top` do not fulfil an include clause; `target` are the objects that its
+    position refers to, `offset` is `Thresholds.position`."""
+    name = clause.class_name
+    if len(top) < clause.count:
+        return f"expected {name} >= {clause.count}, found {len(top)}"
     if clause.color is not None:
-        matching = sum(detection.color == clause.color for detection in found)
+        colors = [str(detection.color) for detection in top]
+        matching = colors.count(clause.color)
         if matching < clause.count:
-            colors = ", ".join(str(detection.color) for detection in found)
-            failures.append(
-                f"expected {clause.color} {clause.class_name} >= {clause.count}, found {matching} (seen: {colors})"
-            )
-    if clause.position is not None and not failures:
-        relation, index = clause.position
-        target = groups[index]
+            seen = ", ".join(colors)
+            return f"expected {clause.color} {name} >= {clause.count}, found {matching} (seen: {seen})"
+    if clause.position is not None:
+        relation = clause.position[0]
+        expected = f"expected {name} {relation} {target_name}"
         if target is None:
-            return [
-                f"expected {clause.class_name} {relation} {names[index]}, but no {names[index]} fulfils its own clause"
-            ]
-        for detection in found:
-            for other in target:
-                held = relations(detection.box, other.box, position_threshold)
-                if relation not in held:
-                    return [
-                        f"expected {clause.class_name} {relation} {names[index]}, found {' and '.join(sorted(held)) or 'no relation'}"
-                    ]
-    return failures
+            return f"{expected}, but no {target_name} fulfils its own clause"
+        for held in (relations(detection.box, other.box, offset) for detection in top for other in target):
+            if relation not in held:
+                return f"{expected}, found {' and '.join(sorted(held)) or 'no relation'}"
+    return None
 
 
-def verdict(
-    record: Record | Mapping[str, Any], detections: Mapping[str, Sequence[Detection]], thresholds: Thresholds = OFFICIAL
-) -> Verdict:
-    """Whether the detections (class -> objects, any order) fulfil the record, with every reason why not.
+def verdict(record: Record | Mapping[str, Any], detections: Detections, thresholds: Thresholds = OFFICIAL) -> Verdict:
+    """Whether the detections (any order) fulfil the record, with every reason why not.
 
-    Only the `count` most confident objects of a class are asked for colour and position. Extra objects are free, except
-    where `exclude` forbids them (it does so for counting alone). Raises UserError for a malformed record.
+    Only the `count` most confident objects of a class need the colour and position of their clause. Extra objects are
+    free, except where `exclude` forbids them (it does so for counting alone). Raises UserError for a malformed record.
     """
     record = record if isinstance(record, Record) else parse_record(record)
-    alive = surviving(record, detections, thresholds)
-    names = [clause.class_name for clause in record.include]
-    groups: list[Sequence[Detection] | None] = []
+    survivors = surviving(record, detections, thresholds)
+    groups: list[Group] = []
     reasons: list[str] = []
     for clause in record.include:
-        found = alive.get(clause.class_name, [])[: clause.count]
-        failures = _failures(clause, found, groups, names, thresholds.position)
-        groups.append(None if failures else found)
-        reasons.extend(failures)
+        top = survivors.get(clause.class_name, [])[: clause.count]
+        index = clause.position[1] if clause.position else None
+        target, name = (None, "") if index is None else (groups[index], record.include[index].class_name)
+        failure = _failure(clause, top, target, name, thresholds.position)
+        groups.append(None if failure else top)
+        reasons += [failure] if failure else []
     for clause in record.exclude:
-        number = len(alive.get(clause.class_name, []))
+        number = len(survivors.get(clause.class_name, []))
         if number >= clause.count:
             reasons.append(f"expected {clause.class_name} < {clause.count}, found {number}")
     return Verdict(not reasons, tuple(reasons))

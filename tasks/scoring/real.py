@@ -79,7 +79,7 @@ def scored_examples(examples: Sequence[Example], benchmark: BenchmarkParams, jud
 
 
 def evaluator_of(benchmark: BenchmarkParams) -> Evaluator:
-    return Evaluator(benchmark.detector, benchmark.classifier, benchmark.device)
+    return Evaluator(**asdict(benchmark))
 
 
 def _judge_of(judge: JudgeParams, benchmark: BenchmarkParams) -> tuple[JudgeSettings, Wording, Access]:
@@ -201,15 +201,7 @@ def _seen(made: Sequence[Made], benchmark: BenchmarkParams, *, model: str, folde
     not change, are not looked at again.
     """
     pictures = [(path, example.record) for example, path, *_ in made]
-    verdicts, _ = judge_pictures(
-        folder,
-        STORE,
-        pictures,
-        evaluator_of(benchmark),
-        batch=benchmark.batch,
-        workers=benchmark.workers,
-        scheduler=benchmark.scheduler,
-    )
+    verdicts, _ = judge_pictures(folder, STORE, pictures, evaluator_of(benchmark))
     return [
         ExampleScore(
             model, "geneval", example.category, example.id, k, seed, {"correct": float(one.correct)}, one.reasons, path
