@@ -1,0 +1,69 @@
+"""What the command lines of both benchmarks share: steps with their options as a table, and sampling a prompt set."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.commands import overview
+from data.files import write_json
+
+Options = Mapping[str, Mapping[str, Any]]  # flag -> what argparse's add_argument takes
+
+
+@dataclass(frozen=True)
+class Step:
+    """`run` returns the exit status, None for 0; its docstring is the step's help, `about` its line in the overview."""
+
+    run: Callable[[argparse.Namespace], int | None]
+    about: str
+    options: Options
+
+
+def setting(default: float, text: str, **more: Any) -> dict[str, Any]:
+    """A number's option: type and default, which the help shows."""
+    return {"type": type(default), "default": default, "metavar": "N", "help": f"{text} (default: %(default)s)", **more}
+
+
+def run_step(benchmark: str, steps: Mapping[str, Step], arguments: Sequence[str]) -> int:
+    """Runs the step that the first argument names; returns the exit status. Raises UserError for an unknown step."""
+    name, *others = arguments or ["--help"]
+    usage = f"python -m benchmarks {benchmark}"
+    if name not in steps:
+        return overview(f"{usage} STEP", name, {"": {key: step.about for key, step in steps.items()}})
+    parser = argparse.ArgumentParser(f"{usage} {name}", description=steps[name].run.__doc__)
+    for flag, settings in steps[name].options.items():
+        parser.add_argument(flag, **settings)
+    return steps[name].run(parser.parse_args(others)) or 0
+
+
+# options of a step that samples; the words behind `--` go to `sample`
+SAMPLER: Options = {
+    "--model": {"required": True, "metavar": "URI", "help": "as `python -m tasks sample-set --model` takes it"},
+    "--seed": setting(0, "base seed, from which every image's seed follows"),
+    "sampler": {
+        "nargs": argparse.REMAINDER,
+        "metavar": "-- OPTIONS",
+        "help": "passed on to `python -m tasks sample-set`, e.g. -- --steps 28 --guidance 1",
+    },
+}
+
+
+def sample(model: str, images: Path, settings: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]], words: Any) -> int:
+    """Samples the jobs into the folder `images` by `python -m tasks sample-set`, with further `words` of its command
+    line; returns its exit status.
+
+    tasks/ may not be imported here, so it runs as a process of its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="sample-") as folder:
+        file = Path(folder) / "jobs.json"
+        write_json(file, {"settings": settings, "jobs": jobs})
+        command = [sys.executable, "-m", "tasks", "sample-set", "--model", model, "--jobs", str(file)]
+        command += ["--out", str(images), *(word for word in words if word != "--")]
+        return subprocess.run(command, check=False).returncode
