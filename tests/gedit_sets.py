@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks.gedit.rows import EditTask, edited_path
 from benchmarks.judge.protocol import JudgeSettings
+from benchmarks.judge.wording import load_wording
 from data.randomness import numpy_generator
 
 
@@ -87,5 +88,6 @@ def settings(**changes: Any) -> JudgeSettings:
         "json_schema": False,
         "repeats": 1,
         "extra": {},
+        "wording": load_wording(None),
     }
     return JudgeSettings(**{**values, **changes})

@@ -143,8 +143,8 @@ def test_a_set_that_is_not_the_official_one_does_not_pass_for_it() -> None:
 
 def test_images_lie_where_the_official_layout_has_them(tmp_path: Path) -> None:
     tasks = load_tasks(write_parquet(tmp_path / "a.parquet", ROWS), tmp_path / "s")
-    assert edited_path("root", tasks[3]) == Path("root/fullset/subject-add/cn/a.png")
-    assert source_path("root", tasks[3]) == Path("root/fullset/subject-add/cn/a_SRCIMG.png")
+    assert edited_path(Path("root"), tasks[3]) == Path("root/fullset/subject-add/cn/a.png")
+    assert source_path(Path("root"), tasks[3]) == Path("root/fullset/subject-add/cn/a_SRCIMG.png")
     write_edited(tmp_path / "images" / "student", tasks[:1])
     check_folder(tmp_path / "images" / "student", tasks)
     with pytest.raises(UserError, match=r"did you mean .*images/student"):

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.gedit.cli import cli
-from benchmarks.gedit.judging import MadeEdit, judge_folder
+from benchmarks.gedit.judging import Asking, MadeEdit, judge_folder
 from benchmarks.gedit.price import patch_tokens, preview, tile_tokens
 from benchmarks.gedit.questions import jobs_of, plan
 from benchmarks.gedit.report import notes_of
@@ -85,16 +85,15 @@ def constant(scores: dict[str, float] | None = None):
     return ask, asked
 
 
-def judge(tmp_path: Path, tasks, ask, out: str = "out", **changes):
-    values = {
-        "model": "student",
-        "settings": settings(),
-        "wording": WORDING,
-        "make_ask": lambda *_: ask,
-        "concurrency": 3,
-        "say": lambda text: None,
-    }
-    return judge_folder(tasks, tmp_path / "student", tmp_path / out, **{**values, **changes})
+def asking(ask, **changes) -> Asking:
+    """`make_ask` among the changes opens another judge than `ask`."""
+    return Asking(**{"make_ask": lambda *_: ask, "concurrency": 3, "say": lambda text: None, **changes})
+
+
+def judge(tmp_path: Path, tasks, ask, out: str = "out", with_settings=None, anchors: Path | None = None, **changes):
+    folders = tmp_path / "student", tmp_path / out
+    how = {"settings": with_settings or settings(), "asking": asking(ask, **changes), "anchors": anchors}
+    return judge_folder(tasks, *folders, model="student", **how)
 
 
 def test_scores_pass_from_the_judge_to_rows_and_scorecard(tmp_path: Path) -> None:
@@ -227,14 +226,7 @@ def test_images_that_a_stage_has_made_are_scored_wherever_they_lie(tmp_path: Pat
                 file.write_bytes(png(f"{task.key} {k}"))
             made.append(MadeEdit(task, file, f"images/{task.key}-{k}.png", k, 10 * index + k))
     ask, asked = constant({"semantic": 4.0, "quality": 9.0})
-    how = {
-        "model": "m",
-        "settings": settings(),
-        "wording": WORDING,
-        "make_ask": lambda *_: ask,
-        "concurrency": 2,
-        "say": lambda text: None,
-    }
+    how = {"model": "m", "settings": settings(), "asking": asking(ask)}
     found, identity = score_made(made, tmp_path / "store", **how)
     assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [
         (one.task.key, one.k, one.seed, one.image) for one in made
@@ -250,7 +242,7 @@ def test_judges_are_not_mixed(tmp_path: Path) -> None:
     tasks = tasks_of(tmp_path, rows(4))
     judge(tmp_path, tasks, constant()[0])
     with pytest.raises(UserErrors, match=r"judge\.temperature: the folder has 0\.0, this command 0\.5"):
-        judge(tmp_path, tasks, constant()[0], settings=settings(temperature=0.5))
+        judge(tmp_path, tasks, constant()[0], with_settings=settings(temperature=0.5))
 
     def floating(question, turns):
         return Reply("ok", '{"score": [5, 5]}', "m1" if "n1" in question.text else "m2")
@@ -295,7 +287,7 @@ def test_repeats_are_averaged_and_their_spread_is_known(tmp_path: Path) -> None:
             "m1",
         )
 
-    judge(tmp_path, tasks, noisy, settings=settings(repeats=3))
+    judge(tmp_path, tasks, noisy, with_settings=settings(repeats=3))
     found = read_judgements(tmp_path / "out", WORDING)
     values = [overall((4.0 + repeat, 10), (9, 9))[2] for repeat in range(3)]
     assert [score.values["O"] for score in rows_of(found)] == pytest.approx(
@@ -314,7 +306,7 @@ def test_the_anchors_show_a_judge_that_has_drifted(tmp_path: Path) -> None:
     tasks = tasks_of(tmp_path, rows(8))
     judge(tmp_path, tasks, fake_judge())
     frozen = read_judgements(tmp_path / "out", WORDING)
-    assert freeze_anchors(frozen, tmp_path / "out", tmp_path / "anchors", count=6, seed=0) == 6
+    assert freeze_anchors(frozen, tmp_path / "anchors", count=6, seed=0) == 6
     table = json.loads((tmp_path / "anchors" / "anchors.json").read_text(encoding="utf-8"))
     assert sorted(entry["category"] for entry in table["anchors"]) == ["material_alter"] * 3 + ["subject-add"] * 3
     judge(tmp_path, tasks, fake_judge(), out="steady", anchors=tmp_path / "anchors")
@@ -332,7 +324,9 @@ def test_the_anchors_show_a_judge_that_has_drifted(tmp_path: Path) -> None:
     assert "has drifted: anchors +" in "".join(
         notes_of(read_judgements(tmp_path / "kinder", WORDING), "en/full", allow_partial=False, **HOW)
     )
-    judge(tmp_path, tasks, fake_judge(), out="other", anchors=tmp_path / "anchors", settings=settings(max_tokens=65))
+    judge(
+        tmp_path, tasks, fake_judge(), out="other", anchors=tmp_path / "anchors", with_settings=settings(max_tokens=65)
+    )
     with pytest.raises(UserError, match="frozen with other settings"):
         drift(read_judgements(tmp_path / "other", WORDING), **HOW)
     next((tmp_path / "anchors" / "images").iterdir()).write_bytes(png("exchanged"))
@@ -383,7 +377,7 @@ def test_ten_thousand_judgements_are_averaged_in_seconds() -> None:
 def test_image_tokens_follow_the_published_rules() -> None:
     assert [tile_tokens(512, 512), tile_tokens(1024, 1024), tile_tokens(2048, 4096)] == [255, 765, 1105]
     assert patch_tokens(512, 512) == 19 * 19
-    assert preview([], 3, 1, settings(), WORDING, "tiles", None).price is None
+    assert preview([], 3, 1, settings(), "tiles", None).price is None
 
 
 def test_other_resizings_are_other_questions(tmp_path: Path) -> None:
@@ -397,7 +391,7 @@ def test_other_resizings_are_other_questions(tmp_path: Path) -> None:
             seen.add(tuple(Image.open(io.BytesIO(image)).size for image in question.images))
             return Reply("ok", '{"score": [5, 5]}', "m1")
 
-        judge(tmp_path, tasks, ask, out=resize, settings=settings(resize=resize))
+        judge(tmp_path, tasks, ask, out=resize, with_settings=settings(resize=resize))
     assert sizes["match-source"] == {((32, 32), (32, 32)), ((32, 32),)}
     assert sizes["none"] == {((32, 32), (64, 32)), ((64, 32),), ((32, 32), (32, 32)), ((32, 32),)}
     assert sizes["area512"] == {((512, 512), (724, 362)), ((724, 362),), ((512, 512), (512, 512)), ((512, 512),)}

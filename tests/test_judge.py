@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 
@@ -18,11 +19,9 @@ from benchmarks.judge.protocol import (
     ask_once_or_twice,
     declined,
     fake_judge,
-    identity_of_judge,
     outcome,
     parse_reply,
     replay_judge,
-    reply_to_json,
 )
 from benchmarks.judge.wording import OWN_QUALITY, OWN_SEMANTIC, PLACEHOLDER, QUALITY, SEMANTIC, load_wording
 from data.errors import UserError
@@ -141,7 +140,7 @@ def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> Non
     (tmp_path / "quality.txt").write_text("Grade it.", encoding="utf-8")
     custom = load_wording(tmp_path)
     assert (custom.name, custom.text(SEMANTIC, "x"), custom.quality) == ("custom", "Grade: x", "Grade it.")
-    assert identity_of_judge(settings(), custom) != identity_of_judge(settings(), load_wording(None))
+    assert settings(wording=custom).identity() != settings().identity()
     upstream = tmp_path / "upstream"
     upstream.mkdir()
     names = (
@@ -190,7 +189,7 @@ def test_the_fake_judge_is_a_function_of_what_it_is_shown() -> None:
 def test_a_replay_gives_the_recorded_replies_and_makes_up_nothing() -> None:
     one, other = (Question(SEMANTIC, "?", (png(name),), "image/png", 0) for name in "ab")
     replies = [Reply("ok", "7"), Reply("ok", OBJECT)]
-    replay = replay_judge({"key": {"question": one.digest(), "replies": [reply_to_json(reply) for reply in replies]}})
+    replay = replay_judge({"key": {"question": one.digest(), "replies": [asdict(reply) for reply in replies]}})
     assert ask_once_or_twice(replay, one) == replies
     assert outcome(ask_once_or_twice(replay, other)).status == "api_error"
 
@@ -268,7 +267,7 @@ def test_every_fault_ends_in_its_status_within_its_requests(key: str) -> None:
         assert sum(reply.attempts for reply in replies[name]) == requests
         assert found.scores == ((8.0, 6.0) if status == "ok" else ())
         assert status == "ok" or found.fault
-    kept = json.dumps([reply_to_json(reply) for pair in replies.values() for reply in pair])
+    kept = json.dumps([asdict(reply) for pair in replies.values() for reply in pair])
     assert server.keys == {f"Bearer {KEY}"} and KEY not in kept and "[key]" in kept
     assert {reply.model for pair in replies.values() for reply in pair if reply.status == "ok"} == {MODEL}
 
@@ -305,6 +304,18 @@ def test_a_server_without_schemas_is_asked_without_one(key: str) -> None:
         ask = endpoint_judge(settings(json_schema=True), endpoint(server))
         assert [outcome(ask_once_or_twice(ask, semantic("no_schema"))).status for _ in range(2)] == ["ok", "ok"]
     assert ["response_format" in request for request in server.requests] == [True, False, False]
+
+
+def test_a_request_that_fails_without_the_schema_too_does_not_switch_it_off(key: str) -> None:
+    scripts = {name: [name] for name in ("bad_request", "filtered", "no_schema")}
+    with judge_server(scripts) as server:
+        ask = endpoint_judge(settings(json_schema=True), endpoint(server, tries=1))
+        statuses = [ask(semantic(name), ()).status for name in ("bad_request", "filtered", "good", "no_schema")]
+        attempts = ask(semantic("no_schema"), ()).attempts
+    assert statuses == ["api_error", "refused", "ok", "ok"] and attempts == 1
+    assert (server.calls["bad_request"], server.calls["filtered"], server.calls["no_schema"]) == (2, 1, 3)
+    with_schema = ["response_format" in request for request in server.requests]
+    assert with_schema == [True, False, True, True, True, False, False]
 
 
 @pytest.mark.parametrize(

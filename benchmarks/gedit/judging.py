@@ -1,4 +1,4 @@
-"""Judging a folder of edited images: what will be asked, what that costs, and the asking, each question once however
+"""Judging edited images: what remains to be asked, what that costs, and the asking; no question is asked twice, however
 often the command is run.
 
 A folder of judgements holds `manifest.json` (every sample that is expected, with its images' digests), the settings it
@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +22,47 @@ from benchmarks.gedit.questions import (
     SAMPLE,
     Entry,
     Job,
-    _entry,
-    entry_to_json,
+    entry_of,
     job_key,
     jobs_of,
     made_with,
     plan,
     question_of,
     read_anchors,
-    value_status,
 )
-from benchmarks.gedit.rows import EditTask, is_official, set_digest
-from benchmarks.judge.protocol import (
-    Ask,
-    JudgeSettings,
-    Question,
-    Reply,
-    ask_once_or_twice,
-    identity_of_judge,
-    reply_to_json,
-)
-from benchmarks.judge.wording import Wording
+from benchmarks.gedit.rows import EditTask, set_digest, set_kind
+from benchmarks.judge.protocol import Ask, JudgeSettings, Question, Reply, ask_once_or_twice, outcome, stored_replies
 from benchmarks.parallel import as_they_come
 from benchmarks.store import Shard, claim, open_shard, read_results, shard_name
-from data.errors import UserError, UserErrors
+from data.errors import UserError
 from data.files import digest, write_json
 from data.progress import Advance, progress
 
 GIVE_UP_AFTER = 20  # questions without an answer in a row
-MakeAsk = Callable[
-    [threading.Event, int], Ask
-]  # opens a judge: an event that ends its waits, and how many processes ask it; to be pickled for other processes
+# Opens a judge, given an event that ends its waits and the number of processes that ask; can be pickled for workers.
+MakeAsk = Callable[[threading.Event, int], Ask]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a judge is asked; nothing of it changes a score. `make_ask` is called only when something is to be asked,
+    after the preview was said. Raises UserError for a `concurrency` below 1."""
+
+    make_ask: MakeAsk
+    concurrency: int | None  # questions under way at once; None: one a worker
+    workers: int = 1  # processes of this machine that ask; 1: threads of this process
+    scheduler: str = ""  # a dask scheduler, whose workers ask instead
+    retry: Sequence[str] = ()  # statuses ("api_error", "refused", "unparseable") whose questions are asked again
+    shard: tuple[int, int] = (0, 1)  # (i, n): every n-th question from the i-th on
+    image_tokens: str = "tiles"  # one of price.IMAGE_TOKENS
+    prices: tuple[float, float] | None = None  # per million prompt and completion tokens
+    highest_price: float | None = None  # nothing is asked above it
+    only_preview: bool = False  # nothing is asked at all
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        if self.concurrency is not None and self.concurrency < 1:
+            raise UserError(f"judge: concurrency = {self.concurrency}: expected 1 or more")
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -61,226 +72,146 @@ class _Watch:
     """Keeps answers as they come and notices a server that answers nothing; threads share it."""
 
     def __init__(self, shard: Shard, advance: Advance) -> None:
-        self._shard, self._advance, self._silent, self._answered = shard, advance, 0, 0
-        self._last = ""
-        self._lock = threading.Lock()
+        self._shard, self._advance, self._lock = shard, advance, threading.Lock()
+        self._silent, self._answered, self._last = 0, False, ""
 
     def keep(self, key: str, question: str, replies: Sequence[Reply]) -> None:
         """Returns once the replies to a question (its digest) are on the disk. Raises UserError after GIVE_UP_AFTER
-        questions without an answer in a row.
-        """
-        self._shard.append(key, {"question": question, "replies": [reply_to_json(reply) for reply in replies]})
+        questions without an answer in a row."""
+        self._shard.append(key, {"question": question, "replies": [asdict(reply) for reply in replies]})
         with self._lock:
             self._advance()
-            silent = replies[-1].status == "api_error"
-            self._silent, self._answered, self._last = (
-                self._silent + 1 if silent else 0,
-                self._answered + (not silent),
-                replies[-1].error,
-            )
+            silent, self._last = replies[-1].status == "api_error", replies[-1].error
+            self._silent = self._silent + 1 if silent else 0
+            self._answered = self._answered or not silent
             if self._silent == GIVE_UP_AFTER:
                 raise UserError(self._fault(f"{self._silent} questions in a row got no answer"))
 
     def end(self) -> None:
-        """Raises UserError where questions were asked and not one was answered."""
+        """Raises UserError where questions were asked and none was answered."""
         if self._silent and not self._answered:
             raise UserError(self._fault(f"none of {self._silent} questions got an answer"))
 
     def _fault(self, what: str) -> str:
-        again = "what was judged is kept: see to the server, then run the same command again (the command line's with --retry api_error)"
-        return f"judge: {what}, the last one: {self._last}; {again}"
+        again = "run the same command again (the command line's with --retry api_error)"
+        return f"judge: {what}, the last one: {self._last}; what was judged is kept: see to the server, then {again}"
 
 
-def _work(
-    job: Job,
-    key: str,
-    ask: Ask,
-    settings: JudgeSettings,
-    wording: Wording,
-    out: Path,
-    watch: _Watch,
-    halt: threading.Event,
-) -> None:
-    question = question_of(job, settings, wording, out)
-    replies = ask_once_or_twice(ask, question)
-    if halt.is_set() and replies[-1].status == "api_error":
-        return  # given up because the run ends, not because of the server
-    watch.keep(key, question.digest(), replies)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a worker needs: the judge, how many processes share it, and the question."""
-
-    make_ask: MakeAsk
-    processes: int
-    question: Question
-
-
-_open: list[tuple[MakeAsk, Ask]] = []  # the judge that this worker has open, at most one
-_opening = threading.Lock()
-
-
-def answer(asked: _Asked) -> list[Reply]:
-    """The judge's replies to one question. Runs in a worker, which opens a judge once."""
-    with _opening:
-        if not _open or _open[0][0] != asked.make_ask:
-            _open[:] = [(asked.make_ask, asked.make_ask(threading.Event(), asked.processes))]
-        ask = _open[0][1]
-    return ask_once_or_twice(ask, asked.question)
-
-
-def judge_folder(
-    tasks: Sequence[EditTask],
-    folder: str | Path,
-    out: str | Path,
-    *,
-    model: str,
-    settings: JudgeSettings,
-    wording: Wording,
-    make_ask: MakeAsk,
-    concurrency: int | None,
-    workers: int = 1,
-    scheduler: str = "",
-    anchors: Path | None = None,
-    retry: Sequence[str] = (),
-    shard: tuple[int, int] = (0, 1),
-    image_tokens: str = "tiles",
-    prices: tuple[float, float] | None = None,
-    highest_price: float | None = None,
-    only_preview: bool = False,
-    say: Callable[[str], None] = print,
-) -> Preview:
-    """Judges every image of `model` below `folder`; the judgements are kept in `out`, and no question that has been
-    answered is asked again.
-
-    `make_ask` (see MakeAsk) is called only when something is to be asked, after the preview was said. `concurrency`
-    questions are under way at once (None: one a worker), asked by threads of this process, by `workers` processes of
-    this machine, or by those of the dask `scheduler`. `retry` names statuses ("api_error", "refused", "unparseable")
-    whose questions are asked anew. Raises UserError(s) for faulty settings, a folder of judgements made with others, a
-    price above `highest_price`, and whatever ends the run (see `benchmarks.judge.endpoint`).
-    """
-    out = Path(out)
-    faults = settings.faults() + (
-        [] if concurrency is None or concurrency >= 1 else [f"concurrency = {concurrency}: expected 1 or more"]
-    )
-    if faults:
-        raise UserErrors("the judge's settings:", faults)
-    entries = plan(tasks, Path(folder), out)
-    identity = identity_of_judge(settings, wording)
-    about_set = {"digest": set_digest(tasks), "kind": "official" if is_official(tasks) else "custom"}
-    about: dict[str, Any] = {
-        "model": model,
-        "set": about_set,
-        "repeats": settings.repeats,
-        "made_with": made_with(Path(folder)),
-    }
-    if anchors is not None:
-        frozen, about["anchors"] = read_anchors(anchors, out)
-        entries += frozen
-    known = read_results(out)
-    wanted = {job_key(job, identity, wording): job for job in jobs_of(entries, settings.repeats)}
-    own = [key for place, key in enumerate(wanted) if place % shard[1] == shard[0]]
-    open_keys = [key for key in own if key not in known or value_status(known[key]) in retry]
-    unjudgeable = sum(entry.status != "ok" for entry in entries)
-    estimate = preview(
-        [wanted[key] for key in open_keys],
-        len(own) - len(open_keys),
-        unjudgeable,
-        settings,
-        wording,
-        image_tokens,
-        prices,
-    )
-    say(estimate.text())
-    if only_preview:
-        return estimate
-    _check_price(estimate, highest_price)
-    claim(out, {"judge": identity, "model": model, "set": about_set})
-    write_json(out / MANIFEST_FILE, {**about, "entries": [entry_to_json(entry) for entry in entries]})
-    asked = {key: wanted[key] for key in open_keys}
-    _ask_all(
-        asked,
-        out,
-        settings,
-        wording,
-        make_ask,
-        concurrency=concurrency,
-        workers=workers,
-        scheduler=scheduler,
-        shard=shard,
-    )
-    return estimate
-
-
-def _check_price(estimate: Preview, highest_price: float | None) -> None:
-    if highest_price is not None and estimate.questions and (estimate.price is None or estimate.price > highest_price):
-        raise UserError(
-            f"judge: that is not within the highest price, {highest_price:g}: raise it, give the prices, or judge fewer images"
-        )
-
-
-def _ask_all(
-    jobs: Mapping[str, Job],
-    out: Path,
-    settings: JudgeSettings,
-    wording: Wording,
-    make_ask: MakeAsk,
-    *,
-    concurrency: int | None,
-    workers: int,
-    scheduler: str,
-    shard: tuple[int, int],
-) -> None:
-    """Asks every question, `concurrency` at a time, each answer kept under its key. What is under way at a mistake is
-    paid for: its answers are kept, too.
-    """
-    if not jobs:
-        return
-    with open_shard(out, shard_name(shard)) as writer, progress("judge: questions", len(jobs)) as advance:
-        watch = _Watch(writer, advance)
-        if workers == 1 and not scheduler:
-            _ask_here(jobs, out, settings, wording, make_ask, concurrency or 1, watch)
-        else:
-            keys, questions = list(jobs), dict[int, str]()
-
-            def prepared(place: int, processes: int) -> _Asked:
-                question = question_of(jobs[keys[place]], settings, wording, out)
-                questions[place] = question.digest()
-                return _Asked(make_ask, processes, question)
-
-            def done(place: int, replies: list[Reply]) -> None:
-                watch.keep(keys[place], questions.pop(place), replies)
-
-            as_they_come(
-                answer, range(len(keys)), prepared, done, at_once=concurrency, workers=workers, scheduler=scheduler
-            )
-        watch.end()
-
-
-def _ask_here(
-    jobs: Mapping[str, Job],
-    out: Path,
-    settings: JudgeSettings,
-    wording: Wording,
-    make_ask: MakeAsk,
-    concurrency: int,
-    watch: _Watch,
-) -> None:
+def _ask_here(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, asking: Asking, watch: _Watch) -> None:
     """Asks with threads of this process."""
     halt = threading.Event()
-    ask = make_ask(halt, 1)
-    pool = ThreadPoolExecutor(concurrency)
+    ask = asking.make_ask(halt, 1)
+
+    def work(key: str, job: Job) -> None:
+        question = question_of(job, settings, out)
+        replies = ask_once_or_twice(ask, question)
+        # Once the run ends, a question is given up because of that, not because of the server.
+        if not (halt.is_set() and replies[-1].status == "api_error"):
+            watch.keep(key, question.digest(), replies)
+
+    pool = ThreadPoolExecutor(asking.concurrency or 1)
     try:
-        futures = [pool.submit(_work, job, key, ask, settings, wording, out, watch, halt) for key, job in jobs.items()]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
+        futures = [pool.submit(work, key, job) for key, job in jobs.items()]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
     except BaseException:
         halt.set()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_open: list[tuple[MakeAsk, Ask]] = []  # the judge that this worker has open, at most one
+_opening = threading.Lock()
+
+
+def answer(asked: tuple[MakeAsk, int, Question]) -> tuple[str, list[Reply]]:
+    """(the question's digest, the judge's replies) for a judge, the number of processes that ask it, and a question.
+    Runs in a worker, which opens a judge once."""
+    make_ask, processes, question = asked
+    with _opening:
+        if not _open or _open[0][0] != make_ask:
+            _open[:] = [(make_ask, make_ask(threading.Event(), processes))]
+        ask = _open[0][1]
+    return question.digest(), ask_once_or_twice(ask, question)
+
+
+def _ask_in_workers(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, asking: Asking, watch: _Watch) -> None:
+    keys = list(jobs)
+
+    def prepared(key: str, processes: int) -> tuple[MakeAsk, int, Question]:
+        return asking.make_ask, processes, question_of(jobs[key], settings, out)
+
+    def done(place: int, answered: tuple[str, list[Reply]]) -> None:
+        watch.keep(keys[place], *answered)
+
+    how: dict[str, Any] = {"workers": asking.workers, "scheduler": asking.scheduler}
+    as_they_come(answer, keys, prepared, done, at_once=asking.concurrency, **how)
+
+
+def _ask_all(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, asking: Asking) -> None:
+    """Asks every question and keeps each answer under its key, also those that are under way at a mistake: they are
+    paid for."""
+    if not jobs:
+        return
+    with open_shard(out, shard_name(asking.shard)) as shard, progress("judge: questions", len(jobs)) as advance:
+        watch = _Watch(shard, advance)
+        ask = _ask_here if asking.workers == 1 and not asking.scheduler else _ask_in_workers
+        ask(jobs, out, settings, asking, watch)
+        watch.end()
+
+
+def _unanswered(
+    entries: Sequence[Entry], out: Path, settings: JudgeSettings, asking: Asking
+) -> tuple[dict[str, Job], Preview]:
+    """What remains to be asked, by key, and the estimate, which is said. Raises UserError for a price too high."""
+    known, identity = read_results(out), settings.identity()
+    keys = {job_key(job, identity, settings.wording): job for job in jobs_of(entries, settings.repeats)}
+    first, step = asking.shard
+    wanted = dict(islice(keys.items(), first, None, step))
+    jobs = {
+        key: job
+        for key, job in wanted.items()
+        if key not in known or outcome(stored_replies(known[key])).status in asking.retry
+    }
+    failed = sum(entry.status != "ok" for entry in entries)
+    answered = len(wanted) - len(jobs)
+    estimate = preview(list(jobs.values()), answered, failed, settings, asking.image_tokens, asking.prices)
+    asking.say(estimate.text())
+    if not asking.only_preview:
+        estimate.check(asking.highest_price)
+    return jobs, estimate
+
+
+def judge_folder(
+    tasks: Sequence[EditTask],
+    folder: Path,
+    out: Path,
+    *,
+    model: str,
+    settings: JudgeSettings,
+    asking: Asking,
+    anchors: Path | None = None,
+) -> Preview:
+    """Judges every image of `model` below `folder`; the judgements are kept in `out`. `anchors` is a frozen set that is
+    judged as well.
+
+    Raises UserError(s) for a folder of judgements made with other settings, a price too high, and whatever ends the run
+    (see `benchmarks.judge.endpoint`).
+    """
+    entries = plan(tasks, folder, out)
+    about_set = {"digest": set_digest(tasks), "kind": set_kind(tasks)}
+    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats}
+    about["made_with"] = made_with(folder)
+    if anchors is not None:
+        frozen, about["anchors"] = read_anchors(anchors, out)
+        entries += frozen
+    jobs, estimate = _unanswered(entries, out, settings, asking)
+    if not asking.only_preview:
+        claim(out, {"judge": settings.identity(), "model": model, "set": about_set})
+        write_json(out / MANIFEST_FILE, {**about, "entries": [asdict(entry) for entry in entries]})
+        _ask_all(jobs, out, settings, asking)
+    return estimate
 
 
 # --- images that a stage has made itself ------------------------------------------------------------------------------
@@ -297,54 +228,19 @@ class MadeEdit:
     seed: int
 
 
-def answers_of(store: str | Path, settings: JudgeSettings, wording: Wording) -> Path:
+def answers_of(store: Path, settings: JudgeSettings) -> Path:
     """The folder below `store` with this judge's answers."""
-    return Path(store) / digest(identity_of_judge(settings, wording))[:16]
+    return store / digest(settings.identity())[:16]
 
 
 def ask_about(
-    made: Sequence[MadeEdit],
-    store: str | Path,
-    *,
-    settings: JudgeSettings,
-    wording: Wording,
-    make_ask: MakeAsk,
-    concurrency: int | None,
-    workers: int = 1,
-    scheduler: str = "",
-    retry: Sequence[str] = (),
-    prices: tuple[float, float] | None = None,
-    highest_price: float | None = None,
-    say: Callable[[str], None] = print,
+    made: Sequence[MadeEdit], store: Path, settings: JudgeSettings, asking: Asking
 ) -> tuple[Path, list[Entry]]:
     """Judges images that lie anywhere; answers are kept below `store` by judge, so that a stage that is run again asks
-    about new images alone.
-
-    Returns the folder of answers and an entry an image, in order. The other arguments are those of `judge_folder`, and
-    so are the faults.
-    """
-    if settings.faults():
-        raise UserErrors("the judge's settings:", settings.faults())
-    identity = identity_of_judge(settings, wording)
-    folder = answers_of(store, settings, wording)
-    entries = [_entry(one.task, one.file, folder, SAMPLE, one.seed) for one in made]
-    known = read_results(folder)
-    every = {job_key(job, identity, wording): job for job in jobs_of(entries, settings.repeats)}
-    wanted = {key: job for key, job in every.items() if key not in known or value_status(known[key]) in retry}
-    failed = sum(entry.status != "ok" for entry in entries)
-    estimate = preview(list(wanted.values()), len(every) - len(wanted), failed, settings, wording, "tiles", prices)
-    say(estimate.text())
-    _check_price(estimate, highest_price)
-    claim(folder, {"judge": identity})
-    _ask_all(
-        wanted,
-        folder,
-        settings,
-        wording,
-        make_ask,
-        concurrency=concurrency,
-        workers=workers,
-        scheduler=scheduler,
-        shard=(0, 1),
-    )
+    about new images alone. Returns the folder of answers and an entry an image, in order. Raises as `judge_folder`."""
+    folder = answers_of(store, settings)
+    entries = [entry_of(edit.task, edit.file, folder, SAMPLE, edit.seed) for edit in made]
+    jobs, _ = _unanswered(entries, folder, settings, asking)
+    claim(folder, {"judge": settings.identity()})
+    _ask_all(jobs, folder, settings, asking)
     return folder, entries

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 from benchmarks.gedit.questions import Job
 from benchmarks.judge.protocol import JudgeSettings
-from benchmarks.judge.wording import SEMANTIC, Wording
+from benchmarks.judge.wording import SEMANTIC
+from data.errors import UserError
 
 COMPLETION_TOKENS = 80  # a typical reply
 CHARACTERS_A_TOKEN = 4
 
 
 def tile_tokens(width: float, height: float) -> int:
-    """Tokens of an image by OpenAI's rule for tiles: to 2048 px at most, short side to 768 px at most, 85 + 170 a 512
-    px tile.
-    """
+    """Tokens of an image by OpenAI's rule: scaled to at most 2048 px and a short side of at most 768 px, then 85 and
+    170 for each tile of 512 px."""
     scale = min(1.0, 2048 / max(width, height))
     scale *= min(1.0, 768 / (min(width, height) * scale))
     return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
 
 def patch_tokens(width: float, height: float) -> int:
-    """Tokens of an image for Qwen2.5-VL: one a patch of 28 px."""
+    """Tokens of an image for Qwen2.5-VL: one for each patch of 28 px."""
     return math.ceil(width / 28) * math.ceil(height / 28)
 
 
@@ -33,23 +33,26 @@ IMAGE_TOKENS: dict[str, Callable[[float, float], int]] = {"tiles": tile_tokens, 
 
 @dataclass(frozen=True)
 class Preview:
-    """What is about to be asked: questions by purpose, those already answered, and an estimate of tokens and price
-    (None where no price was given).
-    """
+    """What is about to be asked, what was answered before, and an estimate of tokens and price."""
 
     questions: int
     answered: int
-    unjudgeable: int
+    unjudgeable: int  # images that are missing or unreadable
     prompt_tokens: int
     completion_tokens: int
-    price: float | None  # in the currency of the prices given
+    price: float | None  # in the currency of the prices; None where none were given
 
     def text(self) -> str:
         cost = "no price was given" if self.price is None else f"about {self.price:.2f} in the prices' currency"
-        return (
-            f"judge: {self.questions} questions to ask, {self.answered} answered before, {self.unjudgeable} images missing or unreadable; "
-            f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens; {cost}"
-        )
+        tokens = f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
+        questions = f"{self.questions} questions to ask, {self.answered} answered before"
+        return f"judge: {questions}, {self.unjudgeable} images missing or unreadable; {tokens}; {cost}"
+
+    def check(self, highest: float | None) -> None:
+        """Raises UserError for a price that is above `highest`, or unknown where there is a highest."""
+        if highest is not None and self.questions and (self.price is None or self.price > highest):
+            advice = "raise it, give the prices, or judge fewer images"
+            raise UserError(f"judge: that is not within the highest price, {highest:g}: {advice}")
 
 
 def preview(
@@ -57,14 +60,13 @@ def preview(
     answered: int,
     unjudgeable: int,
     settings: JudgeSettings,
-    wording: Wording,
     rule: str,
     prices: tuple[float, float] | None,
 ) -> Preview:
     """An estimate for `jobs`; `rule` is one of IMAGE_TOKENS, `prices` are per million prompt and completion tokens."""
     tokens = 0
     for job in jobs:
-        tokens += math.ceil(len(wording.text(job.kind, job.entry.instruction)) / CHARACTERS_A_TOKEN)
+        tokens += math.ceil(len(settings.wording.text(job.kind, job.entry.instruction)) / CHARACTERS_A_TOKEN)
         edited = job.entry.source_size if settings.resize == "match-source" else job.entry.edited_size
         for width, height in (job.entry.source_size, edited) if job.kind == SEMANTIC else (edited,):
             scale = math.sqrt(512 * 512 / (width * height)) if settings.resize == "area512" else 1.0

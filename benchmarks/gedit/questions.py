@@ -5,20 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gedit.rows import EditTask, check_folder, edited_path
-from benchmarks.judge.protocol import (
-    JudgeSettings,
-    Question,
-    match_source,
-    outcome,
-    prepare_images,
-    read_rgb,
-    reply_from_json,
-)
+from benchmarks.judge.protocol import JudgeSettings, Question, match_source, prepare_images, read_rgb
 from benchmarks.judge.wording import KINDS, SEMANTIC, Wording
 from benchmarks.store import SETTINGS_FILE, read_settings, result_key
 from data.errors import UserError, UserErrors
@@ -36,8 +28,7 @@ SUITE = "gedit"
 @dataclass(frozen=True)
 class Entry:
     """One image to be judged, or the reason why it cannot be. Paths are relative to the folder of judgements, sizes
-    (width, height) in pixels.
-    """
+    (width, height) in pixels."""
 
     purpose: str  # SAMPLE, or ANCHOR for one of the frozen set
     id: str
@@ -76,8 +67,7 @@ class Job:
 
 def image_seed(task: EditTask, seed: int) -> int:
     """Of one edited image, from suite, row and base seed alone, so that two models start from the same noise. 63
-    bits.
-    """
+    bits."""
     return int.from_bytes(hashlib.sha256(f"{SUITE}|{task.id}|0|{seed}".encode()).digest()[:8], "big") >> 1
 
 
@@ -86,7 +76,8 @@ def made_with(folder: Path) -> dict[str, Any]:
     return read_settings(folder) if (folder / SETTINGS_FILE).exists() else {}
 
 
-def _entry(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> Entry:
+def entry_of(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> Entry:
+    """The entry of a row and its edited image. Raises UserError for a source image that cannot be read."""
     status, fault, sha256, size = "ok", "", "", (0, 0)
     try:
         source_size = read_rgb(task.source).size
@@ -99,82 +90,61 @@ def _entry(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> 
             size, sha256 = read_rgb(edited).size, sha256_file(edited)
         except ImageFault as error:
             status, fault = "bad_image", str(error)
-    source, path = (os.path.relpath(file, out) for file in (task.source, edited))
+    row: dict[str, Any] = {**vars(task), "id": task.id, "source": os.path.relpath(task.source, out)}
     return Entry(
-        purpose,
-        task.id,
-        task.key,
-        task.language,
-        task.category,
-        task.instruction,
-        task.intersection,
-        source,
-        task.source_sha256,
-        source_size,
-        path,
-        sha256,
-        size,
-        seed,
-        status,
-        fault,
+        **row,
+        purpose=purpose,
+        source_size=source_size,
+        edited=os.path.relpath(edited, out),
+        edited_sha256=sha256,
+        edited_size=size,
+        seed=seed,
+        status=status,
+        fault=fault,
     )
 
 
 def plan(tasks: Sequence[EditTask], folder: Path, out: Path) -> list[Entry]:
     """An entry for every task and its image below `folder` (the official layout). Raises UserError(s) for unreadable
-    sources or a folder of something else.
-    """
+    sources or a folder of something else."""
     check_folder(folder, tasks)
     settings = made_with(folder)
     base = settings.get("seed") if settings.get("suite") == SUITE else None
     seeds = [UNKNOWN_SEED if base is None else image_seed(task, int(base)) for task in tasks]
-    return [_entry(task, edited_path(folder, task), out, SAMPLE, seed) for task, seed in zip(tasks, seeds, strict=True)]
+    return [entry_of(task, edited_path(folder, task), out, SAMPLE, seed) for task, seed in zip(tasks, seeds)]
 
 
-def entry_to_json(entry: Entry) -> dict[str, Any]:
-    return asdict(entry)
-
-
-def entry_from_json(value: Mapping[str, Any]) -> Entry:
-    return Entry(**{**value, "source_size": tuple(value["source_size"]), "edited_size": tuple(value["edited_size"])})
-
-
-def read_manifest(out: str | Path) -> tuple[dict[str, Any], list[Entry]]:
+def read_manifest(out: Path) -> tuple[dict[str, Any], list[Entry]]:
     """(what is written about the run, its entries). Raises UserError when the folder holds no judgements."""
-    path = Path(out) / MANIFEST_FILE
+    path = out / MANIFEST_FILE
     value = read_json(path)
     try:
-        return value, [entry_from_json(entry) for entry in value["entries"]]
+        sizes = ("source_size", "edited_size")
+        rows = [{**row, **{size: tuple(row[size]) for size in sizes}} for row in value["entries"]]
+        return value, [Entry(**row) for row in rows]
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a manifest of judgements ({error!r}); run `python -m benchmarks gedit judge` again"
-        ) from error
+        advice = "run `python -m benchmarks gedit judge` again"
+        raise UserError(f"{path}: not a manifest of judgements ({error!r}); {advice}") from error
 
 
 def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
     """(entries, the frozen record with its reference scores). Raises UserErrors for images that are gone or are no
-    longer the frozen ones.
-    """
-    frozen = read_json(folder / ANCHORS_FILE)
+    longer the frozen ones."""
+    path = folder / ANCHORS_FILE
+    frozen = read_json(path)
     entries, faults = [], []
     try:
         for row in frozen["anchors"]:
-            source, edited = folder / row["source"], folder / row["edited"]
-            wrong = [
-                str(file)
-                for file, sha in ((source, row["source_sha256"]), (edited, row["edited_sha256"]))
-                if not file.is_file() or sha256_file(file) != sha
-            ]
-            faults += [f"{file}: missing, or not the frozen image" for file in wrong]
-            if not wrong:
-                task = EditTask(
-                    row["id"], row["language"], row["category"], row["instruction"], False, source, row["source_sha256"]
-                )
-                entries.append(_entry(task, edited, out, ANCHOR, UNKNOWN_SEED))
+            files = {folder / row[kind]: row[f"{kind}_sha256"] for kind in ("source", "edited")}
+            changed = [file for file, sha256 in files.items() if not file.is_file() or sha256_file(file) != sha256]
+            faults += [f"{file}: missing, or not the frozen image" for file in changed]
+            if not changed:
+                values = [row[name] for name in ("id", "language", "category", "instruction")]
+                task = EditTask(*values, False, folder / row["source"], row["source_sha256"])
+                entries.append(entry_of(task, folder / row["edited"], out, ANCHOR, UNKNOWN_SEED))
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / ANCHORS_FILE}: not a set of anchors ({error!r}); make one with `python -m benchmarks gedit anchors`"
-        ) from error
+        advice = "make one with `python -m benchmarks gedit anchors`"
+        raise UserError(f"{path}: not a set of anchors ({error!r}); {advice}") from error
     if faults:
         raise UserErrors(f"{folder}: the anchors have changed, so no drift can be measured:", faults)
     return entries, dict(frozen)
@@ -182,47 +152,34 @@ def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
 
 def job_key(job: Job, identity: Mapping[str, Any], wording: Wording) -> str:
     """The address of a question's result. An anchor's differs from a sample's, and the same quality question about one
-    image is asked once.
-    """
-    entry, semantic = job.entry, job.kind == SEMANTIC
-    images = [entry.source_sha256, entry.edited_sha256] if semantic else [entry.edited_sha256, list(entry.source_size)]
-    text = sha256_bytes(wording.text(job.kind, entry.instruction).encode())
-    return result_key(
-        "judge",
-        purpose=entry.purpose,
-        question=job.kind,
-        text=text,
-        images=images,
-        judge=dict(identity),
-        repeat=job.repeat,
-    )
+    image is asked once."""
+    entry, images = job.entry, [job.entry.source_sha256, job.entry.edited_sha256]
+    address = {
+        "purpose": entry.purpose,
+        "question": job.kind,
+        "text": sha256_bytes(wording.text(job.kind, entry.instruction).encode()),
+        "images": images if job.kind == SEMANTIC else [entry.edited_sha256, list(entry.source_size)],
+        "judge": dict(identity),
+        "repeat": job.repeat,
+    }
+    return result_key("judge", **address)
 
 
 def jobs_of(entries: Sequence[Entry], repeats: int) -> list[Job]:
     """Every question of the entries that can be judged."""
-    return [
-        Job(entry, kind, repeat)
-        for entry in entries
-        if entry.status == "ok"
-        for repeat in range(repeats)
-        for kind in KINDS
-    ]
+    judged = [entry for entry in entries if entry.status == "ok"]
+    return [Job(entry, kind, repeat) for entry in judged for repeat in range(repeats) for kind in KINDS]
 
 
-def question_of(job: Job, settings: JudgeSettings, wording: Wording, out: Path) -> Question:
+def question_of(job: Job, settings: JudgeSettings, out: Path) -> Question:
     """The request's content. Raises UserError when an image is no longer the one that was planned for."""
     entry = job.entry
-    for name, expected in ((entry.source, entry.source_sha256), (entry.edited, entry.edited_sha256)):
-        if not (out / name).is_file() or sha256_file(out / name) != expected:
-            raise UserError(f"{out / name}: missing or changed since the command began; run it again")
-    source = read_rgb(out / entry.source)
-    edited = match_source(source.size, read_rgb(out / entry.edited), settings)
+    source_file, edited_file = out / entry.source, out / entry.edited
+    for file, expected in ((source_file, entry.source_sha256), (edited_file, entry.edited_sha256)):
+        if not file.is_file() or sha256_file(file) != expected:
+            raise UserError(f"{file}: missing or changed since the command began; run it again")
+    source = read_rgb(source_file)
+    edited = match_source(source.size, read_rgb(edited_file), settings)
     images = prepare_images(source if job.kind == SEMANTIC else None, edited, settings)
-    return Question(
-        job.kind, wording.text(job.kind, entry.instruction), images, f"image/{settings.image_format}", job.repeat
-    )
-
-
-def value_status(value: Mapping[str, Any]) -> str:
-    """The status of a stored result, read from its raw replies."""
-    return outcome([reply_from_json(reply) for reply in value["replies"]]).status
+    text = settings.wording.text(job.kind, entry.instruction)
+    return Question(job.kind, text, images, f"image/{settings.image_format}", job.repeat)

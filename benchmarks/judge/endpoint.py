@@ -1,9 +1,8 @@
-"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a server of one's own (vLLM and others speak the
-same).
+"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a server of the user (vLLM and others speak the same
+protocol).
 
-Every request is bounded: so many tries, so long a wait between them, so many seconds for one. What the server answers
-after that is the reply's status. The key comes from an environment variable and is nowhere else: it is struck out of
-every text that is kept.
+The number of tries, the wait between them and the time for each are bounded. What the server answers after that is the
+reply's status. The key comes from an environment variable and is struck out of every text that is kept.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
 import tenacity
 
 from benchmarks.judge.protocol import SCORES_A_REPLY, Ask, JudgeSettings, Question, Reply, Turn
-from data.errors import UserError
+from data.errors import UserError, UserErrors
 from data.randomness import seed_of
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
@@ -34,29 +33,18 @@ FILTERED = {
     "responsible_ai_policy_violation",
 }
 OUT_OF_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+UNREADABLE = (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError)
+REJECTED = (openai.BadRequestError, openai.UnprocessableEntityError)
 LONGEST_ERROR = 500  # characters kept of an error's text
 LONGEST_CHECK_S = 20.0  # seconds that a try to reach the server may take
-SCHEMA = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "grades",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {
-                "score": {
-                    "type": "array",
-                    "items": {"type": "number"},
-                    "minItems": SCORES_A_REPLY,
-                    "maxItems": SCORES_A_REPLY,
-                },
-                "reasoning": {"type": "string"},
-            },
-            "required": ["score", "reasoning"],
-            "additionalProperties": False,
-        },
-    },
+SCORE = {"type": "array", "items": {"type": "number"}, "minItems": SCORES_A_REPLY, "maxItems": SCORES_A_REPLY}
+REPLY_SCHEMA = {
+    "type": "object",
+    "properties": {"score": SCORE, "reasoning": {"type": "string"}},
+    "required": ["score", "reasoning"],
+    "additionalProperties": False,
 }
+RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": REPLY_SCHEMA}}
 
 
 @dataclass(frozen=True)
@@ -65,8 +53,8 @@ class Endpoint:
 
     `key_variable` names the environment variable that holds the key ("" for a server that asks for none). A failed
     request is tried up to `tries` times with exponential waits from `wait_s` up to `longest_wait_s` (seconds), or what
-    the server's Retry-After says, up to the same bound. `per_minute` limits the requests that begin in a minute, 0 does
-    not.
+    the server's Retry-After says, up to the same bound. `per_minute` limits the requests that begin in a minute; 0 sets
+    no limit. Raises UserErrors for values out of range.
     """
 
     base_url: str
@@ -77,22 +65,16 @@ class Endpoint:
     longest_wait_s: float
     per_minute: int
 
-    def faults(self) -> list[str]:
-        found = (
-            []
-            if self.base_url.startswith(("http://", "https://"))
-            else [f"base_url = {self.base_url!r}: expected http://... or https://..."]
-        )
-        found += [
-            f"{name} = {getattr(self, name)}: expected more than 0"
-            for name in ("timeout_s", "tries")
-            if getattr(self, name) <= 0
-        ]
-        return found + [
-            f"{name} = {getattr(self, name)}: expected 0 or more"
-            for name in ("wait_s", "longest_wait_s", "per_minute")
-            if getattr(self, name) < 0
-        ]
+    def __post_init__(self) -> None:
+        faults, values = [], vars(self)
+        if not self.base_url.startswith(("http://", "https://")):
+            faults.append(f"base_url = {self.base_url!r}: expected http://... or https://...")
+        zero = [name for name in ("timeout_s", "tries") if values[name] <= 0]
+        faults += [f"{name} = {values[name]}: expected more than 0" for name in zero]
+        negative = [name for name in ("wait_s", "longest_wait_s", "per_minute") if values[name] < 0]
+        faults += [f"{name} = {values[name]}: expected 0 or more" for name in negative]
+        if faults:
+            raise UserErrors("the judge's server:", faults)
 
 
 class _Again(Exception):
@@ -130,8 +112,7 @@ class _Pace:
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds that a server asks to wait: Retry-After-Ms, or Retry-After as seconds or as a date (`now`: since 1970);
-    None where it says nothing usable.
-    """
+    None where it says nothing usable."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         try:
@@ -141,84 +122,71 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
                 seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
             except (TypeError, ValueError, IndexError):
                 continue
-        if seconds == seconds and abs(seconds) < 1e9:
+        if abs(seconds) < 1e9:  # neither NaN nor infinite
             return max(0.0, seconds)
     return None
+
+
+# --- requests and answers ---------------------------------------------------------------------------------------------
 
 
 def _codes(error: openai.APIStatusError) -> set[str]:
     """Every code and type that an error's body names, in lower case."""
     body = error.body if isinstance(error.body, dict) else {}
-    inner = body.get("innererror") if isinstance(body.get("innererror"), dict) else {}
-    values = (error.code, error.type, body.get("code"), body.get("type"), (inner or {}).get("code"))
+    inner = body.get("innererror")
+    inner_code = inner.get("code") if isinstance(inner, dict) else None
+    values = (error.code, error.type, body.get("code"), body.get("type"), inner_code)
     return {str(value).lower() for value in values if value}
 
 
-def _judge_of_fault(error: openai.APIStatusError, model: str) -> Exception:
-    """What an HTTP error means for the question: tried again, a status, or (a UserError) the end of the run."""
-    codes, status, text = _codes(error), error.status_code, str(error.message)
+def _with_cause(error: Exception) -> str:
+    return f": {error.__cause__}" if error.__cause__ else ""
+
+
+def _fault(error: Exception, model: str) -> Exception:
+    """What a failed request means for the question: tried again, a status, or (a UserError) the end of the run."""
+    if not isinstance(error, openai.APIStatusError):
+        return _Again(f"{type(error).__name__}: {error}{_with_cause(error)}")
+    codes, status, text = _codes(error), error.status_code, error.message
     if codes & FILTERED:
         return _Final("refused", text)
     if codes & OUT_OF_CREDIT:
-        return UserError(
-            f"judge {model}: the account has no credit left ({text}); what was judged is kept: run the same command again once it has"
-        )
+        advice = "what was judged is kept: run the same command again once it has"
+        return UserError(f"judge {model}: the account has no credit left ({text}); {advice}")
     if status in (401, 403):
-        return UserError(
-            f"judge {model}: HTTP {status}, the key is refused ({text}); check the environment variable that holds it"
-        )
+        advice = "check the environment variable that holds it"
+        return UserError(f"judge {model}: HTTP {status}, the key is refused ({text}); {advice}")
     if status == 404 or "model_not_found" in codes:
-        return UserError(
-            f"judge {model!r}: HTTP {status}, the server does not know it ({text}); check the model's name and the base URL"
-        )
+        advice = "check the model's name and the base URL"
+        return UserError(f"judge {model!r}: HTTP {status}, the server does not know it ({text}); {advice}")
     if status in RETRIED or status >= 500:
         return _Again(f"HTTP {status}: {text}", retry_after(error.response.headers, time.time()))
     return _Final("api_error", f"HTTP {status}: {text}")
 
 
-def _messages(question: Question, turns: Sequence[Turn], settings: JudgeSettings) -> list[dict[str, Any]]:
-    images = [
-        {
-            "type": "image_url",
-            "image_url": {"url": f"data:{question.media_type};base64,{base64.b64encode(image).decode()}"},
-        }
-        for image in question.images
-    ]
+def _messages(question: Question, turns: Sequence[Turn], text_first: bool) -> list[dict[str, Any]]:
+    urls = [f"data:{question.media_type};base64,{base64.b64encode(image).decode()}" for image in question.images]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     text = {"type": "text", "text": question.text}
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [text, *images] if settings.text_first else [*images, text]}
-    ]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [text, *images] if text_first else [*images, text]}]
     for reply, answer in turns:
         messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": answer}]
     return messages
 
 
-def _read(response: Any) -> tuple[str, str, str, dict[str, int], str]:
-    """(text, refusal, finish reason, token counts, model) of a completion. Raises _Again for a body without an
-    answer.
-    """
-    choices = getattr(response, "choices", None)
+def _read(completion: Any) -> Reply:
+    """The reply that a completion holds. Raises _Again for none: servers report their faults under HTTP 200, too."""
+    choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        found = (
-            (getattr(response, "model_extra", None) or {}).get("error")
-            if hasattr(response, "model_extra")
-            else str(response)[:200]
-        )
-        raise _Again(f"the server's answer holds no choice ({found})")
-    message, usage = choices[0].message, getattr(response, "usage", None)
-    content = message.content
-    if content is not None and not isinstance(content, str):
+        raise _Again(f"the server's answer holds no choice ({getattr(completion, 'model_extra', completion)})")
+    message, usage = choices[0].message, getattr(completion, "usage", None)
+    if not isinstance(message.content, str | None):
         raise _Again("the server's answer holds no text")
-    counts = (
-        {name: int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens")} if usage else {}
-    )
-    return (
-        content or "",
-        str(getattr(message, "refusal", None) or ""),
-        str(choices[0].finish_reason or ""),
-        counts,
-        str(getattr(response, "model", "") or ""),
-    )
+    names = ("prompt_tokens", "completion_tokens") if usage else ()
+    counts = {name: int(getattr(usage, name, 0) or 0) for name in names}
+    model, finish = str(getattr(completion, "model", "") or ""), str(choices[0].finish_reason or "")
+    refusal = str(getattr(message, "refusal", None) or ("content filter" if finish == "content_filter" else ""))
+    return Reply("refused" if refusal else "ok", message.content or "", model, finish, counts, error=refusal)
 
 
 def _key(settings: JudgeSettings, endpoint: Endpoint) -> str:
@@ -230,33 +198,58 @@ def _key(settings: JudgeSettings, endpoint: Endpoint) -> str:
 
 
 def check_reachable(settings: JudgeSettings, endpoint: Endpoint) -> None:
-    """Asks the server for its models, which costs nothing. Raises UserError for a key variable that is not set, a
-    refused key, or a server that is not there.
-
-    Any other answer will do: not every server lists its models.
-    """
+    """Asks the server for its models, which costs nothing. Any answer but a refused key will do: not every server lists
+    its models. Raises UserError for a key variable that is not set, a refused key, or a server that is not there."""
     key = _key(settings, endpoint)
-    client = openai.OpenAI(
-        base_url=endpoint.base_url,
-        api_key=key,
-        max_retries=min(2, endpoint.tries - 1),
-        timeout=min(endpoint.timeout_s, LONGEST_CHECK_S),
-    )
+    tries, timeout = min(2, endpoint.tries - 1), min(endpoint.timeout_s, LONGEST_CHECK_S)
     try:
-        client.models.list()
+        openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=tries, timeout=timeout).models.list()
     except openai.AuthenticationError as error:
-        text = str(error.message).replace(key, "[key]")
-        raise UserError(
-            f"judge {settings.model}: the key in {endpoint.key_variable or 'no variable'} is refused ({text})"
-        ) from error
+        text, variable = error.message.replace(key, "[key]"), endpoint.key_variable or "no variable"
+        raise UserError(f"judge {settings.model}: the key in {variable} is refused ({text})") from error
     except openai.APIConnectionError as error:
-        cause = f": {error.__cause__}" if error.__cause__ else ""
+        cause = f"{type(error).__name__}{_with_cause(error)}"
         advice = "start it or correct the base URL; nothing was asked or drawn"
         raise UserError(
-            f"judge {settings.model}: no server answers at {endpoint.base_url} ({type(error).__name__}{cause}); {advice}"
+            f"judge {settings.model}: no server answers at {endpoint.base_url} ({cause}); {advice}"
         ) from error
     except (openai.OpenAIError, ValueError):
         return
+
+
+def _send(
+    client: openai.OpenAI, settings: JudgeSettings, question: Question, turns: Sequence[Turn], schema: bool
+) -> Reply:
+    """One HTTP request, with the reply's schema or without. Raises _Again, _Final or UserError."""
+    optional: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed + question.repeat}
+    optional |= {"response_format": RESPONSE_FORMAT} if schema else {}
+    messages: Any = _messages(question, turns, settings.text_first)
+    try:
+        completion = client.chat.completions.create(
+            model=settings.model,
+            messages=messages,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            extra_body=settings.extra or None,
+            **optional,
+        )
+        return _read(completion)
+    except (openai.APIStatusError, *UNREADABLE) as error:
+        raise _fault(error, settings.model) from error
+
+
+def _waits(endpoint: Endpoint, address: str, turn: int) -> Callable[[tenacity.RetryCallState], float]:
+    """Seconds before the next try: what the server asks for, or a growing wait with a jitter that follows from
+    `address` and `turn`, so that threads do not come back together."""
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, _Again) and error.after is not None:
+            return min(endpoint.longest_wait_s, error.after)
+        jitter = 0.5 + seed_of(0, state.attempt_number, turn, address) / 2**64  # 0.5 to 1
+        return min(endpoint.longest_wait_s, endpoint.wait_s * 2 ** (state.attempt_number - 1) * jitter)
+
+    return wait
 
 
 def endpoint_judge(
@@ -266,106 +259,53 @@ def endpoint_judge(
     sleep: Callable[[float], None] | None = None,
 ) -> Ask:
     """A judge that asks a server. Threads may share it. Once `halt` is set no request is tried again; `sleep` is what
-    it waits with (default: for `halt`).
+    it waits with (default: for `halt`). A server that rejects the reply's schema, but takes the same question without
+    it, is asked without one from then on.
 
     Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and
     an account without credit, because no further request could succeed. Every other fault ends as a reply's status.
     """
-    key = _key(settings, endpoint)
+    key, halt = _key(settings, endpoint), halt or threading.Event()
     client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout_s)
-    pace, plain, halt = _Pace(endpoint.per_minute), threading.Event(), halt or threading.Event()
+    pace, no_schema = _Pace(endpoint.per_minute), threading.Event()
     sleep = sleep or tenacity.sleep_using_event(halt)
+    stop = tenacity.stop_any(tenacity.stop_after_attempt(endpoint.tries), tenacity.stop_when_event_set(halt))
+    again = tenacity.retry_if_exception_type(_Again)
 
     def clean(text: str) -> str:
         return text.replace(key, "[key]") if endpoint.key_variable else text
 
-    def request(question: Question, turns: Sequence[Turn]) -> tuple[str, str, str, dict[str, int], str]:
-        """One HTTP request. Raises _Again, _Final or UserError."""
-        pace.wait(sleep)
-        optional: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed + question.repeat}
-        structured = settings.json_schema and not plain.is_set()
-        if structured:
-            optional["response_format"] = SCHEMA
-        try:
-            messages: Any = _messages(question, turns, settings)
-            completion = client.chat.completions.create(
-                model=settings.model,
-                messages=messages,
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                extra_body=settings.extra or None,
-                **optional,
-            )
-            return _read(completion)
-        except openai.APIStatusError as error:
-            if (
-                structured
-                and error.status_code in (400, 422)
-                and any(word in str(error).lower() for word in ("response_format", "json_schema", "guided"))
-            ):
-                plain.set()  # the server knows no schemas: the wording alone asks for the form
-                raise _Again(f"HTTP {error.status_code}: the server takes no response_format", 0.0) from error
-            fault = _judge_of_fault(error, settings.model)
-            raise (UserError(clean(str(fault))) if isinstance(fault, UserError) else fault) from error
-        except (
-            openai.APIConnectionError,
-            openai.APIResponseValidationError,
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-        ) as error:
-            cause = f": {error.__cause__}" if error.__cause__ else ""
-            raise _Again(f"{type(error).__name__}: {error}{cause}") from error
-
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
-        begun, sent = time.monotonic(), 0
+        begun, sent, schema = time.monotonic(), 0, settings.json_schema and not no_schema.is_set()
 
-        def attempt() -> tuple[str, str, str, dict[str, int], str]:
+        def send() -> Reply:
             nonlocal sent
             sent += 1
-            return request(question, turns)
+            pace.wait(sleep)
+            return _send(client, settings, question, turns, schema)
 
-        def wait(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            asked = error.after if isinstance(error, _Again) else None
-            jitter = (
-                0.5 + seed_of(0, state.attempt_number, len(turns), question.digest()) / 2**64
-            )  # 0.5 to 1, so that threads do not come back together
-            return min(
-                endpoint.longest_wait_s,
-                asked if asked is not None else endpoint.wait_s * 2 ** (state.attempt_number - 1) * jitter,
-            )
+        def attempt() -> Reply:
+            nonlocal schema
+            try:
+                return send()
+            except _Final as error:
+                if not (schema and error.status == "api_error" and isinstance(error.__cause__, REJECTED)):
+                    raise
+            schema = False
+            reply = send()
+            no_schema.set()
+            return reply
 
-        def reply(
-            status: str,
-            text: str = "",
-            error: str = "",
-            model: str = "",
-            finish: str = "",
-            usage: dict[str, int] | None = None,
-        ) -> Reply:
-            return Reply(
-                status,
-                clean(text),
-                model,
-                finish,
-                usage,
-                sent,
-                clean(error)[:LONGEST_ERROR],
-                round(time.monotonic() - begun, 3),
-            )
-
-        tries = tenacity.stop_any(tenacity.stop_after_attempt(endpoint.tries), tenacity.stop_when_event_set(halt))
+        wait = _waits(endpoint, question.digest(), len(turns))
         try:
-            text, refusal, finish, usage, model = tenacity.Retrying(
-                stop=tries, wait=wait, retry=tenacity.retry_if_exception_type(_Again), sleep=sleep, reraise=True
-            )(attempt)
+            reply = tenacity.Retrying(stop=stop, wait=wait, retry=again, sleep=sleep, reraise=True)(attempt)
         except _Again as error:
-            return reply("api_error", error=f"{sent} tries, the last one: {error}")
+            reply = Reply("api_error", "", error=f"{sent} tries, the last one: {error}")
         except _Final as error:
-            return reply(error.status, error=str(error))
-        refused = bool(refusal) or finish == "content_filter"
-        return reply(
-            "refused" if refused else "ok", text, refusal or ("content filter" if refused else ""), model, finish, usage
-        )
+            reply = Reply(error.status, "", error=str(error))
+        except UserError as error:
+            raise UserError(clean(str(error))) from error
+        seconds, fault = round(time.monotonic() - begun, 3), clean(reply.error)[:LONGEST_ERROR]
+        return replace(reply, text=clean(reply.text), error=fault, attempts=sent, seconds=seconds)
 
     return ask

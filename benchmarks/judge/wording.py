@@ -1,4 +1,4 @@
-"""The words of the questions: our own, or the official ones read from their source file."""
+"""The texts of the questions: ours, or others that the user has, such as the upstream's."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ PLACEHOLDER = "<instruction>"
 _REPLY = """Answer with one JSON object and nothing else, in this form:
 {"score": [a, b], "reasoning": "one or two short sentences"}
 where a and b are numbers from 0 to 10."""
-OWN_SEMANTIC = f"""You grade the work of an image editing program. Every picture was made by a computer, also where it shows people.
+OWN_SEMANTIC = f"""You grade the work of an image editing program. Every picture was made by a computer, \
+also where it shows people.
 
 You see two pictures: first the source, then the result. The program was told to apply this instruction to the source:
 
 {PLACEHOLDER}
 
 Give two grades.
-a: how well the instruction was carried out. 0 means that nothing of what was asked for is there, or that source and result look the same; 10 means that
+a: how well the instruction was carried out. 0 means that nothing of what was asked for is there, \
+or that source and result look the same; 10 means that
 all of it is there.
-b: how well everything else was kept. 0 means that the result shows a different scene; 10 means that nothing changed beyond what the instruction needs.
+b: how well everything else was kept. 0 means that the result shows a different scene; \
+10 means that nothing changed beyond what the instruction needs.
 
 {_REPLY}"""
 OWN_QUALITY = f"""You grade the technical quality of a picture. It was made by a computer, also where it shows people.
 
 Give two grades.
-a: how natural it looks. 0 means that the scene cannot be believed at all: light, shadows, distances or proportions are wrong; 10 means that it looks natural
+a: how natural it looks. 0 means that the scene cannot be believed at all: \
+light, shadows, distances or proportions are wrong; 10 means that it looks natural
 throughout.
-b: how free of defects it is. 0 means that distortions, blurred faces, malformed bodies, watermarks, scratches or things that do not belong together
+b: how free of defects it is. 0 means that distortions, blurred faces, malformed bodies, \
+watermarks, scratches or things that do not belong together
 dominate; 10 means that there are none.
 
 {_REPLY}"""
@@ -62,11 +67,8 @@ class Wording:
 
     def identity(self) -> dict[str, str]:
         """The name and both texts' SHA-256, which are stored with every result."""
-        return {
-            "name": self.name,
-            SEMANTIC: sha256_bytes(self.semantic.encode()),
-            QUALITY: sha256_bytes(self.quality.encode()),
-        }
+        texts = {SEMANTIC: self.semantic, QUALITY: self.quality}
+        return {"name": self.name, **{kind: sha256_bytes(text.encode()) for kind, text in texts.items()}}
 
 
 def _constants(path: Path) -> dict[str, str]:
@@ -75,22 +77,20 @@ def _constants(path: Path) -> dict[str, str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: not a readable Python file ({error})") from error
-    assignments = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
     return {
         target.id: node.value.value
-        for node in assignments
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         for target in node.targets
-        if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(target, ast.Name)
     }
 
 
 def load_wording(path: str | Path | None) -> Wording:
-    """Our own texts for None; else a folder with `semantic.txt` and `quality.txt`, or the upstream's `vie_prompts.py`
-    (or the folder that holds it).
-
-    The texts are used as they stand; the placeholder `<instruction>` in the semantic one receives the instruction. They
-    count as "official" when their SHA-256 is the upstream's. Raises UserError(s) for missing files, missing constants
-    or a missing placeholder.
+    """Our texts for None; else those of a folder with `semantic.txt` and `quality.txt`, or of the upstream's
+    `vie_prompts.py` (or the folder that holds it). `<instruction>` in the semantic text stands for the instruction.
+    They count as "official" when their SHA-256 is the upstream's. Raises UserError(s) for missing files, constants or
+    placeholder.
     """
     if path is None:
         return Wording(OWN_SEMANTIC, OWN_QUALITY, "own")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from benchmarks.gedit.judging import MadeEdit
+from benchmarks.gedit.judging import Asking, MadeEdit
 from benchmarks.gedit.rows import EditTask
 from benchmarks.gedit.rules import LANGUAGES
 from benchmarks.gedit.verdict import answered_by, coverage_of, score_made
 from benchmarks.geneval.run import Evaluator, evaluator_identity, judge_pictures
 from benchmarks.judge.access import Access, name_of_local
-from benchmarks.judge.protocol import JudgeSettings, identity_of_judge
-from benchmarks.judge.wording import Wording, load_wording
+from benchmarks.judge.protocol import JudgeSettings
+from benchmarks.judge.wording import load_wording
 from benchmarks.scores.scorecard import HIGHEST, ExampleScore
 from data.errors import UserError
 from data.files import digest, sha256_file
@@ -82,31 +82,21 @@ def evaluator_of(benchmark: BenchmarkParams) -> Evaluator:
     return Evaluator(**asdict(benchmark))
 
 
-def _judge_of(judge: JudgeParams, benchmark: BenchmarkParams) -> tuple[JudgeSettings, Wording, Access]:
-    """The judge's settings, its texts and where it is. Raises UserError(s) for texts that are not there."""
-    server, request = judge.server, asdict(judge.request)
-    provider = server.provider or (urlsplit(server.base_url).hostname or "" if judge.kind == "endpoint" else judge.kind)
-    name = name_of_local(judge.model) if judge.kind == "local" else judge.model
-    settings = JudgeSettings(kind=judge.kind, model=name, provider=provider, repeats=judge.repeats, **request)
-    wording = load_wording(judge.wording or None)
+def _judge_of(judge: JudgeParams, benchmark: BenchmarkParams) -> Access:
+    """The judge and where it is. Raises UserError(s) for texts that are not there."""
+    server, request = asdict(judge.server), asdict(judge.request)
+    named = server.pop("provider")
+    provider = named or (urlsplit(judge.server.base_url).hostname or "" if judge.kind == "endpoint" else judge.kind)
+    name, wording = judge.model, load_wording(judge.wording or None)
     if judge.kind == "local":
-        return (
-            settings,
-            wording,
-            Access(settings, folder=str(Path(judge.model).resolve()), device=benchmark.device, dtype=judge.dtype),
-        )
+        name = name_of_local(judge.model)
+    settings = JudgeSettings(judge.kind, name, provider, repeats=judge.repeats, wording=wording, **request)
+    if judge.kind == "local":
+        folder = str(Path(judge.model).resolve())
+        return Access(settings, folder=folder, device=benchmark.device, dtype=judge.dtype)
     from benchmarks.judge.endpoint import Endpoint
 
-    endpoint = Endpoint(
-        server.base_url,
-        server.key_variable,
-        server.timeout_s,
-        server.tries,
-        server.wait_s,
-        server.longest_wait_s,
-        server.per_minute,
-    )
-    return settings, wording, Access(settings, endpoint)
+    return Access(settings, Endpoint(**server))
 
 
 def check_judgeable(examples: Sequence[Example], benchmark: BenchmarkParams, judge: JudgeParams) -> None:
@@ -123,9 +113,9 @@ def check_judgeable(examples: Sequence[Example], benchmark: BenchmarkParams, jud
     if drawn:
         evaluator_identity(evaluator_of(benchmark), drawn)
     if edits:
-        settings, wording, access = _judge_of(judge, benchmark)
+        access = _judge_of(judge, benchmark)
         access.check()
-        answered_by(JUDGEMENTS, settings, wording)
+        answered_by(JUDGEMENTS, access.settings)
 
 
 def identities_of_scores(
@@ -143,13 +133,10 @@ def identities_of_scores(
             "evaluator": evaluator_identity(evaluator_of(benchmark), [example.record for example in drawn])
         }
     if edits:
-        settings, wording, _ = _judge_of(judge, benchmark)
+        settings = _judge_of(judge, benchmark).settings
         rows = [score for score in scores if score.benchmark == "gedit"]
         found["gedit"] = {
-            "judge": {
-                **identity_of_judge(settings, wording),
-                "answered_by": answered_by(JUDGEMENTS, settings, wording),
-            },
+            "judge": {**settings.identity(), "answered_by": answered_by(JUDGEMENTS, settings)},
             "repeats": judge.repeats,
             "prompts": digest(
                 sorted([example.id, example.category, example.prompt, example.sha256] for example in edits)
@@ -216,7 +203,7 @@ def _graded(
     """The judge's grades. What it has answered before is not asked again, but for the statuses that `judge.retry`
     names.
     """
-    settings, wording, access = _judge_of(judge, benchmark)
+    access = _judge_of(judge, benchmark)
     edits = []
     for example, path, seed, k in made:
         if example.source is None:
@@ -228,14 +215,9 @@ def _graded(
             example.id, judge.language, example.category, example.prompt, False, source, sha256_file(source)
         )
         edits.append(MadeEdit(task, folder / path, path, k, seed))
-    rows, _ = score_made(
-        edits,
-        JUDGEMENTS,
-        model=model,
-        settings=settings,
-        wording=wording,
-        make_ask=access,
-        concurrency=None if judge.kind == "local" else judge.concurrency,
+    asking = Asking(
+        access,
+        None if judge.kind == "local" else judge.concurrency,
         workers=judge.workers,
         scheduler=benchmark.scheduler,
         retry=judge.retry,
@@ -243,6 +225,7 @@ def _graded(
         highest_price=judge.highest_price,
         say=lambda text: print(text, flush=True),
     )
+    rows, _ = score_made(edits, JUDGEMENTS, model=model, settings=access.settings, asking=asking)
     return rows
 
 
