@@ -29,6 +29,7 @@ from prefect.runtime import flow_run
 
 from data.errors import Outage, UserError
 from data.files import read_json
+from tasks.checks.preflight import TEACHERS, require_teachers
 from tasks.environment import PROJECT, prepare, setting
 from tasks.running import workspace
 from tasks.running.repro import Listener, StageFailed, pull, reproduce, require_success, stream
@@ -41,7 +42,6 @@ SCORECARD = Path("reports/scorecard.json")
 REPORT = Path("reports/score/report.html")
 IMAGES = {"images": "t2i.png", "edits": "edits.png", "scorecard-bars": "scorecard.png"}  # key -> file beside the report
 LARGEST_IMAGE = 1_000_000  # bytes of a picture that the run's page carries itself
-TEACHERS = "data/teachers"
 ABSORBED = Path("checkpoints/absorbed")
 DELAYS = [10.0, 30.0, 60.0, 120.0, 300.0]  # s before each new try
 SLOT = "DANCEOPD_SLOT"  # the concurrency limit that stands for this worker's device: one run on it at a time
@@ -187,9 +187,7 @@ def fetch_teachers(work: Workspace) -> None:
     """Fetches the trained teachers that dvc.lock names, from the remote inside the repository, and checks that the
     routes' teachers are among them.
     """
-    from tasks.checks.preflight import require_teachers
-
-    pull(TEACHERS, work.path, _into_log())
+    pull(str(TEACHERS), work.path, _into_log())
     require_teachers(work.path / "params.yaml", work.path / TEACHERS)
 
 
