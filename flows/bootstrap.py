@@ -103,10 +103,7 @@ def make_accounts(admin: str, pipeline: str) -> None:
 
 
 def make_reviewer(admin: str, name: str) -> str:
-    """An account that may read everything and edit the registered model: descriptions, tags, aliases.
-
-    Returns its password, which is kept nowhere else.
-    """
+    """An account that may read all and edit the registered model. Returns its password, kept nowhere else."""
     password = secrets.token_urlsafe(18)
     post(("admin", admin), "2.0/mlflow/users/create", {"username": name, "password": password})
     grant = {"username": name, "resource_type": "registered_model", "resource_id": MODEL, "permission": "EDIT"}

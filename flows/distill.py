@@ -53,9 +53,7 @@ def ending(judged: dict[str, Any], registered: dict[str, Any]) -> State[dict[str
 
 
 def main() -> int:
-    """Runs the flow in this process with no server to start; ends with the table, the verdict and where to look.
-    Returns 1 if the flow failed.
-    """
+    """Runs the flow in this process with no server to start, then shows how it ended. 1 if it failed."""
     parser = argparse.ArgumentParser("python -m flows.distill", description="Run the whole job in this process.")
     parser.add_argument("--preset", default=None, metavar="NAME", help="put presets/NAME.yaml in force first")
     promotes = "auto: a passing candidate becomes champion (default: %(default)s)"

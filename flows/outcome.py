@@ -33,9 +33,7 @@ def print_outcome(
     champion: Means,
     console: Console | None = None,
 ) -> None:
-    """Reads the reports of `project`; prints tables and paths. `champion`: the means of the champion before this run,
-    empty if there was none.
-    """
+    """Prints the reports of `project`. `champion`: the means of the champion before this run, if any."""
     console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     teachers = teacher_means(project / "reports" / "validate.json")
     others = {"champion before": champion, **teachers} if champion else teachers

@@ -51,9 +51,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Service:
-    """How a server is started, and when it counts as up: once the address `health` answers, if it has one. `user` is
-    another account to run as, which only root can.
-    """
+    """A server: up once `health`, if there is one, answers. `user`: another account, which only root can take."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -105,9 +103,7 @@ def addresses(folder: Path) -> dict[str, str]:
 
 
 def client_environment(folder: Path) -> dict[str, str]:
-    """What workers and people need to reach the servers; the standard variables of each tool, and the project's own for
-    git, ledger and publishing.
-    """
+    """What workers and people need to reach the servers, git, the ledger and the published versions."""
     return {
         **credentials.client_settings(_secrets(folder), **addresses(folder)),
         "PREFECT_HOME": str(folder / "prefect-client"),
@@ -123,9 +119,7 @@ def _base_environment() -> dict[str, str]:
 
 
 def _s3_identities(secret: Mapping[str, str]) -> dict[str, object]:
-    """A key for each user of the store, for a bucket of theirs: MLflow cannot touch the ledger, a worker cannot touch
-    MLflow's artifacts.
-    """
+    """A key for each user, for one bucket: MLflow cannot touch the ledger, nor a worker MLflow's artifacts."""
     users = []
     for name, prefix, bucket in (("pipeline", "S3_PIPELINE", "danceopd"), ("mlflow", "S3_MLFLOW", "mlflow")):
         key = {"accessKey": secret[f"{prefix}_KEY"], "secretKey": secret[f"{prefix}_SECRET"]}
@@ -220,9 +214,7 @@ SERVICES = tuple(MAKERS)  # in the order of their start
 
 
 def _started_at(number: int) -> str | None:
-    """The kernel's start time of a process, so that a number which was given out again is not taken for ours; None if
-    it is gone (a zombie is).
-    """
+    """The kernel's start time of a process: its number may be given out again. None if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except OSError:
@@ -291,9 +283,7 @@ def answers(folder: Path, name: str) -> bool:
 
 
 def stop(folder: Path, name: str, *, kill: bool = False) -> None:
-    """Ends a service with its whole process group: asked first (PostgreSQL with a fast shutdown), killed after a while;
-    with `kill` at once.
-    """
+    """Ends a service with its process group: by request (PostgreSQL: fast shutdown), later or with `kill` by force."""
     number = running(folder, name)
     if number is None:
         return
@@ -354,9 +344,7 @@ def _run(command: Sequence[str], **options: Any) -> None:
 
 
 def _make_cluster(folder: Path) -> None:
-    """An empty database cluster with password authentication and its superuser's password; as root it belongs to the
-    account `postgres`.
-    """
+    """An empty database cluster with password authentication; as root it belongs to the account `postgres`."""
     place, programs, user = folder / "postgres", _require_postgres(), _postgres_user()
     if (place / "PG_VERSION").exists():
         return
@@ -419,9 +407,7 @@ def bootstrap(folder: Path) -> None:
 
 
 def up(folder: Path) -> None:
-    """Starts what is not running, in order; the two slow servers start beside each other. A failed first start leaves
-    what it made, for another try.
-    """
+    """Starts what is not running; the two slow servers side by side. A failed start leaves what it made, to go on."""
     folder = folder.resolve()
     prepare(folder)
     _make_cluster(folder)

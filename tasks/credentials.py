@@ -26,15 +26,11 @@ def _password() -> str:
     return secrets.token_hex(LENGTH)  # letters and digits alone: safe in a URL, a shell and an ini file
 
 
-def _login(name: str) -> Callable[[], str]:
-    return lambda: f"{name}:{_password()}"
-
-
 def _access_key() -> str:
     return secrets.token_hex(10).upper()
 
 
-# Name -> how its value is made; a line of the file each.
+# Name -> how its value is made.
 MADE: dict[str, Callable[[], str]] = {
     "POSTGRES_PASSWORD": _password,  # the database's superuser
     "MLFLOW_DATABASE_PASSWORD": _password,
@@ -42,7 +38,7 @@ MADE: dict[str, Callable[[], str]] = {
     "MLFLOW_ADMIN_PASSWORD": _password,  # user admin: makes accounts
     "MLFLOW_PIPELINE_PASSWORD": _password,  # user pipeline: the workers
     "MLFLOW_SECRET_KEY": _password,  # signs the pages' forms
-    "PREFECT_AUTH_STRING": _login("danceopd"),  # shared by the server, the workers and the people
+    "PREFECT_AUTH_STRING": lambda: f"danceopd:{_password()}",  # shared by the server, the workers and the people
     "S3_PIPELINE_KEY": _access_key,  # bucket danceopd: data, ledger, published versions
     "S3_PIPELINE_SECRET": _password,
     "S3_MLFLOW_KEY": _access_key,  # bucket mlflow: the server's artifacts
@@ -52,7 +48,6 @@ MADE: dict[str, Callable[[], str]] = {
 
 def make_file(path: Path = FILE) -> Path:
     """Writes `path` with mode 600. Raises UserError where a file is: servers that run know its values."""
-    text = "".join(f"{name}={make()}\n" for name, make in MADE.items())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # the mode from the first byte on
@@ -62,16 +57,14 @@ def make_file(path: Path = FILE) -> Path:
     except OSError as error:
         raise explain(error, path) from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(f"{name}={make()}\n" for name, make in MADE.items())
         file.flush()
         os.fsync(file.fileno())
     return path
 
 
 def read_file(path: Path = FILE) -> dict[str, str]:
-    """Name -> value. Raises UserErrors naming each line that is not NAME=VALUE and each secret that is missing or
-    short.
-    """
+    """Name -> value. Raises UserErrors naming each line of another form and each secret missing or short."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
@@ -95,9 +88,7 @@ def read_file(path: Path = FILE) -> dict[str, str]:
 def client_settings(
     secret: Mapping[str, str], *, prefect: str = PREFECT, mlflow: str = MLFLOW, s3: str = S3
 ) -> dict[str, str]:
-    """The standard variables of each tool, and the project's, for servers at these addresses (default: those of
-    docker-compose.yml).
-    """
+    """The variables that lead each tool to the servers (default: those of docker-compose.yml)."""
     return {
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_API_AUTH_STRING": secret["PREFECT_AUTH_STRING"],

@@ -31,6 +31,7 @@ from data.errors import Outage, UserError
 from data.files import read_json
 from tasks.checks.preflight import TEACHERS, require_teachers
 from tasks.environment import PROJECT, prepare, setting
+from tasks.registry.server import for_browsers
 from tasks.running import workspace
 from tasks.running.repro import Listener, StageFailed, pull, reproduce, require_success, stream
 from tasks.running.workspace import Workspace
@@ -63,9 +64,7 @@ asking = partial(retried, timeout_seconds=SHORT_TIMEOUT)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """The project's refusals say all there is to say; their way through Prefect's engine is noise. Defects keep their
-    traceback.
-    """
+    """A refusal's message says all; only defects keep their traceback."""
     if record.exc_info and isinstance(record.exc_info[1], (StageFailed, UserError)):
         record.exc_info = None
     return True
@@ -81,9 +80,7 @@ def _into_log() -> Listener:
 
 
 def _into_page(name: str) -> Listener:
-    """Lines into the run's log, and the last count of a long loop into a progress bar on the run's page. A page that
-    cannot be reached stops no training.
-    """
+    """Lines into the run's log, and their counts into a progress bar on its page. A bar's failure stops nothing."""
     log = _into_log()
     bars: dict[str, Any] = {}  # key of a progress artifact -> its id
 
@@ -184,9 +181,7 @@ def preflight(work: Workspace) -> None:
 
 @retried
 def fetch_teachers(work: Workspace) -> None:
-    """Fetches the trained teachers that dvc.lock names, from the remote inside the repository, and checks that the
-    routes' teachers are among them.
-    """
+    """Fetches the trained teachers from the remote inside the repository; every routed one must be there."""
     pull(str(TEACHERS), work.path, _into_log())
     require_teachers(work.path / "params.yaml", work.path / TEACHERS)
 
@@ -258,9 +253,7 @@ def _cell(value: Any) -> str:
 
 
 def _gate_params(work: Workspace) -> Any:
-    """Section `gate`; where a checkout was run, what is registered comes from a clean, known revision whatever the
-    params say.
-    """
+    """Section `gate`; what a checkout registers comes from a clean, known revision, whatever it says."""
     from tasks.params.reading import load_params
     from tasks.release import gate as rules
 
@@ -311,8 +304,6 @@ def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, A
 
 def mlflow_links(registered: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Artifact key -> (address, text) of the version's and the run's page, where MLflow is a server."""
-    from tasks.registry.server import for_browsers
-
     address = for_browsers(str(registered["tracking_uri"]))
     if address is None:
         return {}
@@ -338,9 +329,7 @@ def actor() -> str:
 
 @asking
 def find_model(model: str) -> dict[str, Any]:
-    """{"model", "version", "sha", "address"}: a registered version with its number and commit, or a checkpoint by
-    address (s3:// or a folder).
-    """
+    """{"model", "version", "sha", "address"} of a registered version, or of a checkpoint by address."""
     from tasks.registry import versions
 
     if not versions.is_reference(model):
@@ -362,9 +351,7 @@ def find_champion() -> dict[str, Any] | None:
 
 @asking
 def checkout_of(judged: Mapping[str, Any], revision: str | None) -> Workspace:
-    """The folder with the examples, params and code to score a model with: those of its own revision unless another is
-    named. `judged` as `find_model` returns it.
-    """
+    """The folder to score a model in (as `find_model` returns it): of its revision unless another is named."""
     revision = (revision or judged["sha"]) if workspace.repository() else None
     name = f"score-{flow_run.get_name() or 'local'}"
     return workspace.open_workspace(revision, None, {}, name, _into_log())
@@ -372,9 +359,7 @@ def checkout_of(judged: Mapping[str, Any], revision: str | None) -> Workspace:
 
 @retried(timeout_seconds=STAGE_TIMEOUT)
 def rescore(work: Workspace, judged: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores the model's weights, after comparing them with the registered hashes. Returns {"model", "version",
-    "metrics"}.
-    """
+    """Scores a model whose weights are as registered. Returns {"model", "version", "metrics"}."""
     from tasks.registry import versions
 
     folder, address = work.path / "runs" / "rescore", judged["address"]
@@ -396,9 +381,7 @@ def rescore(work: Workspace, judged: Mapping[str, Any]) -> dict[str, Any]:
 
 @asking
 def report_drift(champion: Mapping[str, Any], scored: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The metrics that left their registered interval, on the run's page and as the event `danceopd.champion.drifted`;
-    empty when none did.
-    """
+    """Metrics that left their registered interval, on the run's page and as `danceopd.champion.drifted`."""
     from tasks.checks import rescore
     from tasks.registry import versions
 
@@ -446,9 +429,7 @@ def rollback(reviewer: str, reason: str) -> dict[str, Any]:
 
 @asking
 def carry_out_reviews() -> list[dict[str, Any]]:
-    """Reviews that were made in MLflow's pages become promotions and rejections. Returns a {"version", "status",
-    "message"} for each.
-    """
+    """Carries out the reviews of MLflow's pages. Returns a {"version", "status", "message"} for each."""
     from tasks.release import decisions
 
     decided = decisions.decide_reviews(PROJECT)
@@ -459,9 +440,7 @@ def carry_out_reviews() -> list[dict[str, Any]]:
 
 @asking
 def publish() -> dict[str, Any]:
-    """What the ledger says is in service is published, and `latest` points to it; empty where DANCEOPD_PUBLISH is
-    unset. Repeating it sends what is missing.
-    """
+    """Publishes what the ledger says is in service; empty where DANCEOPD_PUBLISH is unset. Can be repeated."""
     from tasks.release import publish as publishing
 
     if publishing.destination() is None:

@@ -273,9 +273,7 @@ def _buckets(project: Path) -> Iterator[Finding]:
 
 
 def _writes(what: str, uri: str, conditional: bool) -> Finding:
-    """Writes, reads and removes a probe; the store must refuse to write over it, and to write on a state that has
-    passed.
-    """
+    """Writes, reads and removes a probe; the store must refuse to overwrite it where a condition fails."""
     probe = objects.join(uri, f".doctor-{uuid.uuid4().hex[:12]}")
     etag = objects.put_new(probe, b"1")
     try:
@@ -300,9 +298,7 @@ def _writes(what: str, uri: str, conditional: bool) -> Finding:
 
 
 def _taken(probe: str) -> list[str]:
-    """The conditions that the store ignored: it took a write over an object that must not be there, or on a state that
-    never was.
-    """
+    """The conditions that the store ignored: that there is no object yet, and that it has a given ETag."""
     ignored = []
     writes = {
         "If-None-Match": lambda: objects.put_new(probe, b"2"),

@@ -92,9 +92,7 @@ def backward_evaluations(params: Any, method: str, query_states: int, trainable:
 
 
 def measured_rate(project: Path, family: str) -> float | None:
-    """Network evaluations a second, as the last distillation of this family on this machine counted them; None where
-    there is none.
-    """
+    """Network evaluations a second in the last distillation of this family on this machine, or None."""
     folder = project / "checkpoints" / "student"
     try:
         if read_json(folder / "student.json").get("backbone") != family:
@@ -112,9 +110,7 @@ def measured_rate(project: Path, family: str) -> float | None:
 
 @dataclass(frozen=True)
 class Size:
-    """The network: parameters, those of a rank-1 adapter (sum of in + out over its layers), tokens of a T2I sample,
-    width and blocks.
-    """
+    """The network. `per_rank`: parameters of a rank-1 adapter; `tokens`: of a T2I sample."""
 
     parameters: int
     per_rank: int
@@ -124,8 +120,7 @@ class Size:
 
 
 def size_of(params: Mapping[str, Any], project: Path) -> Size:
-    """From shapes alone: of the base that `teachers.sources` names, or of the one among the teachers, where it is here
-    and the family's; else of the published network."""
+    """From shapes alone: of the family's base where it is here, else of the published network."""
     from model.networks.adapters import linear_modules
     from model.networks.network import own_layers
 
@@ -163,9 +158,7 @@ def _backbone(params: Mapping[str, Any], project: Path) -> Any:
 
 
 def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> float:
-    """Floating-point operations of a forward of a sample: 2 per parameter and token, and 4 tokens^2 width per block for
-    the attention.
-    """
+    """Floating-point operations of a forward: 2 parameters tokens + 4 tokens^2 width blocks (attention)."""
     if family == "zimage" and resolution in ZIMAGE_TERA:
         return ZIMAGE_TERA[resolution][edit] * 1e12
     tokens = size.tokens * (2 if edit and family == "zimage" else 1)  # the others read the source beside the noise
@@ -225,9 +218,7 @@ def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> d
 
 
 def stage_states(project: Path, same_params: Mapping[str, bool]) -> dict[str, str]:
-    """Stage -> "cached", "runs: why" or "frozen", by `dvc status`; `same_params`: whether its sections are those in
-    force.
-    """
+    """Stage -> "cached", "runs: why" or "frozen". `same_params`: whether its sections are those in force."""
     from tasks.running.repro import stream
 
     ended = stream([sys.executable, "-m", "dvc", "status", "--json"], project, lambda _: None)
@@ -290,9 +281,7 @@ def _absorption(params: Any, trainable: str) -> Work:
 
 
 def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
-    """Held-out images by capability: of the micro world by params, of a folder by what was curated from it; None before
-    that.
-    """
+    """Held-out images by capability: by params, or of a folder by what was curated from it (None before that)."""
     collect, curated = params["collect"], project / "data/curated"
     if collect.source == "microworld":
         held_out = collect.evaluation

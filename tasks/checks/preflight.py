@@ -28,9 +28,7 @@ def check_all(path: str | Path = PARAMS_FILE) -> None:
 
 
 def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None:
-    """Raises UserErrors with every fault: of all sections, and of what they name and is not there. Teachers are looked
-    for only where they have been fetched.
-    """
+    """Raises UserErrors with every fault: of all sections, and of what they name and is not there."""
     faults: list[str] = []
     try:
         check_all(path)
@@ -55,9 +53,7 @@ def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
 
 
 def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
-    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro
-    world's detector needs none.
-    """
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that judge images."""
     from data.microworld import MICRO  # here, as it loads pandas
 
     benchmark, known = document.get("benchmark"), {}
@@ -79,9 +75,7 @@ def in_hub_cache(name: str) -> bool:
 
 
 def network_faults(document: dict[str, Any], project: Path) -> list[str]:
-    """Networks that look at the images and are nowhere, and what of them and of the teachers' weights the hub would
-    have to give and does not.
-    """
+    """Networks that judge images and are nowhere, and weights that the hub would have to give and does not."""
     uris, known = _source_uris(document), evaluators(document, project)
     remedy = "no such folder, and no name on the hub (owner/name); put the network there, or name where it is"
     faults = [f"{key} = {name!r}: {remedy}" for key, (name, state) in known.items() if state == "missing"]
@@ -121,9 +115,7 @@ def judge_faults(document: dict[str, Any]) -> list[str]:
 
 
 def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
-    """Teachers that `routing.routes` names and that section `teachers` does not make, or that have no files in the
-    folder `teachers`, where it is there yet.
-    """
+    """Routed teachers that section `teachers` does not make, or without files in the folder `teachers`."""
     try:
         routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
         sources = dict(document["teachers"].get("sources") or {})

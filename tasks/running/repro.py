@@ -52,9 +52,7 @@ class Ended:
 
 
 def stream(command: Sequence[str], project: Path, line: Listener) -> Ended:
-    """Runs `command` in `project` and hands on each line as it appears. On any exception, cancellation included, its
-    process group is ended first.
-    """
+    """Runs `command` in `project`, hands on its lines, and ends its process group on any exception."""
     output, into = os.pipe()
     guard = _guard(output)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": into, "stderr": subprocess.STDOUT, "text": True}

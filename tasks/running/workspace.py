@@ -124,9 +124,7 @@ def _hold(folder: Path) -> None:
 
 
 def resolve(source: str, revision: str) -> str:
-    """The full commit of a branch, tag or commit of the repository, through a mirror that is updated first. Raises
-    UserError when it is not known there.
-    """
+    """The full commit of a branch, tag or commit, from an updated mirror. Raises UserError for unknown ones."""
     copy = mirror()
     copy.parent.mkdir(parents=True, exist_ok=True)
     with open(root() / ".mirror.lock", "w") as lock:
@@ -148,9 +146,7 @@ def resolve(source: str, revision: str) -> str:
 
 
 def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) -> None:
-    """Rewrites params.yaml: a preset's whole file, then single values by dotted key. Raises UserErrors for a preset or
-    keys that do not exist.
-    """
+    """Puts a preset's file, then values by dotted key, into params.yaml. Raises UserErrors for unknown ones."""
     path = project / PARAMS_FILE
     if preset is not None:
         write_text(path, preset_text(preset, project))

@@ -62,9 +62,7 @@ def is_s3(uri: str | Path) -> bool:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """(bucket, key) of `s3://bucket/key`; the key may be empty. Raises UserError for anything else, and for a key with
-    `.` or `..` as a part.
-    """
+    """(bucket, key) of `s3://bucket/key`; the key may be empty. Raises UserError, also for `.` and `..` in it."""
     match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.DOTALL)
     if match is None:
         raise UserError(f"{uri}: not an S3 address; expected s3://BUCKET/KEY")
@@ -79,9 +77,7 @@ def join(uri: str, *names: str) -> str:
 
 
 def relative_name(key: str, prefix: str) -> str:
-    """The key without its prefix, as a path that cannot leave the folder it is written into. Raises UserError for one
-    that could.
-    """
+    """The key without its prefix. Raises UserError if it would lead out of the folder it is written to."""
     name = key.removeprefix(prefix)
     if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise UserError(f"{key!r}: not a name that can be written below a folder; rename the object")
@@ -202,9 +198,7 @@ def put_new(uri: str, content: bytes) -> str:
 
 
 def replace(uri: str, content: bytes, etag: str) -> str:
-    """Writes over the state that `read` returned with this ETag; returns the new ETag. Raises Changed when the object
-    has another by now.
-    """
+    """Overwrites the state that has this ETag; returns the new ETag. Raises Changed if it has another by now."""
     return _put(uri, content, IfMatch=etag)
 
 
@@ -242,9 +236,7 @@ def delete(uri: str) -> None:
 
 
 def list_objects(uri: str) -> list[Object]:
-    """All objects whose keys start with the address's, sorted by key. Raises UserError for a bucket that does not
-    exist.
-    """
+    """Objects whose keys start with the address's, by key. Raises UserError where there is no bucket."""
     bucket, key = split(uri)
     with explained(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
@@ -254,9 +246,7 @@ def list_objects(uri: str) -> list[Object]:
 
 
 def server_time(uri: str) -> datetime:
-    """What the store's clock says, from its answer about the bucket; so it also proves that the bucket is there and may
-    be read.
-    """
+    """What the store's clock says, from its answer about the bucket, which must exist and be readable."""
     bucket, _ = split(uri)
     with explained(f"{SCHEME}{bucket}"):
         answer = client().head_bucket(Bucket=bucket)
@@ -272,9 +262,7 @@ def repeated(work: Callable[..., T], *arguments: Any) -> T:
 
 
 def chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
-    """The body of an answer, for `repeated`: its error when the body ends early, stalls or does not have the checksum
-    that the store keeps.
-    """
+    """The body of an answer. `repeated` takes another try where it ends early, stalls or has another checksum."""
     from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
     try:

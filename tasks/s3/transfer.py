@@ -133,9 +133,7 @@ def _fetch(uri: str, etag: str, partial: Path, notes: IO[str], counter: _Counter
 
 
 def _fetch_part(uri: str, etag: str, descriptor: int, size: int, part: Part | None) -> None:
-    """Writes a part to its place in the file, or the whole object where `part` is None: without a range boto3 verifies
-    the stored checksum.
-    """
+    """Writes a part to its place; None means the whole object, whose stored checksum boto3 verifies."""
     bucket, key = objects.split(uri)
     offset, length = part or (0, size)
     only = {"Range": f"bytes={offset}-{offset + length - 1}"} if part else {}
@@ -270,9 +268,7 @@ def _upload_parts(uri: str, descriptor: int, parts: Sequence[Part], sums: Sequen
 
 
 def _unfinished(target: Mapping[str, str], parts: Sequence[Part], sums: Sequence[bytes]) -> tuple[str | None, set[int]]:
-    """The unfinished upload of this key that has the most parts of this file, and their indices; (None, empty) when
-    there is none.
-    """
+    """The unfinished upload with the most parts of this file, and their indices; (None, empty) without any."""
     bucket, key = target["Bucket"], target["Key"]
     pages = client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key)
     uploads = [upload["UploadId"] for page in pages for upload in page.get("Uploads", []) if upload["Key"] == key]
