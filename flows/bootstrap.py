@@ -1,7 +1,7 @@
-"""`python -m flows.bootstrap`: what the servers must know before the first run; done again, it changes nothing that is
+"""`python -m flows.bootstrap`: what the servers must know before the first run. A repetition changes nothing that is
 right already.
 
-In Prefect the process pool with its queues, one concurrency limit for each device, the automation that ends runs whose
+In Prefect the process pool with its queues, a concurrency limit for each device, the automation that ends runs whose
 process is gone, and the deployments of prefect.yaml. In MLflow the account of the workers and the registered model,
 which belongs to that account. `--reviewer NAME` makes an account for a person.
 """
@@ -19,156 +19,121 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from tasks.environment import PROJECT, for_children, prepare
+import requests
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectAlreadyExists
 
-prepare()  # before Prefect reads its settings
-
-
-import requests  # noqa: E402
-from prefect.client.orchestration import SyncPrefectClient, get_client  # noqa: E402
-from prefect.client.schemas.actions import WorkPoolCreate  # noqa: E402
-from prefect.client.schemas.objects import StateType  # noqa: E402
-from prefect.events.actions import ChangeFlowRunState  # noqa: E402
-from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture  # noqa: E402
-from prefect.exceptions import ObjectAlreadyExists  # noqa: E402
-
-from data.errors import UserError  # noqa: E402
+from data.errors import UserError
+from tasks.environment import PROJECT, for_children, setting
 
 POOL = "local"
-QUEUES = ("cpu", "gpu")
+QUEUES = ("cpu", "gpu")  # by what a run needs
 MODEL = "danceopd"
+PURPOSE = "Students distilled from several flow-matching teachers; alias champion is in service."
 SILENCE = timedelta(seconds=90)  # three heartbeats of 30 s that did not come
 ZOMBIES = "runs without a heartbeat have crashed"
+CRASHED = "no heartbeat for 90 s: the process or its machine is gone; run it again, it goes on"
 
 
 def make_pool(client: SyncPrefectClient) -> None:
-    """The process pool and its queues: `cpu` and `gpu` by what a run needs."""
+    """The process pool and its queues."""
+    pool = WorkPoolCreate(name=POOL, type="process", description="Runs as processes of the worker that takes them")
     with contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(
-            WorkPoolCreate(name=POOL, type="process", description="Runs as processes of the worker that takes them")
-        )
+        client.create_work_pool(pool)
     for name in QUEUES:
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_queue(name=name, work_pool_name=POOL)
 
 
-def make_limits(client: SyncPrefectClient, slots: Sequence[str]) -> None:
-    """One limit of one for each device: a second run waits for the first."""
-    for name in slots:
-        client.upsert_global_concurrency_limit_by_name(name, 1)
-
-
 def make_automation(client: SyncPrefectClient) -> None:
-    """A run whose worker and engine were killed together sends nothing any more: without this it would stay Running for
-    ever.
-    """
-    ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-    automation = AutomationCore(
-        name=ZOMBIES,
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *ended},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message="no heartbeat for 90 s: the process or its machine is gone; run it again, it goes on",
-            )
-        ],
+    """Ends a run whose worker and engine were killed together: it sends nothing any more and would stay Running."""
+    if client.read_automations_by_name(ZOMBIES):
+        return
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    trigger = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *ends},
+        match={"prefect.resource.id": ["prefect.flow-run.*"]},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=SILENCE,
     )
-    if not client.read_automations_by_name(ZOMBIES):
-        client.create_automation(automation)
+    actions = [ChangeFlowRunState(state=StateType.CRASHED, message=CRASHED)]
+    client.create_automation(AutomationCore(name=ZOMBIES, trigger=trigger, actions=actions))
 
 
 def deploy() -> None:
     """Every deployment of prefect.yaml. Raises UserError with Prefect's own words."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    ended = subprocess.run(
-        command, cwd=PROJECT, env=for_children(sys.executable), capture_output=True, text=True, check=False
-    )
+    environment = for_children(sys.executable)
+    ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise UserError(f"prefect deploy failed: {(ended.stderr or ended.stdout).strip()[-2000:]}")
 
 
-# --- MLflow -----------------------------------------------------------------------------------------------------------
+# --- MLflow: over HTTP, as flows do not load MLflow -------------------------------------------------------------------
 
 
-class Mlflow:
-    """The few requests to MLflow's server that need an administrator, over HTTP: the flows' room does not load
-    MLflow.
+def post(login: tuple[str, str], path: str, body: dict[str, Any], *, may_exist: bool = False) -> None:
+    """A request to MLflow's server as `login` (user, password).
+
+    Raises UserError for a refusal; with `may_exist` not for the one that the thing exists already.
     """
-
-    def __init__(self, address: str, user: str, password: str) -> None:
-        self.address, self.login = address.rstrip("/"), (user, password)
-
-    def post(self, path: str, body: dict[str, Any], *, exists_is_fine: bool = False) -> None:
-        """Raises UserError for any refusal but, if so asked, that it exists already."""
-        try:
-            answer = requests.post(f"{self.address}/api/{path}", json=body, auth=self.login, timeout=60)
-        except requests.RequestException as error:
-            raise UserError(f"MLflow at {self.address} does not answer: {type(error).__name__}") from error
-        if answer.ok or (exists_is_fine and answer.status_code in (400, 409) and "ALREADY_EXISTS" in answer.text):
-            return
+    address = _required("MLFLOW_TRACKING_URI").rstrip("/")
+    try:
+        answer = requests.post(f"{address}/api/{path}", json=body, auth=login, timeout=60)
+    except requests.RequestException as error:
+        raise UserError(f"MLflow at {address} does not answer: {type(error).__name__}") from error
+    exists = answer.status_code in (400, 409) and "ALREADY_EXISTS" in answer.text
+    if not answer.ok and not (may_exist and exists):
         raise UserError(f"MLflow refused {path}: HTTP {answer.status_code} {answer.text[:300]}")
 
 
-def make_accounts(address: str, admin: str, pipeline: str) -> None:
-    """The workers' account, and the registered model, which whoever creates it may change: the workers, and those an
-    administrator adds.
-    """
-    Mlflow(address, "admin", admin).post(
-        "2.0/mlflow/users/create", {"username": "pipeline", "password": pipeline}, exists_is_fine=True
-    )
-    described = {
-        "name": MODEL,
-        "description": "Students distilled from several flow-matching teachers; alias champion is in service.",
-    }
-    Mlflow(address, "pipeline", pipeline).post("2.0/mlflow/registered-models/create", described, exists_is_fine=True)
+def make_accounts(admin: str, pipeline: str) -> None:
+    """The workers' account, and the registered model as theirs: they, and whom an administrator adds, may change it."""
+    account = {"username": "pipeline", "password": pipeline}
+    post(("admin", admin), "2.0/mlflow/users/create", account, may_exist=True)
+    model = {"name": MODEL, "description": PURPOSE}
+    post(("pipeline", pipeline), "2.0/mlflow/registered-models/create", model, may_exist=True)
 
 
-def make_reviewer(address: str, admin: str, name: str) -> str:
-    """An account that may read everything and edit the registered model: descriptions, tags, aliases. Returns its
-    password, shown once.
-    """
+def make_reviewer(admin: str, name: str) -> str:
+    """An account that may read all and edit the registered model. Returns its password, kept nowhere else."""
     password = secrets.token_urlsafe(18)
-    server = Mlflow(address, "admin", admin)
-    server.post("2.0/mlflow/users/create", {"username": name, "password": password})
+    post(("admin", admin), "2.0/mlflow/users/create", {"username": name, "password": password})
     grant = {"username": name, "resource_type": "registered_model", "resource_id": MODEL, "permission": "EDIT"}
-    server.post("3.0/mlflow/users/permissions/grant", grant)
+    post(("admin", admin), "3.0/mlflow/users/permissions/grant", grant)
     return password
 
 
-def _secret(name: str) -> str:
-    value = os.environ.get(name, "").strip()
-    if not value:
-        raise UserError(
-            f"{name} is not set; docker-compose.yml and scripts/stack.py take it from the file that python -m tasks secrets makes"
-        )
+def _required(name: str) -> str:
+    value = setting(name)
+    if value is None:
+        takers = "docker-compose.yml and scripts/stack.py take it"
+        raise UserError(f"{name} is not set; {takers} from the file that python -m tasks secrets makes")
     return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m flows.bootstrap",
-        description="Make pool, queues, limits, automation, deployments, accounts and the model.",
-    )
+    about = "Make pool, queues, limits, automation, deployments, accounts and the model."
+    parser = argparse.ArgumentParser("python -m flows.bootstrap", description=about)
     parser.add_argument("--reviewer", metavar="NAME", help="only make an MLflow account for this person")
-    chosen = parser.parse_args(argv)
-    begun = time.monotonic()
+    reviewer, begun = parser.parse_args(argv).reviewer, time.monotonic()
     try:
-        address, admin = _secret("MLFLOW_TRACKING_URI"), _secret("MLFLOW_ADMIN_PASSWORD")
-        if chosen.reviewer:
-            print(f"{chosen.reviewer}: password {make_reviewer(address, admin, chosen.reviewer)} (shown once)")
+        admin = _required("MLFLOW_ADMIN_PASSWORD")
+        if reviewer:
+            print(f"{reviewer}: password {make_reviewer(admin, reviewer)} (shown once)")
             return 0
-        make_accounts(address, admin, _secret("MLFLOW_TRACKING_PASSWORD"))
+        make_accounts(admin, _required("MLFLOW_TRACKING_PASSWORD"))
         with get_client(sync_client=True) as client:
             make_pool(client)
-            make_limits(client, [name for name in os.environ.get("DANCEOPD_SLOTS", "cpu").split(",") if name])
+            for device in filter(None, os.environ.get("DANCEOPD_SLOTS", "cpu").split(",")):
+                client.upsert_global_concurrency_limit_by_name(device, 1)  # a second run waits for the first
             make_automation(client)
         deploy()
     except UserError as error:

@@ -8,14 +8,11 @@ import argparse
 import sys
 from typing import Any, Literal
 
-from tasks.environment import PROJECT, prepare
+from prefect import flow
+from prefect.states import Completed, State
 
-prepare()  # before Prefect reads its settings
-
-from prefect import flow  # noqa: E402
-from prefect.states import Completed, State  # noqa: E402
-
-from tasks import prefect_tasks as run  # noqa: E402
+from tasks import prefect_tasks as run
+from tasks.environment import PROJECT
 
 
 @flow(name="distill")
@@ -49,30 +46,20 @@ def distill(
 
 
 def ending(judged: dict[str, Any], registered: dict[str, Any]) -> State[dict[str, Any]]:
-    """A candidate that the gate refused is a finished run with a name of its own: nothing broke, and nobody should take
-    it for a success.
-    """
+    """A refused candidate ends in the state "Refused": nothing broke, and nobody should take it for a success."""
     reasons = [rule["reason"] for rule in judged["verdict"]["rules"] if not rule["passed"]]
-    message = "; ".join(reasons) or "the candidate passed the gate"
-    return Completed(
-        name="Refused" if reasons else "Completed", message=message, data={**judged, "registered": registered}
-    )
+    name, message = ("Refused", "; ".join(reasons)) if reasons else ("Completed", "the candidate passed the gate")
+    return Completed(name=name, message=message, data={**judged, "registered": registered})
 
 
 def main() -> int:
-    """Runs the flow in this process with no server to start; ends with the table, the verdict and where to look.
-    Returns 1 if the flow failed.
-    """
+    """Runs the flow in this process with no server to start, then shows how it ended. 1 if it failed."""
     parser = argparse.ArgumentParser("python -m flows.distill", description="Run the whole job in this process.")
     parser.add_argument("--preset", default=None, metavar="NAME", help="put presets/NAME.yaml in force first")
-    parser.add_argument(
-        "--promote",
-        choices=["auto", "review"],
-        default="review",
-        help="auto: a passing candidate becomes champion (default: %(default)s)",
-    )
+    promotes = "auto: a passing candidate becomes champion (default: %(default)s)"
+    parser.add_argument("--promote", choices=["auto", "review"], default="review", help=promotes)
     arguments = parser.parse_args()
-    from flows.outcome import failure_line, print_outcome
+    from flows.outcome import print_outcome
 
     try:
         state = distill(preset=arguments.preset, promote=arguments.promote, return_state=True)
@@ -80,15 +67,15 @@ def main() -> int:
         print("error: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "ephemeral" not in str(error):  # how Prefect says that its own small server did not come up in time
+        if "ephemeral" not in str(error):  # Prefect's word where its own small server did not come up in time
             raise
-        print(
-            "error: Prefect's temporary server did not start in three minutes: the machine is too busy; the same command later begins there",
-            file=sys.stderr,
-        )
+        fault = "Prefect's temporary server did not start in three minutes: the machine is too busy"
+        print(f"error: {fault}; run the same command again later", file=sys.stderr)
         return 1
     if not state.is_completed():
-        print(f"error: {failure_line(state.result(raise_on_failure=False), state.message)}", file=sys.stderr)
+        fault = state.result(raise_on_failure=False)
+        said = isinstance(fault, BaseException) and str(fault)
+        print(f"error: {said or state.message or 'the flow failed; its log is above'}", file=sys.stderr)
         return 1
     print_outcome(PROJECT, **state.result())
     return 0

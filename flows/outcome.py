@@ -22,15 +22,7 @@ PLACES = {
     "scorecard": "reports/scorecard.json",
     "verdict": "reports/verdict.json",
 }
-
-
-def failure_line(error: object, message: str | None) -> str:
-    """One clear message for a flow that did not complete."""
-    return (
-        str(error)
-        if isinstance(error, BaseException) and str(error)
-        else message or "the flow failed; its log is above"
-    )
+Means = dict[str, float | None]  # metric path -> mean
 
 
 def print_outcome(
@@ -38,20 +30,14 @@ def print_outcome(
     *,
     verdict: dict[str, Any],
     registered: dict[str, Any],
-    champion: dict[str, float | None],
+    champion: Means,
     console: Console | None = None,
 ) -> None:
-    """Reads the reports of `project`; prints tables and paths. `champion`: metric path -> mean of the champion before
-    this run, empty if there was none.
-    """
+    """Prints the reports of `project`. `champion`: the means of the champion before this run, if any."""
     console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     teachers = teacher_means(project / "reports" / "validate.json")
-    console.print(
-        _scores(
-            read_json(project / "reports" / "scorecard.json"),
-            {"champion before": champion, **teachers} if champion else teachers,
-        )
-    )
+    others = {"champion before": champion, **teachers} if champion else teachers
+    console.print(_scores(read_json(project / "reports" / "scorecard.json"), others))
     console.print(_rules(verdict))
     table = Table(title="registered", show_header=False)
     for key, value in registered.items():
@@ -64,33 +50,24 @@ def print_outcome(
     console.print("MLflow     make ui, then open http://127.0.0.1:5000", markup=False, highlight=False)
 
 
-def teacher_means(path: Path) -> dict[str, dict[str, float | None]]:
-    """Teacher -> metric path -> mean, from reports/validate.json."""
+def teacher_means(path: Path) -> dict[str, Means]:
+    """Teacher -> its means, from reports/validate.json; without the teachers that were not scored."""
     teachers = read_json(path).get("teachers", {}) if path.exists() else {}
-    return {
-        name: {key: metric["mean"] for key, metric in scored["metrics"].items()}
-        for name, scored in teachers.items()
-        if scored.get("metrics")
-    }
+    metrics = {name: scored["metrics"] for name, scored in teachers.items() if scored.get("metrics")}
+    return {name: {key: metric["mean"] for key, metric in values.items()} for name, values in metrics.items()}
 
 
-def _scores(scorecard: dict[str, Any], others: dict[str, dict[str, float | None]]) -> Table:
+def _scores(scorecard: dict[str, Any], others: dict[str, Means]) -> Table:
     metrics = scorecard["metrics"]
     table = Table(title=str(scorecard["model"]))
     table.add_column("metric")
     for column in ("student", "interval", "n", *others):
         table.add_column(column, justify="right")
     for path in sorted(metrics, key=lambda path: (path not in HEADLINES, not path.startswith("retention/"), path)):
-        metric = metrics[path]
+        metric, name = metrics[path], Text(path, style="bold" if path in HEADLINES else "")
         interval = f"{_number(metric['low'])} to {_number(metric['high'])}"
         beside = [_number(means.get(path)) for means in others.values()]
-        table.add_row(
-            Text(path, style="bold" if path in HEADLINES else ""),
-            _number(metric["mean"]),
-            interval,
-            str(metric["n"]),
-            *beside,
-        )
+        table.add_row(name, _number(metric["mean"]), interval, str(metric["n"]), *beside)
     return table
 
 
@@ -100,9 +77,8 @@ def _rules(verdict: dict[str, Any]) -> Table:
         table.add_column(column)
     for rule in verdict["rules"]:
         mark = Text("passed", style="green") if rule["passed"] else Text("failed", style="bold red")
-        table.add_row(
-            Text(str(rule["rule"])), mark, _number(rule["value"]), _number(rule["bound"]), Text(str(rule["reason"]))
-        )
+        name, reason = Text(str(rule["rule"])), Text(str(rule["reason"]))
+        table.add_row(name, mark, _number(rule["value"]), _number(rule["bound"]), reason)
     return table
 
 

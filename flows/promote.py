@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.environment import prepare
+from prefect import flow
 
-prepare()  # before Prefect reads its settings
-
-from prefect import flow  # noqa: E402
-
-from tasks import prefect_tasks as run  # noqa: E402
+from tasks import prefect_tasks as run
 
 
 @flow(name="promote")

@@ -1,8 +1,7 @@
-"""`python -m tasks secrets`: the passwords of the servers, made once, strong and random, into a file that only its
-owner reads.
+"""`python -m tasks secrets`: the passwords of the servers, strong and random, made once into a file that only its owner
+reads.
 
-Nothing in the project has a default password: docker-compose.yml and scripts/stack.py take every one of them from this
-file.
+Nothing in the project has a default password: docker-compose.yml and scripts/stack.py take all of them from this file.
 """
 
 from __future__ import annotations
@@ -27,15 +26,11 @@ def _password() -> str:
     return secrets.token_hex(LENGTH)  # letters and digits alone: safe in a URL, a shell and an ini file
 
 
-def _login(name: str) -> Callable[[], str]:
-    return lambda: f"{name}:{_password()}"
-
-
 def _access_key() -> str:
     return secrets.token_hex(10).upper()
 
 
-# Name -> how its value is made. One line each in the file.
+# Name -> how its value is made.
 MADE: dict[str, Callable[[], str]] = {
     "POSTGRES_PASSWORD": _password,  # the database's superuser
     "MLFLOW_DATABASE_PASSWORD": _password,
@@ -43,7 +38,7 @@ MADE: dict[str, Callable[[], str]] = {
     "MLFLOW_ADMIN_PASSWORD": _password,  # user admin: makes accounts
     "MLFLOW_PIPELINE_PASSWORD": _password,  # user pipeline: the workers
     "MLFLOW_SECRET_KEY": _password,  # signs the pages' forms
-    "PREFECT_AUTH_STRING": _login("danceopd"),  # shared by the server, the workers and the people
+    "PREFECT_AUTH_STRING": lambda: f"danceopd:{_password()}",  # shared by the server, the workers and the people
     "S3_PIPELINE_KEY": _access_key,  # bucket danceopd: data, ledger, published versions
     "S3_PIPELINE_SECRET": _password,
     "S3_MLFLOW_KEY": _access_key,  # bucket mlflow: the server's artifacts
@@ -52,30 +47,24 @@ MADE: dict[str, Callable[[], str]] = {
 
 
 def make_file(path: Path = FILE) -> Path:
-    """Writes `path` with mode 600. Raises UserError when it exists: servers that run already know the old values, so it
-    is never overwritten.
-    """
-    text = "".join(f"{name}={make()}\n" for name, make in MADE.items())
+    """Writes `path` with mode 600. Raises UserError where a file is: servers that run know its values."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # the mode from the first byte on
     except FileExistsError as error:
-        raise UserError(
-            f"{path}: exists already and is not overwritten; to change secrets of running servers see docs/operations.md"
-        ) from error
+        remedy = "to change secrets of running servers see docs/operations.md"
+        raise UserError(f"{path}: exists already and is not overwritten; {remedy}") from error
     except OSError as error:
         raise explain(error, path) from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(f"{name}={make()}\n" for name, make in MADE.items())
         file.flush()
         os.fsync(file.fileno())
     return path
 
 
 def read_file(path: Path = FILE) -> dict[str, str]:
-    """Name -> value. Raises UserErrors naming each line that is not NAME=VALUE and each secret that is missing or
-    short.
-    """
+    """Name -> value. Raises UserErrors naming each line of another form and each secret missing or short."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
@@ -99,9 +88,7 @@ def read_file(path: Path = FILE) -> dict[str, str]:
 def client_settings(
     secret: Mapping[str, str], *, prefect: str = PREFECT, mlflow: str = MLFLOW, s3: str = S3
 ) -> dict[str, str]:
-    """The standard variables of each tool, and the project's own, for servers at these addresses (default: those of
-    docker-compose.yml).
-    """
+    """The variables that lead each tool to the servers (default: those of docker-compose.yml)."""
     return {
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_API_AUTH_STRING": secret["PREFECT_AUTH_STRING"],
@@ -113,30 +100,26 @@ def client_settings(
         "AWS_ACCESS_KEY_ID": secret["S3_PIPELINE_KEY"],
         "AWS_SECRET_ACCESS_KEY": secret["S3_PIPELINE_SECRET"],
         "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",  # aiobotocore, below DVC, reads this one
+        "AWS_DEFAULT_REGION": "us-east-1",  # aiobotocore, below DVC, reads this name
         "DANCEOPD_LEDGER": "s3://danceopd/ledger",
         "DANCEOPD_PUBLISH": "s3://danceopd/published",
     }
 
 
+def exports(variables: Mapping[str, str]) -> str:
+    """The shell's lines that set these variables."""
+    return "".join(f"export {name}='{value}'\n" for name, value in variables.items())
+
+
 def cli(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tasks secrets", description="Make the servers' passwords into a file that only you can read."
-    )
-    parser.add_argument(
-        "--out", type=Path, default=FILE, metavar="FILE", help="the file to make (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--exports",
-        action="store_true",
-        help='print what this shell needs to reach the servers: eval "$(python -m tasks secrets --exports)"',
-    )
+    about = "Make the servers' passwords into a file that only you can read."
+    parser = argparse.ArgumentParser("python -m tasks secrets", description=about)
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="what to make (default: %(default)s)")
+    shell = 'print what this shell needs to reach the servers: eval "$(python -m tasks secrets --exports)"'
+    parser.add_argument("--exports", action="store_true", help=shell)
     parsed = parser.parse_args(list(argv))
     if parsed.exports:
-        print(
-            "".join(f"export {name}='{value}'\n" for name, value in client_settings(read_file(parsed.out)).items()),
-            end="",
-        )
+        print(exports(client_settings(read_file(parsed.out))), end="")
         return 0
     path = make_file(parsed.out)
     print(f"{path}: {len(MADE)} secrets, mode 600. It is in .gitignore; keep a copy where you keep passwords")

@@ -1,8 +1,5 @@
-"""Defaults of the environment: everything is written inside the project, nothing is reported home, nothing listens
-beyond this machine.
-
-To be called before Prefect, MLflow, DVC or Hugging Face libraries are imported: they read these variables once. What
-the user has set stays.
+"""Defaults of the environment: everything is written inside the project, nothing is reported home. What the user has
+set stays. Prefect, MLflow, DVC and the Hugging Face libraries read these variables once, when they are imported.
 """
 
 from __future__ import annotations
@@ -13,17 +10,14 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-# What chooses the servers. Everything else about them is in their own standard settings: MLFLOW_TRACKING_URI,
-# MLFLOW_TRACKING_USERNAME and _PASSWORD, PREFECT_API_URL, AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, ...
-LEDGER = (
-    "DANCEOPD_LEDGER"  # s3://BUCKET/PREFIX of the ledger that all machines share; unset: a folder inside the project
-)
+# Everything else about the servers is in their standard settings: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and
+# _PASSWORD, PREFECT_API_URL, AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, ...
+LEDGER = "DANCEOPD_LEDGER"  # s3://BUCKET/PREFIX of the machines' shared ledger; unset: a folder inside the project
 PUBLISH = "DANCEOPD_PUBLISH"  # s3://BUCKET/PREFIX where promoted versions are published; unset: nothing is published
 REVIEWERS = "DANCEOPD_REVIEWERS"  # names that may decide, separated by commas; unset: whoever may write to the registry
 
-# MLflow 3.17 tells its clients to fetch artifacts from the store behind it, by the store's name inside the servers'
-# network: from any other network each file costs three minutes of vain tries. Through the server they come from
-# everywhere.
+# MLflow 3.17 tells its clients to fetch artifacts from the store behind it, by a name that only the servers' network
+# knows: elsewhere a file costs three minutes of vain tries. These switches lead through the server.
 PROXIED = {"MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false"}
 
 
@@ -62,9 +56,7 @@ def prepare(project: Path = PROJECT) -> None:
 
 
 def for_children(executable: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a stage's process: lines arrive as they are printed, and `python` is the interpreter that runs
-    now.
-    """
+    """The environment of a stage: its lines come unbuffered, and `python` is this interpreter."""
     made = {**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"}
     made["PATH"] = os.pathsep.join([str(Path(executable).parent), made.get("PATH", os.defpath)])
     return made

@@ -13,21 +13,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from prefect import Task, task
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import Task, artifacts, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.events import emit_event
@@ -36,29 +29,28 @@ from prefect.runtime import flow_run
 
 from data.errors import Outage, UserError
 from data.files import read_json
-from tasks.environment import PROJECT
-from tasks.running.repro import StageFailed, failure, pull, reproduce, stream
-from tasks.running.workspace import Workspace, open_workspace, repository
-from tasks.running.workspace import close as close_workspace
-from tasks.running.workspace import push as push_workspace
+from tasks.checks.preflight import TEACHERS, require_teachers
+from tasks.environment import PROJECT, prepare, setting
+from tasks.registry.server import for_browsers
+from tasks.running import workspace
+from tasks.running.repro import Listener, StageFailed, pull, reproduce, require_success, stream
+from tasks.running.workspace import Workspace
+from tasks.s3 import objects, transfer
+
+prepare()  # Prefect loads a deployment's file by its path, without the package `flows`
 
 SCORECARD = Path("reports/scorecard.json")
 REPORT = Path("reports/score/report.html")
-IMAGES = {
-    "images": "t2i.png",
-    "edits": "edits.png",
-    "scorecard-bars": "scorecard.png",
-}  # artifact's key -> file beside the report
+IMAGES = {"images": "t2i.png", "edits": "edits.png", "scorecard-bars": "scorecard.png"}  # key -> file beside the report
 LARGEST_IMAGE = 1_000_000  # bytes of a picture that the run's page carries itself
-TEACHERS = "data/teachers"
 ABSORBED = Path("checkpoints/absorbed")
 DELAYS = [10.0, 30.0, 60.0, 120.0, 300.0]  # s before each new try
 SLOT = "DANCEOPD_SLOT"  # the concurrency limit that stands for this worker's device: one run on it at a time
 LEASE = 60.0  # s after which a dead run's slot is free again
-HOUR = 3600.0
-TIMEOUTS = {"distill": 168 * HOUR, "absorb": 72 * HOUR, "teachers": 336 * HOUR}  # s; of the other stages: STAGE_TIMEOUT
+HOUR = 3600.0  # s
+TIMEOUTS = {"distill": 168 * HOUR, "absorb": 72 * HOUR, "teachers": 336 * HOUR}  # of the other stages: STAGE_TIMEOUT
 STAGE_TIMEOUT = 24 * HOUR
-SHORT_TIMEOUT = HOUR  # what talks to servers
+SHORT_TIMEOUT = HOUR  # of what talks to servers
 PROGRESS = re.compile(r"^(?P<what>[^:]+(?:: [^:]+)?): (?P<done>\d+)/(?P<total>\d+)(?:,|$)")  # data/progress.py's lines
 
 
@@ -66,16 +58,13 @@ def _when_transient(task: Any, run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), Outage)
 
 
-retried = partial(
-    task, cache_policy=NO_CACHE, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=_when_transient
-)
+uncached = partial(task, cache_policy=NO_CACHE)
+retried = partial(uncached, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=_when_transient)
 asking = partial(retried, timeout_seconds=SHORT_TIMEOUT)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Our own refusals say all there is to say; where in Prefect's engine they passed is noise. Defects keep their
-    traceback.
-    """
+    """A refusal's message says all; only defects keep their traceback."""
     if record.exc_info and isinstance(record.exc_info[1], (StageFailed, UserError)):
         record.exc_info = None
     return True
@@ -85,34 +74,29 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_without_traceback)
 
 
-def _into_log() -> Callable[[str], None]:
+def _into_log() -> Listener:
     logger = get_run_logger()
     return lambda text: logger.info(text) if text.strip() else None
 
 
-def _into_page(name: str) -> Callable[[str], None]:
-    """Lines into the run's log, and the last count of a long loop into a progress bar on the run's page. A page that
-    cannot be reached stops no training.
-    """
+def _into_page(name: str) -> Listener:
+    """Lines into the run's log, and their counts into a progress bar on its page. A bar's failure stops nothing."""
     log = _into_log()
-    made: dict[str, Any] = {}  # progress artifact -> its id
+    bars: dict[str, Any] = {}  # key of a progress artifact -> its id
 
     def line(text: str) -> None:
         log(text)
-        found = PROGRESS.match(text)
-        if found is None or not int(found["total"]):
+        match = PROGRESS.match(text)
+        if match is None or not int(match["total"]):
             return
-        key, percent = (
-            re.sub(r"[^a-z0-9]+", "-", found["what"].lower()).strip("-"),
-            100 * int(found["done"]) / int(found["total"]),
-        )
+        key = re.sub(r"[^a-z0-9]+", "-", match["what"].lower()).strip("-")
+        percent = 100 * int(match["done"]) / int(match["total"])
         try:
-            if key in made:
-                update_progress_artifact(made[key], percent)
+            if key in bars:
+                artifacts.update_progress_artifact(bars[key], percent)
             else:
-                made[key] = create_progress_artifact(
-                    percent, key=f"progress-{key}", description=f"{name}: {found['what']}"
-                )
+                about = f"{name}: {match['what']}"
+                bars[key] = artifacts.create_progress_artifact(percent, key=f"progress-{key}", description=about)
         except Exception as error:  # whatever the server's trouble is, the stage goes on
             log(f"progress is not shown: {type(error).__name__}")
 
@@ -124,26 +108,18 @@ def _into_page(name: str) -> Callable[[str], None]:
 
 @asking
 def checkout(revision: str | None, preset: str | None, overrides: Mapping[str, Any]) -> Workspace:
-    """The folder of this run: a checkout of `revision` on a worker that has a repository, else this folder."""
-    work = open_workspace(revision, preset, overrides, str(flow_run.get_name() or "local"), _into_log())
-    if work.is_checkout:
-        require_servers()
-        create_markdown_artifact(
-            f"branch `{work.branch}`, params in commit `{work.sha}`",
-            key="revision",
-            description="the code and params that run",
-        )
-    return work
+    """The folder of this run: a checkout of `revision` on a worker that has a repository, else this folder.
 
-
-def require_servers() -> None:
-    """A checkout is removed after its run: what is registered has to lie on a server. Raises UserError when none is
-    set.
+    Raises UserError for a checkout without an MLflow server: it is removed after its run, with a store inside it.
     """
-    if not os.environ.get("MLFLOW_TRACKING_URI", "").strip():
-        raise UserError(
-            "MLFLOW_TRACKING_URI is not set on this worker; runs of a repository's revisions are registered on an MLflow server"
-        )
+    work = workspace.open_workspace(revision, preset, overrides, flow_run.get_name() or "local", _into_log())
+    if work.is_checkout:
+        if setting("MLFLOW_TRACKING_URI") is None:
+            remedy = "runs of a repository's revisions are registered on an MLflow server"
+            raise UserError(f"MLFLOW_TRACKING_URI is not set on this worker; {remedy}")
+        text = f"branch `{work.branch}`, params in commit `{work.sha}`"
+        artifacts.create_markdown_artifact(text, key="revision", description="the code and params that run")
+    return work
 
 
 @contextlib.contextmanager
@@ -154,101 +130,79 @@ def slot() -> Iterator[None]:
     Raises ConcurrencySlotAcquisitionError when the server does not know the limit: running beside another run would be
     worse than not running.
     """
-    name = os.environ.get(SLOT, "").strip()
-    if not name:
+    name = setting(SLOT)
+    if name is None:
         yield
         return
-    with concurrency(
-        name, strict=True, lease_duration=LEASE, raise_on_lease_renewal_failure=False
-    ):  # a server's restart stops no training
+    # A server's restart, which a lease's renewal meets, stops no training.
+    with concurrency(name, strict=True, lease_duration=LEASE, raise_on_lease_renewal_failure=False):
         yield
 
 
 @asking
 def push(work: Workspace) -> dict[str, str]:
     """Data and checkpoints to the DVC remote, dvc.lock and reports to the run's branch."""
-    pushed = push_workspace(work, _into_log())
+    pushed = workspace.push(work, _into_log())
     if pushed:
         restore = f"`git fetch origin {pushed['branch']} && git checkout FETCH_HEAD && dvc pull`"
-        _show_table("dvc-revision", "DVC revision", pushed, "where it lies", f"Every file of this run: {restore}")
+        _show_names("dvc-revision", "DVC revision", pushed, "where it lies", f"Every file of this run: {restore}")
     return pushed
 
 
-@task(cache_policy=NO_CACHE)
+@uncached
 def close(work: Workspace) -> None:
     """Removes the checkout of a finished run."""
-    close_workspace(work)
+    workspace.close(work)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def run_stage(name: str, project: Path) -> dict[str, Any]:
-    """Reproduces one stage of dvc.yaml and streams its lines into the run's log. Raises StageFailed with the stage's
-    own message.
-    """
-    return reproduce(name, project, _into_page(name))
-
-
 def _stage(name: str) -> Task[[Workspace], dict[str, Any]]:
-    @retried(
-        name=name, description=f"dvc repro --single-item {name}", timeout_seconds=TIMEOUTS.get(name, STAGE_TIMEOUT)
-    )
+    """The task of a stage of dvc.yaml. Its lines go to the run's log; StageFailed carries the stage's own message."""
+    about, limit = f"dvc repro --single-item {name}", TIMEOUTS.get(name, STAGE_TIMEOUT)
+
+    @retried(name=name, description=about, timeout_seconds=limit)
     def run(work: Workspace) -> dict[str, Any]:
-        return run_stage(name, work.path)
+        return reproduce(name, work.path, _into_page(name))
 
     return run
 
 
-collect, curate, validate, encode, distill, absorb, score = map(
-    _stage, ("collect", "curate", "validate", "encode", "distill", "absorb", "score")
-)
+collect, curate, validate = map(_stage, ("collect", "curate", "validate"))
+encode, distill, absorb, score = map(_stage, ("encode", "distill", "absorb", "score"))
 
 
-@task(cache_policy=NO_CACHE)
+@uncached
 def preflight(work: Workspace) -> None:
     """Names every fault of params.yaml. In a child, because the stages' modules load torch."""
-    ended = stream([sys.executable, "-m", "tasks", "check"], work.path, _into_log())
-    if ended.status:
-        raise failure("preflight", ended)
+    require_success("preflight", stream([sys.executable, "-m", "tasks", "check"], work.path, _into_log()))
 
 
 @retried
 def fetch_teachers(work: Workspace) -> None:
-    """Fetches the trained teachers that dvc.lock names, from the remote inside the repository, and checks that the
-    routes' teachers are among them.
-    """
-    from tasks.checks.preflight import require_teachers
-
-    pull(TEACHERS, work.path, _into_log())
+    """Fetches the trained teachers from the remote inside the repository; every routed one must be there."""
+    pull(str(TEACHERS), work.path, _into_log())
     require_teachers(work.path / "params.yaml", work.path / TEACHERS)
 
 
 # --- what the run's page shows ----------------------------------------------------------------------------------------
 
 
-def _publish_benchmark(name: str, work: Workspace) -> int:
-    scorecard = read_json(work.path / SCORECARD)
-    rows = metric_rows(scorecard, name)
-    if not scorecard["metrics"]:
-        raise UserError(f"{SCORECARD}: no metric in it; run the score stage again")
-    if not rows:  # a student of T2I alone has no edits to show, and the other way round
-        get_run_logger().info(f"{name}: no example of it was held out")
-        return 0
-    create_table_artifact(
-        table=rows, key=f"scorecard-{name}", description=f"{name}: mean with its interval; n counts prompts or samples"
-    )
-    return len(rows)
-
-
 def _benchmark(name: str) -> Task[[Workspace], int]:
-    @task(
-        name=f"benchmark-{name}",
-        cache_policy=NO_CACHE,
-        description=f"Publishes the scorecard's part of {name} on the run's page",
-    )
+    about = f"Publishes the scorecard's part of {name} on the run's page"
+
+    @uncached(name=f"benchmark-{name}", description=about)
     def run(work: Workspace) -> int:
-        return _publish_benchmark(name, work)
+        metrics = read_json(work.path / SCORECARD)["metrics"]
+        if not metrics:
+            raise UserError(f"{SCORECARD}: no metric in it; run the score stage again")
+        rows = metric_rows(metrics, f"{name}/")
+        if rows:
+            _show_rows(f"scorecard-{name}", rows, f"{name}: mean with its interval; n counts prompts or samples")
+        else:  # a student of T2I alone has no edits to show, and the other way round
+            get_run_logger().info(f"{name}: no example of it was held out")
+        return len(rows)
 
     return run
 
@@ -256,43 +210,37 @@ def _benchmark(name: str) -> Task[[Workspace], int]:
 benchmark_geneval, benchmark_gedit = map(_benchmark, ("geneval", "gedit"))
 
 
+def metric_rows(metrics: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    """A row for each metric path that starts with `prefix`: metric, mean, stderr, low, high, n."""
+    return [{"metric": path, **metric} for path, metric in metrics.items() if path.startswith(prefix)]
+
+
+def verdict_markdown(verdict: Mapping[str, Any]) -> str:
+    """The gate's verdict as a table, refused rules first."""
+    columns = ("rule", "passed", "value", "bound", "reason")
+    rules = sorted(verdict["rules"], key=lambda rule: bool(rule["passed"]))
+    rows = [f"| {' | '.join(_cell(rule[key]) for key in columns)} |" for rule in rules]
+    title = "# Passed" if verdict["passed"] else "# Refused"
+    return "\n".join([title, "", f"| {' | '.join(columns)} |", "|---|---|---|---|---|", *rows])
+
+
+def _show_rows(key: str, rows: list[dict[str, Any]], description: str) -> None:
+    artifacts.create_table_artifact(table=rows, key=key, description=description)
+
+
+def _show_names(key: str, title: str, values: Mapping[str, Any], description: str, below: str = "") -> None:
+    """Names and values as an artifact of the run's page, with a text below them."""
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
+    text = f"| {title} | |\n|---|---|\n{rows}\n\n{below}"
+    artifacts.create_markdown_artifact(text, key=key, description=description)
+
+
 def _show_images(folder: Path) -> None:
     """The stage's pictures, inside the page itself: a browser without MLflow's password sees them too."""
     for key, name in IMAGES.items():
         if (folder / name).is_file() and (folder / name).stat().st_size <= LARGEST_IMAGE:
             content = base64.b64encode((folder / name).read_bytes()).decode()
-            create_image_artifact(f"data:image/png;base64,{content}", key=key, description=name)
-
-
-def metric_rows(scorecard: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
-    """One row per metric path under `prefix/`: metric, mean, stderr, low, high, n."""
-    return [
-        {"metric": path, **metric} for path, metric in scorecard["metrics"].items() if path.startswith(f"{prefix}/")
-    ]
-
-
-def verdict_markdown(verdict: dict[str, Any]) -> str:
-    """The gate's verdict as a table, refused rules first."""
-    rules = sorted(verdict["rules"], key=lambda rule: bool(rule["passed"]))
-    head = [
-        "# Passed" if verdict["passed"] else "# Refused",
-        "",
-        "| rule | passed | value | bound | reason |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join(
-        head
-        + [
-            "| " + " | ".join(_cell(rule[key]) for key in ("rule", "passed", "value", "bound", "reason")) + " |"
-            for rule in rules
-        ]
-    )
-
-
-def _show_table(key: str, title: str, values: Mapping[str, Any], description: str, below: str = "") -> None:
-    """Names and values as an artifact of the run's page, with a text below them."""
-    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
-    create_markdown_artifact(f"| {title} | |\n|---|---|\n{rows}\n\n{below}", key=key, description=description)
+            artifacts.create_image_artifact(f"data:image/png;base64,{content}", key=key, description=name)
 
 
 def _cell(value: Any) -> str:
@@ -305,9 +253,7 @@ def _cell(value: Any) -> str:
 
 
 def _gate_params(work: Workspace) -> Any:
-    """Section `gate`; where a checkout was run, what is registered comes from a clean, known revision whatever the
-    params say.
-    """
+    """Section `gate`; what a checkout registers comes from a clean, known revision, whatever it says."""
     from tasks.params.reading import load_params
     from tasks.release import gate as rules
 
@@ -319,33 +265,26 @@ def _gate_params(work: Workspace) -> Any:
 def gate(work: Workspace) -> dict[str, Any]:
     """Judges the candidate; a refusal is a result, not a failure. Writes reports/verdict.json.
 
-    Returns {"verdict": it, "champion": metric path -> mean of the champion it was compared with (empty if there is
-    none)}.
+    Returns {"verdict", "champion": metric path -> mean of the champion it was compared with (empty if there is none)}.
     """
-    from tasks.registry import versions as registry
+    from tasks.registry import versions
     from tasks.release import gate as rules
     from tasks.release.review import write_review
 
-    champion = registry.champion(work.path)  # before this candidate may take its place
+    champion = versions.champion(work.path)  # before this candidate may take its place
     params = _gate_params(work)
     verdict = rules.judge_files(work.path, params)
     write_review(work.path, params, champion)
-    rows = metric_rows(read_json(work.path / SCORECARD), "retention")
+    rows = metric_rows(read_json(work.path / SCORECARD)["metrics"], "retention/")
     if rows:
-        create_table_artifact(
-            table=rows, key="scorecard-retention", description="student / teacher on that teacher's own categories"
-        )
-    create_markdown_artifact(
-        verdict_markdown(verdict), key="verdict", description="every rule of the gate with its numbers"
-    )
-    _show_images((work.path / REPORT).parent)
+        _show_rows("scorecard-retention", rows, "student / teacher on that teacher's own categories")
+    about = "every rule of the gate with its numbers"
+    artifacts.create_markdown_artifact(verdict_markdown(verdict), key="verdict", description=about)
+    report = work.path / REPORT
+    _show_images(report.parent)
     if not work.is_checkout:  # a checkout's report is in MLflow
-        create_link_artifact(
-            (work.path / REPORT).as_uri(),
-            link_text=str(REPORT),
-            key="report",
-            description="headline table, best and worst examples",
-        )
+        about = "headline table, best and worst examples"
+        artifacts.create_link_artifact(report.as_uri(), link_text=str(REPORT), key="report", description=about)
     metrics = champion["scorecard"]["metrics"] if champion else {}
     return {"verdict": verdict, "champion": {path: metric["mean"] for path, metric in metrics.items()}}
 
@@ -357,26 +296,21 @@ def register(work: Workspace, promote: Literal["auto", "review"]) -> dict[str, A
 
     reason = "promoted by the flow" if promote == "auto" else "submitted by the flow"
     result = dict(submission.submit_files(work.path, _gate_params(work), promote, actor(), reason))
-    _show_table("registration", "registered", result, "the run and the version in MLflow")
+    _show_names("registration", "registered", result, "the run and the version in MLflow")
     for key, (link, text) in mlflow_links(result).items():
-        create_link_artifact(link, link_text=text, key=key, description=text)
+        artifacts.create_link_artifact(link, link_text=text, key=key, description=text)
     return result
 
 
 def mlflow_links(registered: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Artifact key -> (address, text) of the version's and the run's page, where MLflow is a server."""
-    from tasks.registry.server import for_browsers
-
     address = for_browsers(str(registered["tracking_uri"]))
     if address is None:
         return {}
-    links = {"mlflow-run": (f"{address}/#/runs/{registered['run_id']}", f"MLflow run {registered['run_id']}")}
-    if registered.get("version"):
-        version = registered["version"]
-        links["mlflow-version"] = (
-            f"{address}/#/models/{registered['model']}/versions/{version}",
-            f"{registered['model']} version {version}",
-        )
+    run, model, version = registered["run_id"], registered["model"], registered.get("version")
+    links = {"mlflow-run": (f"{address}/#/runs/{run}", f"MLflow run {run}")}
+    if version:
+        links["mlflow-version"] = (f"{address}/#/models/{model}/versions/{version}", f"{model} version {version}")
     return links
 
 
@@ -395,107 +329,69 @@ def actor() -> str:
 
 @asking
 def find_model(model: str) -> dict[str, Any]:
-    """{"model", "version", "sha", "address"}: a registered version with its number and commit, or a checkpoint by
-    address (s3:// or a folder).
-    """
+    """{"model", "version", "sha", "address"} of a registered version, or of a checkpoint by address."""
     from tasks.registry import versions
 
     if not versions.is_reference(model):
         return {"model": model, "version": None, "sha": None, "address": model}
-    found = versions.require(PROJECT, model)
-    return {"model": model, "version": found.number, "sha": found.sha, "address": None}
+    version = versions.require(PROJECT, model)
+    return {"model": model, "version": version.number, "sha": version.sha, "address": None}
 
 
 @asking
 def find_champion() -> dict[str, Any] | None:
     """As `find_model` for the champion; None before the first promotion."""
     from tasks.registry import versions
-    from tasks.registry import versions as registry
 
-    found = versions.find(PROJECT, f"models:/{registry.MODEL}@{registry.CHAMPION}")
-    return (
-        None
-        if found is None
-        else {"model": registry.CHAMPION, "version": found.number, "sha": found.sha, "address": None}
-    )
+    version = versions.find(PROJECT, f"models:/{versions.MODEL}@{versions.CHAMPION}")
+    if version is None:
+        return None
+    return {"model": versions.CHAMPION, "version": version.number, "sha": version.sha, "address": None}
 
 
 @asking
-def checkout_of(found: Mapping[str, Any], revision: str | None) -> Workspace:
-    """The folder with the examples, params and code to score a model with: those of its own revision unless another is
-    asked for.
-    """
-    return open_workspace(
-        revision or found["sha"] if repository() else None,
-        None,
-        {},
-        f"score-{flow_run.get_name() or 'local'}",
-        _into_log(),
-    )
+def checkout_of(judged: Mapping[str, Any], revision: str | None) -> Workspace:
+    """The folder to score a model in (as `find_model` returns it): of its revision unless another is named."""
+    revision = (revision or judged["sha"]) if workspace.repository() else None
+    name = f"score-{flow_run.get_name() or 'local'}"
+    return workspace.open_workspace(revision, None, {}, name, _into_log())
 
 
 @retried(timeout_seconds=STAGE_TIMEOUT)
-def rescore(work: Workspace, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores the model's weights, after comparing them with the registered hashes. Returns {"model", "version",
-    "metrics"}.
-    """
+def rescore(work: Workspace, judged: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores a model whose weights are as registered. Returns {"model", "version", "metrics"}."""
     from tasks.registry import versions
 
-    folder = work.path / "runs" / "rescore"
-    if found["address"] is None:
+    folder, address = work.path / "runs" / "rescore", judged["address"]
+    if address is None:
         checkpoint = work.path / ABSORBED
-        versions.require_weights(versions.require(PROJECT, str(found["version"])), checkpoint)
-    elif str(found["address"]).startswith("s3://"):
-        from tasks.s3 import transfer
-
+        versions.require_weights(versions.require(PROJECT, str(judged["version"])), checkpoint)
+    elif objects.is_s3(address):
         checkpoint = folder / "checkpoint"
-        transfer.download_folder(str(found["address"]), checkpoint)
+        transfer.download_folder(address, checkpoint)
     else:
-        checkpoint = Path(str(found["address"])).resolve()
-    command = [
-        sys.executable,
-        "-m",
-        "tasks",
-        "rescore",
-        "--checkpoint",
-        str(checkpoint),
-        "--out",
-        str(folder / "scores"),
-    ]
-    ended = stream(command, work.path, _into_page("rescore"))
-    if ended.status:
-        raise failure("rescore", ended)
+        checkpoint = Path(address).resolve()
+    paths = ["--checkpoint", str(checkpoint), "--out", str(folder / "scores")]
+    command = [sys.executable, "-m", "tasks", "rescore", *paths]
+    require_success("rescore", stream(command, work.path, _into_page("rescore")))
     metrics = read_json(folder / "scores" / "scorecard.json")["metrics"]
-    create_table_artifact(
-        table=[{"metric": path, **metric} for path, metric in metrics.items()],
-        key="rescored",
-        description=f"{found['model']}, scored again",
-    )
-    return {"model": found["model"], "version": found["version"], "metrics": metrics}
+    _show_rows("rescored", metric_rows(metrics), f"{judged['model']}, scored again")
+    return {"model": judged["model"], "version": judged["version"], "metrics": metrics}
 
 
 @asking
-def report_drift(found: Mapping[str, Any], scored: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The metrics that left their registered interval, on the run's page and as the event `danceopd.champion.drifted`;
-    empty when none did.
-    """
-    from tempfile import TemporaryDirectory
-
-    from tasks.checks import rescore as checks_rescore
+def report_drift(champion: Mapping[str, Any], scored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Metrics that left their registered interval, on the run's page and as `danceopd.champion.drifted`."""
+    from tasks.checks import rescore
     from tasks.registry import versions
-    from tasks.registry import versions as registry
 
-    version = versions.require(PROJECT, str(found["version"]))
+    version = versions.require(PROJECT, str(champion["version"]))
     with TemporaryDirectory() as temporary:
-        before = checks_rescore.registered_scorecard(PROJECT, version, Path(temporary))
-    rows = checks_rescore.drifted(before, scored)
+        before = rescore.registered_scorecard(PROJECT, version, Path(temporary))
+    rows = rescore.drifted(before, scored)
     if rows:
-        create_table_artifact(
-            table=rows,
-            key="drift",
-            description=f"version {version.number}: means outside the interval they were registered with",
-        )
-        resource = {"prefect.resource.id": f"danceopd.model.{registry.MODEL}", "version": version.number}
+        _show_rows("drift", rows, f"version {version.number}: means outside the interval they were registered with")
+        resource = {"prefect.resource.id": f"danceopd.model.{versions.MODEL}", "version": version.number}
         emit_event("danceopd.champion.drifted", resource=resource, payload={"metrics": [row["metric"] for row in rows]})
     return rows
 
@@ -510,8 +406,8 @@ def require_clean(version: str) -> None:
 
 def _decided(result: Mapping[str, Any]) -> dict[str, Any]:
     entry, changed = result["entry"], [str(line) for line in result["changed"]]
-    told = "\n".join(f"- {line}" for line in changed)
-    _show_table("decision", "ledger", entry, "the ledger's entry and what followed it", told)
+    below = "\n".join(f"- {line}" for line in changed)
+    _show_names("decision", "ledger", entry, "the ledger's entry and what followed it", below)
     return {"entry": entry, "changed": changed}
 
 
@@ -533,28 +429,22 @@ def rollback(reviewer: str, reason: str) -> dict[str, Any]:
 
 @asking
 def carry_out_reviews() -> list[dict[str, Any]]:
-    """Reviews that were made in MLflow's pages become promotions and rejections. Returns one {"version", "status",
-    "message"} for each.
-    """
+    """Carries out the reviews of MLflow's pages. Returns a {"version", "status", "message"} for each."""
     from tasks.release import decisions
 
     decided = decisions.decide_reviews(PROJECT)
     if decided:
-        create_table_artifact(
-            table=decided, key="reviews", description="reviews carried out, and those that could not be"
-        )
+        _show_rows("reviews", decided, "reviews carried out, and those that could not be")
     return decided
 
 
 @asking
 def publish() -> dict[str, Any]:
-    """What the ledger says is in service is published, and `latest` points to it; empty where DANCEOPD_PUBLISH is
-    unset. Repeating it sends what is missing.
-    """
+    """Publishes what the ledger says is in service; empty where DANCEOPD_PUBLISH is unset. Can be repeated."""
     from tasks.release import publish as publishing
 
     if publishing.destination() is None:
         return {}
     published = publishing.publish(PROJECT)
-    _show_table("published", "published", published, "the champion in the S3 store")
+    _show_names("published", "published", published, "the champion in the S3 store")
     return published

@@ -105,7 +105,7 @@ def test_a_plan_of_the_default_and_of_a_published_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status(monkeypatch, {})
-    monkeypatch.setattr("tasks.checks.preflight._in_hub_cache", lambda _: False)
+    monkeypatch.setattr("tasks.checks.preflight.in_hub_cache", lambda _: False)
     made = plan(PROJECT / "params.yaml", tmp_path)
     rows = {row["stage"]: row for row in made["stages"]}
     assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
@@ -141,7 +141,7 @@ def test_a_preset_without_its_weights_fails_before_anything_loads(
     GenEval's networks, the examples.
     """
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # nobody is there
-    monkeypatch.setattr("tasks.checks.preflight._in_hub_cache", lambda _: False)
+    monkeypatch.setattr("tasks.checks.preflight.in_hub_cache", lambda _: False)
     monkeypatch.setenv("OPENAI_API_KEY", "a judge's")
     path = PROJECT / "presets" / f"{name}.yaml"
     with pytest.raises(UserErrors) as caught:

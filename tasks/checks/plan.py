@@ -1,9 +1,9 @@
 """`python -m tasks plan`: what params.yaml or a preset would run: stages, what is cached, evaluations, time, memory,
 and weights that are missing.
 
-Evaluations count single samples through the network, as the loop's counter does; a backward costs about one more with
-an adapter, two more when all parameters train. Times come from the rate that this project's last run of the same
-network measured, or else from floating-point operations; which, is said.
+Evaluations count single samples through the network, as the loop's counter does; a backward costs about 1 more with an
+adapter, 2 more when all parameters train. Times follow from the rate that this project's last run of the same network
+measured, else from floating-point operations; the output says which.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from scipy import stats
 
 from data.errors import UserError
 from data.files import read_json
-from data.records import CAPABILITIES
+from data.records import CAPABILITIES, read_examples
 from data.yaml_files import read_yaml
 from model.families import FAMILIES
 from model.rollout import QUERY_BIAS
-from tasks.checks.preflight import check_all, evaluators
+from tasks.checks.preflight import TEACHERS, check_all, evaluators
 from tasks.params.presets import preset_file
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.params.sections import SHARED
@@ -35,27 +36,23 @@ from tasks.training.metrics import read_metrics, speed_file
 from tasks.weights.assembly import addresses
 from tasks.weights.sources import availability, cached
 
-TEACHERS = Path("data/teachers")
 GUIDED = 2  # evaluations of a field under classifier-free guidance
-GPU_RATE, GPU_SHARE = (
-    790e12,
-    0.4,
-)  # one H100: bf16 matrices per second in practice, and the share of it that a whole step reaches
-CPU_RATE = 2e10  # one core in fp32
-ADAM, GRADIENT, VALUE = 8, 4, 4  # bytes of one trained fp32 parameter: two moments, gradient, itself
+GPU_RATE = 790e12  # operations a second of an H100 in bf16 matrices, as measured
+GPU_SHARE = 0.4  # of GPU_RATE, that a whole step reaches
+CPU_RATE = 2e10  # operations a second of a core in fp32
+ADAM, GRADIENT, VALUE = 8, 4, 4  # bytes of a trained fp32 parameter: two moments, gradient, itself
 
 
 @dataclass(frozen=True)
-class Row:
-    """One stage. `evaluations` and `seconds` are None where they cannot be known yet, 0 where no network runs; `note`
-    says from what they follow.
+class Work:
+    """What a stage runs through the network: evaluations, None where they cannot be known yet; and by capability those
+    that take time, `costs` with what the backwards take. `note` says from what they follow.
     """
 
-    stage: str
-    state: str
-    evaluations: int | None
-    seconds: float | None
     note: str
+    evaluations: int | None = 0
+    counts: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 def query_distribution(steps: int, bias: str) -> np.ndarray:
@@ -86,43 +83,13 @@ def step_evaluations(params: Any, teacher: float, method: str, states: str, quer
 
 
 def backward_evaluations(params: Any, method: str, query_states: int, trainable: str) -> float:
-    """What the backward of one sample costs, in forwards."""
-    passes = {"merge": 0, "diffusionopd": params.rollout_steps, "flowopd": params.rollout_steps}.get(
-        method, query_states
-    )
-    return passes * (1.0 if trainable == "adapter" else 2.0)
-
-
-def _sections(path: Path) -> dict[str, Any]:
-    return {name: load_params(load_stage(name).params, name, path) for name in STAGES}
-
-
-def _images(params: Mapping[str, Any], project: Path) -> tuple[dict[str, int] | None, str]:
-    """Held-out images by capability: of the micro world by params, of a folder by what was curated from it."""
-    collect = params["collect"]
-    if collect.source == "microworld":
-        counts = collect.evaluation
-    elif (project / "data/curated/summary.json").is_file():
-        from data.records import read_examples
-
-        categories = [
-            example.category for example in read_examples(project / "data/curated") if example.split == "eval"
-        ]
-        counts = {category: categories.count(category) for category in set(categories)}
-    else:
-        return None, "depends on the data: curate it first"
-    each = params["validate"].sampling.images_per_prompt
-    return {
-        name: each * sum(counts.get(category, 0) for category in one.categories)
-        for name, one in CAPABILITIES.items()
-        if name != "edit"
-    }, ""
+    """What the backward of a sample costs, in forwards."""
+    passes = {"merge": 0, "diffusionopd": params.rollout_steps, "flowopd": params.rollout_steps}
+    return passes.get(method, query_states) * (1.0 if trainable == "adapter" else 2.0)
 
 
 def measured_rate(project: Path, family: str) -> float | None:
-    """Network evaluations a second, as the last distillation of this family on this machine counted them; None where
-    there is none.
-    """
+    """Network evaluations a second in the last distillation of this family on this machine, or None."""
     folder = project / "checkpoints" / "student"
     try:
         if read_json(folder / "student.json").get("backbone") != family:
@@ -140,9 +107,7 @@ def measured_rate(project: Path, family: str) -> float | None:
 
 @dataclass(frozen=True)
 class Size:
-    """The network: parameters, those of a rank-1 adapter (sum of in + out over its layers), tokens of a T2I sample,
-    width and blocks.
-    """
+    """The network. `per_rank`: parameters of a rank-1 adapter; `tokens`: of a T2I sample."""
 
     parameters: int
     per_rank: int
@@ -152,45 +117,46 @@ class Size:
 
 
 def size_of(params: Mapping[str, Any], project: Path) -> Size:
-    """From shapes alone: of the base that `teachers.sources` names, or of the one among the teachers, where it is here
-    and the family's; else of the published network."""
-    from model.backbones import family_of, load_backbone
+    """From shapes alone: of the family's base where it is here, else of the published network."""
     from model.networks.adapters import linear_modules
     from model.networks.network import own_layers
 
-    backbone = params["distill"].backbone
-    sources = params["teachers"].sources
+    settings, made = params["distill"].backbone, _backbone(params, project)
+    shapes, config = linear_modules(made.network), dict(made.network.config)
+    if settings.pretrained is None:
+        _, height, width = made.latent_shape
+    else:
+        height = width = settings.pretrained.resolution // made.pixels_per_latent
+    patch = made.size_multiple // made.pixels_per_latent
+    return Size(
+        parameters=sum(value.numel() for value in made.network.parameters()),
+        per_rank=sum(sum(shapes[name]) for name in own_layers(made)),
+        tokens=(height // patch) * (width // patch) + FAMILIES[settings.name].text_tokens,
+        width=int(config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]),
+        blocks=int(config.get("n_layers") or config["num_layers"]),
+    )
+
+
+def _backbone(params: Mapping[str, Any], project: Path) -> Any:
+    from model.backbones import family_of, load_backbone
+
+    settings, sources = params["distill"].backbone, params["teachers"].sources
     base = (cached(sources["base"].uri, project) if "base" in sources else None) or project / TEACHERS / "base"
-    if (base / "model_index.json").is_file() and family_of(base) == backbone.name:
-        made: Any = load_backbone(base, need=())
-    elif backbone.micro is not None:
+    if (base / "model_index.json").is_file() and family_of(base) == settings.name:
+        return load_backbone(base, need=())
+    if settings.micro is not None:
         from model.backbones.micro import MicroBackbone, MicroSize
 
-        world, m = params["collect"].world.world(), backbone.micro
+        world, m = params["collect"].world.world(), settings.micro
         size = MicroSize(world.grid, m.width, m.layers, m.heads, m.latent_channels)
-        made = MicroBackbone.new(world.vocabulary, size, shift=1.0, seed=0)
-    else:
-        from model.backbones.sizes import SIZES, random_backbone
+        return MicroBackbone.new(world.vocabulary, size, shift=1.0, seed=0)
+    from model.backbones.sizes import SIZES, random_backbone
 
-        made = random_backbone(SIZES[FAMILIES[backbone.name].size], device="meta")
-    shapes, layers = linear_modules(made.network), own_layers(made)
-    if backbone.pretrained is None:
-        _, h, w = made.latent_shape
-    else:
-        h = w = backbone.pretrained.resolution // made.pixels_per_latent
-    patch = made.size_multiple // made.pixels_per_latent
-    config = dict(made.network.config)
-    width = int(config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"])
-    text = FAMILIES[backbone.name].text_tokens
-    blocks = int(config.get("n_layers") or config["num_layers"])
-    count = sum(value.numel() for value in made.network.parameters())
-    return Size(count, sum(sum(shapes[name]) for name in layers), (h // patch) * (w // patch) + text, width, blocks)
+    return random_backbone(SIZES[FAMILIES[settings.name].size], device="meta")
 
 
 def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> float:
-    """Floating-point operations of one forward of one sample: 2 per parameter and token, and 4 tokens^2 width per block
-    for the attention.
-    """
+    """Floating-point operations of a forward: 2 parameters tokens + 4 tokens^2 width blocks (attention)."""
     known = FAMILIES[family]
     if resolution in known.tera:
         return known.tera[resolution][edit] * 1e12
@@ -198,11 +164,38 @@ def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> 
     return 2.0 * size.parameters * tokens + 4.0 * tokens**2 * size.width * size.blocks
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Turns evaluations into seconds, by the rate that was measured here (evaluations a second), else by operations."""
+
+    rate: float | None
+    size: Size
+    family: str
+    resolution: int  # pixels
+
+    @property
+    def basis(self) -> str:
+        if self.rate:
+            return f"{self.rate:.1f} evaluations/s, measured by the last run here"
+        if FAMILIES[self.family].size is None:
+            return f"from operations at {CPU_RATE / 1e9:.0f} GF/s: one core"
+        return f"from operations at {GPU_SHARE:.0%} of {GPU_RATE / 1e12:.0f} TF/s: one H100"
+
+    def seconds(self, work: Work) -> float | None:
+        if not work.counts:
+            return None
+        if self.rate:  # of evaluations, in steps with their backwards
+            return sum(work.counts.values()) / self.rate
+        edits = {name: CAPABILITIES[name].is_edit for name in work.costs}
+        operations = {edit: forward_operations(self.size, self.family, self.resolution, edit) for edit in (False, True)}
+        total = sum(count * operations[edits[name]] for name, count in work.costs.items())
+        return total / (CPU_RATE if FAMILIES[self.family].size is None else GPU_RATE * GPU_SHARE)
+
+
 def waiting_memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> float:
     """GB of the offloaded teachers, which wait in the host's memory; 0 without `offload`."""
-    b = params["distill"].backbone
-    full = sum(kind == "full" for kind in kinds.values())
-    return full * size.parameters * b.bytes_a_weight / 1e9 if b.offload else 0.0
+    backbone, full = params["distill"].backbone, list(kinds.values()).count("full")
+    return full * size.parameters * backbone.bytes_a_weight / 1e9 if backbone.offload else 0.0
 
 
 def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> dict[str, float]:
@@ -210,26 +203,21 @@ def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> d
 
     Of offloaded teachers it is the weights of the one that answers: they visit the device in turn.
     """
-    p, b = params["distill"], params["distill"].backbone
-    width = b.bytes_a_weight
-    adapter = p.rank * size.per_rank
-    trained = adapter if p.trainable == "adapter" else size.parameters
-    full = sum(kind == "full" for kind in kinds.values())
-    found = {
-        "base": size.parameters * width,
-        "full-checkpoint teachers": (min(full, 1) if b.offload else full) * size.parameters * width,
-        "adapter teachers (rank taken as the student's)": sum(kind == "adapter" for kind in kinds.values())
-        * adapter
-        * VALUE,
+    distill, backbone = params["distill"], params["distill"].backbone
+    base, adapter = size.parameters * backbone.bytes_a_weight, distill.rank * size.per_rank
+    full, adapters = (list(kinds.values()).count(kind) for kind in ("full", "adapter"))
+    trained = adapter if distill.trainable == "adapter" else size.parameters
+    sizes = {
+        "base": base,
+        "full-checkpoint teachers": (min(full, 1) if backbone.offload else full) * base,
+        "adapter teachers (rank taken as the student's)": adapters * adapter * VALUE,
         "student: values, gradients, moments, average": trained * (VALUE + GRADIENT + ADAM + VALUE),
     }
-    return {name: value / 1e9 for name, value in found.items() if value}
+    return {name: value / 1e9 for name, value in sizes.items() if value}
 
 
 def stage_states(project: Path, same_params: Mapping[str, bool]) -> dict[str, str]:
-    """Stage -> "cached", "runs: why" or "frozen", by `dvc status`; `same_params`: whether its sections are those in
-    force.
-    """
+    """Stage -> "cached", "runs: why" or "frozen". `same_params`: whether its sections are those in force."""
     from tasks.running.repro import stream
 
     ended = stream([sys.executable, "-m", "dvc", "status", "--json"], project, lambda _: None)
@@ -238,139 +226,144 @@ def stage_states(project: Path, same_params: Mapping[str, bool]) -> dict[str, st
         return dict.fromkeys(STAGES, "unknown: dvc status failed here")
     status, states, upstream = json.loads(text), {}, ""
     for name in STAGES:
-        changes = [change for change in status.get(name, []) if isinstance(change, dict)]
-        deps = {path: how for change in changes for path, how in change.get("changed deps", {}).items()}
         if name == "teachers":  # frozen: never rerun by dvc
             states[name] = "frozen" + (": not fetched" if not (project / TEACHERS).is_dir() else "")
             continue
-        why = []
-        if upstream:
-            why.append(f"after {upstream}")
-        if not same_params[name] or any(path.endswith("params.yaml") for path in deps):
-            why.append("params")
-        why += ["code"] if any(path.endswith(".py") for path in deps) else []
-        why += ["inputs"] if any("." not in path for path in deps) else []
-        if any("changed outs" in change for change in changes) and not why:
-            why.append("outputs are missing or changed")
+        changes = [change for change in status.get(name, []) if isinstance(change, dict)]
+        deps = [path for change in changes for path in change.get("changed deps", {})]
+        reasons = {
+            f"after {upstream}": bool(upstream),
+            "params": not same_params[name] or any(path.endswith("params.yaml") for path in deps),
+            "code": any(path.endswith(".py") for path in deps),
+            "inputs": any("." not in path for path in deps),
+        }
+        why = [reason for reason, holds in reasons.items() if holds]
+        if not why and any("changed outs" in change for change in changes):
+            why = ["outputs are missing or changed"]
         states[name] = f"runs: {', '.join(why)}" if why else "cached"
         upstream = upstream or (name if why else "")
     return states
 
 
+# --- the work of the stages -------------------------------------------------------------------------------------------
+
+
+def _training(samples: int, forward: float, backward: float, shares: Mapping[str, float], note: str) -> Work:
+    """`samples` of `forward` evaluations and a backward that costs `backward`, dealt by capability as `shares`."""
+
+    def dealt(total: float) -> dict[str, float]:
+        return {name: total * share / sum(shares.values()) for name, share in shares.items()}
+
+    counts, costs = dealt(samples * forward), dealt(samples * (forward + backward))
+    return Work(f"{samples} samples of {forward:.2f} evaluations{note}", round(samples * forward), counts, costs)
+
+
+def _distillation(params: Any) -> Work:
+    routes = params.routing.routes
+    teacher = float(len(routes)) if params.routes_taken == "soft" else 1.0
+    forward = step_evaluations(params, teacher, params.method, params.states, params.query_states)
+    backward = backward_evaluations(params, params.method, params.query_states, params.trainable)
+    samples = 0 if params.method == "merge" else params.steps * params.batch
+    shares = {route.capability: route.weight for route in routes}
+    index = f"E[j] = {expected_index(params.rollout_steps, params.query):.2f} of N = {params.rollout_steps}"
+    return _training(samples, forward, backward, shares, f" ({index}, {params.query}); {params.method}")
+
+
+def _absorption(params: Any, trainable: str) -> Work:
+    shares = {guidance.capability: guidance.weight for guidance in params.fields}
+    guided = sum(guidance.weight * (1 if guidance.scale == 1.0 else GUIDED) for guidance in params.fields)
+    teacher = guided / sum(guidance.weight for guidance in params.fields)
+    forward = step_evaluations(params, teacher, "danceopd", "on_policy", 1)
+    backward = backward_evaluations(params, "danceopd", 1, trainable)
+    note = f", the guided teacher {teacher:.2f} of them"
+    return _training(params.steps * params.batch, forward, backward, shares, note)
+
+
+def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
+    """Held-out images by capability: by params, or of a folder by what was curated from it (None before that)."""
+    collect, curated = params["collect"], project / "data/curated"
+    if collect.source == "microworld":
+        held_out = collect.evaluation
+    elif (curated / "summary.json").is_file():
+        held_out = Counter(example.category for example in read_examples(curated) if example.split == "eval")
+    else:
+        return None
+    repeats = params["validate"].sampling.images_per_prompt
+    return {
+        name: repeats * sum(held_out.get(category, 0) for category in capability.categories)
+        for name, capability in CAPABILITIES.items()
+        if name != "edit"  # the union of two others
+    }
+
+
+def _sampling(name: str, factor: int, params: Mapping[str, Any], images: Mapping[str, int] | None) -> Work:
+    """Images that are drawn by `factor` fields; validate draws T2I also with guidance."""
+    if images is None:
+        return Work("depends on the data: curate it first", None)
+    steps = params[name].sampling.steps
+    counts = {capability: factor * count * steps for capability, count in images.items()}
+    if name == "validate":
+        counts["t2i"] += GUIDED * images["t2i"] * steps
+    note = f"{sum(images.values())} images of {steps} steps, {factor} times; judges aside"
+    return Work(note, sum(counts.values()), counts, counts)
+
+
+def _work(params: Mapping[str, Any], project: Path) -> dict[str, Work]:
+    """Stage -> what it runs through the network."""
+    distill, teachers, images = params["distill"], params["teachers"], _images(params, project)
+    trained = sum(made.training.steps * made.training.batch for made in teachers.teachers.values())
+    fields = {"base", *(route.teacher for route in distill.routing.routes)}
+    bundled = Work("trained once; the weights come with the repository", trained)
+    return {
+        "collect": Work("no network"),
+        "teachers": Work("fetched and checked") if teachers.sources else bundled,
+        "curate": Work("no network"),
+        "validate": _sampling("validate", len(fields), params, images),
+        "encode": Work("text encoders and VAE, once a prompt and picture"),
+        "distill": _distillation(distill),
+        "absorb": _absorption(params["absorb"], distill.trainable),
+        "score": _sampling("score", 2 + GUIDED, params, images),
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
 def plan(path: Path, project: Path) -> dict[str, Any]:
     """Everything the command prints, as JSON: stages, totals, memory (GB), weights. Raises UserErrors for faults of the
     file.
+
+    Of a stage `evaluations` and `seconds` are None where they cannot be known yet, 0 where no network runs.
     """
     check_all(path)
-    params, document, force = _sections(path), read_yaml(path), project / PARAMS_FILE
+    params = {name: load_params(load_stage(name).params, name, path) for name in STAGES}
+    document, force = read_yaml(path), project / PARAMS_FILE
     in_force = read_yaml(force) if force.exists() else {}
     same = {name: all(document.get(key) == in_force.get(key) for key in (name, *SHARED)) for name in STAGES}
     states = stage_states(project, same)
-    p, family = params["distill"], params["distill"].backbone.name
+    distill, backbone, sources = params["distill"], params["distill"].backbone, params["teachers"].sources
     size = size_of(params, project)
-    resolution = p.backbone.pretrained.resolution if p.backbone.pretrained else 0
-    rate = measured_rate(project, family)
-    gpu = FAMILIES[family].size is not None
-    assumed = GPU_RATE * GPU_SHARE if gpu else CPU_RATE
-    basis = (
-        f"{rate:.1f} evaluations/s, measured by the last run here"
-        if rate
-        else (
-            f"from operations at {GPU_SHARE:.0%} of {GPU_RATE / 1e12:.0f} TF/s: one H100"
-            if gpu
-            else f"from operations at {CPU_RATE / 1e9:.0f} GF/s: one core"
-        )
-    )
-
-    def seconds(counts: Mapping[str, float]) -> float:
-        if rate:
-            return sum(counts.values()) / rate
-        return (
-            sum(
-                count * forward_operations(size, family, resolution, CAPABILITIES[name].is_edit)
-                for name, count in counts.items()
-            )
-            / assumed
-        )
-
-    def split(total: float, shares: Mapping[str, float]) -> dict[str, float]:
-        return {name: total * share / sum(shares.values()) for name, share in shares.items()}
-
-    rows: dict[str, Row] = {}
-    for name in ("collect", "curate", "encode"):
-        rows[name] = Row(
-            name,
-            states[name],
-            0,
-            None,
-            "no network" if name != "encode" else "text encoders and VAE, once a prompt and picture",
-        )
-    fetched = params["teachers"].sources
-    trained = {name: one.training.steps * one.training.batch for name, one in params["teachers"].teachers.items()}
-    note = "fetched and checked" if fetched else "trained once; the weights come with the repository"
-    rows["teachers"] = Row("teachers", states["teachers"], 0 if fetched else sum(trained.values()), None, note)
-    shares = {route.capability: route.weight for route in p.routing.routes}
-    soft = len(p.routing.routes) if p.routes_taken == "soft" else 1
-    per = step_evaluations(p, float(soft), p.method, p.states, p.query_states)
-    cost = per + backward_evaluations(p, p.method, p.query_states, p.trainable)
-    samples = 0 if p.method == "merge" else p.steps * p.batch
-    note = f"{samples} samples of {per:.2f} evaluations (E[j] = {expected_index(p.rollout_steps, p.query):.2f} of N = {p.rollout_steps}, {p.query}); {p.method}"
-    rows["distill"] = Row(
-        "distill",
-        states["distill"],
-        round(samples * per),
-        seconds(split(samples * (per if rate else cost), shares)),
-        note,
-    )
-    a = params["absorb"]
-    weights = sum(field.weight for field in a.fields)
-    guided = sum(field.weight * (1 if field.scale == 1.0 else GUIDED) for field in a.fields) / weights
-    per = step_evaluations(a, guided, "danceopd", "on_policy", 1)
-    cost = per + backward_evaluations(a, "danceopd", 1, p.trainable)
-    samples = a.steps * a.batch
-    note = f"{samples} samples of {per:.2f} evaluations, the guided teacher {guided:.2f} of them"
-    shares = {field.capability: field.weight for field in a.fields}
-    rows["absorb"] = Row(
-        "absorb",
-        states["absorb"],
-        round(samples * per),
-        seconds(split(samples * (per if rate else cost), shares)),
-        note,
-    )
-    images, why = _images(params, project)
-    teachers = {"base", *(route.teacher for route in p.routing.routes)}
-    for name, factor in (("validate", len(teachers)), ("score", 2 + GUIDED)):
-        sampling = params[name].sampling
-        if images is None:
-            rows[name] = Row(name, states[name], None, None, why)
-            continue
-        counts = {capability: factor * count * sampling.steps for capability, count in images.items()}
-        if name == "validate":
-            counts["t2i"] += GUIDED * images["t2i"] * sampling.steps
-        total = sum(counts.values())
-        rows[name] = Row(
-            name,
-            states[name],
-            total,
-            seconds(counts),
-            f"{sum(images.values())} images of {sampling.steps} steps, {factor} times; judges aside",
-        )
-    known: Mapping[str, Any] = fetched or params["teachers"].teachers
-    kinds = {name: known[name].kind for name in teachers if name in known}
-    wanted = addresses(fetched)
-    networks = evaluators(document, project)
+    resolution = backbone.pretrained.resolution if backbone.pretrained else 0
+    speed = Speed(measured_rate(project, backbone.name), size, backbone.name, resolution)
+    stages = []
+    for name, work in _work(params, project).items():
+        facts = {"evaluations": work.evaluations, "seconds": speed.seconds(work), "note": work.note}
+        stages.append({"stage": name, "state": states[name], **facts})
+    known: Mapping[str, Any] = sources or params["teachers"].teachers
+    routed = {"base", *(route.teacher for route in distill.routing.routes)}
+    kinds = {name: known[name].kind for name in routed if name in known}
+    uris = addresses(sources)
+    weights = [(key, uris[key], state) for key, state in availability(uris, project).items()]
+    weights += [(key, *network) for key, network in evaluators(document, project).items()]
     return {
         "params": str(path),
-        "backbone": family,
-        "basis": basis,
-        "stages": [asdict(rows[name]) for name in STAGES],
+        "backbone": backbone.name,
+        "basis": speed.basis,
+        "stages": stages,
         "memory": memory(params, size, kinds),
         "waiting_memory": waiting_memory(params, size, kinds),
         "parameters": size.parameters,
-        "weights": [
-            {"key": key, "uri": wanted[key], "state": state} for key, state in availability(wanted, project).items()
-        ]
-        + [{"key": key, "uri": name, "state": state} for key, (name, state) in networks.items()],
+        "weights": [{"key": key, "uri": uri, "state": state} for key, uri, state in weights],
     }
 
 
@@ -382,62 +375,46 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def print_plan(found: Mapping[str, Any]) -> None:
-    """As tables; a missing weight is told with how to supply it."""
+def print_plan(planned: Mapping[str, Any]) -> None:
+    """As a table and lines; a missing weight is told with how to supply it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    table = Table(title=f"{found['params']}: {found['backbone']}, {found['parameters'] / 1e6:.1f} M parameters")
-    for column, justify in (
-        ("stage", "left"),
-        ("state", "left"),
-        ("evaluations", "right"),
-        ("time", "right"),
-        ("what", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in found["stages"]:
+    title = f"{planned['params']}: {planned['backbone']}, {planned['parameters'] / 1e6:.1f} M parameters"
+    table = Table("stage", "state", "evaluations", "time", "what", title=title)
+    table.columns[2].justify = table.columns[3].justify = "right"
+    for row in planned["stages"]:
         count = "-" if row["evaluations"] is None else f"{row['evaluations']:,}"
         table.add_row(row["stage"], Text(row["state"]), count, _duration(row["seconds"]), Text(row["note"]))
-    console.print(table)
-    total = sum(row["seconds"] or 0.0 for row in found["stages"] if not row["state"].startswith(("cached", "frozen")))
-    console.print(
-        f"time    {_duration(total)} for what runs with a network, where known; {found['basis']}",
-        markup=False,
-        highlight=False,
-    )
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in found["memory"].items())
-    console.print(
-        f"memory  {sum(found['memory'].values()):.2f} GB while training, activations aside ({parts})",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    if found["waiting_memory"]:
-        print(f"        {found['waiting_memory']:.2f} GB on the host, of teachers that wait there (offload)")
-    for one in found["weights"]:
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    idle = ("cached", "frozen")
+    total = sum(row["seconds"] or 0.0 for row in planned["stages"] if not row["state"].startswith(idle))
+    print(f"time    {_duration(total)} for what runs with a network, where known; {planned['basis']}")
+    sizes = ", ".join(f"{name} {value:.2f}" for name, value in planned["memory"].items())
+    print(f"memory  {sum(planned['memory'].values()):.2f} GB while training, activations aside ({sizes})")
+    if planned["waiting_memory"]:
+        print(f"        {planned['waiting_memory']:.2f} GB on the host, of teachers that wait there (offload)")
+    places = "(a path, hf://owner/name, s3://bucket/key, models:/name@alias)"
+    for weights in planned["weights"]:
         remedy = {
             "here": "",
             "to fetch": ": fetched when a run needs it; `python -m tasks check` asks whether it can be",
-            "missing": f": put the weights there, or set {one['key']} to where they are (a path, hf://owner/name, s3://bucket/key, models:/name@alias)",
-        }[one["state"]]
-        console.print(f"weights {one['state']:8} {one['uri']}{remedy}", markup=False, highlight=False, soft_wrap=True)
+            "missing": f": put the weights there, or set {weights['key']} to where they are {places}",
+        }
+        print(f"weights {weights['state']:8} {weights['uri']}{remedy[weights['state']]}")
 
 
 def cli(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m tasks plan", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--preset", default=None, metavar="NAME", help="plan presets/NAME.yaml instead of the params in force"
-    )
+    preset = "plan presets/NAME.yaml instead of the params in force"
+    parser.add_argument("--preset", default=None, metavar="NAME", help=preset)
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(argv))
-    path = preset_file(options.preset) if options.preset else options.params
-    found = plan(path, Path.cwd())
+    planned = plan(preset_file(options.preset) if options.preset else options.params, Path.cwd())
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(planned, indent=2))
     else:
-        print_plan(found)
+        print_plan(planned)
     return 0

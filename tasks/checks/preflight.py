@@ -19,95 +19,76 @@ from tasks.stages.contract import sections
 from tasks.weights.sources import HUB, address_faults, missing_faults, unfetchable_faults
 
 TEACHERS = Path("data/teachers")
+NOT_AS_WRITTEN = (KeyError, TypeError, AttributeError)  # of a section with another form, which its own check names
+
+
+def check_all(path: str | Path = PARAMS_FILE) -> None:
+    """Checks every section of params.yaml against the code that reads it. Raises UserErrors with all faults at once."""
+    check_sections(sections(), path)
 
 
 def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None:
-    """Raises UserErrors with every fault found: all sections and, once the teachers have been fetched, each teacher
-    whose files are missing.
-    """
+    """Raises UserErrors with every fault: of all sections, and of what they name and is not there."""
     faults: list[str] = []
     try:
         check_all(path)
     except UserErrors as errors:
         faults += errors.faults
-    document = read_yaml(path)
-    project = teachers.absolute().parents[1]
-    faults += (
-        teacher_faults(document, teachers)
-        + folder_faults(document, project)
-        + network_faults(document, project)
-        + judge_faults(document)
-    )
+    document, project = read_yaml(path), teachers.absolute().parents[1]
+    faults += teacher_faults(document, teachers) + folder_faults(document, project)
+    faults += network_faults(document, project) + judge_faults(document)
     if faults:
-        raise UserErrors(
-            f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found before anything ran", faults
-        )
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise UserErrors(f"{path}: {count} found before anything ran", faults)
 
 
 def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
     """The folder of examples that section `collect` names, where it is not there."""
     collect = document.get("collect")
-    if (
-        not isinstance(collect, dict)
-        or collect.get("source") != "folder"
-        or not collect.get("folder")
-        or (project / str(collect["folder"])).is_dir()
-    ):
+    folder = collect.get("folder") if isinstance(collect, dict) and collect.get("source") == "folder" else None
+    if not folder or (project / str(folder)).is_dir():
         return []
-    return [
-        f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"
-    ]
+    remedy = "put your manifests and images there, or name where they are"
+    return [f"collect.folder = {folder!r}: no such folder; {remedy}"]
 
 
 def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
-    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro
-    world's detector needs none.
-    """
-    from data.microworld import MICRO
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that judge images."""
+    from data.microworld import MICRO  # here, as it loads pandas
 
-    benchmark, found = document.get("benchmark"), {}
+    benchmark, known = document.get("benchmark"), {}
     for key in ("detector", "classifier"):
         name = str(benchmark.get(key) or "") if isinstance(benchmark, dict) else ""
         if name and name != MICRO:
-            here = (project / name).is_dir() or _in_hub_cache(name)
-            found[f"benchmark.{key}"] = (
-                name,
-                "here" if here else "to fetch" if HUB.fullmatch(f"hf://{name}") else "missing",
-            )
-    return found
+            on_hub = HUB.fullmatch(f"hf://{name}") is not None
+            here = (project / name).is_dir() or (on_hub and in_hub_cache(name))
+            known[f"benchmark.{key}"] = (name, "here" if here else "to fetch" if on_hub else "missing")
+    return known
 
 
-def _in_hub_cache(name: str) -> bool:
+def in_hub_cache(name: str) -> bool:
+    """Whether the hub's cache on this machine has the model `owner/name` or `owner/name@revision`."""
     from huggingface_hub import try_to_load_from_cache
 
     model, _, revision = name.partition("@")
-    return HUB.fullmatch(f"hf://{name}") is not None and isinstance(
-        try_to_load_from_cache(model, "config.json", revision=revision or None), str
-    )
+    return isinstance(try_to_load_from_cache(model, "config.json", revision=revision or None), str)
 
 
 def network_faults(document: dict[str, Any], project: Path) -> list[str]:
-    """Networks that look at the images and are nowhere, and what of them and of the teachers' weights the hub would
-    have to give and does not.
-    """
+    """Networks that judge images and are nowhere, and weights that the hub would have to give and does not."""
     uris, known = _source_uris(document), evaluators(document, project)
-    faults = [
-        f"{label} = {name!r}: no such folder, and no name on the hub (owner/name); put the network there, or name where it is"
-        for label, (name, state) in known.items()
-        if state == "missing"
-    ]
-    uris |= {label: f"hf://{name}" for label, (name, state) in known.items() if state == "to fetch"}
+    remedy = "no such folder, and no name on the hub (owner/name); put the network there, or name where it is"
+    faults = [f"{key} = {name!r}: {remedy}" for key, (name, state) in known.items() if state == "missing"]
+    uris |= {key: f"hf://{name}" for key, (name, state) in known.items() if state == "to fetch"}
     return faults if address_faults(uris) else faults + unfetchable_faults(uris, project)
 
 
 def _source_uris(document: dict[str, Any]) -> dict[str, str]:
-    """The params' key -> address; none where the section is not written as it should be, which its own check names."""
+    """The params' key -> address of every teacher that is fetched."""
     try:
-        return {
-            f"teachers.sources.{name}.uri": str(source["uri"])
-            for name, source in dict(document["teachers"].get("sources") or {}).items()
-        }
-    except (KeyError, TypeError, AttributeError):
+        sources = dict(document["teachers"].get("sources") or {})
+        return {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in sources.items()}
+    except NOT_AS_WRITTEN:
         return {}
 
 
@@ -117,57 +98,43 @@ def judge_faults(document: dict[str, Any]) -> list[str]:
 
     try:
         judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
-        edits = sorted(
-            {
-                route["capability"]
-                for route in document["routing"]["routes"]
-                if CAPABILITIES[route["capability"]].is_edit
-            }
-        )
+        taught = {route["capability"] for route in document["routing"]["routes"]}
+        edits = sorted(name for name in taught if CAPABILITIES[name].is_edit)
         variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
-    except (KeyError, TypeError):
-        return []  # the sections' own checks name what is wrong with them
+    except NOT_AS_WRITTEN:
+        return []
     if micro or not edits:
         return []
     if judge["kind"] == "none":
-        return [
-            f"judge.kind = 'none': the routes edit ({', '.join(edits)}), which a detector cannot judge; name an endpoint or a local judge"
-        ]
+        remedy = "which a detector cannot judge; name an endpoint or a local judge"
+        return [f"judge.kind = 'none': the routes edit ({', '.join(edits)}), {remedy}"]
     if variable and not os.environ.get(variable):
-        return [
-            f'judge.server.key_variable = {variable!r}: this variable is not set; export it, or write "" for a server that needs no key'
-        ]
+        remedy = 'export it, or write "" for a server that needs no key'
+        return [f"judge.server.key_variable = {variable!r}: this variable is not set; {remedy}"]
     return []
 
 
 def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
-    """Teachers that `routing.routes` names and that section `teachers` does not make, or that have no files in the
-    folder `teachers`, where it is there yet.
-    """
+    """Routed teachers that section `teachers` does not make, or without files in the folder `teachers`."""
     try:
         routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
         sources = dict(document["teachers"].get("sources") or {})
         made = [*document["teachers"]["teachers"], *sources]
-    except (KeyError, TypeError, AttributeError):
-        return []  # the sections' own checks name what is wrong with them
-    uris = _source_uris(document)
-    if sources:  # the folder is made from them when the run fetches its teachers
-        faults = [] if address_faults(uris) else missing_faults(uris, teachers.absolute().parents[1])
-        return faults + [
-            f"routing.routes[{index}].teacher = {name!r}: no such teacher in teachers.sources; choose of {', '.join(map(str, made))}"
-            for index, name in routed
-            if name not in made
-        ]
+    except NOT_AS_WRITTEN:
+        return []
+    section = "teachers.sources" if sources else "section teachers"
+    unknown = f"no such teacher in {section}; choose of {', '.join(map(str, made))}"
     faults = []
+    uris = _source_uris(document)
+    if sources and not address_faults(uris):  # the folder is made from them when the run fetches its teachers
+        faults = missing_faults(uris, teachers.absolute().parents[1])
     for index, name in routed:
+        key = f"routing.routes[{index}].teacher = {name!r}"
         if name not in made:
-            faults.append(
-                f"routing.routes[{index}].teacher = {name!r}: no such teacher in section teachers; choose of {', '.join(map(str, made))}"
-            )
-        elif teachers.is_dir() and not any((teachers / name).rglob("*.safetensors")):
-            faults.append(
-                f"routing.routes[{index}].teacher = {name!r}: no weights in {teachers / name}; restore them with: dvc checkout --force {teachers}"
-            )
+            faults.append(f"{key}: {unknown}")
+        elif not sources and teachers.is_dir() and not any((teachers / name).rglob("*.safetensors")):
+            remedy = f"restore them with: dvc checkout --force {teachers}"
+            faults.append(f"{key}: no weights in {teachers / name}; {remedy}")
     return faults
 
 
@@ -184,29 +151,21 @@ def require_teachers(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) 
 def other_teachers(document: dict[str, Any], teachers: Path) -> list[str]:
     """Teachers of `teachers.sources` whose folder was made from another address, or not at all."""
     faults = []
+    remedy = f"make it again: python -m tasks teachers --out {teachers}, then dvc commit --force teachers"
     for name, source in (document["teachers"].get("sources") or {}).items():
         record = teachers / name / "teacher.json"
-        made_from = read_json(record).get("source") if record.is_file() else None
-        if made_from != source["uri"]:
-            remedy = f"make it again: python -m tasks teachers --out {teachers}, then dvc commit --force teachers"
-            faults.append(
-                f"{record.parent}: made from {made_from or 'nothing that is named'}, teachers.sources.{name}.uri is {source['uri']}; {remedy}"
-            )
+        origin = read_json(record).get("source") if record.is_file() else None
+        if origin != source["uri"]:
+            wanted = f"teachers.sources.{name}.uri is {source['uri']}"
+            faults.append(f"{record.parent}: made from {origin or 'nothing that is named'}, {wanted}; {remedy}")
     return faults
 
 
 def cli(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tasks check",
-        description="Check every section of params.yaml, the routes and the teachers they name.",
-    )
+    about = "Check every section of params.yaml, the routes and the teachers they name."
+    parser = argparse.ArgumentParser("python -m tasks check", description=about)
     parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE")
     path = parser.parse_args(arguments).params
     preflight(path)
     print(f"{path}: no fault found")
     return 0
-
-
-def check_all(path: str | Path = PARAMS_FILE) -> None:
-    """Checks every section of params.yaml against the code that reads it. Raises UserErrors with all faults at once."""
-    check_sections(sections(), path)

@@ -1,1 +1,1 @@
-"""DVC's commands in a process group, in a checkout of their own."""
+"""DVC's commands: each in its process group, a worker's run in its checkout."""

@@ -1,4 +1,4 @@
-"""DVC in a process of its own. Its exit status tells the types of DVC's exceptions, so that nobody reads its English.
+"""DVC in a separate process. Its exit status tells the types of DVC's exceptions, so that nobody reads its English.
 
     repro STAGE         that stage alone
     pull REMOTE PATH    what dvc.lock names there, from that remote
@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import dvc.stage.run
 from dvc.exceptions import CheckoutError, DownloadError, FileTransferError
@@ -52,38 +51,24 @@ class _Skipped(logging.Handler):
             self.errors.append(record.exc_info[1])
 
 
-def repro(repo: Any, stage: str) -> None:
-    repo.reproduce(stage, single_item=True)
-
-
-def pull(repo: Any, remote: str, path: str) -> None:
-    repo.pull(path, remote=remote)
-
-
-def fetch(repo: Any) -> None:
-    repo.pull(run_cache=True, allow_missing=True, force=True)
-
-
-def push(repo: Any) -> None:
-    repo.push(run_cache=True)
-
-
-def commit(repo: Any, stage: str) -> None:
-    repo.commit(stage, force=True)
-
-
-ACTIONS: dict[str, Callable[..., None]] = {one.__name__: one for one in (repro, pull, fetch, push, commit)}
+ACTIONS: dict[str, Callable[..., None]] = {
+    "repro": lambda repo, stage: repo.reproduce(stage, single_item=True),
+    "pull": lambda repo, remote, path: repo.pull(path, remote=remote),
+    "fetch": lambda repo: repo.pull(run_cache=True, allow_missing=True, force=True),
+    "push": lambda repo: repo.push(run_cache=True),
+    "commit": lambda repo, stage: repo.commit(stage, force=True),
+}
 
 
 def status_of(error: BaseException | None, skipped: list[BaseException]) -> int:
     """The exit status for what was raised (None: nothing) and what was logged on the way."""
-    chain = [one for first in (error, *skipped) for one in causes(first)]
-    failed = next((one for one in chain if isinstance(one, _CommandFailed)), None)
+    chain = [cause for first in (error, *skipped) for cause in causes(first)]
+    failed = next((cause for cause in chain if isinstance(cause, _CommandFailed)), None)
     if failed is not None:
         return failed.status if failed.status > 0 else 128 - failed.status
-    if any(isinstance(one, PermissionError) for one in chain):
+    if any(isinstance(cause, PermissionError) for cause in chain):
         return 1
-    if any(isinstance(one, LockError) or objects.is_outage(one) for one in chain):
+    if any(isinstance(cause, LockError) or objects.is_outage(cause) for cause in chain):
         return TRY_AGAIN
     if skipped and (error is None or isinstance(error, FileTransferError)):
         return TRY_AGAIN
@@ -105,9 +90,9 @@ def main(argv: list[str]) -> int:
         error = missing if skipped.errors or argv[0] != "fetch" else None
     except Exception as raised:
         error = raised
-    status = status_of(error, skipped.errors)
     if error is not None:
-        locked = any(isinstance(one, LockError) for one in causes(error))
-        said = ": ".join(str(one) or type(one).__name__ for one in causes(error))
-        print(f"ERROR: {BUSY if locked else said}", file=sys.stderr, flush=True)
-    return status
+        chain = list(causes(error))
+        busy = any(isinstance(cause, LockError) for cause in chain)
+        said = BUSY if busy else ": ".join(str(cause) or type(cause).__name__ for cause in chain)
+        print(f"ERROR: {said}", file=sys.stderr, flush=True)
+    return status_of(error, skipped.errors)

@@ -1,5 +1,5 @@
-"""Where a run works: this folder on a laptop; on a worker a fresh git checkout of the asked revision, with DVC's cache
-and remote behind it.
+"""Where a run works: this folder on a laptop; on a worker a fresh git checkout of a revision, with DVC's cache and
+remote behind it.
 
 A worker's run changes nothing but its own branch `runs/NAME`: the params it ran with are committed before anything
 runs, dvc.lock and the reports afterwards, and both are pushed. So the registered version names a commit that everybody
@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,11 +24,11 @@ from typing import IO, Any
 from data.errors import Outage, UserError
 from data.files import atomic_folder, digest, sha256_file, write_text
 from data.yaml_files import set_values
-from tasks.environment import PROJECT
+from tasks.environment import PROJECT, setting
 from tasks.params.presets import preset_text
 from tasks.params.reading import PARAMS_FILE
 from tasks.release.provenance import LOCK_FILES, git_state
-from tasks.running.repro import dvc, failure
+from tasks.running.repro import Listener, dvc, require_success
 
 REPOSITORY, WORKSPACES = "DANCEOPD_REPOSITORY", "DANCEOPD_WORKSPACES"
 DEFAULT_REVISION = "HEAD"  # of the repository: its main branch
@@ -38,14 +38,11 @@ FATAL = 128  # git's exit status when it gives up: of a fetch or push, because t
 # what a run leaves for git; everything else is DVC's or MLflow's
 RECORDS = ("dvc.lock", "reports/scorecard.json", "reports/validate.json", "reports/metrics")
 IDENTITY = ("-c", "user.name=danceopd", "-c", "user.email=danceopd@localhost")
-Line = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder to run in. `branch` and `sha` (the commit that holds the run's params) are None where it is simply this
-    folder.
-    """
+    """A folder to run in. `branch` and `sha` (the commit with the run's params) are None for this folder itself."""
 
     path: Path
     branch: str | None
@@ -57,11 +54,11 @@ class Workspace:
 
 
 def repository() -> str | None:
-    return os.environ.get(REPOSITORY, "").strip() or None
+    return setting(REPOSITORY)
 
 
 def root() -> Path:
-    return Path(os.environ.get(WORKSPACES, "").strip() or PROJECT / "runs" / "workspaces").resolve()
+    return Path(setting(WORKSPACES) or PROJECT / "runs" / "workspaces").resolve()
 
 
 def mirror() -> Path:
@@ -70,7 +67,7 @@ def mirror() -> Path:
 
 
 def open_workspace(
-    revision: str | None, preset: str | None, overrides: Mapping[str, Any], name: str, line: Line
+    revision: str | None, preset: str | None, overrides: Mapping[str, Any], name: str, line: Listener
 ) -> Workspace:
     """Makes the folder ready and puts preset and overrides (dotted key -> value) in force.
 
@@ -81,9 +78,8 @@ def open_workspace(
     source = repository()
     if source is None:
         if revision is not None:
-            raise UserError(
-                f"revision = {revision!r}: this worker runs in its own folder; set {REPOSITORY} to run revisions of a repository"
-            )
+            remedy = f"set {REPOSITORY} to run revisions of a repository"
+            raise UserError(f"revision = {revision!r}: this worker runs in its own folder; {remedy}")
         put_params(PROJECT, preset, overrides)
         return Workspace(PROJECT, None, None)
     branch = BRANCHES + re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
@@ -92,32 +88,29 @@ def open_workspace(
     _hold(folder)
     if not (folder / ".git").exists():
         with atomic_folder(folder) as fresh:
-            _clone(source, sha, fresh)
-            _git(fresh, "checkout", "--quiet", "-B", branch)
+            _git(fresh, "init", "--quiet")
+            _git(fresh, "fetch", "--quiet", str(mirror()), sha)
+            _git(fresh, "checkout", "--quiet", "-B", branch, sha)
+            _git(fresh, "remote", "add", "origin", source)
             put_params(fresh, preset, overrides)
             _commit(fresh, f"Params of {branch}", (PARAMS_FILE,))
-    elif changed := _changed(folder):
-        _git(
-            folder, "checkout", "--quiet", "HEAD", "--", *changed
-        )  # half of a run that was killed; never somebody's work
+    elif changed := git_state(folder)["git.changed"]:  # half of a run that was killed; never somebody's work
+        _git(folder, "checkout", "--quiet", "HEAD", "--", *changed)
     _git(folder, "branch", "--force", "--move", branch)
-    _same_environment(folder)
-    _configure(folder)
-    fetch(folder, line)
+    _require_environment(folder)
+    # The cache is shared by all checkouts of this machine: what a run made, the next does not fetch.
+    config = f"[core]\n    remote = {REMOTE}\n[cache]\n    dir = {root() / 'cache'}\n"
+    write_text(folder / ".dvc" / "config.local", config)
+    # What the remote has of dvc.lock's files, with its record of earlier runs; the run makes what it has not.
+    require_success("dvc pull", dvc(folder, line, "fetch"))
     return Workspace(folder, branch, _git(folder, "rev-parse", "HEAD"))
 
 
-def _changed(folder: Path) -> list[str]:
-    return list(git_state(folder)["git.changed"])
-
-
-_held: dict[
-    Path, IO[str]
-] = {}  # folder -> its open lock file; the kernel frees it when this process ends, however it ends
+_held: dict[Path, IO[str]] = {}  # folder -> its open lock file, which the kernel frees however this process ends
 
 
 def _hold(folder: Path) -> None:
-    """One run a folder. Raises Outage while another process has it."""
+    """Lets a folder have a single run. Raises Outage while another process has it."""
     if folder in _held:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,9 +124,7 @@ def _hold(folder: Path) -> None:
 
 
 def resolve(source: str, revision: str) -> str:
-    """The full commit of a branch, tag or commit of the repository, through a mirror that is updated first. Raises
-    UserError when it is not known there.
-    """
+    """The full commit of a branch, tag or commit, from an updated mirror. Raises UserError for unknown ones."""
     copy = mirror()
     copy.parent.mkdir(parents=True, exist_ok=True)
     with open(root() / ".mirror.lock", "w") as lock:
@@ -154,17 +145,8 @@ def resolve(source: str, revision: str) -> str:
     return sha
 
 
-def _clone(source: str, sha: str, folder: Path) -> None:
-    _git(folder, "init", "--quiet")
-    _git(folder, "fetch", "--quiet", str(mirror()), sha)
-    _git(folder, "checkout", "--quiet", "--detach", sha)
-    _git(folder, "remote", "add", "origin", source)
-
-
 def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) -> None:
-    """Rewrites params.yaml: a preset's whole file, then single values by dotted key. Raises UserErrors for a preset or
-    keys that do not exist.
-    """
+    """Puts a preset's file, then values by dotted key, into params.yaml. Raises UserErrors for unknown ones."""
     path = project / PARAMS_FILE
     if preset is not None:
         write_text(path, preset_text(preset, project))
@@ -172,33 +154,16 @@ def put_params(project: Path, preset: str | None, overrides: Mapping[str, Any]) 
         set_values(path, overrides)
 
 
-def _same_environment(folder: Path) -> None:
+def _require_environment(folder: Path) -> None:
     """A revision is run with the packages that it names, or not at all."""
     for name in LOCK_FILES:
         here, there = PROJECT / name, folder / name
         if here.is_file() and not (there.is_file() and sha256_file(here) == sha256_file(there)):
-            raise UserError(
-                f"{name} of the asked revision is not the one that this worker was built from; build the worker's image from that revision"
-            )
+            remedy = "build the worker's image from that revision"
+            raise UserError(f"{name} of the revision is not the one that this worker was built from; {remedy}")
 
 
-def _configure(folder: Path) -> None:
-    """The cache is shared by all checkouts of this machine: what one run made, the next does not fetch."""
-    write_text(
-        folder / ".dvc" / "config.local", f"[core]\n    remote = {REMOTE}\n[cache]\n    dir = {root() / 'cache'}\n"
-    )
-
-
-def fetch(folder: Path, line: Line) -> None:
-    """Everything that the remote has of what dvc.lock names, and its record of earlier stages' runs. What it has not is
-    made by the run.
-    """
-    ended = dvc(folder, line, "fetch")
-    if ended.status:
-        raise failure("dvc pull", ended)
-
-
-def push(work: Workspace, line: Line) -> dict[str, str]:
+def push(work: Workspace, line: Listener) -> dict[str, str]:
     """Data and checkpoints to the DVC remote, then dvc.lock and the reports to the branch: a commit is never pushed
     before the data it names.
 
@@ -207,9 +172,7 @@ def push(work: Workspace, line: Line) -> dict[str, str]:
     """
     if not work.is_checkout:
         return {}
-    ended = dvc(work.path, line, "push")
-    if ended.status:
-        raise failure("dvc push", ended)
+    require_success("dvc push", dvc(work.path, line, "push"))
     _commit(work.path, f"Results of {work.branch}", tuple(name for name in RECORDS if (work.path / name).exists()))
     _git(work.path, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
     return {
@@ -235,10 +198,7 @@ def _commit(folder: Path, message: str, names: tuple[str, ...]) -> None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """git's output. Raises Outage when the other side does not answer, UserError otherwise.
-
-    Credentials in an address are not repeated.
-    """
+    """git's output. Raises Outage when the other side does not answer, UserError otherwise; without credentials."""
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     command = ["git", "-C", str(folder), *arguments]
     try:
@@ -247,12 +207,12 @@ def _git(folder: Path, *arguments: str) -> str:
         raise Outage(f"git {arguments[0]}: no answer in half an hour") from error
     if ended.returncode == 0:
         return ended.stdout.strip()
-    told = _without_credentials((ended.stderr or ended.stdout).strip()[-500:])
+    said = _without_credentials((ended.stderr or ended.stdout).strip()[-500:])
     if ended.returncode == FATAL and arguments[0] in ("fetch", "push"):
-        raise Outage(f"git {arguments[0]}: the repository does not answer ({told})")
+        raise Outage(f"git {arguments[0]}: the repository does not answer ({said})")
     if (lock := folder / ".git" / "index.lock").exists():
         raise Outage(f"git {arguments[0]}: another run is at work in {folder}; if none is, remove {lock}")
-    raise UserError(f"git {arguments[0]} failed in {folder}: {told}")
+    raise UserError(f"git {arguments[0]} failed in {folder}: {said}")
 
 
 def _without_credentials(text: str) -> str:

@@ -1,18 +1,11 @@
-"""Objects in an S3 store: the only place that speaks to one.
+"""Objects in an S3 store: the only place that speaks to it. tasks/s3/transfer.py moves files in parts.
 
-    download("s3://bucket/key", path, sha256=..., progress=...) -> sha256     # parts in parallel; goes on where a
-stopped one ended; appears whole
-    download_folder("s3://bucket/prefix/", folder) -> {name: sha256}
-    upload(path, "s3://bucket/key", progress=...) -> sha256                   # the same, through the store's list of
-parts
     list_objects("s3://bucket/prefix") -> [Object]
-    read("s3://bucket/key") -> (bytes, etag), put_new(uri, bytes) -> etag, replace(uri, bytes, etag) -> etag   #
-compare-and-swap
+    read("s3://bucket/key") -> (bytes, etag)
+    put_new(uri, bytes) -> etag, replace(uri, bytes, etag) -> etag    # compare-and-swap
 
 Endpoint, region, addressing style, credentials and retries come from the standard AWS settings (AWS_ENDPOINT_URL_S3,
-AWS_REGION, AWS_PROFILE, AWS_MAX_ATTEMPTS,
-`s3 = addressing_style = path` in ~/.aws/config, ...), never from names of our own. boto3's own transfers start from the
-first byte after a stop and do not keep the parts of an upload, so parts are handled here.
+AWS_REGION, AWS_PROFILE, AWS_MAX_ATTEMPTS, `s3 = addressing_style = path` in ~/.aws/config, ...).
 """
 
 from __future__ import annotations
@@ -69,16 +62,14 @@ def is_s3(uri: str | Path) -> bool:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """(bucket, key) of `s3://bucket/key`; the key may be empty. Raises UserError for anything else, and for a key with
-    `.` or `..` as a part.
-    """
-    found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.DOTALL)
-    if found is None:
+    """(bucket, key) of `s3://bucket/key`; the key may be empty. Raises UserError, also for `.` and `..` in it."""
+    match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.DOTALL)
+    if match is None:
         raise UserError(f"{uri}: not an S3 address; expected s3://BUCKET/KEY")
-    key = found[2] or ""
+    key = match[2] or ""
     if any(part in (".", "..") for part in key.split("/")):
         raise UserError(f"{uri}: '.' and '..' are no names of objects")
-    return found[1], key
+    return match[1], key
 
 
 def join(uri: str, *names: str) -> str:
@@ -86,9 +77,7 @@ def join(uri: str, *names: str) -> str:
 
 
 def relative_name(key: str, prefix: str) -> str:
-    """The key without its prefix, as a path that cannot leave the folder it is written into. Raises UserError for one
-    that could.
-    """
+    """The key without its prefix. Raises UserError if it would lead out of the folder it is written to."""
     name = key.removeprefix(prefix)
     if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise UserError(f"{key!r}: not a name that can be written below a folder; rename the object")
@@ -109,23 +98,18 @@ def _client(settings: tuple[tuple[str, str], ...]) -> Any:
 
     try:
         session = get_session()
-        scoped = session.get_scoped_config()
+        chosen = session.get_scoped_config()
         retries: dict[str, Any] = {}
-        if "AWS_RETRY_MODE" not in os.environ and "retry_mode" not in scoped:
+        if "AWS_RETRY_MODE" not in os.environ and "retry_mode" not in chosen:
             retries["mode"] = "standard"
-        if "AWS_MAX_ATTEMPTS" not in os.environ and "max_attempts" not in scoped:
+        if "AWS_MAX_ATTEMPTS" not in os.environ and "max_attempts" not in chosen:
             retries["total_max_attempts"] = ATTEMPTS
-        config = Config(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            max_pool_connections=WORKERS + 2,
-            **({"retries": retries} if retries else {}),
-        )
+        limits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "max_pool_connections": WORKERS + 2}
+        config = Config(**limits, retries=retries or None)
         return boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
-        raise UserError(
-            f"the AWS settings cannot be used ({error}); look at AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_PROFILE and ~/.aws/config"
-        ) from error
+        remedy = "look at AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_PROFILE and ~/.aws/config"
+        raise UserError(f"the AWS settings cannot be used ({error}); {remedy}") from error
 
 
 REMEDIES = {
@@ -145,17 +129,21 @@ REMEDIES = {
 def is_outage(error: BaseException) -> bool:
     """Whether the store did not answer, or answered that it cannot now: by botocore's types and the HTTP status.
 
-    s3fs, which DVC uses, raises the same, or its own around them.
+    s3fs, which DVC uses, raises the same, or its own errors from them.
     """
     from botocore import exceptions as boto
 
     silent = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, _Cut, ConnectionError, TimeoutError)
-    for one in causes(error):
-        told = one.response.get("ResponseMetadata", {}) if isinstance(one, boto.ClientError) else {}
-        status = told.get("HTTPStatusCode", 0)
-        if isinstance(one, silent) or (status >= 500 and status != 501) or status == 429:
+    for cause in causes(error):
+        status = _status(cause) if isinstance(cause, boto.ClientError) else 0
+        if isinstance(cause, silent) or (status >= 500 and status != 501) or status == 429:
             return True
     return False
+
+
+def _status(error: Any) -> int:
+    """The HTTP status of a botocore ClientError, 0 where it has none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 @contextmanager
@@ -166,32 +154,28 @@ def explained(uri: str) -> Iterator[None]:
     """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
+    again = "nothing is lost, run the same command again when it has recovered"
     try:
         yield
     except ClientError as error:
-        code, status = (
-            str(error.response["Error"].get("Code", "")),
-            error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
-        )
-        if code == "404" and error.operation_name == "HeadBucket":
+        told = error.response["Error"]
+        code, of_bucket = str(told.get("Code", "")), error.operation_name == "HeadBucket"
+        if code == "404" and of_bucket:
             code = "NoSuchBucket"
-        if code in ("NoSuchKey", "404") and error.operation_name != "HeadBucket":
+        if code in ("NoSuchKey", "404") and not of_bucket:
             raise Missing(f"{uri}: {REMEDIES[code]}") from error
         if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
             raise Changed(f"{uri}: somebody else wrote it first") from error
         if is_outage(error):
-            again = "nothing is lost, run the same command again when it has recovered"
-            raise Outage(f"{uri}: the store answers {status} ({code}); {again}") from error
-        raise UserError(f"{uri}: {REMEDIES.get(code) or error.response['Error'].get('Message') or code}") from error
+            raise Outage(f"{uri}: the store answers {_status(error)} ({code}); {again}") from error
+        raise UserError(f"{uri}: {REMEDIES.get(code) or told.get('Message') or code}") from error
     except NoCredentialsError as error:
-        raise NotConfigured(
-            f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        ) from error
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise NotConfigured(f"{uri}: no credentials; {remedy}") from error
     except NoRegionError as error:
         raise NotConfigured(f"{uri}: no region; set AWS_REGION") from error
     except (BotoCoreError, _Cut) as error:
         if is_outage(error):
-            again = "nothing is lost, run the same command again when it does"
             raise Outage(f"{uri}: the store does not answer ({error}); {again}") from error
         raise UserError(f"{uri}: {error}; look at the AWS settings") from error
 
@@ -202,10 +186,10 @@ def read(uri: str) -> tuple[bytes, str]:
 
     def get() -> tuple[bytes, str]:
         answer = client().get_object(Bucket=bucket, Key=key)
-        return b"".join(_chunks(answer)), str(answer["ETag"])
+        return b"".join(chunks(answer)), str(answer["ETag"])
 
     with explained(uri):
-        return _repeated(get)
+        return repeated(get)
 
 
 def put_new(uri: str, content: bytes) -> str:
@@ -214,34 +198,35 @@ def put_new(uri: str, content: bytes) -> str:
 
 
 def replace(uri: str, content: bytes, etag: str) -> str:
-    """Writes over the state that `read` returned with this ETag; returns the new one. Raises Changed when it has
-    another by now.
-    """
+    """Overwrites the state that has this ETag; returns the new ETag. Raises Changed if it has another by now."""
     return _put(uri, content, IfMatch=etag)
 
 
 def _put(uri: str, content: bytes, **condition: str) -> str:
     """A conditional put. When an answer is lost and the request repeated, the store refuses the repetition: the
-    writer's mark tells that it was our own.
+    writer's mark on the object tells that it was written here.
     """
     bucket, key = split(uri)
-    writer = uuid.uuid4().hex
+    mark = {"writer": uuid.uuid4().hex}
     try:
         with explained(uri):
-            return str(
-                client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={"writer": writer}, **condition)[
-                    "ETag"
-                ]
-            )
+            answer = client().put_object(Bucket=bucket, Key=key, Body=content, Metadata=mark, **condition)
+            return str(answer["ETag"])
     except Changed:
-        try:
-            with explained(uri):
-                found = client().head_object(Bucket=bucket, Key=key)
-        except Missing:
-            found = {}
-        if found.get("Metadata", {}).get("writer") != writer:
+        head = head_object(uri)
+        if head is None or head.get("Metadata", {}).get("writer") != mark["writer"]:
             raise
-        return str(found["ETag"])
+        return str(head["ETag"])
+
+
+def head_object(uri: str) -> dict[str, Any] | None:
+    """The store's record of an object: ContentLength, ETag, Metadata, ...; None when there is none."""
+    bucket, key = split(uri)
+    try:
+        with explained(uri):
+            return dict(client().head_object(Bucket=bucket, Key=key))
+    except Missing:
+        return None
 
 
 def delete(uri: str) -> None:
@@ -251,53 +236,36 @@ def delete(uri: str) -> None:
 
 
 def list_objects(uri: str) -> list[Object]:
-    """All objects whose keys start with the address's, sorted by key. Raises UserError for a bucket that does not
-    exist.
-    """
+    """Objects whose keys start with the address's, by key. Raises UserError where there is no bucket."""
     bucket, key = split(uri)
     with explained(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        found = [
-            Object(f"{SCHEME}{bucket}/{one['Key']}", int(one["Size"]), str(one["ETag"]))
-            for page in pages
-            for one in page.get("Contents", [])
-        ]
-    return sorted(found, key=lambda one: one.uri)
+        entries = [entry for page in pages for entry in page.get("Contents", [])]
+    listed = [Object(f"{SCHEME}{bucket}/{entry['Key']}", int(entry["Size"]), str(entry["ETag"])) for entry in entries]
+    return sorted(listed, key=lambda item: item.uri)
 
 
 def server_time(uri: str) -> datetime:
-    """What the store's clock says, from its answer about the bucket; so it also proves that the bucket is there and may
-    be read.
-    """
+    """What the store's clock says, from its answer about the bucket, which must exist and be readable."""
     bucket, _ = split(uri)
     with explained(f"{SCHEME}{bucket}"):
         answer = client().head_bucket(Bucket=bucket)
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
 
 
-def _repeated(work: Callable[..., T], *arguments: Any) -> T:
+def repeated(work: Callable[..., T], *arguments: Any) -> T:
     """Repeats what was cut off while a body was read, which boto3's own retries do not cover."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-    tries, waits = stop_after_attempt(ATTEMPTS), wait_exponential_jitter(0.2, 10)
-    again = Retrying(retry=retry_if_exception_type(_Cut), stop=tries, wait=waits, reraise=True)
-    return again(work, *arguments)
+    stop, wait = stop_after_attempt(ATTEMPTS), wait_exponential_jitter(0.2, 10)
+    return Retrying(retry=retry_if_exception_type(_Cut), stop=stop, wait=wait, reraise=True)(work, *arguments)
 
 
-def _chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
-    """The body of an answer. Raises _Cut when it ends early, stalls or does not have the checksum that the store
-    keeps.
-    """
+def chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
+    """The body of an answer. `repeated` takes another try where it ends early, stalls or has another checksum."""
     from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
     try:
         yield from answer["Body"].iter_chunks(CHUNK)
     except (HTTPClientError, IncompleteReadError, FlexibleChecksumError, ConnectionError, TimeoutError) as error:
         raise _Cut(str(error)) from error
-
-
-def _read(descriptor: int, offset: int, length: int) -> bytes:
-    content = os.pread(descriptor, length, offset)
-    if len(content) < length:
-        raise UserError("the file became shorter while it was read; run the same command again")
-    return content
