@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.geneval.rules import Detection
 from data.errors import UserError
-from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, STYLES, World, _coverage, style_colors
+from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, STYLES, World, coverage, style_colors
 
 # Where a margin turns into a confidence: LOWEST gives 0, HIGHEST gives 1, straight between. Fitted once on renders of
 # all styles, then frozen: clean pictures, and plain ones with noise of 8 levels, a blur of 0.6 px or a linear codec's
@@ -89,7 +89,7 @@ def _blurred(mask: np.ndarray, sigma: float) -> np.ndarray:
 @lru_cache(maxsize=16)
 def _templates(shapes: tuple[str, ...], outline: bool, cell: int) -> _Templates:
     looks = list(product(shapes, BLURS, RADII, JITTER, JITTER))
-    sharp = [_coverage(shape, dx, dy, radius, outline, cell) for shape, _, radius, dx, dy in looks]
+    sharp = [coverage(shape, dx, dy, radius, outline, cell) for shape, _, radius, dx, dy in looks]
     alpha = np.stack([_blurred(mask, look[1]).ravel() for mask, look in zip(sharp, looks, strict=True)]).astype(
         np.float64
     )

@@ -23,6 +23,7 @@ from scipy import stats
 from data.errors import UserError
 from data.files import read_json
 from data.records import CAPABILITIES
+from data.sources import SOURCES
 from data.yaml_files import read_yaml
 from model.rollout import QUERY_BIAS
 from tasks.checks.preflight import check_all, evaluators
@@ -102,7 +103,7 @@ def _sections(path: Path) -> dict[str, Any]:
 def _images(params: Mapping[str, Any], project: Path) -> tuple[dict[str, int] | None, str]:
     """Held-out images by capability: of the micro world by params, of a folder by what was curated from it."""
     collect = params["collect"]
-    if collect.source == "microworld":
+    if SOURCES[collect.source].made_to_order:
         counts = collect.evaluation
     elif (project / "data/curated/summary.json").is_file():
         from data.records import read_examples
@@ -168,7 +169,7 @@ def size_of(params: Mapping[str, Any], project: Path) -> Size:
     elif backbone.name == "micro":
         from model.backbones.micro import MicroBackbone
 
-        world, m = params["collect"].world.world(), backbone.micro
+        world, m = params["collect"].world, backbone.micro
         made = MicroBackbone.new(world.vocabulary, world.grid, m.width, m.layers, m.heads, m.latent_channels, 1.0, 0)
     else:
         from model.backbones.sizes import SIZES, random_backbone

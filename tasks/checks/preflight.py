@@ -13,6 +13,7 @@ from typing import Any
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import CAPABILITIES
+from data.sources import SOURCES
 from data.yaml_files import read_yaml
 from tasks.params.reading import PARAMS_FILE, check_sections
 from tasks.stages.contract import sections
@@ -47,16 +48,12 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
 def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
     """The folder of examples that section `collect` names, where it is not there."""
     collect = document.get("collect")
-    if (
-        not isinstance(collect, dict)
-        or collect.get("source") != "folder"
-        or not collect.get("folder")
-        or (project / str(collect["folder"])).is_dir()
-    ):
+    source = SOURCES.get(str(collect.get("source"))) if isinstance(collect, dict) else None
+    folder = collect.get("folder") if isinstance(collect, dict) and source and source.reads_folder else None
+    if not folder or (project / str(folder)).is_dir():
         return []
-    return [
-        f"collect.folder = {collect['folder']!r}: no such folder; put your manifests and images there, or name where they are"
-    ]
+    remedy = "put your manifests and images there, or name where they are"
+    return [f"collect.folder = {folder!r}: no such folder; {remedy}"]
 
 
 def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
