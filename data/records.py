@@ -55,6 +55,10 @@ class Example:
     row: int = 0  # its row there, counted from 1
     sha256: str = ""  # of the prompt and the images' bytes
 
+    @property
+    def is_edit(self) -> bool:
+        return CAPABILITIES[self.capability].is_edit
+
 
 COLUMNS = tuple(column.name for column in fields(Example))
 EXAMPLES_FILE = "examples.parquet"

@@ -245,7 +245,7 @@ def test_the_overview_loads_nothing_heavy(python: Callable[..., subprocess.Compl
 def test_every_command_has_its_module() -> None:
     from benchmarks.__main__ import COMMANDS as STEPS
 
-    files = {f"tasks/{module}.py" for module, _ in cli.COMMANDS.values()}
+    files = {f"tasks/{module.replace('.', '/')}.py" for module, _ in cli.COMMANDS.values()}
     files |= {f"{module.replace('.', '/')}.py" for module, _ in STEPS.values()}
     assert [file for file in files if "\ndef cli(" not in (PROJECT / file).read_text(encoding="utf-8")] == []
 

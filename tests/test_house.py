@@ -48,9 +48,9 @@ BAD = {
         "tests/a.py:g.h has 4",
     ),
     "many arguments": ({"tests/a.py": "def f(a, b=1, *, c): ..."}, "tests/a.py:f has 3"),
-    "a full folder": ({"tasks/__init__.py": ""}, "tasks/paths.py is file 3 of 3"),
+    "a full folder": ({"tasks/a.py": "", "tasks/b.py": ""}, "tasks/paths.py is file 3 of 3"),
     "a circle": (
-        {"tasks/paths.py": "from tasks import encode"},
+        {"tasks/paths.py": "from tasks.stages import encode"},
         "tasks.stages.encode -> tasks.paths -> tasks.stages.encode",
     ),
     "a circle inside a function": (
