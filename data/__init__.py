@@ -1,3 +1,1 @@
-"""Which examples: records, curation, expectations, the micro world. The data files themselves lie beside, tracked by
-DVC.
-"""
+"""Which examples: records, sources, curation, expectations, the micro world. DVC keeps the data files beside them."""

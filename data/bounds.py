@@ -1,22 +1,18 @@
-"""What a parameter may be, written as its type: tasks/params/reading.py checks it, and the JSON Schema for editors says
-it.
-"""
+"""The range or the choices of a parameter, as its type: the reader checks it, the JSON Schema for editors shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
 
 class OneOf:
-    """Text out of `names`, where a Literal would repeat names that are kept elsewhere. Used as `Annotated[str,
-    OneOf(NAMES)]`.
-    """
+    """Text out of `names` (a mapping's keys, too), which a Literal would repeat: `Annotated[str, OneOf(NAMES)]`."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
         return {**handler(core), "enum": list(self.names)}
@@ -31,7 +27,7 @@ Decay = Annotated[float, Ge(0), Lt(1)]  # of a moving average
 
 
 def expected(rule: object) -> str | None:
-    """The rule in words; None for what is no rule. Text among a type's rules is taken as its words."""
+    """The rule in words. Text beside a type stands for its rules; None for anything else."""
     match rule:
         case str(words):
             return words

@@ -1,8 +1,7 @@
-"""What every command line here does alike: commands by name, a mistake in one line, an exit status for each ending."""
+"""What all command lines here share: commands by name, a mistake in one line, an exit status for each ending."""
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -14,34 +13,25 @@ from types import FrameType
 from typing import NoReturn
 
 from data.errors import TRY_AGAIN, Outage, Terminated, UserError
-from data.files import explain
+from data.files import MISSING, NO_PERMISSION, NO_SPACE, explain
 
-REFUSALS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.EISDIR,
-    errno.ENOTDIR,
-}
 KEPT = "what was finished is kept, nothing half-written was left, the same command goes on from there"
+SMALLER = "lower the batch or the model's size"
 
 
-class _Asked(BaseException):
-    """SIGTERM, as an exception: temporary files are removed on the way out."""
+class _Sigterm(BaseException):
+    """SIGTERM as an exception, so that temporary files are removed on the way out."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Asked
+    raise _Sigterm
 
 
 def run(command: Callable[[], int]) -> int:
-    """The command's exit status; 2 after a user's mistake, 75 an outage (try again), 130 interrupted, 141 unheard, 143
-    terminated.
+    """The command's exit status, or after an error: 2 a user's mistake, 75 an outage (try again), 130 interrupted,
+    141 nobody reads the output, 143 terminated.
 
-    Whatever else is raised is a defect and keeps its traceback.
+    Every other exception is a defect and keeps its traceback.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -54,28 +44,26 @@ def run(command: Callable[[], int]) -> int:
         return _refuse(str(error), TRY_AGAIN if isinstance(error, Outage) else 2)
     except KeyboardInterrupt as error:
         return _refuse(str(error) or f"interrupted; {KEPT}", 130)
-    except _Asked:
+    except _Sigterm:
         return _refuse(f"terminated; {KEPT}", 143)
     except MemoryError:
-        return _refuse("not enough memory; lower the batch or the model's size, or close other programs", 2)
+        return _refuse(f"not enough memory; {SMALLER}, or close other programs", 2)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _unheard():
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141
-        if error.errno not in REFUSALS:
+        if error.errno not in (*NO_SPACE, *NO_PERMISSION, *MISSING):
             raise
         return _refuse(str(explain(error, Path(os.fsdecode(error.filename or ".")))), 2)
     except RuntimeError as error:
         if "allocate memory" not in str(error) and "out of memory" not in str(error):  # how torch says MemoryError
             raise
-        return _refuse(f"not enough memory ({str(error).splitlines()[0]}); lower the batch or the model's size", 2)
+        return _refuse(f"not enough memory ({str(error).splitlines()[0]}); {SMALLER}", 2)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _unheard() -> bool:
-    """Whether it is the standard output that nobody reads any more, as after `... | head`; then it is closed for
-    good.
-    """
+def _nobody_reads() -> bool:
+    """Whether the broken pipe is the standard output, as after `... | head`; then later output goes nowhere."""
     poll = select.poll()
     poll.register(1, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -91,9 +79,9 @@ def _refuse(message: str, status: int) -> int:
 
 
 def overview(usage: str, name: str, groups: Mapping[str, Mapping[str, str]]) -> int:
-    """Prints what there is (title -> name -> text) where help is asked for; 0.
+    """Prints the commands (title -> name -> text) when `name` asks for help, and returns 0.
 
-    Raises UserError, with the nearest name and the overview, for any other name.
+    Raises UserError, with the nearest name and the commands, for any other name.
     """
     lines, known = [f"usage: {usage} [--help]"], [entry for group in groups.values() for entry in group]
     for title, group in groups.items():

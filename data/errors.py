@@ -1,6 +1,4 @@
-"""Errors a user can cause and mend. The command line prints them in one line each; anything else is a defect of
-ours.
-"""
+"""Errors that a user can cause and mend: the command line prints them in a line. Any other error is a defect."""
 
 from __future__ import annotations
 
@@ -8,14 +6,11 @@ from collections.abc import Iterator, Sequence
 
 
 class UserError(Exception):
-    """One fault: names the file, row or key, the value, and what to do."""
+    """A fault: names the file, row or key, the value, and what to do."""
 
 
 class UserErrors(UserError):
-    """Several faults found in one look, so that they can all be mended at once.
-
-    Raises nothing itself; `faults` keeps them in the order found.
-    """
+    """All faults of one look, in their order in `faults`, so that they can be mended at once."""
 
     def __init__(self, title: str, faults: Sequence[str]) -> None:
         self.title = title
@@ -26,11 +21,23 @@ class UserErrors(UserError):
 class Outage(UserError):
     """The other side did not answer, or another run holds what is needed: the same command may succeed later.
 
-    Whatever tries again decides by this type; between processes, by the exit status `TRY_AGAIN`.
+    Callers that try again decide by this type; between processes, by the exit status `TRY_AGAIN`.
     """
 
 
+class Terminated(UserError):
+    """SIGTERM ended the run, and its state is saved. Exit status 143, so that DVC sees no success."""
+
+
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class RowFault(Exception):
+    """Why a row of a manifest is left out: `reason` is one of a few fixed texts, `detail` names the value."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -38,9 +45,3 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-class Terminated(UserError):
-    """The run was asked to end (SIGTERM) and did so with its state saved. Exit status 143, as of whatever SIGTERM ends:
-    DVC sees no success.
-    """

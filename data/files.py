@@ -15,14 +15,17 @@ from typing import Any
 
 from data.errors import UserError
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+MISSING = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+
 
 def explain(error: OSError, path: Path) -> UserError:
-    """The user's words for an operating system's refusal."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"{path}: no space left on the device; free some space and run the same command again (nothing half-written was left)"
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    """The operating system's refusal in the user's words."""
+    if error.errno in NO_SPACE:
+        remedy = "free some space and run the same command again (nothing half-written was left)"
+        return UserError(f"{path}: no space left on the device; {remedy}")
+    if error.errno in NO_PERMISSION:
         return UserError(f"{path}: no permission to write here; change the folder's owner or choose another one")
     return UserError(f"{path}: {error.strerror or error}")
 
@@ -38,7 +41,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and renamed onto `path`, on failure removed.
+    """Yields a temporary path beside `path`: synced and renamed onto `path` on success, removed on failure.
 
     Raises UserError for a full disk or a missing permission.
     """
@@ -63,20 +66,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        for left_over in path.parent.glob(f".{path.name}.????????.*"):  # of a writer that was killed
+        for left_over in path.parent.glob(f".{path.name}.????????.*"):  # from a writer that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync(file)
+        old = temporary.with_suffix(".old")
         if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             os.replace(path, old)
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
         raise explain(error, path) from error
@@ -85,9 +87,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def link_or_copy(origin: Path, target: Path) -> None:
-    """`target` with the content of `origin`: a hard link where the file system allows, so that large files lie there
-    once; folders are made.
-    """
+    """Makes `target` with the content of `origin`: a hard link where possible, so that large files are stored once."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(origin.resolve(), target)

@@ -1,6 +1,4 @@
-"""From an image file to RGB pixels or the reason why not; and a fingerprint by which near-identical pictures are
-found.
-"""
+"""From an image file to RGB pixels or the reason why not; fingerprints that find near-identical pictures."""
 
 from __future__ import annotations
 
@@ -10,34 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from data.errors import UserError
+from data.errors import RowFault, UserError
 from data.files import sha256_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # decoders that run no other program
-CONVERTIBLE_MODES = (
-    "1",
-    "L",
-    "LA",
-    "P",
-    "PA",
-    "RGBA",
-    "CMYK",
-    "YCbCr",
-)  # eight bits a channel or fewer: nothing is clipped
+CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel: nothing is clipped
 FINGERPRINT_GRID = 12  # cells a side
-FINGERPRINT_THRESHOLDS = np.arange(
-    12, 256, 16
-)  # of a channel; black, white and the micro world's backgrounds lie at least 3 away from each
+# Of a channel; black, white and the micro world's backgrounds are at least 3 away from each.
+FINGERPRINT_THRESHOLDS = np.arange(12, 256, 16)
 
 
-class ImageFault(Exception):
-    """Why a file cannot be used: `reason` is one of a few fixed words, `detail` says what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}")
+class ImageFault(RowFault):
+    """Why an image file cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -60,50 +44,47 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _upright(opened: Image.Image, convert_modes: bool) -> Image.Image:
+    opened.load()
+    image = ImageOps.exif_transpose(opened)
+    plain = image.mode == "RGB" and not image.has_transparency_data
+    if not plain and image.mode not in (*CONVERTIBLE, "RGB"):
+        raise ImageFault(
+            "wrong mode", f"mode {image.mode} cannot be turned into RGB without loss; save it as 8-bit RGB"
+        )
+    if not plain and not convert_modes:
+        alpha = " with transparency" if image.mode == "RGB" else ""
+        raise ImageFault("wrong mode", f"mode {image.mode}{alpha}, RGB wanted (convert_modes: true converts it)")
+    return _flatten(image)
+
+
 def decode_image(path: Path, *, max_pixels: int, convert_modes: bool) -> Image.Image:
-    """The upright RGB image of a file, decoded to its last byte.
+    """The upright RGB image of a file, decoded to its last byte: EXIF orientation is applied.
 
-    The header is judged before any pixel is decoded, so that a decompression bomb costs nothing. EXIF orientation is
-    applied. Modes other than RGB are an ImageFault unless `convert_modes`; 16-bit and floating-point modes always are.
-
-    Raises ImageFault with reason "unreadable image", "too many pixels", "animated image" or "wrong mode".
+    The header is judged before any pixel is decoded, so that a decompression bomb costs nothing. Raises ImageFault with
+    reason "unreadable image", "too many pixels", "animated image" or "wrong mode": 16-bit and floating-point modes,
+    and without `convert_modes` all others than RGB.
     """
     try:
         if not path.is_file():
-            raise ImageFault("unreadable image", f"{path.name}: no such file")
+            raise ImageFault("unreadable image", "no such file")
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # of the bomb (judged below) and of odd metadata
             with Image.open(file, formats=FORMATS) as header:
                 width, height = header.size
                 if width * height > max_pixels:
-                    raise ImageFault(
-                        "too many pixels",
-                        f"{path.name}: {width}x{height}, at most {max_pixels} pixels are decoded (max_pixels)",
-                    )
-                if getattr(header, "n_frames", 1) > 1:
-                    raise ImageFault(
-                        "animated image", f"{path.name}: {getattr(header, 'n_frames', 0)} frames, one wanted"
-                    )
+                    wanted = f"at most {max_pixels} pixels are decoded (max_pixels)"
+                    raise ImageFault("too many pixels", f"{width}x{height}, {wanted}")
+                if (frames := getattr(header, "n_frames", 1)) > 1:
+                    raise ImageFault("animated image", f"{frames} frames, one wanted")
                 header.verify()  # checksums; leaves the image unusable
             file.seek(0)
             with Image.open(file, formats=FORMATS) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
-                plain = image.mode == "RGB" and not image.has_transparency_data
-                if not plain and image.mode not in (*CONVERTIBLE_MODES, "RGB"):
-                    raise ImageFault(
-                        "wrong mode",
-                        f"{path.name}: mode {image.mode} cannot be turned into RGB without loss; save it as 8-bit RGB",
-                    )
-                if not plain and not convert_modes:
-                    alpha = " with transparency" if image.mode == "RGB" else ""
-                    raise ImageFault(
-                        "wrong mode",
-                        f"{path.name}: mode {image.mode}{alpha}, RGB wanted (convert_modes: true converts it)",
-                    )
-                return _flatten(image)
-    except (ImageFault, MemoryError):
+                return _upright(opened, convert_modes)
+    except MemoryError:
         raise
+    except ImageFault as fault:
+        raise ImageFault(fault.reason, f"{path.name}: {fault.detail}") from None
     except Image.DecompressionBombError as error:
         raise ImageFault("too many pixels", f"{path.name}: {error}") from error
     except Exception as error:  # decoders raise nearly every kind for damaged files
@@ -120,51 +101,46 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def fingerprint(image: Image.Image) -> bytes:
     """Perceptual hash that sees colour: 12 x 12 cells x 3 channels x 16 bits.
 
-    Each cell's mean is written as a thermometer (one bit for every threshold reached, 16 grey values apart), so the
+    The mean of a cell is written as a thermometer (a bit for every threshold reached, 16 grey values apart), so the
     number of bits in which two fingerprints differ is the sum of the absolute differences of their cells' quantised
     means. A hash of gradients or of deviations from the mean would call a red and a yellow disc on white equal.
     """
-    cells = np.asarray(
-        image.resize((FINGERPRINT_GRID, FINGERPRINT_GRID), Image.Resampling.BOX), dtype=np.int16
-    )  # (12, 12, 3)
-    return np.packbits(cells[..., None] >= FINGERPRINT_THRESHOLDS).tobytes()
+    cells = image.resize((FINGERPRINT_GRID, FINGERPRINT_GRID), Image.Resampling.BOX)
+    return np.packbits(np.asarray(cells, dtype=np.int16)[..., None] >= FINGERPRINT_THRESHOLDS).tobytes()
 
 
-def distances(one: bytes, others: np.ndarray) -> np.ndarray:
-    """Differing bits between one fingerprint and (N, bytes) uint8 others: (N,) int64."""
-    return np.bitwise_count(np.frombuffer(one, np.uint8)[None] ^ others).sum(axis=1, dtype=np.int64)
+def distances(bits: bytes, others: np.ndarray) -> np.ndarray:
+    """Differing bits between a fingerprint and (N, bytes) uint8 others: (N,) int64."""
+    return np.bitwise_count(np.frombuffer(bits, np.uint8)[None] ^ others).sum(axis=1, dtype=np.int64)
 
 
 def picture_of(image: Image.Image) -> tuple[Picture, bytes]:
     """The picture's summary and its PNG bytes, from an RGB image."""
     pixels = np.asarray(image)  # (H, W, 3) uint8
-    content = encode_png(pixels)
-    bits = fingerprint(image)
+    content, bits = encode_png(pixels), fingerprint(image)
     weight = int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum())
-    return Picture(
-        sha256_bytes(content), image.width, image.height, bits, weight, bool((pixels == pixels[0, 0]).all())
-    ), content
-
-
-ORIENTATION = 0x0112  # EXIF tag
+    flat = bool((pixels == pixels[0, 0]).all())
+    return Picture(sha256_bytes(content), image.width, image.height, bits, weight, flat), content
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, upright: EXIF orientation is applied. Raises UserError for a file that is missing or no
-    image.
-    """
+    """(H, W, 3) uint8, upright: EXIF orientation is applied. Raises UserError where there is no readable image."""
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); run the curate stage again") from error
+        raise _unreadable(path, error) from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height in px as `read_picture` gives them, from the header alone. Raises UserError as it does."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # a quarter turn, mirrored or not
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # a quarter turn, mirrored or not
             return (image.height, image.width) if turned else image.size
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); run the curate stage again") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as an image ({error}); run the curate stage again")

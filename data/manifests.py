@@ -1,8 +1,7 @@
 """Raw input: a folder with manifests (CSV, JSON Lines or Parquet) and the images that they name.
 
 Columns `capability, category, prompt, split` are required; `id, source, target, record` are optional. Image paths are
-relative to the folder and stay inside it. A manifest whose structure is broken stops the reading; a broken row is
-rejected with its reason and the others are read.
+relative to the folder and stay inside it. A broken manifest stops the reading; a broken row alone is rejected.
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import UserError, UserErrors
+from data.errors import RowFault, UserError, UserErrors
 from data.files import atomic_file
 
 REQUIRED_COLUMNS = ("capability", "category", "prompt", "split")
 OPTIONAL_COLUMNS = ("id", "source", "target", "record")
 RAW_COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
-SUFFIXES = (".csv", ".jsonl", ".parquet")
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # ids name files later on
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row of a manifest, its fields checked for type only."""
+    """A row of a manifest, its fields checked for type only."""
 
     origin: str  # manifest file name
     row: int  # counted from 1: the line of a JSON Lines file, the data row (header not counted) of the others
@@ -48,7 +46,7 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a row was left out: `reason` is one of a few fixed words, `detail` says what was found."""
+    """A row that was left out, and why (see data.errors.RowFault)."""
 
     origin: str
     row: int
@@ -69,20 +67,14 @@ class Manifests:
         return len(self.rows) + len(self.rejected)
 
 
-class _RowFault(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(detail)
-
-
 class _ManifestFault(Exception):
     pass
 
 
-Fields = tuple[int, dict[str, Any] | _RowFault]
+Fields = tuple[int, dict[str, Any] | RowFault]
 
 
-# --- the three formats: each yields (row number, fields or the row's fault) -------------------------------------------
+# --- the three formats: the columns, and (row number, fields or the row's fault) of every row -------------------------
 
 
 def _strict_json(text: str) -> Any:
@@ -97,21 +89,20 @@ def _csv_rows(path: Path) -> tuple[list[str], list[Fields]]:
         reader = csv.reader(file, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
-                raise _ManifestFault(f"columns {repeated} appear twice in the header")
-            rows: list[Fields] = []
-            for values in reader:
-                if not values:
-                    continue
-                if len(values) == len(header):
-                    rows.append((len(rows) + 1, dict(zip(header, values, strict=True))))
-                else:
-                    detail = f"{len(values)} fields under {len(header)} columns; quote commas and line breaks"
-                    rows.append((len(rows) + 1, _RowFault("wrong number of fields", detail)))
-            return header, rows
+            lines = [values for values in reader if values]
         except csv.Error as error:
             raise _ManifestFault(f"line {reader.line_num}: not readable as CSV ({error})") from error
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise _ManifestFault(f"columns {repeated} appear twice in the header")
+
+    def fields(values: list[str]) -> dict[str, Any] | RowFault:
+        if len(values) == len(header):
+            return dict(zip(header, values, strict=True))
+        detail = f"{len(values)} fields under {len(header)} columns; quote commas and line breaks"
+        return RowFault("wrong number of fields", detail)
+
+    return header, [(number, fields(values)) for number, values in enumerate(lines, 1)]
 
 
 def _jsonl_rows(path: Path) -> tuple[list[str], list[Fields]]:
@@ -148,17 +139,17 @@ def _without_nulls(value: Any) -> Any:
 def _parquet_rows(path: Path) -> tuple[list[str], list[Fields]]:
     try:
         table = pq.read_table(path)
-        return list(table.column_names), [
-            (number, _without_nulls(value)) for number, value in enumerate(table.to_pylist(), 1)
-        ]
+        rows = [(number, _without_nulls(value)) for number, value in enumerate(table.to_pylist(), 1)]
+        return list(table.column_names), rows
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _ManifestFault(f"not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+PATTERNS = ", ".join(f"*{suffix}" for suffix in READERS)
 
 
-# --- one row ----------------------------------------------------------------------------------------------------------
+# --- a row ------------------------------------------------------------------------------------------------------------
 
 
 def _is_empty(value: Any) -> bool:
@@ -170,9 +161,9 @@ def _text(fields: Mapping[str, Any], column: str) -> str:
     if _is_empty(value):
         return ""
     if not isinstance(value, str):
-        raise _RowFault("not text", f"{column} = {value!r} is {type(value).__name__}, text wanted")
+        raise RowFault("not text", f"{column} = {value!r} is {type(value).__name__}, text wanted")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise _RowFault("not text", f"{column} = {value!r} holds a NUL or half a surrogate pair")
+        raise RowFault("not text", f"{column} = {value!r} holds a NUL or half a surrogate pair")
     return value
 
 
@@ -182,10 +173,8 @@ def _identifier(fields: Mapping[str, Any], origin: str, row: int) -> str:
         return f"{origin}-{row:06d}"
     text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not ID_PATTERN.fullmatch(text):
-        raise _RowFault(
-            "bad id",
-            f"id = {value!r}: up to 128 letters, digits, '.', '_' and '-' are allowed, the first a letter or digit",
-        )
+        allowed = "up to 128 letters, digits, '.', '_' and '-' are allowed, the first a letter or digit"
+        raise RowFault("bad id", f"id = {value!r}: {allowed}")
     return text
 
 
@@ -197,13 +186,13 @@ def _record(fields: Mapping[str, Any]) -> dict[str, Any]:
         try:
             value = _strict_json(value)
         except (ValueError, RecursionError) as error:
-            raise _RowFault("bad record", f"record is not valid JSON ({error})") from error
+            raise RowFault("bad record", f"record is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise _RowFault("bad record", f"record is {type(value).__name__}, a JSON object is wanted")
+        raise RowFault("bad record", f"record is {type(value).__name__}, a JSON object is wanted")
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _RowFault("bad record", f"record cannot be written as JSON ({error})") from error
+        raise RowFault("bad record", f"record cannot be written as JSON ({error})") from error
     return value
 
 
@@ -213,36 +202,25 @@ def _image_path(fields: Mapping[str, Any], column: str, folder: Path) -> str | N
         return None
     parts = PurePosixPath(value).parts
     if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or ".." in parts:
-        raise _RowFault(
-            "path outside the folder", f"{column} = {value!r}: give a path relative to the manifest, without '..'"
-        )
+        remedy = "give a path relative to the manifest, without '..'"
+        raise RowFault("path outside the folder", f"{column} = {value!r}: {remedy}")
     if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in parts):
-        raise _RowFault("unreadable image", f"{column} = {value[:40]!r}...: the name is too long for a file")
+        raise RowFault("unreadable image", f"{column} = {value[:40]!r}...: the name is too long for a file")
     try:
         inside = (folder / value).resolve().is_relative_to(folder)
     except (OSError, RuntimeError) as error:  # a loop of links, a folder that may not be entered
-        raise _RowFault("unreadable image", f"{column} = {value!r}: {error}") from error
+        raise RowFault("unreadable image", f"{column} = {value!r}: {error}") from error
     if not inside:
-        raise _RowFault(
-            "path outside the folder",
-            f"{column} = {value!r} is a link that leads out of the folder; put the file itself there",
-        )
+        detail = f"{column} = {value!r} is a link that leads out of the folder; put the file itself there"
+        raise RowFault("path outside the folder", detail)
     return value
 
 
 def _raw_row(fields: Mapping[str, Any], origin: str, row: int, folder: Path) -> RawRow:
-    return RawRow(
-        origin,
-        row,
-        _identifier(fields, origin, row),
-        _text(fields, "split").strip(),
-        _text(fields, "capability").strip(),
-        _text(fields, "category").strip(),
-        _text(fields, "prompt").strip(),
-        _image_path(fields, "source", folder),
-        _image_path(fields, "target", folder),
-        _record(fields),
-    )
+    name = _identifier(fields, origin, row)
+    values: dict[str, Any] = {column: _text(fields, column).strip() for column in REQUIRED_COLUMNS}
+    values |= {column: _image_path(fields, column, folder) for column in ("source", "target")}
+    return RawRow(origin, row, name, record=_record(fields), **values)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -252,10 +230,9 @@ def _column_faults(header: Sequence[str]) -> Iterator[str]:
     missing = [column for column in REQUIRED_COLUMNS if column not in header]
     if missing:
         yield f"columns {missing} are missing (it has {list(header)})"
+    absent = [column for column in RAW_COLUMNS if column not in header]
     for name in header:
-        near = difflib.get_close_matches(
-            name, [column for column in RAW_COLUMNS if column not in header], n=1, cutoff=0.75
-        )
+        near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if name not in RAW_COLUMNS and near:
             yield f"unknown column {name!r}: did you mean {near[0]!r}?"
 
@@ -264,44 +241,35 @@ def manifest_paths(folder: str | Path) -> list[Path]:
     """The manifests of a folder, by name. Raises UserError when there is no folder or no manifest in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; it should hold manifests ({', '.join('*' + suffix for suffix in SUFFIXES)}) and their images"
-        )
-    paths = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
-    if not paths:
-        raise UserError(
-            f"{folder}: no manifest in this folder; put one there: {', '.join('*' + suffix for suffix in SUFFIXES)}"
-        )
-    return paths
+        raise UserError(f"{folder}: no such folder; it should hold manifests ({PATTERNS}) and their images")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    manifests = [path for path in files if path.suffix.lower() in READERS]
+    if not manifests:
+        raise UserError(f"{folder}: no manifest in this folder; put one there: {PATTERNS}")
+    return manifests
 
 
 def read_manifests(folder: str | Path) -> Manifests:
     """Every row of every manifest in `folder`, manifests in order of their names.
 
-    A row without an id gets `<manifest>-<row>`. Raises UserError for a missing folder or manifest, UserErrors (all at
-    once) for manifests whose structure is
-    broken: not decodable, columns missing or misspelt, a line that is not JSON, no rows at all.
+    A row without an id gets `<manifest>-<row>`. Raises UserError for a missing folder or manifest, UserErrors for all
+    broken manifests: not decodable, columns missing or misspelt, a line that is not JSON, no rows.
     """
     rows: list[RawRow] = []
     rejected: list[Rejection] = []
     ignored: dict[str, list[str]] = {}
     faults: list[str] = []
-    paths = manifest_paths(folder)
     root = Path(folder).resolve()
-    for path in paths:
+    for path in manifest_paths(folder):
         try:
-            header, found = READERS[path.suffix.lower()](path)
+            header, numbered = READERS[path.suffix.lower()](path)
         except _ManifestFault as error:
             faults.append(f"{path}: {error}")
             continue
         except (OSError, UnicodeDecodeError) as error:
             faults.append(f"{path}: not readable as UTF-8 text ({error})")
             continue
-        if not found:
+        if not numbered:
             faults.append(f"{path}: holds no rows; fill it or remove it")
             continue
         broken = [f"{path}: {fault}" for fault in _column_faults(header)]
@@ -310,33 +278,30 @@ def read_manifests(folder: str | Path) -> Manifests:
             continue
         if others := [name for name in header if name not in RAW_COLUMNS]:
             ignored[path.name] = others
-        for number, fields in found:
+        for number, fields in numbered:
             try:
-                if isinstance(fields, _RowFault):
+                if isinstance(fields, RowFault):
                     raise fields
                 rows.append(_raw_row(fields, path.name, number, root))
-            except _RowFault as error:
+            except RowFault as error:
                 given = fields.get("id") if isinstance(fields, dict) else None
-                rejected.append(
-                    Rejection(path.name, number, "" if _is_empty(given) else str(given), error.reason, error.detail)
-                )
+                name = "" if _is_empty(given) else str(given)
+                rejected.append(Rejection(path.name, number, name, error.reason, error.detail))
     if faults:
         raise UserErrors(f"{folder}: the manifests cannot be read", faults)
     return Manifests(rows, rejected, ignored)
 
 
 def write_manifest(folder: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows (keys of `RAW_COLUMNS`, `record` an object) as `folder/name`; the suffix chooses the format. Whole or
-    not at all.
+    """Writes rows (keys of `RAW_COLUMNS`, `record` an object) whole as `folder/name`, in the format of the suffix.
 
     Raises UserError for another suffix or an unknown key.
     """
     suffix = Path(name).suffix
     unknown = sorted({key for row in rows for key in row if key not in RAW_COLUMNS})
-    if suffix not in SUFFIXES or unknown:
-        raise UserError(
-            f"{name}: unknown keys {unknown}" if unknown else f"{name}: a manifest ends in one of {', '.join(SUFFIXES)}"
-        )
+    if suffix not in READERS or unknown:
+        fault = f"unknown keys {unknown}" if unknown else f"a manifest ends in one of {', '.join(READERS)}"
+        raise UserError(f"{name}: {fault}")
     columns = [column for column in RAW_COLUMNS if any(column in row for row in rows)]
     with atomic_file(Path(folder) / name) as temporary:
         if suffix == ".jsonl":
@@ -344,12 +309,10 @@ def write_manifest(folder: str | Path, name: str, rows: Sequence[Mapping[str, An
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in given]
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             return
-        flat = [
-            {**row, "record": json.dumps(row["record"], allow_nan=False)}
-            if row.get("record") is not None
-            else dict(row)
-            for row in rows
-        ]
+        flat = [dict(row) for row in rows]
+        for row in flat:
+            if row.get("record") is not None:
+                row["record"] = json.dumps(row["record"], allow_nan=False)
         if suffix == ".csv":
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, columns, restval="")

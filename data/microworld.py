@@ -1,5 +1,4 @@
-"""The micro world: flat shapes on a flat background, whose ground truth is exact. The embedded default's source of
-examples.
+"""The micro world: flat shapes on a flat background, whose ground truth is exact.
 
 A scene is a background and up to four things in distinct 8-pixel cells of a small grid. A style is an operator on the
 whole picture. Prompts follow GenEval's record schema (djghosh13/geneval), edits follow GEdit-Bench's task types
@@ -9,29 +8,22 @@ whole picture. Prompts follow GenEval's record schema (djghosh13/geneval), edits
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import permutations, product
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 
+from data.bounds import OneOf
 from data.errors import UserError
-from data.records import GLOBAL_EDITS, LOCAL_EDITS
+from data.records import EDITS
 
+MICRO = "micro"  # the detector of the micro world's pictures, which needs no weights
 SHAPES = ("circle", "square", "triangle", "cross")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 80, 225),
-    "yellow": (240, 210, 50),
-}
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (245, 245, 245),
-    "gray": (135, 135, 135),
-    "black": (15, 15, 15),
-    "pink": (240, 160, 200),
-}
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 225), "yellow": (240, 210, 50)}  # RGB
+BACKGROUNDS = {"white": (245, 245, 245), "gray": (135, 135, 135), "black": (15, 15, 15), "pink": (240, 160, 200)}
 STYLES = ("plain", "inverted", "night", "outline")
 STYLE_WORDS = {"inverted": "invert the colors", "night": "make it night", "outline": "turn it into an outline drawing"}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -49,7 +41,7 @@ def plural(noun: str) -> str:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its cell is row * grid + column; dx, dy (px) displace it from the cell's centre."""
+    """An object in the cell number row * grid + column; dx, dy (px) displace it from the cell's centre."""
 
     shape: str
     color: str
@@ -57,16 +49,6 @@ class Thing:
     dx: float = 0.0
     dy: float = 0.0
     radius: float = 3.5
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "color": self.color,
-            "cell": self.cell,
-            "dx": self.dx,
-            "dy": self.dy,
-            "radius": self.radius,
-        }
 
 
 @dataclass(frozen=True)
@@ -76,11 +58,7 @@ class Scene:
     style: str = "plain"
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "background": self.background,
-            "style": self.style,
-            "things": [thing.to_json() for thing in self.things],
-        }
+        return {"background": self.background, "style": self.style, "things": [asdict(thing) for thing in self.things]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Scene:
@@ -89,61 +67,42 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """The parameters of a world. `size` is the canvas edge in pixels."""
+    """Section `world`: which micro world every stage speaks of. `cell` is in pixels, `grid` in cells per edge."""
 
-    shapes: tuple[str, ...] = SHAPES
-    colors: tuple[str, ...] = tuple(COLORS)
-    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
-    styles: tuple[str, ...] = STYLES
-    grid: int = 3
-    cell: int = 8
-    name: str = field(default="microworld", repr=False)
+    shapes: tuple[Annotated[str, OneOf(SHAPES)], ...] = SHAPES
+    colors: tuple[Annotated[str, OneOf(COLORS)], ...] = tuple(COLORS)
+    backgrounds: tuple[Annotated[str, OneOf(BACKGROUNDS)], ...] = tuple(BACKGROUNDS)
+    styles: tuple[Annotated[str, OneOf(STYLES)], ...] = STYLES
+    grid: Annotated[int, Ge(2)] = 3
+    cell: Literal[8] = 8
 
-    def __post_init__(self) -> None:
-        for key, values, known in (
-            ("shapes", self.shapes, SHAPES),
-            ("colors", self.colors, COLORS),
-            ("backgrounds", self.backgrounds, BACKGROUNDS),
-            ("styles", self.styles, STYLES),
-        ):
-            unknown = [value for value in values if value not in known]
-            if unknown or len(values) < 2:
-                raise UserError(f"micro world: {key} = {list(values)}: choose two or more of {list(known)}")
+    def faults(self) -> list[str]:
+        names = ("shapes", "colors", "backgrounds", "styles")
+        given = {name: list(getattr(self, name)) for name in names}
+        faults = [f"{name} = {values}: expected two or more" for name, values in given.items() if len(values) < 2]
         if "plain" not in self.styles:
-            raise UserError('micro world: styles must contain "plain"')
-        if self.grid < 2 or self.cell != 8:
-            raise UserError(f"micro world: grid = {self.grid} (must be 2 or more), cell = {self.cell} (must be 8)")
+            faults.append(f'styles = {given["styles"]}: expected "plain" among them')
+        return faults
 
     @property
     def size(self) -> int:
+        """The canvas edge in pixels."""
         return self.grid * self.cell
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every word that any prompt of this world uses, sorted."""
-        words: set[str] = set()
-        for text in (
-            *OPENINGS,
-            *GROUNDS,
-            *self.shapes,
-            *map(plural, self.shapes),
-            *self.colors,
-            *self.backgrounds,
-            *RELATIONS,
-            *NUMBERS.values(),
-            *STYLE_WORDS.values(),
-            "a and background",
-            "add remove the replace with change color of to make",
-        ):
-            words.update(text.split())
-        return tuple(sorted(words))
+        nouns = (*self.shapes, *map(plural, self.shapes), *self.colors, *self.backgrounds)
+        fixed = "a and background add remove the replace with change color of to make"
+        texts = (*OPENINGS, *GROUNDS, *nouns, *RELATIONS, *NUMBERS.values(), *STYLE_WORDS.values(), fixed)
+        return tuple(sorted({word for text in texts for word in text.split()}))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
-def _coverage(shape: str, dx: float, dy: float, radius: float, outline: bool, cell: int) -> np.ndarray:
+def coverage(shape: str, dx: float, dy: float, radius: float, outline: bool, cell: int) -> np.ndarray:
     """Share of each pixel of a cell that the shape covers, from its signed distance; (cell, cell) float32 in [0, 1]."""
     axis = np.arange(cell, dtype=np.float64) + 0.5 - cell / 2
     x, y = axis[None, :] - dx, axis[:, None] - dy
@@ -156,9 +115,8 @@ def _coverage(shape: str, dx: float, dy: float, radius: float, outline: bool, ce
         distance = np.maximum((2.0 * np.abs(x) - (y + radius)) / slope, y - 0.9 * radius)
     elif shape == "cross":
         bar = 0.3 * radius
-        distance = np.minimum(
-            np.maximum(np.abs(x) - radius, np.abs(y) - bar), np.maximum(np.abs(y) - radius, np.abs(x) - bar)
-        )
+        flat = np.maximum(np.abs(x) - radius, np.abs(y) - bar)
+        distance = np.minimum(flat, np.maximum(np.abs(y) - radius, np.abs(x) - bar))
     else:
         raise UserError(f"micro world: unknown shape {shape!r}; choose of {list(SHAPES)}")
     if outline:
@@ -182,9 +140,8 @@ def render(world: World, scene: Scene) -> np.ndarray:
     for thing in scene.things:
         row, column = divmod(thing.cell, world.grid)
         window = canvas[row * world.cell : (row + 1) * world.cell, column * world.cell : (column + 1) * world.cell]
-        alpha = _coverage(thing.shape, thing.dx, thing.dy, thing.radius, scene.style == "outline", world.cell)[
-            ..., None
-        ]
+        outline = scene.style == "outline"
+        alpha = coverage(thing.shape, thing.dx, thing.dy, thing.radius, outline, world.cell)[..., None]
         window *= 1.0 - alpha
         window += alpha * np.array(COLORS[thing.color], dtype=np.float64)
     return np.clip(np.rint(style_colors(scene.style, canvas)), 0, 255).astype(np.uint8)
@@ -196,45 +153,47 @@ def render(world: World, scene: Scene) -> np.ndarray:
 def tuples_of(world: World, category: str) -> list[tuple[Any, ...]]:
     """Every attribute tuple of a GenEval tag or a GEdit task type, in a fixed order."""
     shapes, colors, grounds = world.shapes, world.colors, world.backgrounds
-    pairs = list(permutations(shapes, 2))
-    if category == "single_object":
-        return list(product(shapes, grounds))
-    if category == "two_object":
-        return [(a, b, ground) for (a, b), ground in product(pairs, grounds)]
-    if category == "counting":
-        return list(product(shapes, NUMBERS, grounds))
-    if category == "colors":
-        return list(product(shapes, colors))
-    if category in ("subject-add", "subject-remove"):
-        return list(product(shapes, colors, grounds))
-    if category == "position":
-        return [(a, relation, b) for (a, b), relation in product(pairs, RELATIONS)]
-    if category == "color_attr":
-        return [(a, c, b, d) for (a, b), (c, d) in product(pairs, permutations(colors, 2))]
-    if category == "subject-replace":
-        return [(a, color, b, ground) for (a, b), color, ground in product(pairs, colors, grounds)]
-    if category == "color_alter":
-        return [(shape, c, d, ground) for shape, (c, d), ground in product(shapes, permutations(colors, 2), grounds)]
-    if category == "background_change":
-        return [(old, new, shape) for (old, new), shape in product(permutations(grounds, 2), shapes)]
-    if category == "style_change":
-        return list(product([style for style in world.styles if style != "plain"], grounds, shapes))
+    pairs, color_pairs = list(permutations(shapes, 2)), list(permutations(colors, 2))
+    match category:
+        case "single_object":
+            return list(product(shapes, grounds))
+        case "two_object":
+            return [(a, b, ground) for (a, b), ground in product(pairs, grounds)]
+        case "counting":
+            return list(product(shapes, NUMBERS, grounds))
+        case "colors":
+            return list(product(shapes, colors))
+        case "position":
+            return [(a, relation, b) for (a, b), relation in product(pairs, RELATIONS)]
+        case "color_attr":
+            return [(a, c, b, d) for (a, b), (c, d) in product(pairs, color_pairs)]
+        case "subject-add" | "subject-remove":
+            return list(product(shapes, colors, grounds))
+        case "subject-replace":
+            return [(a, color, b, ground) for (a, b), color, ground in product(pairs, colors, grounds)]
+        case "color_alter":
+            return [(shape, c, d, ground) for shape, (c, d), ground in product(shapes, color_pairs, grounds)]
+        case "background_change":
+            return [(old, new, shape) for (old, new), shape in product(permutations(grounds, 2), shapes)]
+        case "style_change":
+            return list(product([style for style in world.styles if style != "plain"], grounds, shapes))
     raise UserError(f"micro world: unknown category {category!r}")
 
 
-def is_held_out(world: World, category: str, values: tuple[Any, ...]) -> bool:
-    """One tuple in four, spread like a Latin square so that every single attribute is still seen in training."""
-    scales: dict[Any, int] = {}
+@lru_cache(maxsize=256)
+def split_tuples(world: World, category: str, split: str) -> tuple[tuple[Any, ...], ...]:
+    """The tuples of a split, "train" or "eval".
+
+    A quarter is held out for "eval", spread like a Latin square, so that training still sees every single attribute.
+    """
+    ranks: dict[Any, int] = {}
     for names in (world.shapes, world.colors, world.backgrounds, world.styles, RELATIONS, tuple(NUMBERS)):
-        scales.update({name: index for index, name in enumerate(names)})
-    return sum(scales[value] for value in values) % HOLD_OUT_EVERY == 0
+        ranks.update({name: rank for rank, name in enumerate(names)})
 
+    def is_held_out(values: tuple[Any, ...]) -> bool:
+        return sum(ranks[value] for value in values) % HOLD_OUT_EVERY == 0
 
-def split_tuples(world: World, category: str, split: str) -> list[tuple[Any, ...]]:
-    """The tuples of one split, "train" or "eval"."""
-    return [
-        values for values in tuples_of(world, category) if is_held_out(world, category, values) == (split == "eval")
-    ]
+    return tuple(values for values in tuples_of(world, category) if is_held_out(values) == (split == "eval"))
 
 
 # --- scenes, prompts and edits ----------------------------------------------------------------------------------------
@@ -250,21 +209,15 @@ def _place(rng: np.random.Generator, shape: str, color: str, cell: int) -> Thing
 
 @lru_cache(maxsize=64)
 def _cells_in_relation(grid: int, relation: str) -> tuple[tuple[int, int], ...]:
-    """All (subject, reference) cells on opposite edges for which the relation holds along the dominant axis, so that it
-    is never in doubt.
-    """
-    found = []
+    """All (subject, reference) cells on opposite edges whose relation holds along the dominant axis, beyond doubt."""
+    cells = []
     for a, b in permutations(range(grid * grid), 2):
         down, right = a // grid - b // grid, a % grid - b % grid
-        offset, across = {
-            "left of": (-right, down),
-            "right of": (right, down),
-            "above": (-down, right),
-            "below": (down, right),
-        }[relation]
-        if offset == grid - 1 and offset > abs(across):
-            found.append((a, b))
-    return tuple(found)
+        along, across = (right, down) if relation in ("left of", "right of") else (down, right)
+        along = -along if relation in ("left of", "above") else along
+        if along == grid - 1 and along > abs(across):
+            cells.append((a, b))
+    return tuple(cells)
 
 
 def t2i_example(world: World, rng: np.random.Generator, tag: str, split: str) -> tuple[dict[str, Any], Scene]:
@@ -274,62 +227,52 @@ def t2i_example(world: World, rng: np.random.Generator, tag: str, split: str) ->
     cells = [int(cell) for cell in rng.permutation(world.grid**2)]
     colors = [_pick(rng, world.colors) for _ in range(2)]
     record: dict[str, Any] = {"tag": tag}
-    if tag == "single_object":
-        record["include"] = [{"class": values[0], "count": 1}]
-        words, things = f"a {values[0]}", [_place(rng, values[0], colors[0], cells[0])]
-    elif tag == "two_object":
-        record["include"] = [{"class": values[0], "count": 1}, {"class": values[1], "count": 1}]
-        words = f"a {values[0]} and a {values[1]}"
-        things = [_place(rng, values[i], colors[i], cells[i]) for i in range(2)]
-    elif tag == "counting":
-        shape, number = values[0], values[1]
-        record["include"] = [{"class": shape, "count": number}]
-        record["exclude"] = [{"class": shape, "count": number + 1}]
-        words = f"{NUMBERS[number]} {plural(shape)}"
-        first = int(
-            rng.integers(world.grid**2 - number + 1)
-        )  # a run in reading order: a small network can count what stands together
-        things = [_place(rng, shape, colors[0], cell) for cell in range(first, first + number)]
-    elif tag == "colors":
-        record["include"] = [{"class": values[0], "count": 1, "color": values[1]}]
-        words, things = f"a {values[1]} {values[0]}", [_place(rng, values[0], values[1], cells[0])]
-    elif tag == "position":
-        subject, relation, reference = values
-        record["include"] = [
-            {"class": reference, "count": 1},
-            {"class": subject, "count": 1, "position": [relation, 0]},
-        ]
-        words = f"a {subject} {relation} a {reference}"
-        a, b = _pick(rng, _cells_in_relation(world.grid, relation))
-        things = [_place(rng, subject, colors[0], a), _place(rng, reference, colors[1], b)]
-    elif tag == "color_attr":
-        a, c, b, d = values
-        record["include"] = [{"class": a, "count": 1, "color": c}, {"class": b, "count": 1, "color": d}]
-        words = f"a {c} {a} and a {d} {b}"
-        things = [_place(rng, a, c, cells[0]), _place(rng, b, d, cells[1])]
-    else:
-        raise UserError(f"micro world: unknown GenEval tag {tag!r}")
+    match tag, values:
+        case "single_object", (shape, _):
+            record["include"] = [{"class": shape, "count": 1}]
+            words, things = f"a {shape}", [_place(rng, shape, colors[0], cells[0])]
+        case "two_object", (a, b, _):
+            record["include"] = [{"class": a, "count": 1}, {"class": b, "count": 1}]
+            words = f"a {a} and a {b}"
+            things = [_place(rng, a, colors[0], cells[0]), _place(rng, b, colors[1], cells[1])]
+        case "counting", (shape, number, _):
+            record["include"] = [{"class": shape, "count": number}]
+            record["exclude"] = [{"class": shape, "count": number + 1}]
+            words = f"{NUMBERS[number]} {plural(shape)}"
+            # In neighbouring cells, in reading order: a small network can count what stands together.
+            first = int(rng.integers(world.grid**2 - number + 1))
+            things = [_place(rng, shape, colors[0], cell) for cell in range(first, first + number)]
+        case "colors", (shape, color):
+            record["include"] = [{"class": shape, "count": 1, "color": color}]
+            words, things = f"a {color} {shape}", [_place(rng, shape, color, cells[0])]
+        case "position", (a, relation, b):
+            record["include"] = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
+            words = f"a {a} {relation} a {b}"
+            near, far = _pick(rng, _cells_in_relation(world.grid, relation))
+            things = [_place(rng, a, colors[0], near), _place(rng, b, colors[1], far)]
+        case "color_attr", (a, c, b, d):
+            record["include"] = [{"class": a, "count": 1, "color": c}, {"class": b, "count": 1, "color": d}]
+            words = f"a {c} {a} and a {d} {b}"
+            things = [_place(rng, a, c, cells[0]), _place(rng, b, d, cells[1])]
+        case _:
+            raise UserError(f"micro world: unknown GenEval tag {tag!r}")
     record["prompt"] = f"{_pick(rng, OPENINGS)} {words} {_pick(rng, GROUNDS)} a {ground} background"
     record["background"] = ground
     return record, Scene(ground, tuple(things))
 
 
+Look = tuple[str, str]  # shape and colour
+
+
 def _source_scene(
-    world: World,
-    rng: np.random.Generator,
-    first: tuple[str, str] | None,
-    ground: str | None = None,
-    without: tuple[tuple[str, str], ...] = (),
+    world: World, rng: np.random.Generator, first: Look | None, ground: str, without: tuple[Look, ...] = ()
 ) -> Scene:
-    """One to three things, no two alike in shape and colour, so that every description is unique; `first` is among
-    them, `without` are not.
-    """
+    """One to three things, no two of one look, so that every description is unique; with `first`, not `without`."""
     cells = [int(cell) for cell in rng.permutation(world.grid**2)]
     looks = [look for look in product(world.shapes, world.colors) if look != first and look not in without]
     number = int(rng.integers(1, 4))
     chosen = ([first] if first else []) + [looks[int(i)] for i in rng.choice(len(looks), size=number, replace=False)]
-    things = tuple(_place(rng, shape, color, cells[i]) for i, (shape, color) in enumerate(chosen[:number]))
-    return Scene(ground or _pick(rng, world.backgrounds), things)
+    return Scene(ground, tuple(_place(rng, *look, cells[i]) for i, look in enumerate(chosen[:number])))
 
 
 def edit_example(
@@ -337,66 +280,52 @@ def edit_example(
 ) -> tuple[dict[str, Any], Scene, Scene]:
     """An edit record (category, prompt = the instruction, source and target scene, touched cells) with both scenes."""
     values = _pick(rng, split_tuples(world, category, split))
-    touched: list[int] = []
-    if category == "subject-add":
-        shape, color, ground = values
-        source = _source_scene(world, rng, None, ground, without=((shape, color),))
-        taken = {thing.cell for thing in source.things}
-        cell = _pick(rng, [cell for cell in range(world.grid**2) if cell not in taken])
-        target = replace(source, things=(*source.things, _place(rng, shape, color, cell)))
-        prompt, touched = f"add a {color} {shape}", [cell]
-    elif category == "subject-remove":
-        shape, color, ground = values
-        source = _source_scene(world, rng, (shape, color), ground)
-        target = replace(source, things=source.things[1:])
-        prompt, touched = f"remove the {color} {shape}", [source.things[0].cell]
-    elif category == "subject-replace":
-        shape, color, new, ground = values
-        source = _source_scene(world, rng, (shape, color), ground, without=((new, color),))
-        target = replace(source, things=(replace(source.things[0], shape=new), *source.things[1:]))
-        prompt, touched = f"replace the {color} {shape} with a {new}", [source.things[0].cell]
-    elif category == "color_alter":
-        shape, color, new, ground = values
-        source = _source_scene(world, rng, (shape, color), ground, without=((shape, new),))
-        target = replace(source, things=(replace(source.things[0], color=new), *source.things[1:]))
-        prompt, touched = f"change the color of the {color} {shape} to {new}", [source.things[0].cell]
-    elif category == "background_change":
-        old, new, shape = values
-        source = _source_scene(world, rng, (shape, _pick(rng, world.colors)), old)
-        target = replace(source, background=new)
-        prompt = f"change the background to {new}"
-    elif category == "style_change":
-        style, ground, shape = values
-        source = _source_scene(world, rng, (shape, _pick(rng, world.colors)), ground)
-        target = replace(source, style=style)
-        prompt = STYLE_WORDS[style]
-    else:
-        raise UserError(f"micro world: unknown GEdit category {category!r}")
-    record = {
-        "category": category,
-        "prompt": prompt,
-        "source": source.to_json(),
-        "target": target.to_json(),
-        "touched": touched,
-    }
-    return record, source, target
+    match category, values:
+        case "subject-add", (shape, color, ground):
+            source = _source_scene(world, rng, None, ground, without=((shape, color),))
+            taken = {thing.cell for thing in source.things}
+            cell = _pick(rng, [cell for cell in range(world.grid**2) if cell not in taken])
+            target = replace(source, things=(*source.things, _place(rng, shape, color, cell)))
+            prompt = f"add a {color} {shape}"
+        case "subject-remove", (shape, color, ground):
+            source = _source_scene(world, rng, (shape, color), ground)
+            target = replace(source, things=source.things[1:])
+            prompt = f"remove the {color} {shape}"
+        case "subject-replace", (shape, color, new, ground):
+            source = _source_scene(world, rng, (shape, color), ground, without=((new, color),))
+            target = replace(source, things=(replace(source.things[0], shape=new), *source.things[1:]))
+            prompt = f"replace the {color} {shape} with a {new}"
+        case "color_alter", (shape, color, new, ground):
+            source = _source_scene(world, rng, (shape, color), ground, without=((shape, new),))
+            target = replace(source, things=(replace(source.things[0], color=new), *source.things[1:]))
+            prompt = f"change the color of the {color} {shape} to {new}"
+        case "background_change", (old, new, shape):
+            source = _source_scene(world, rng, (shape, _pick(rng, world.colors)), old)
+            target = replace(source, background=new)
+            prompt = f"change the background to {new}"
+        case "style_change", (style, ground, shape):
+            source = _source_scene(world, rng, (shape, _pick(rng, world.colors)), ground)
+            target = replace(source, style=style)
+            prompt = STYLE_WORDS[style]
+        case _:
+            raise UserError(f"micro world: unknown GEdit category {category!r}")
+    touched = sorted({thing.cell for thing in {*source.things} ^ {*target.things}})
+    scenes = {"source": source.to_json(), "target": target.to_json()}
+    return {"category": category, "prompt": prompt, **scenes, "touched": touched}, source, target
 
 
-def example(
-    world: World, rng: np.random.Generator, category: str, split: str
-) -> tuple[dict[str, Any], Scene | None, Scene]:
-    """(record, source scene or None, target scene) of any GenEval tag or GEdit task type; `split` is "train" or
-    "eval".
-    """
-    if category in LOCAL_EDITS or category in GLOBAL_EDITS:
+Drawn = tuple[dict[str, Any], Scene | None, Scene]
+
+
+def example(world: World, rng: np.random.Generator, category: str, split: str) -> Drawn:
+    """(record, source scene or None, target scene) of a GenEval tag or GEdit task type; `split` "train" or "eval"."""
+    if category in EDITS:
         return edit_example(world, rng, category, split)
     record, scene = t2i_example(world, rng, category, split)
     return record, None, scene
 
 
-def evaluation_examples(
-    world: World, rng: np.random.Generator, category: str, count: int
-) -> Iterator[tuple[dict[str, Any], Scene | None, Scene]]:
+def evaluation_examples(world: World, rng: np.random.Generator, category: str, count: int) -> Iterator[Drawn]:
     """`count` held-out examples that differ in prompt (T2I) or in prompt and source scene (edits).
 
     Raises UserError when the world has fewer of them.
@@ -411,9 +340,5 @@ def evaluation_examples(
             seen.add(key)
             yield record, source, target
     if len(seen) < count:
-        raise UserError(
-            f"micro world: only {len(seen)} distinct held-out examples of {category}, {count} asked for; ask for fewer or enlarge the world"
-        )
-
-
-MICRO = "micro"  # the detector of the micro world's pictures, which needs no weights
+        number = f"only {len(seen)} distinct held-out examples of {category}, {count} asked for"
+        raise UserError(f"micro world: {number}; ask for fewer or enlarge the world")

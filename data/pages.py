@@ -1,7 +1,4 @@
-"""HTML pages: values go into the Jinja2 templates of a room (`ROOM/templates/`), which build on this room's base page.
-
-Jinja2 is set up here and nowhere else.
-"""
+"""HTML pages from the Jinja2 templates of a room (`ROOM/templates/`), which build on the base page of this room."""
 
 from __future__ import annotations
 
@@ -18,10 +15,9 @@ def _environment(room: str) -> Environment:
 
 
 def render(template: str, /, **values: Any) -> str:
-    """The text of the template "ROOM/NAME.html.j2" (`ROOM/templates/NAME.html.j2`), with every value escaped.
+    """The text of the template "ROOM/NAME.html.j2" with every value escaped.
 
-    A template may name others of its room and of `data`. Raises jinja2.UndefinedError for a name that the template uses
-    and `values` lacks.
+    A template may include others of its room and of `data`. Raises jinja2.UndefinedError for a value that is missing.
     """
     room, name = template.split("/")
     return _environment(room).get_template(name).render(values)

@@ -28,16 +28,14 @@ def progress(label: str, total: int) -> Iterator[Advance]:
 
 
 def callback(label: str | None = None) -> Callable[[int, int, str], None]:
-    """Adapts plain lines to functions that report `(done, total, what)`, `done` counted from the start and `what` a
-    part of the work.
+    """Plain lines for functions that report `(done, total, part)`, `done` counted from the start of the part.
 
-    Two parts may have one name (the files of two folders), one after the other: fewer done than before, or another
-    total, is another part.
+    Two parts in sequence may share a name: fewer done than before, or another total, begins a new part.
     """
     started: dict[str, tuple[Advance, int, list[int]]] = {}
 
-    def report(done: int, total: int, what: str) -> None:
-        name = f"{label}: {what}" if label and what else what or label or "progress"
+    def report(done: int, total: int, part: str) -> None:
+        name = ": ".join(filter(None, (label, part))) or "progress"
         if name not in started or started[name][1] != total or done < started[name][2][0]:
             started[name] = _lines(name, total), total, [0]
         advance, _, seen = started[name]
@@ -51,10 +49,8 @@ def callback(label: str | None = None) -> Callable[[int, int, str], None]:
 def _bar(label: str, total: int) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    rate, shown = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[shown]}")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), shown
-    ) as bar:
+    label_column, rate, shown = map(TextColumn, ("{task.description}", "{task.fields[rate]}", "{task.fields[shown]}"))
+    with Progress(label_column, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), shown) as bar:
         task = bar.add_task(label, total=total, rate="", shown="")
         begun = time.monotonic()
         done = 0
@@ -77,21 +73,21 @@ def _lines(label: str, total: int) -> Advance:
         now = time.monotonic()
         if done < total and now - last < INTERVAL:
             return
-        last = now
-        seconds = now - begun
-        left = (
-            f"{_duration(seconds * (total - done) / done)} left" if 0 < done < total else f"took {_duration(seconds)}"
+        last, seconds = now, now - begun
+        going = 0 < done < total
+        left = f"{_duration(seconds * (total - done) / done)} left" if going else f"took {_duration(seconds)}"
+        print(
+            ", ".join(filter(None, (f"{label}: {done}/{total}", _rate(done, seconds), left, _fields(fields)))),
+            flush=True,
         )
-        parts = [f"{label}: {done}/{total}", _rate(done, seconds), left, _fields(fields)]
-        print(", ".join(part for part in parts if part), flush=True)
 
     return advance
 
 
 def _rate(done: int, seconds: float) -> str:
-    rate = done / max(seconds, 1e-9)
     if seconds <= 0 or not done:
         return ""
+    rate = done / max(seconds, 1e-9)
     return f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
 
 
@@ -102,6 +98,4 @@ def _duration(seconds: float) -> str:
 
 
 def _fields(fields: dict[str, object]) -> str:
-    return " ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
-    )
+    return " ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in fields.items())

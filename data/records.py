@@ -15,9 +15,7 @@ from data.files import atomic_file
 
 @dataclass(frozen=True)
 class Capability:
-    """A named ability of the student: which benchmark proves it, on which categories, and whether it edits a source
-    image.
-    """
+    """An ability of the student: which benchmark proves it, on which categories, and whether it edits an image."""
 
     name: str
     benchmark: str  # "geneval" or "gedit"
@@ -28,11 +26,14 @@ class Capability:
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 LOCAL_EDITS = ("subject-add", "subject-remove", "subject-replace", "color_alter")
 GLOBAL_EDITS = ("background_change", "style_change")
+EDITS = LOCAL_EDITS + GLOBAL_EDITS
+CATEGORIES = GENEVAL_TAGS + EDITS
+BUCKETS = ("t2i", "local_edit", "global_edit")  # the capabilities of an example; "edit" is a union, for routes alone
 CAPABILITIES: dict[str, Capability] = {
     "t2i": Capability("t2i", "geneval", GENEVAL_TAGS, is_edit=False),
     "local_edit": Capability("local_edit", "gedit", LOCAL_EDITS, is_edit=True),
     "global_edit": Capability("global_edit", "gedit", GLOBAL_EDITS, is_edit=True),
-    "edit": Capability("edit", "gedit", LOCAL_EDITS + GLOBAL_EDITS, is_edit=True),  # the union of both edit buckets
+    "edit": Capability("edit", "gedit", EDITS, is_edit=True),
 }
 CapabilityName = Annotated[str, OneOf(CAPABILITIES)]
 SPLITS = ("train", "eval")
@@ -54,14 +55,18 @@ class Example:
     row: int = 0  # its row there, counted from 1
     sha256: str = ""  # of the prompt and the images' bytes
 
+    @property
+    def is_edit(self) -> bool:
+        return CAPABILITIES[self.capability].is_edit
 
-COLUMNS = tuple(f.name for f in fields(Example))
+
+COLUMNS = tuple(column.name for column in fields(Example))
 EXAMPLES_FILE = "examples.parquet"
 
 
 def write_examples(folder: str | Path, examples: Sequence[Example]) -> None:
     """Writes `examples.parquet` into `folder`, whole or not at all; `record` is kept as JSON text."""
-    import pandas as pd  # here, since flows import this module for its names
+    import pandas as pd  # here, as flows import this module for its names
 
     rows = [{**asdict(example), "record": json.dumps(example.record, sort_keys=True)} for example in examples]
     with atomic_file(Path(folder) / EXAMPLES_FILE) as temporary:
@@ -70,7 +75,7 @@ def write_examples(folder: str | Path, examples: Sequence[Example]) -> None:
 
 def read_examples(folder: str | Path) -> list[Example]:
     """Raises UserError when the folder holds no readable `examples.parquet`."""
-    import pandas as pd  # here, since flows import this module for its names
+    import pandas as pd  # here, as flows import this module for its names
 
     path = Path(folder) / EXAMPLES_FILE
     try:
@@ -87,8 +92,8 @@ def read_examples(folder: str | Path) -> list[Example]:
     return [Example(**{**row, "record": json.loads(row["record"] or "{}"), "row": int(row["row"])}) for row in rows]
 
 
-# task type -> rows of the official set in English (modelscope/evalscope, benchmarks/_meta/gedit.json); the six of the
-# paper's tables come first, in its order
+# Task type -> rows of the official set in English (modelscope/evalscope, benchmarks/_meta/gedit.json); the six of the
+# paper's tables come first, in its order.
 OFFICIAL_COUNTS = {
     "subject-add": 60,
     "subject-replace": 60,

@@ -1,6 +1,4 @@
-"""Weight files without loading them: headers of safetensors, hashes of files and folders, and the refusal of every
-format that can carry code.
-"""
+"""Weight files without loading them: safetensors headers, hashes, and the refusal of formats that can carry code."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {"dtype", "shape"} of a safetensors file, from its header alone. Raises UserError when header or
-    length are not whole.
-    """
+    """Tensor name -> {"dtype", "shape"} of a safetensors file, from its header alone. Raises UserError if it is cut."""
     try:
         with open(file, "rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -42,7 +38,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def precision_of(headers: Iterable[dict[str, dict[str, Any]]]) -> str:
-    """The one type of all tensors ("float16", "bfloat16", "float32", ...), or "mixed"."""
+    """The type that all tensors share ("float16", "bfloat16", "float32", ...), or "mixed"."""
     kinds = {DTYPES.get(entry["dtype"], str(entry["dtype"])) for header in headers for entry in header.values()}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
@@ -53,56 +49,42 @@ def pipeline_parts(index: dict[str, Any]) -> list[str]:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a file of a checkpoint is one that is read: by its suffix, and not a second copy in another precision
-    (`model.fp16.safetensors`).
-    """
-    return (
-        Path(name).suffix in KEPT
-        and ".fp16." not in name
-        and not any(part.startswith(".") for part in Path(name).parts)
-    )
+    """Whether a checkpoint's file is read: by its suffix, and no second copy like `model.fp16.safetensors`."""
+    hidden = any(part.startswith(".") for part in Path(name).parts)
+    return Path(name).suffix in KEPT and ".fp16." not in name and not hidden
 
 
 def weight_folder(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of the files that are read of a checkpoint folder; of a pipeline only the parts that its
-    index names.
+    """Relative path -> SHA-256 of a checkpoint folder's files; of a pipeline only the parts that its index names.
 
-    Raises UserError for a folder without safetensors, with a pickle file among its parts (which runs code when it is
-    read), or with one that is damaged.
+    Raises UserError for a folder without safetensors, with a damaged file, or with a pickle file among its parts.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    parts = pipeline_parts(read_json(folder / PIPELINE)) if (folder / PIPELINE).is_file() else []
-    if parts and not (folder / STUDENT).is_file():
-        files = [
-            path
-            for path in files
-            if path.relative_to(folder).as_posix() == PIPELINE or path.relative_to(folder).parts[0] in parts
-        ]
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    pickled = [name for name in names if Path(name).suffix in PICKLES]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    parts = pipeline_parts(read_json(folder / PIPELINE)) if PIPELINE in files else []
+    if parts and STUDENT not in files:
+        files = {name: path for name, path in files.items() if name == PIPELINE or name.split("/")[0] in parts}
+    pickled = [path for path in files.values() if path.suffix in PICKLES]
     if pickled:
-        raise UserError(
-            f"{folder / pickled[0]}: a pickle file runs code when it is read; only safetensors are taken: convert it, and remove it from the folder"
-        )
-    kept = {name: path for name, path in names.items() if is_kept(name)}
-    if not any(Path(name).suffix == SAFETENSORS for name in kept):
+        remedy = "only safetensors are taken: convert it, and remove it from the folder"
+        raise UserError(f"{pickled[0]}: a pickle file runs code when it is read; {remedy}")
+    kept = {name: path for name, path in files.items() if is_kept(name)}
+    weights = [path for path in kept.values() if path.suffix == SAFETENSORS]
+    if not weights:
         raise UserError(f"{folder}: no {SAFETENSORS} file in it")
-    for name, path in kept.items():
-        if Path(name).suffix == SAFETENSORS:
-            read_header(path)
+    for path in weights:
+        read_header(path)
     return {name: sha256_file(path) for name, path in kept.items()}
 
 
 def weight_file(file: Path) -> str:
-    """SHA-256 of one safetensors file. Raises UserError for any other format, or a damaged one."""
+    """SHA-256 of a safetensors file. Raises UserError for any other format, or a damaged file."""
     if file.suffix != SAFETENSORS:
-        raise UserError(
-            f"{file}: only {SAFETENSORS} files are taken{'; a pickle file runs code when it is read' if file.suffix in PICKLES else ''}: convert it"
-        )
+        why = "; a pickle file runs code when it is read" if file.suffix in PICKLES else ""
+        raise UserError(f"{file}: only {SAFETENSORS} files are taken{why}: convert it")
     read_header(file)
     return sha256_file(file)
 
 
 def folder_sha256(files: dict[str, str]) -> str:
-    """One hash of a folder: of the list of its files with theirs."""
+    """The hash of a folder, from the hashes of its files (`weight_folder`)."""
     return digest(files)

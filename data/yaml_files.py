@@ -1,6 +1,4 @@
-"""YAML files: read strictly as YAML 1.2, by the library that DVC reads the same files with, and single values of them
-changed.
-"""
+"""YAML files: read strictly as YAML 1.2 by the library that DVC uses, and single values of them changed."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from data.files import explain, write_text
 
 
 class _Strict(SafeConstructor):
-    """A date is text, as YAML 1.2 knows none."""
+    """A key may stand once; a date is text, as YAML 1.2 knows none."""
 
     def check_mapping_key(self, node: MappingNode, key_node: ScalarNode, mapping: Any, key: Any, value: Any) -> bool:
         if key in mapping:
@@ -32,31 +30,26 @@ _Strict.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The file as a mapping. Raises UserError when it is missing, unreadable, not YAML, or not a mapping of
-    sections.
-    """
+    """The file's sections. Raises UserError when it is missing, unreadable, not YAML, or no mapping."""
     reader = YAML(typ="safe", pure=True)  # the compiled reader takes tabs
     reader.Constructor = _Strict
     value = _load(reader, _text(path), path)
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: expected sections (name: ...), found {'nothing' if value is None else repr(value)[:80]}"
-        )
+        content = "nothing" if value is None else repr(value)[:80]
+        raise UserError(f"{path}: expected sections (name: ...), found {content}")
     return value
 
 
 def set_values(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Writes single values (as of JSON) by dotted key into the file; every other line stays as it is, with its
-    comments.
+    """Writes JSON values by dotted key into the file; every other line and all comments stay as they are.
 
     Raises UserErrors with all keys that do not exist.
     """
     editor = YAML()
     editor.width, editor.preserve_quotes = 1 << 20, True
     editor.indent(mapping=2, sequence=4, offset=2)
-    editor.representer.add_representer(
-        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    null = "tag:yaml.org,2002:null"
+    editor.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(null, "null"))
     document, faults = _load(editor, _text(path), path), []
     for key, value in values.items():
         *sections, last = key.split(".")
@@ -83,7 +76,7 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _merged(old: Any, value: Any) -> Any:
-    """`value`, in the lines that `old` has as far as it can."""
+    """`value` in the lines of `old`, as far as they match."""
     if isinstance(old, dict) and isinstance(value, dict) and old and value:
         for name in [name for name in old if name not in value]:
             del old[name]
@@ -92,22 +85,19 @@ def _merged(old: Any, value: Any) -> Any:
         return old
     if isinstance(old, list) and isinstance(value, list) and old and value:
         del old[len(value) :]
-        for index, item in enumerate(value):
-            if index < len(old):
-                old[index] = _merged(old[index], item)
-            else:
-                old.append(_merged(None, item))
+        for index, item in enumerate(old):
+            old[index] = _merged(item, value[index])
+        old.extend(_merged(None, item) for item in value[len(old) :])
         return old
-    return YAML().load(json.dumps(value)) if isinstance(value, (dict, list)) else value  # in one line, as JSON is
+    return YAML().load(json.dumps(value)) if isinstance(value, (dict, list)) else value  # on one line, like JSON
 
 
 def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such file; run from the project's folder, or name another with --params"
-        ) from error
+        remedy = "run from the project's folder, or name another with --params"
+        raise UserError(f"{path}: no such file; {remedy}") from error
     except OSError as error:
         raise explain(error, Path(path)) from error
     except UnicodeDecodeError as error:

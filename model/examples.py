@@ -11,7 +11,7 @@ import torch
 
 from data.errors import UserError
 from data.files import read_json, sha256_file
-from data.records import CAPABILITIES
+from data.records import BUCKETS, CAPABILITIES
 from model.checkpoint import read_tensors
 from model.fields.base import Condition
 
@@ -97,7 +97,6 @@ def at_rows(latents: Rows, rows: Sequence[int]) -> torch.Tensor:
     return torch.stack(picked)
 
 
-BUCKETS = ("t2i", "local_edit", "global_edit")
 PROMPTS, EDIT_PROMPTS = (
     "prompts",
     "edit_prompts",

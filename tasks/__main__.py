@@ -20,7 +20,7 @@ from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.stages.contract import STAGES, load_stage
 
 SUMMARIES = Path("runs/summaries")
-# Name -> (module of tasks/ with `cli(arguments)`, what it is for). Imported only when asked for: torch costs seconds.
+# Name -> (module of tasks/ with `cli(arguments)`, purpose). Imported only to run the command: torch costs seconds.
 COMMANDS = {
     "check": ("checks.preflight", "check params.yaml, the routes and the teachers they name"),
     "preset": ("params.presets", "put presets/NAME.yaml in force as params.yaml"),
@@ -43,7 +43,7 @@ COMMANDS = {
     "lineage": ("checks.lineage", "where a version comes from, verified; or which versions come from a digest"),
     "doctor": ("checks.doctor", "check this machine, the stores and the servers"),
 }
-SEVERAL = ("release.decisions", "release.publish")  # modules of several commands: their `cli` is given the name, too
+SEVERAL = ("release.decisions", "release.publish")  # modules of several commands: their `cli` takes the name first
 TABLE_ROWS = 40
 
 
@@ -69,18 +69,12 @@ def _dispatch(arguments: list[str]) -> int:
 def _run_stage(name: str, arguments: list[str]) -> int:
     stage = load_stage(name)
     text = inspect.getdoc(stage.function) or inspect.getdoc(sys.modules[stage.function.__module__]) or ""
-    parser = argparse.ArgumentParser(
-        f"python -m tasks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m tasks {name}", description=text, formatter_class=layout)
     for path in stage.paths:
         parser.add_argument(f"--{path.replace('_', '-')}", dest=path, type=Path, required=True, metavar="PATH")
-    parser.add_argument(
-        "--params",
-        type=Path,
-        default=Path(PARAMS_FILE),
-        metavar="FILE",
-        help="the parameters' file (default: %(default)s)",
-    )
+    text = "the parameters' file (default: %(default)s)"
+    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help=text)
     parsed = parser.parse_args(arguments)
     params: Any = load_params(stage.params, name, parsed.params)
     summary = plain(stage.function(params, **{path: getattr(parsed, path) for path in stage.paths}))
@@ -92,8 +86,6 @@ def _run_stage(name: str, arguments: list[str]) -> int:
 def _first_line(name: str) -> str:
     """From the module's text: importing eight stages to list them would take half a minute."""
     path = Path(__file__).with_name("stages") / f"{name}.py"
-    if not path.exists():
-        return ""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 

@@ -50,8 +50,8 @@ def copy(params: Params, *, source: Path, made_file: Path) -> dict:
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs a small stage as the command line would: stage(action=..., number="3") -> exit status."""
     monkeypatch.chdir(tmp_path)
-    module = types.ModuleType("tasks.copy")
-    monkeypatch.setitem(sys.modules, "tasks.copy", module)
+    module = types.ModuleType("tasks.stages.copy")
+    monkeypatch.setitem(sys.modules, "tasks.stages.copy", module)
     exec(compile(STAGE, "copy.py", "exec"), module.__dict__)
     monkeypatch.setattr(cli, "STAGES", ("copy",))
 
@@ -150,8 +150,8 @@ def test_help_comes_from_the_function(stage: Callable[..., int], capsys: pytest.
 def test_a_stage_that_breaks_the_convention_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.stages.contract import load_stage
 
-    module = types.ModuleType("tasks.copy")
-    monkeypatch.setitem(sys.modules, "tasks.copy", module)
+    module = types.ModuleType("tasks.stages.copy")
+    monkeypatch.setitem(sys.modules, "tasks.stages.copy", module)
     exec(compile(STAGE.replace("*, source: Path", "*, source: str"), "copy.py", "exec"), module.__dict__)
     with pytest.raises(TypeError, match="expected .params, ., path: Path"):
         load_stage("copy")
@@ -245,7 +245,7 @@ def test_the_overview_loads_nothing_heavy(python: Callable[..., subprocess.Compl
 def test_every_command_has_its_module() -> None:
     from benchmarks.__main__ import COMMANDS as STEPS
 
-    files = {f"tasks/{module}.py" for module, _ in cli.COMMANDS.values()}
+    files = {f"tasks/{module.replace('.', '/')}.py" for module, _ in cli.COMMANDS.values()}
     files |= {f"{module.replace('.', '/')}.py" for module, _ in STEPS.values()}
     assert [file for file in files if "\ndef cli(" not in (PROJECT / file).read_text(encoding="utf-8")] == []
 

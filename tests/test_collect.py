@@ -5,7 +5,7 @@ curation; a user's folder arrives unchanged.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +15,20 @@ from PIL import Image
 from data.curation.filters import Options
 from data.curation.pipeline import curate
 from data.errors import UserError, UserErrors
+from data.files import write_json
 from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
-from data.microworld import COLORS, Scene, render
-from data.records import CAPABILITIES, read_examples
-from tasks.params.reading import faults_of
-from tasks.params.sections import WorldParams
-from tasks.stages.collect import CATEGORIES, Params, collect, draw_examples
+from data.microworld import SHAPES, Scene, World, render
+from data.records import CAPABILITIES, CATEGORIES, read_examples
+from data.sources import SOURCES
+from data.sources.base import Request, Source
+from data.sources.micro import draw_examples
+from tasks.params.reading import faults_of, load_params
+from tasks.stages.collect import Params, collect
 
-WORLD = WorldParams(
-    ("circle", "square", "triangle"),
-    tuple(COLORS),
-    ("white", "gray", "black"),
-    ("plain", "inverted", "night", "outline"),
-    3,
-    8,
-)
-PARAMS = Params(
-    "microworld", "", 0, {"t2i": 24, "local_edit": 12, "global_edit": 8}, dict.fromkeys(CATEGORIES, 3), WORLD
-)
+WORLD = World(shapes=SHAPES[:3], backgrounds=("white", "gray", "black"))
+COUNTS = {"t2i": 24, "local_edit": 12, "global_edit": 8}
+PARAMS = Params("", 0, COUNTS, dict.fromkeys(CATEGORIES, 3), WORLD, source="microworld")
 OPTIONS = Options(24, 24, 4096, False, 24, 6, 100.0, {"t2i": 12, "local_edit": 6, "global_edit": 4}, {})
 
 
@@ -53,12 +48,8 @@ def test_the_folder_holds_what_was_asked_for(tmp_path: Path) -> None:
     for capability in PARAMS.train:
         counts = [spread[category] for category in CAPABILITIES[capability].categories]
         assert max(counts) - min(counts) <= 1
-    assert (summary["train"], summary["eval"], summary["images"]) == (
-        44,
-        36,
-        len(list((tmp_path / "raw" / "images").iterdir())),
-    )
-    world = WORLD.world()
+    images = list((tmp_path / "raw" / "images").iterdir())
+    assert (summary["train"], summary["eval"], summary["images"]) == (44, 36, len(images))
     for row in found.rows:
         assert (row.source is not None) == CAPABILITIES[row.capability].is_edit and row.target is not None
         if row.source:
@@ -66,8 +57,8 @@ def test_the_folder_holds_what_was_asked_for(tmp_path: Path) -> None:
                 Image.open(tmp_path / "raw" / row.source) as source,
                 Image.open(tmp_path / "raw" / row.target) as target,
             ):
-                np.testing.assert_array_equal(np.asarray(source), render(world, Scene.from_json(row.record["source"])))
-                np.testing.assert_array_equal(np.asarray(target), render(world, Scene.from_json(row.record["target"])))
+                np.testing.assert_array_equal(np.asarray(source), render(WORLD, Scene.from_json(row.record["source"])))
+                np.testing.assert_array_equal(np.asarray(target), render(WORLD, Scene.from_json(row.record["target"])))
 
 
 def test_equal_parameters_give_equal_bytes_and_another_seed_others(tmp_path: Path) -> None:
@@ -80,16 +71,16 @@ def test_equal_parameters_give_equal_bytes_and_another_seed_others(tmp_path: Pat
 
 def test_a_row_depends_on_its_own_address_only() -> None:
     """Asking for more of one capability changes nothing about the rows that were there."""
-    fewer = {drawn[0]: drawn for drawn in draw_examples(PARAMS, WORLD.world())}
+    fewer = {drawn[0]: drawn for drawn in draw_examples(PARAMS)}
     larger = replace(PARAMS, train={"global_edit": 16, "t2i": 30}, evaluation=dict.fromkeys(CATEGORIES[::-1], 4))
-    more = {drawn[0]: drawn for drawn in draw_examples(larger, WORLD.world())}
+    more = {drawn[0]: drawn for drawn in draw_examples(larger)}
     shared = fewer.keys() & more.keys()
     assert len(shared) == 24 + 8 + 36 and all(fewer[name] == more[name] for name in shared)
 
 
 def test_collected_examples_pass_curation(tmp_path: Path) -> None:
     collect(PARAMS, out=tmp_path / "raw")
-    summary = curate(tmp_path / "raw", tmp_path / "out", OPTIONS, vocabulary=WORLD.world().vocabulary)
+    summary = curate(tmp_path / "raw", tmp_path / "out", OPTIONS, vocabulary=WORLD.vocabulary)
     assert set(summary["reasons"]) <= {"exact duplicate", "near duplicate", "leakage"}
     examples = read_examples(tmp_path / "out")
     assert Counter(example.category for example in examples if example.split == "eval") == PARAMS.evaluation
@@ -160,3 +151,24 @@ def test_params_name_their_faults(params: Params, key: str) -> None:
     assert faults_of(PARAMS) == []
     (fault,) = faults_of(params)
     assert fault.startswith(f"{key} = ")
+
+
+def test_a_source_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_two(request: Request, out: Path) -> dict[str, int]:
+        row = {"capability": "t2i", "category": "colors", "split": "train"}
+        write_manifest(out, "made.csv", [{**row, "prompt": f"prompt {request.seed + i}"} for i in range(2)])
+        return {"rows": 2}
+
+    entry = Source(write_two, lambda request: [] if request.seed else ["seed = 0: expected another"])
+    monkeypatch.setitem(SOURCES, "made_up", entry)
+    section = {"folder": "", "seed": 7, "train": {}, "evaluation": {}, "source": "made_up"}
+    document = {"collect": section, "world": asdict(WORLD)}
+    write_json(tmp_path / "params.yaml", document)
+    params = load_params(Params, "collect", tmp_path / "params.yaml")
+    assert collect(params, out=tmp_path / "raw") == {"rows": 2}
+    assert [row.prompt for row in read_manifests(tmp_path / "raw").rows] == ["prompt 7", "prompt 8"]
+    assert faults_of(replace(params, seed=0)) == ["seed = 0: expected another"]
+    (fault,) = faults_of(replace(params, source="made_down"))
+    assert fault.startswith(
+        "source = 'made_down': expected one of microworld, folder, made_up; did you mean 'made_up'?"
+    )

@@ -22,12 +22,13 @@ from data.curation.duplicates import without_exact_duplicates, without_leakage, 
 from data.curation.filters import (
     Candidate,
     Options,
-    consistent_sources,
+    consistent_source,
     count_words,
     decoded,
-    known_tasks,
+    known_task,
     normalise,
     scorable,
+    sift,
     unique_ids,
     usable_prompts,
 )
@@ -84,7 +85,7 @@ def test_unknown_tasks_and_splits() -> None:
         row(4, category="color_alter"),
         row(5, split="test"),
     ]
-    kept, rejected = known_tasks(rows)
+    kept, rejected = sift(rows, known_task)
     assert kept == rows[:1]
     assert reasons(rejected) == [
         ("row-2", "unknown capability"),
@@ -127,7 +128,7 @@ def test_words_and_normal_form() -> None:
 def test_edits_have_a_source_and_t2i_has_none() -> None:
     edit = {"capability": "global_edit", "category": "style_change"}
     rows = [row(1), row(2, source="a.png"), row(3, **edit), row(4, source="a.png", **edit)]
-    kept, rejected = consistent_sources(rows)
+    kept, rejected = sift(rows, consistent_source)
     assert [item.id for item in kept] == ["row-1", "row-4"]
     assert reasons(rejected) == [("row-2", "unexpected source"), ("row-3", "missing source")]
 
@@ -136,7 +137,7 @@ def test_scored_prompts_need_their_metadata() -> None:
     good = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     records = [good, {}, {**good, "tag": "counting"}, {**good, "include": []}, {**good, "include": ["circle"]}]
     rows = [row(number, split="eval", record=record) for number, record in enumerate(records)]
-    kept, rejected = scorable([*rows, row(9)])
+    kept, rejected = sift([*rows, row(9)], scorable)
     assert (
         [item.id for item in kept] == ["row-0", "row-9"]
         and {rejection.reason for rejection in rejected} == {"unscorable record"}

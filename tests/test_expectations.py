@@ -21,10 +21,10 @@ from data.errors import UserErrors
 from data.files import sha256_bytes
 from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
-from data.records import Example, read_examples
-from tasks.params.sections import WorldParams
-from tasks.stages.collect import CATEGORIES, collect
+from data.microworld import World
+from data.records import CATEGORIES, Example, read_examples
 from tasks.stages.collect import Params as CollectParams
+from tasks.stages.collect import collect
 from tasks.stages.curate import Params, curate
 
 OPTIONS = Options(24, 24, 4096, False, 6, 6, 3.0, {"t2i": 2, "local_edit": 1}, {"t2i": 1})
@@ -153,16 +153,10 @@ def test_an_empty_set_does_not_pass_vacuously(tmp_path: Path) -> None:
 
 
 def test_the_stage_writes_only_what_passes(tmp_path: Path) -> None:
-    styles = ("plain", "inverted", "night", "outline")
-    world = WorldParams(
-        ("circle", "square", "cross"), ("red", "green", "blue", "yellow"), ("white", "gray", "black"), styles, 3, 8
-    )
-    collect(
-        CollectParams(
-            "microworld", "", 0, {"t2i": 12, "local_edit": 8, "global_edit": 4}, dict.fromkeys(CATEGORIES, 1), world
-        ),
-        out=tmp_path / "raw",
-    )
+    world = World(shapes=("circle", "square", "cross"), backgrounds=("white", "gray", "black"))
+    counts = {"t2i": 12, "local_edit": 8, "global_edit": 4}
+    wanted = CollectParams("", 0, counts, dict.fromkeys(CATEGORIES, 1), world, source="microworld")
+    collect(wanted, out=tmp_path / "raw")
     params = Params(
         24, 24, 4096, False, 24, 6, 10.0, {"t2i": 4}, {"t2i": 6, "local_edit": 4, "global_edit": 2}, "world", world
     )

@@ -19,6 +19,7 @@ from PIL import Image
 
 from data.errors import UserError, UserErrors
 from data.files import read_json
+from data.microworld import World
 from data.records import Example, read_examples, write_examples
 from model.backbones import TRANSFORMER, load_backbone
 from model.checkpoint import Ema
@@ -37,14 +38,7 @@ from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
 from model.route import Route, Router
 from tasks.checks.plan import Size, memory, waiting_memory
-from tasks.params.sections import (
-    BackboneParams,
-    BenchmarkParams,
-    PretrainedParams,
-    RoutingParams,
-    SamplingParams,
-    WorldParams,
-)
+from tasks.params.sections import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams
 from tasks.scoring.sampling import draw_field, evaluation_set
 from tasks.stages import absorb as absorbing
 from tasks.stages import distill as distilling
@@ -56,7 +50,7 @@ from tests.tiny_families import CHANNELS, MAX_TOKENS, PIXELS, edit_config, save_
 FAMILIES = ("sd3", "zimage")
 EDGE = 16  # px: 8 x 8 latents
 RANK, ALPHA = 4, 8
-WORLD = WorldParams(("circle", "square"), ("red", "green"), ("white", "gray"), ("plain", "night"), 3, 8)
+WORLD = World(("circle", "square"), ("red", "green"), ("white", "gray"), ("plain", "night"), 3, 8)
 MICRO_DETECTOR = BenchmarkParams("micro", "", "cpu", batch=4, workers=1, scheduler="")
 CATEGORIES = {"t2i": "single_object", "local_edit": "subject-add"}
 LONG = "a red circle and a blue square and a green triangle and a yellow cross on a white background and two black circles over it at night"

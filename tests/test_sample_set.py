@@ -190,7 +190,10 @@ def test_generate_detect_and_verdict_of_a_model(teachers: Path, tmp_path: Path) 
         )
         == 0
     )
-    assert len(read_images(tmp_path / "images", records, 2).items) == 12 and (tmp_path / "images" / image_path(5, 1)).exists()
+    assert (
+        len(read_images(tmp_path / "images", records, 2).items) == 12
+        and (tmp_path / "images" / image_path(5, 1)).exists()
+    )
     out = ["--out", str(tmp_path / "out")]
     assert benchmarks(["geneval", "detect", *common, *out, "--detector", "micro"]) == 0
     assert benchmarks(

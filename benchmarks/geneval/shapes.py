@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.geneval.rules import OFFICIAL, Detection
 from data.errors import UserError
-from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, STYLES, World, _coverage, style_colors
+from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, STYLES, World, coverage, style_colors
 
 # Margin LOWEST gives confidence 0, HIGHEST gives 1, linear between. Fitted once on renders of all styles, then frozen:
 # clean pictures, and plain ones with noise of 8 levels, a blur of 0.6 px or a linear codec's error, stay above
@@ -82,7 +82,7 @@ def _blurred(mask: np.ndarray, sigma: float) -> np.ndarray:
 @lru_cache(maxsize=16)
 def _templates(shapes: tuple[str, ...], outline: bool, cell: int) -> _Templates:
     looks = list(product(shapes, BLURS, RADII, JITTER, JITTER))
-    sharp = [_coverage(shape, dx, dy, radius, outline, cell) for shape, _, radius, dx, dy in looks]
+    sharp = [coverage(shape, dx, dy, radius, outline, cell) for shape, _, radius, dx, dy in looks]
     soft = [_blurred(mask, blur).ravel() for mask, (_, blur, *_) in zip(sharp, looks, strict=True)]
     alpha = np.stack(soft).astype(np.float64)
     inside = np.stack([mask.ravel() >= 0.75 * mask.max() for mask in sharp]).astype(np.float64)

@@ -1,6 +1,4 @@
-"""Duplicates and leakage: exact ones by hash, near ones by perceptual distance, evaluation images among the training
-ones.
-"""
+"""Duplicates and leakage: equal rows by hash, similar rows by perceptual distance, scored rows among training rows."""
 
 from __future__ import annotations
 
@@ -11,53 +9,51 @@ from typing import Any
 
 import numpy as np
 
-from data.curation.filters import Candidate, normalise, reject, where
+from data.curation.filters import Candidate, normalise, sift, where
+from data.errors import RowFault
 from data.images import Picture, distances
 from data.manifests import RawRow, Rejection
 
 
 def without_exact_duplicates(rows: Sequence[Candidate]) -> tuple[list[Candidate], list[Rejection]]:
-    """The first of the rows of a split with equal prompt and equal pixels is kept."""
-    first: dict[tuple[str, str], RawRow] = {}
-    kept, rejected = [], []
-    for candidate in rows:
-        key = (candidate.row.split, candidate.sha256)
-        if key in first:
-            rejected.append(reject(candidate.row, "exact duplicate", f"of {where(first[key])}"))
-        else:
-            first[key] = candidate.row
-            kept.append(candidate)
-    return kept, rejected
+    """The first of a split's rows with equal prompt and equal pixels is kept."""
+    first: dict[tuple[str, str], Candidate] = {}
+
+    def check(candidate: Candidate) -> Candidate:
+        earlier = first.setdefault((candidate.row.split, candidate.sha256), candidate)
+        if earlier is not candidate:
+            raise RowFault("exact duplicate", f"of {where(earlier.row)}")
+        return candidate
+
+    return sift(rows, check)
 
 
 class _Neighbours:
-    """Finds a known item whose pictures are all within `limit` bits. Only items of nearly the same number of set bits
-    are compared, which loses none.
+    """Finds a known row whose pictures are all within `limit` bits.
+
+    Only rows with nearly the same number of set bits are compared: no other row can be within the limit.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.items: list[tuple[int, int]] = []  # (weight, index), sorted
         self.rows: list[RawRow] = []
-        self.bits: list[np.ndarray] = []  # one row per picture
+        self.bits: list[np.ndarray] = []  # (pictures, bytes)
 
     def find(self, pictures: Sequence[Picture]) -> tuple[RawRow, int] | None:
-        """The first item added that is near, and its distance in bits (that of the picture that differs most)."""
+        """The first added row that is near, and its distance in bits (that of the picture that differs most)."""
         weight = sum(picture.weight for picture in pictures)
         reach = self.limit * max(len(pictures), 1)
-        low, high = (
-            bisect.bisect_left(self.items, (weight - reach, -1)),
-            bisect.bisect_right(self.items, (weight + reach, len(self.rows))),
-        )
+        low = bisect.bisect_left(self.items, (weight - reach, -1))
+        high = bisect.bisect_right(self.items, (weight + reach, len(self.rows)))
         nearby = sorted(index for _, index in self.items[low:high])
         if not nearby:
             return None
         if not pictures:
             return self.rows[nearby[0]], 0
         stacked = np.stack([self.bits[index] for index in nearby])  # (N, pictures, bytes)
-        apart = np.max(
-            [distances(picture.fingerprint, stacked[:, i]) for i, picture in enumerate(pictures)], axis=0
-        )  # (N,)
+        by_picture = [distances(picture.fingerprint, stacked[:, i]) for i, picture in enumerate(pictures)]
+        apart = np.max(by_picture, axis=0)  # (N,)
         near = np.flatnonzero(apart <= self.limit)
         return (self.rows[nearby[near[0]]], int(apart[near[0]])) if len(near) else None
 
@@ -72,24 +68,23 @@ def _size(picture: Picture | None) -> tuple[int, int] | None:
 
 
 def without_near_duplicates(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
-    """The first of the rows of a split with the same normalised prompt and near-identical pictures is kept.
+    """The first of a split's rows with the same normalised prompt and near-identical pictures is kept.
 
     Near-identical: source and target each differ from the kept row's by at most `distance` bits of their fingerprints.
     """
     groups: defaultdict[tuple[Any, ...], _Neighbours] = defaultdict(lambda: _Neighbours(distance))
-    kept, rejected = [], []
-    for candidate in rows:
-        group = groups[
-            candidate.row.split, normalise(candidate.row.prompt), _size(candidate.source), _size(candidate.target)
-        ]
-        pictures = [picture for picture in (candidate.source, candidate.target) if picture]
-        if found := group.find(pictures):
-            detail = f"{found[1]} bits from {where(found[0])}, more than {distance} wanted (near_duplicate_distance)"
-            rejected.append(reject(candidate.row, "near duplicate", detail))
-        else:
-            group.add(candidate.row, pictures)
-            kept.append(candidate)
-    return kept, rejected
+
+    def check(candidate: Candidate) -> Candidate:
+        row, source, target = candidate.row, candidate.source, candidate.target
+        group = groups[row.split, normalise(row.prompt), _size(source), _size(target)]
+        pictures = [picture for picture in (source, target) if picture]
+        if near := group.find(pictures):
+            detail = f"{near[1]} bits from {where(near[0])}, more than {distance} wanted (near_duplicate_distance)"
+            raise RowFault("near duplicate", detail)
+        group.add(row, pictures)
+        return candidate
+
+    return sift(rows, check)
 
 
 def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
@@ -112,13 +107,13 @@ def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[C
             edits[normalise(candidate.row.prompt), _size(candidate.source)].add(candidate.row, [candidate.source])
         else:
             prompts.setdefault(normalise(candidate.row.prompt), candidate.row)
-    kept, rejected = [], []
-    for candidate in rows:
+
+    def check(candidate: Candidate) -> Candidate:
         if candidate.row.split == "train" and (detail := _leak(candidate, prompts, images, edits)):
-            rejected.append(reject(candidate.row, "leakage", detail))
-        else:
-            kept.append(candidate)
-    return kept, rejected
+            raise RowFault("leakage", detail)
+        return candidate
+
+    return sift(rows, check)
 
 
 def _leak(
@@ -134,6 +129,6 @@ def _leak(
         if picture and picture.sha256 in images:
             return f"the {name} image is an image of {where(images[picture.sha256])}"
     scored = edits.get((prompt, _size(candidate.source)))
-    if candidate.source and scored and (found := scored.find([candidate.source])):
-        return f"the instruction and a source {found[1]} bits away are scored in {where(found[0])}"
+    if candidate.source and scored and (near := scored.find([candidate.source])):
+        return f"the instruction and a source {near[1]} bits away are scored in {where(near[0])}"
     return None

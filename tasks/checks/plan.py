@@ -24,6 +24,7 @@ from scipy import stats
 from data.errors import UserError
 from data.files import read_json
 from data.records import CAPABILITIES, read_examples
+from data.sources import SOURCES
 from data.yaml_files import read_yaml
 from model.families import FAMILIES
 from model.rollout import QUERY_BIAS
@@ -147,7 +148,7 @@ def _backbone(params: Mapping[str, Any], project: Path) -> Any:
     if settings.micro is not None:
         from model.backbones.micro import MicroBackbone, MicroSize
 
-        world, m = params["collect"].world.world(), settings.micro
+        world, m = params["collect"].world, settings.micro
         size = MicroSize(world.grid, m.width, m.layers, m.heads, m.latent_channels)
         return MicroBackbone.new(world.vocabulary, size, shift=1.0, seed=0)
     from model.backbones.sizes import SIZES, random_backbone
@@ -282,7 +283,7 @@ def _absorption(params: Any, trainable: str) -> Work:
 def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
     """Held-out images by capability: by params, or of a folder by what was curated from it (None before that)."""
     collect, curated = params["collect"], project / "data/curated"
-    if collect.source == "microworld":
+    if SOURCES[collect.source].made_to_order:
         held_out = collect.evaluation
     elif (curated / "summary.json").is_file():
         held_out = Counter(example.category for example in read_examples(curated) if example.split == "eval")

@@ -13,6 +13,7 @@ from typing import Any
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import CAPABILITIES
+from data.sources import SOURCES
 from data.yaml_files import read_yaml
 from tasks.params.reading import PARAMS_FILE, check_sections
 from tasks.stages.contract import sections
@@ -45,7 +46,8 @@ def preflight(path: str | Path = PARAMS_FILE, teachers: Path = TEACHERS) -> None
 def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
     """The folder of examples that section `collect` names, where it is not there."""
     collect = document.get("collect")
-    folder = collect.get("folder") if isinstance(collect, dict) and collect.get("source") == "folder" else None
+    source = SOURCES.get(str(collect.get("source"))) if isinstance(collect, dict) else None
+    folder = collect.get("folder") if isinstance(collect, dict) and source and source.reads_folder else None
     if not folder or (project / str(folder)).is_dir():
         return []
     remedy = "put your manifests and images there, or name where they are"

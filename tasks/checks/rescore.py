@@ -62,7 +62,7 @@ def rescore(
             scores = score_field(
                 student.field,
                 load_base(teachers, **loading),
-                params.world.world(),
+                params.world,
                 evaluation,
                 params.sampling,
                 model="rescored",

@@ -19,7 +19,7 @@ def preset_names(project: Path = Path()) -> list[str]:
 
 
 def preset_file(name: str | None, project: Path = Path()) -> Path:
-    """Raises UserError for a name that is none."""
+    """The preset's file. Raises UserError for an unknown name."""
     known = preset_names(project)
     if name in known:
         return project / PRESETS / f"{name}.yaml"
@@ -34,37 +34,26 @@ def preset_text(name: str | None, project: Path = Path()) -> str:
 
 
 def cli(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tasks preset", description="Put presets/NAME.yaml in force as params.yaml, after checking it."
-    )
+    text = "Put presets/NAME.yaml in force as params.yaml, after checking it."
+    parser = argparse.ArgumentParser("python -m tasks preset", description=text)
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of: {', '.join(preset_names()) or 'none found'}")
-    parser.add_argument(
-        "--params",
-        type=Path,
-        default=Path(PARAMS_FILE),
-        metavar="FILE",
-        help="the file to replace (default: %(default)s)",
-    )
+    text = "the file to replace (default: %(default)s)"
+    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help=text)
     parsed = parser.parse_args(arguments)
     source = preset_file(parsed.name)
-    from tasks.checks.preflight import (  # here, as they import the gate
-        TEACHERS,
-        check_all,
-        folder_faults,
-        teacher_faults,
-    )
+    from tasks.checks import preflight  # here, as it imports the gate
 
-    check_all(source)
+    preflight.check_all(source)
     before = flatten(read_yaml(parsed.params)) if parsed.params.exists() else {}
     after = flatten(read_yaml(source))
     write_text(parsed.params, preset_text(parsed.name))
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     for key in changed:
         print(f"{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}")
-    print(
-        f"{parsed.params} is now {source}: {len(changed)} value{'s' if len(changed) != 1 else ''} changed. The old file is in git: git diff {parsed.params}"
-    )
+    number = f"{len(changed)} value{'s' if len(changed) != 1 else ''} changed"
+    print(f"{parsed.params} is now {source}: {number}. The old file is in git: git diff {parsed.params}")
     document = read_yaml(parsed.params)
-    for fault in [*teacher_faults(document, TEACHERS), *folder_faults(document, Path.cwd())]:
+    faults = [*preflight.teacher_faults(document, preflight.TEACHERS), *preflight.folder_faults(document, Path.cwd())]
+    for fault in faults:
         print(f"to do before it runs: {fault}")
     return 0

@@ -1,8 +1,8 @@
-"""params.yaml, read strictly: every number of a run is there once, and a mistake in it is found before anything runs.
+"""params.yaml, read strictly: it holds every number of a run once, and a mistake is told before anything runs.
 
-A stage's parameters are a frozen dataclass without defaults, filled from the stage's own section. A field that is named
-like a shared section (`SHARED`) and typed with its dataclass is filled from that top-level section instead, so that
-stages which must agree cannot be told different things.
+A stage's parameters are a frozen dataclass, filled from the section of the stage's name; defaults do not count. A field
+with the name and the type of a shared section (`SHARED`) is filled from that top-level section, so that several stages
+read the same values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -31,14 +31,12 @@ PARAMS_FILE = "params.yaml"
 def load_params(cls: type[T], section: str, path: str | Path = PARAMS_FILE) -> T:
     """A stage's parameters from `section` of the file, shared sections included.
 
-    Raises UserErrors with every fault at once: unknown key (with the nearest valid name), missing key, wrong type, a
-    cross-field fault of the dataclass's own `faults()`. `float` takes whole numbers, `int` takes no booleans, numbers
-    are finite.
+    Raises UserErrors with all faults: unknown key (with the nearest name), missing key, wrong type, and what the
+    dataclass's `faults()` returns. `float` takes whole numbers, `int` takes no booleans, numbers are finite.
     """
     faults: list[str] = []
     value = fill_section(cls, section, read_yaml(path), faults)
-    if faults:
-        raise UserErrors(f"{path}: {_count(faults)}", _once(faults))
+    _raise(path, faults)
     return typing.cast(T, value)
 
 
@@ -48,42 +46,42 @@ def check_sections(classes: Mapping[str, type], path: str | Path = PARAMS_FILE) 
     Raises UserErrors with the faults of all sections.
     """
     document = read_yaml(path)
-    faults: list[str] = []
     known = [*SHARED, *classes]
-    for name in document:
-        if name not in known:
-            faults.append(f"{name}: unknown section{_nearest(str(name), known)}")
+    faults = [f"{name}: unknown section{_nearest(name, known)}" for name in document if name not in known]
     for name in SHARED:
         _shared_section(name, document, faults)
     for name, cls in classes.items():
         fill_section(cls, name, document, faults)
-    if faults:
-        raise UserErrors(f"{path}: {_count(_once(faults))}", _once(faults))
+    _raise(path, faults)
+
+
+def _raise(path: str | Path, faults: list[str]) -> None:
+    distinct = list(dict.fromkeys(faults))
+    if distinct:
+        raise UserErrors(f"{path}: {len(distinct)} fault{'s' if len(distinct) > 1 else ''}", distinct)
+
+
+def _names_of(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def shared_fields(cls: type) -> dict[str, type]:
     """The fields of a parameter class that are filled from shared sections: name -> dataclass."""
     hints = typing.get_type_hints(cls)
-    return {
-        field.name: SHARED[field.name]
-        for field in dataclasses.fields(cls)
-        if SHARED.get(field.name) is hints[field.name]
-    }
+    return {name: SHARED[name] for name in _names_of(cls) if SHARED.get(name) is hints[name]}
 
 
 def faults_of(params: Any) -> list[str]:
-    """The faults of parameters that were made in code or from flags, as the file's would be named."""
+    """The faults of parameters that were made in code or from flags, in the words for a file's faults."""
     faults: list[str] = []
     _dataclass(type(params), dataclasses.asdict(params), "", faults)
     return [fault.removeprefix(".") for fault in faults]
 
 
 def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: list[str]) -> Any:
-    """As `load_params` on a document already read; adds to `faults` (dotted keys) and returns None where there are
-    any.
-    """
+    """As `load_params`, from a document already read: adds to `faults` (dotted keys), and then returns None."""
     shared = {name: _shared_section(name, document, faults) for name in shared_fields(cls)}
-    names = [field.name for field in dataclasses.fields(cls) if field.name not in shared]
+    names = [name for name in _names_of(cls) if name not in shared]
     if section not in document and names:
         faults.append(f"{section}: the section is missing; it needs the keys {', '.join(names)}")
         return None
@@ -92,9 +90,7 @@ def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: l
 
 def _shared_section(name: str, document: Mapping[str, Any], faults: list[str]) -> Any:
     if name not in document:
-        faults.append(
-            f"{name}: the section is missing; it needs the keys {', '.join(field.name for field in dataclasses.fields(SHARED[name]))}"
-        )
+        faults.append(f"{name}: the section is missing; it needs the keys {', '.join(_names_of(SHARED[name]))}")
         return None
     return _dataclass(SHARED[name], document[name], name, faults)
 
@@ -102,17 +98,16 @@ def _shared_section(name: str, document: Mapping[str, Any], faults: list[str]) -
 def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mapping[str, Any] | None = None) -> Any:
     given = given or {}
     before = len(faults)
-    names = [field.name for field in dataclasses.fields(cls) if field.name not in given]
+    names = [name for name in _names_of(cls) if name not in given]
     if not isinstance(value, dict):
         faults.append(f"{key} = {_shown(value)}: expected a mapping with the keys {', '.join(names)}")
         return None
     for name in value:
         if name in given:
-            faults.append(
-                f"{key}.{name} = {_shown(value[name])}: this is the shared top-level section {name!r}; remove it here"
-            )
+            remedy = f"this is the shared top-level section {name!r}; remove it here"
+            faults.append(f"{key}.{name} = {_shown(value[name])}: {remedy}")
         elif name not in names:
-            faults.append(f"{key}.{name} = {_shown(value[name])}: unknown key{_nearest(str(name), names)}")
+            faults.append(f"{key}.{name} = {_shown(value[name])}: unknown key{_nearest(name, names)}")
     hints = typing.get_type_hints(cls, include_extras=True)
     filled = dict(given)
     for name in names:
@@ -120,7 +115,7 @@ def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mappin
             filled[name] = _convert(hints[name], value[name], f"{key}.{name}", faults)
         else:
             faults.append(f"{key}.{name}: missing; expected {_expected(hints[name])}")
-    if len(faults) > before or any(part is None for part in given.values()):
+    if len(faults) > before or any(section is None for section in given.values()):
         return None
     made = cls(**filled)
     check = getattr(made, "faults", None)
@@ -137,9 +132,8 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
         made = _convert(arguments[0], value, key, faults)
         if made is None or all(holds(made, rule) for rule in hint.__metadata__):
             return made
-        faults.append(
-            f"{key} = {_shown(value)}: expected {_rules(hint)}{_nearest(made, _names(hint)) if _names(hint) else ''}"
-        )
+        near = _nearest(made, _choices(hint)) if _choices(hint) else ""
+        faults.append(f"{key} = {_shown(value)}: expected {_rules(hint)}{near}")
         return None
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -150,24 +144,20 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if not fixed or len(value) == len(arguments):
             kinds = arguments if fixed else [arguments[0]] * len(value)
-            items = [
-                _convert(kind, item, f"{key}[{index}]", faults)
-                for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
-            ]
-            return items if origin is list else tuple(items)
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return origin(_convert(kind, item, f"{key}[{index}]", faults) for index, (kind, item) in pairs)
     elif origin is dict and isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
                 faults.append(f"{key}: key {_shown(name)}: expected text; put it in quotes")
-            elif (known := _names(arguments[0])) and name not in known:
+            elif (known := _choices(arguments[0])) and name not in known:
                 faults.append(f"{key}.{name} = {_shown(value[name])}: unknown name{_nearest(name, known)}")
         return {name: _convert(arguments[1], item, f"{key}.{name}", faults) for name, item in value.items()}
     elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
-        faults.append(
-            f"{key} = {_shown(value)}: expected {_expected(hint)}{_nearest(value, arguments) if isinstance(value, str) else ''}"
-        )
+        near = _nearest(value, arguments) if isinstance(value, str) else ""
+        faults.append(f"{key} = {_shown(value)}: expected {_expected(hint)}{near}")
         return None
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
@@ -184,7 +174,7 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
 def _expected(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _rules(hint) if _names(hint) else f"{_expected(arguments[0])}, {_rules(hint)}"
+        return _rules(hint) if _choices(hint) else f"{_expected(arguments[0])}, {_rules(hint)}"
     if origin in (Union, types.UnionType):
         return " or ".join("null" if argument is type(None) else _expected(argument) for argument in arguments)
     if origin is Literal:
@@ -196,7 +186,7 @@ def _expected(hint: Any) -> str:
     if origin is dict:
         return f"a mapping from names to {_expected(arguments[1])}"
     if dataclasses.is_dataclass(hint):
-        return f"a mapping with the keys {', '.join(field.name for field in dataclasses.fields(hint))}"
+        return f"a mapping with the keys {', '.join(_names_of(hint))}"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     return words.get(hint, str(hint))
 
@@ -206,8 +196,8 @@ def _rules(hint: Any) -> str:
     return words[0] if words else " and ".join(text for rule in hint.__metadata__ if (text := expected(rule)))
 
 
-def _names(hint: Any) -> tuple[str, ...]:
-    """What `OneOf` names; none for every other type."""
+def _choices(hint: Any) -> Collection[str]:
+    """The names of a `OneOf`; none for every other type."""
     return next((rule.names for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, OneOf)), ())
 
 
@@ -216,16 +206,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(name: Any, valid: Any) -> str:
+def _nearest(name: Any, valid: Iterable[Any]) -> str:
     names = [str(item) for item in valid]
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-
-
-def _once(faults: list[str]) -> list[str]:
-    return list(dict.fromkeys(faults))
-
-
-def _count(faults: list[str]) -> str:
-    number = len(_once(faults))
-    return "1 fault" if number == 1 else f"{number} faults"

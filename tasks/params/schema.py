@@ -1,5 +1,4 @@
-"""`python -m tasks schema`: params.yaml's JSON Schema, with which editors complete keys, explain sections and mark
-faults.
+"""`python -m tasks schema`: params.yaml's JSON Schema, with which editors complete keys and mark faults.
 
 Made from the dataclasses that read the file. What spans several fields is checked by `python -m tasks check` alone.
 """
@@ -25,18 +24,14 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of a whole params.yaml."""
     from pydantic import ConfigDict, TypeAdapter
 
-    classes = {**SHARED, **sections()}
-    document: Any = dataclasses.make_dataclass(
-        "Params", [(name, _without_shared(name, cls)) for name, cls in classes.items()]
-    )
+    fields = [(name, _without_shared(name, cls)) for name, cls in {**SHARED, **sections()}.items()]
+    document: Any = dataclasses.make_dataclass("Params", fields)
     document.__doc__, document.__pydantic_config__ = "The numbers of a run.", ConfigDict(extra="forbid")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(document).json_schema()}
 
 
 def _without_shared(name: str, cls: type) -> type:
-    """The dataclass without the fields that are filled from shared sections, which are written elsewhere in the
-    file.
-    """
+    """The dataclass without the fields that are filled from shared sections, and without defaults."""
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_fields(cls)
     fields = [(field.name, hints[field.name]) for field in dataclasses.fields(cls) if field.name not in shared]
     made = dataclasses.make_dataclass(name, fields)
@@ -45,9 +40,8 @@ def _without_shared(name: str, cls: type) -> type:
 
 
 def cli(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tasks schema", description="Write the JSON Schema of params.yaml, for editors."
-    )
+    text = "Write the JSON Schema of params.yaml, for editors."
+    parser = argparse.ArgumentParser("python -m tasks schema", description=text)
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: %(default)s)")
     path = parser.parse_args(arguments).out
     write_json(path, schema())

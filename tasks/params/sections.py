@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from data.bounds import Above, Count, NotNegative, OneOf, Positive
-from data.errors import UserError
-from data.records import GLOBAL_EDITS, LOCAL_EDITS
+from data.microworld import World
+from data.records import EDITS
 from model.compute.settings import ExecutionParams
 from model.families import FAMILIES
 from model.route import Route, route_faults
 
-if TYPE_CHECKING:
-    from data.microworld import World
-
-
-EDITS = LOCAL_EDITS + GLOBAL_EDITS
-
-
-@dataclass(frozen=True)
-class WorldParams:
-    """Section `world`: which micro world every stage speaks of. `cell` is in pixels, `grid` in cells per edge."""
-
-    shapes: tuple[str, ...]
-    colors: tuple[str, ...]
-    backgrounds: tuple[str, ...]
-    styles: tuple[str, ...]
-    grid: int
-    cell: int
-
-    def world(self) -> World:
-        """Raises UserError for an unknown shape, colour, background or style, or an impossible grid."""
-        from data.microworld import World
-
-        return World(self.shapes, self.colors, self.backgrounds, self.styles, self.grid, self.cell)
-
-    def faults(self) -> list[str]:
-        try:
-            self.world()
-        except UserError as error:
-            return [str(error).removeprefix("micro world: ")]
-        return []
-
 
 @dataclass(frozen=True)
 class MicroParams:
-    """Key `backbone.micro`: the size of the network that stage `teachers` trains. `width` is the hidden size, split
-    evenly over `heads`.
-    """
+    """Key `backbone.micro`: the network that stage `teachers` trains. `width`: hidden size, split over `heads`."""
 
     width: Positive
     layers: Positive
@@ -62,11 +29,9 @@ class MicroParams:
 class PretrainedParams:
     """Key `backbone.pretrained`: how a published checkpoint is loaded and fed.
 
-    `precision` is the frozen networks' (float32 or bfloat16; latents, trained weights and VAE are fp32 whatever it is),
-    `device` "auto", "cpu" or "cuda",
-    `resolution` in px: pictures keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens`
-    tokens are cut; stage `encode` counts them.
-    `offload` keeps full-checkpoint teachers on the CPU but for their own steps.
+    `precision` of the frozen networks; latents, trained weights and VAE are always fp32. `resolution` in px: pictures
+    keep their aspect at about resolution^2 pixels. Prompts of more than `max_tokens` tokens are cut; stage `encode`
+    counts them. `offload` keeps full-checkpoint teachers on the CPU except for their steps.
     """
 
     precision: Literal["float32", "bfloat16"]
@@ -78,9 +43,7 @@ class PretrainedParams:
 
 @dataclass(frozen=True)
 class BackboneParams:
-    """Section `backbone`: the network all teachers and the student share. `name` "micro" takes the key `micro`, every
-    other family `pretrained`.
-    """
+    """Section `backbone`: the network of teachers and student. `name` "micro" reads `micro`, others `pretrained`."""
 
     name: Annotated[str, OneOf(FAMILIES)]
     micro: MicroParams | None
@@ -92,13 +55,9 @@ class BackboneParams:
             return [f"{wanted} = null: name = {self.name!r} needs it"]
         if getattr(self, other) is not None:
             return [f"{other}: name = {self.name!r} does not read it; write {other}: null"]
-        if self.micro is not None:
-            wrong = self.micro.width % self.micro.heads
-            return (
-                [f"micro.width = {self.micro.width}: expected a multiple of micro.heads = {self.micro.heads}"]
-                if wrong
-                else []
-            )
+        micro = self.micro
+        if micro is not None and micro.width % micro.heads:
+            return [f"micro.width = {micro.width}: expected a multiple of micro.heads = {micro.heads}"]
         return []
 
     @property
@@ -111,18 +70,11 @@ class BackboneParams:
         return self.pretrained is not None and self.pretrained.offload
 
     def loading(self, device: str | None = None) -> dict[str, Any]:
-        """The options of model.backbones.load_backbone, `device` in place of the section's own; none for the micro
-        backbone, which is what its folder says.
-        """
-        if self.pretrained is None:
+        """Options of model.backbones.load_backbone, `device` instead of the section's; none for the micro backbone."""
+        if (p := self.pretrained) is None:
             return {}
-        p = self.pretrained
-        return {
-            "dtype": p.precision,
-            "device": device or p.device,
-            "resolution": p.resolution,
-            "max_tokens": p.max_tokens,
-        }
+        sizes = {"resolution": p.resolution, "max_tokens": p.max_tokens}
+        return {"dtype": p.precision, "device": device or p.device, **sizes}
 
 
 @dataclass(frozen=True)
@@ -141,9 +93,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RoutingParams:
-    """Section `routing`: which teacher answers for which capability; the stages that validate, distil and score must
-    agree on it.
-    """
+    """Section `routing`: which teacher a capability's examples go to, in the stages that validate, distil and score."""
 
     routes: tuple[Route, ...]
 
@@ -153,11 +103,11 @@ class RoutingParams:
 
 @dataclass(frozen=True)
 class BenchmarkParams:
-    """Section `benchmark`: who looks at the images that validate and score draw.
+    """Section `benchmark`: which networks score the images that validate and score draw.
 
     `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on
-    the hub), and `classifier` the CLIP that tells colours. `batch` images pass them together on `device`, in `workers`
-    processes of this machine, or in the workers of the dask `scheduler` named.
+    the hub), and `classifier` the CLIP that tells colours. They see `batch` images at once on `device`, in `workers`
+    processes of this machine, or in the workers of the dask `scheduler`.
     """
 
     detector: str
@@ -174,9 +124,10 @@ class BenchmarkParams:
 
 @dataclass(frozen=True)
 class RequestParams:
-    """Key `judge.request`: what is asked of the judge besides text and images; all of it may move a score. `seed` null
-    sends none; `resize` acts on the images ("match-source": the edited one to its source's size, "area512": both to the
-    area of 512 x 512 px); `extra` are further fields of the request's body."""
+    """Key `judge.request`: what a request says besides text and images; all of it may move a score. `seed` null sends
+    none; `resize` acts on the images ("match-source": the edited image to its source's size, "area512": both to the
+    area of 512 x 512 px); `extra` are further fields of the request's body.
+    """
 
     temperature: NotNegative
     seed: int | None
@@ -190,10 +141,10 @@ class RequestParams:
 
 @dataclass(frozen=True)
 class ServerParams:
-    """Key `judge.server`: how an OpenAI-compatible endpoint is reached. `key_variable` names the environment variable
-    with the key ("": it wants none);
-    `provider` who serves the model ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin
-    in a minute (0: no limit)."""
+    """Key `judge.server`: an OpenAI-compatible endpoint. `key_variable` names the environment variable with the key
+    ("": no key); `provider` who serves the model ("": the base URL's host). Waits in seconds; `per_minute` limits the
+    requests that begin in a minute (0: no limit).
+    """
 
     base_url: str
     key_variable: str
@@ -207,17 +158,14 @@ class ServerParams:
 
 @dataclass(frozen=True)
 class JudgeParams:
-    """Section `judge`: who scores edits where section `benchmark` names GenEval's networks; the micro world's pictures
-    are parsed.
+    """Section `judge`: who scores edits, unless the micro world's pictures are parsed.
 
     `kind` "endpoint" asks the `server`; "local" is Qwen2.5-VL in the folder `model`, on benchmark.device in `dtype`;
     "none" refuses edits. `wording` is "" (ours), or a file or folder with other texts. Edits in another `language`, or
-    outside `categories` (none named: all), are left out. An image gets
-    `repeats` judgements. `concurrency` questions are under way at once, asked by `workers` processes of this machine or
-    by those of benchmark.scheduler.
-    `retry` names statuses whose questions a later run asks again. `prices` are per million prompt and completion
-    tokens; a run estimated above
-    `highest_price` does not begin.
+    outside `categories` (empty: all), are left out. An image gets `repeats` judgements. `concurrency` questions run at
+    once, in `workers` processes of this machine or in those of benchmark.scheduler. A later run repeats questions with
+    a status in `retry`. `prices` are per million prompt and completion tokens; a run estimated above `highest_price`
+    does not begin.
     """
 
     kind: Literal["none", "endpoint", "local"]
@@ -238,20 +186,18 @@ class JudgeParams:
     def faults(self) -> list[str]:
         faults = []
         if self.kind != "none" and not self.model:
-            faults.append(
-                f"model is empty, but kind = {self.kind!r}: name the model as the server does, with its date, or the checkpoint's folder"
-            )
+            remedy = "name the model as the server does, with its date, or the checkpoint's folder"
+            faults.append(f"model is empty, but kind = {self.kind!r}: {remedy}")
         if self.kind == "endpoint" and not self.server.base_url.startswith(("http://", "https://")):
             faults.append(f"server.base_url = {self.server.base_url!r}: expected http://... or https://...")
         if self.kind == "local" and self.request.temperature:
-            faults.append(
-                f"request.temperature = {self.request.temperature}: a local judge decodes greedily, so it must be 0"
-            )
+            given = f"request.temperature = {self.request.temperature}"
+            faults.append(f"{given}: a local judge decodes greedily, so it must be 0")
         return faults
 
 
 SHARED: dict[str, type] = {
-    "world": WorldParams,
+    "world": World,
     "backbone": BackboneParams,
     "sampling": SamplingParams,
     "routing": RoutingParams,

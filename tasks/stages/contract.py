@@ -14,9 +14,7 @@ STAGES = ("collect", "teachers", "curate", "validate", "encode", "distill", "abs
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its module defines it: `function(params, *, path: Path, ...) -> summary`; `paths` are its keyword-only
-    arguments, in order.
-    """
+    """A stage as its module defines it: `function(params, *, path: Path, ...) -> summary`; `paths` names the paths."""
 
     name: str
     function: Callable[..., dict[str, Any]]
@@ -25,24 +23,18 @@ class Stage:
 
 
 def load_stage(name: str) -> Stage:
-    """Imports `tasks.stages.NAME`. Raises TypeError where the module does not keep the convention: a defect of ours,
-    not of the user's.
-    """
+    """Imports `tasks.stages.NAME`. Raises TypeError where the module breaks the convention, which is a defect."""
     module = importlib.import_module(f"tasks.stages.{name}")
     function, params = getattr(module, name), module.Params
     hints = get_type_hints(function)
-    arguments = list(inspect.signature(function).parameters.values())
+    signature = inspect.signature(function)
+    arguments = list(signature.parameters.values())
     paths = [argument for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
-    wrong = [
-        argument.name
-        for argument in paths
-        if hints.get(argument.name) is not Path or argument.default is not argument.empty
-    ]
-    if wrong or [argument.name for argument in arguments if argument not in paths] != ["params"]:
-        raise TypeError(
-            f"tasks.stages.{name}.{name}: expected (params, *, path: Path, ...) without defaults, found {inspect.signature(function)}"
-        )
-    return Stage(name, function, params, tuple(argument.name for argument in paths))
+    good = all(hints.get(path.name) is Path and path.default is path.empty for path in paths)
+    if not good or [argument.name for argument in arguments if argument not in paths] != ["params"]:
+        convention = "expected (params, *, path: Path, ...) without defaults"
+        raise TypeError(f"tasks.stages.{name}.{name}: {convention}, got {signature}")
+    return Stage(name, function, params, tuple(path.name for path in paths))
 
 
 def sections() -> dict[str, type]:

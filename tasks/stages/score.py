@@ -29,20 +29,13 @@ from data.bounds import Positive, Share
 from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
 from data.images import read_picture
-from data.microworld import MICRO
+from data.microworld import MICRO, World
 from data.progress import progress
 from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import TRANSFORMER
 from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
-from tasks.params.sections import (
-    BackboneParams,
-    BenchmarkParams,
-    JudgeParams,
-    RoutingParams,
-    SamplingParams,
-    WorldParams,
-)
+from tasks.params.sections import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams
 from tasks.scoring.real import check_judgeable, identities_of_scores, notes_of_scores, scored_examples
 from tasks.scoring.sampling import EvaluationSet, evaluation_set, score_field
 
@@ -55,7 +48,7 @@ class Params:
     and report.
     """
 
-    world: WorldParams
+    world: World
     backbone: BackboneParams
     sampling: SamplingParams
     routing: RoutingParams
@@ -117,7 +110,7 @@ def score(
     `out` holds every image with its score, report.html, grids, the curves of both trainings, all models' scorecards and
     their comparisons.
     """
-    world, routes = params.world.world(), params.routing.routes
+    world, routes = params.world, params.routing.routes
     records = read_records(teachers)
     loading = params.backbone.loading()
     backbone = load_base(teachers, **loading)

@@ -23,7 +23,7 @@ from data.files import atomic_file, atomic_folder, digest, sha256_file
 from data.microworld import World, example, render
 from data.progress import progress
 from data.randomness import numpy_generator
-from data.records import CAPABILITIES, CapabilityName
+from data.records import CAPABILITIES, CATEGORIES, CapabilityName
 from model.backbones.micro import MicroBackbone, MicroSize
 from model.checkpoint import Ema, load_state, save_state
 from model.compute.optimizer import build_optimizer
@@ -32,11 +32,10 @@ from model.fields.base import Condition
 from model.flow_matching import FlowMatchingParams, Trainee, train
 from model.networks.network import add_adapter
 from model.networks.teachers import BASE, save_teacher, weights_file
-from tasks.params.sections import BackboneParams, WorldParams
+from tasks.params.sections import BackboneParams
 from tasks.weights.assembly import SourceParams, assemble, source_faults
 
 RUNS = Path("runs")
-CATEGORIES = [category for capability in CAPABILITIES.values() for category in capability.categories]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Params:
     matters to `sources`, whose files say.
     """
 
-    world: WorldParams
+    world: World
     backbone: BackboneParams
     seed: int
     shift: float
@@ -245,7 +244,7 @@ def teachers(params: Params, *, out: Path) -> dict[str, Any]:
     """
     if params.sources:
         return assemble(params.sources, out, Path.cwd())
-    world = params.world.world()
+    world = params.world
     home = (
         RUNS
         / f"teachers-{digest([asdict(params.world), asdict(params.backbone), params.seed, params.shift, params.codec_examples])[:12]}"

@@ -16,7 +16,7 @@ from benchmarks.scores.scorecard import ExampleScore, expected_scores, summarise
 from data.bounds import Positive, Share
 from data.errors import UserError, UserErrors
 from data.files import atomic_folder, write_json
-from data.microworld import MICRO
+from data.microworld import MICRO, World
 from data.progress import progress
 from data.records import CAPABILITIES, read_examples
 from model.backbones import Backbone
@@ -24,14 +24,7 @@ from model.drawing import encode_sources, network_device, picture_bucket
 from model.fields.base import VelocityField, condition_of
 from model.networks.teachers import BASE, compatibility_faults, file_faults, load_teachers, read_records
 from model.randomness import noise_for
-from tasks.params.sections import (
-    BackboneParams,
-    BenchmarkParams,
-    JudgeParams,
-    RoutingParams,
-    SamplingParams,
-    WorldParams,
-)
+from tasks.params.sections import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams
 from tasks.scoring.real import check_judgeable, scored_examples
 from tasks.scoring.sampling import EvaluationSet, draw_field, evaluation_set, score_field
 
@@ -47,7 +40,7 @@ class Params:
     0..1; editors: 0..10).
     """
 
-    world: WorldParams
+    world: World
     backbone: BackboneParams
     sampling: SamplingParams
     routing: RoutingParams
@@ -112,7 +105,7 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     detector "micro" a base that draws pictures of the micro world's size is scored by the micro detector; of any other
     size the teachers' velocities are tried and a few images drawn.
     """
-    world = params.world.world()
+    world = params.world
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
     faults = compatibility_faults(teachers, names) + file_faults(teachers, names)
