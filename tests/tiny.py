@@ -21,10 +21,10 @@ from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example, write
 from data.yaml_files import read_yaml
 from model.backbones import Backbone
 from model.backbones.micro import MicroBackbone
-from model.drawing import as_images
 from model.fields.base import Condition
 from model.networks.network import add_adapter
 from model.networks.teachers import BASE, read_records, save_teacher
+from model.pixels import as_images
 from model.randomness import noise_for, torch_generator
 from model.step import LoopParams
 from tasks.environment import PROJECT

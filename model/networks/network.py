@@ -34,6 +34,12 @@ class NetworkField:
     adapter: str | None = None
     offload: torch.device | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = next(self.network.parameters()).device
+        return self.offload or device
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         switch_adapter(self.network, self.adapter)
         with visiting(self.network, self.offload):

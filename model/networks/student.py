@@ -252,18 +252,20 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: tor
     return Student(backbone, network, STUDENT, adapter_parameters(network, STUDENT))
 
 
-def student_adapter(student: Student) -> Adapter:
-    """The student's whole difference from the base as one adapter. Raises UserError where there is none that is
-    exact.
-    """
+def no_adapter(student: Student) -> str:
+    """Why an adapter alone is not the student, "" where it is."""
     if student.adapter is None:
-        raise UserError(
-            "this student trained all its parameters: its difference from the base is no low-rank adapter; "
-            "export it as merged (the network) or diffusers (the pipeline)"
-        )
+        return "this student trained all its parameters: its difference from the base is no low-rank adapter"
     if student.network is not student.backbone.network:
-        raise UserError(
-            "this student's adapter lies on a start of its own (a full checkpoint or a merge of some), so the adapter alone is not the student; "
-            "export it as merged (the network) or diffusers (the pipeline)"
+        return (
+            "this student's adapter lies on a start of its own (a full checkpoint or a merge of some), so the adapter "
+            "alone is not the student"
         )
+    return ""
+
+
+def student_adapter(student: Student) -> Adapter:
+    """The student's whole difference from the base as one adapter. Raises UserError where there is none."""
+    if student.adapter is None or no_adapter(student):
+        raise UserError(no_adapter(student))
     return adapter_of(student.network, student.adapter)

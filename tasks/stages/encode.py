@@ -23,10 +23,10 @@ from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import Backbone, check_sizes
 from model.backbones.micro import read_tensors
 from model.checkpoint import write_tensors
-from model.drawing import as_images
 from model.examples import BUCKETS, EDIT_PROMPTS, PROMPTS
 from model.fields.base import Prompts
 from model.networks.teachers import BASE, load_base, read_records
+from model.pixels import as_images
 from tasks.params.sections import BackboneParams
 
 CACHE = Path("runs/encode")

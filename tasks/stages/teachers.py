@@ -27,11 +27,11 @@ from data.records import CAPABILITIES, CapabilityName
 from model.backbones.micro import MicroBackbone
 from model.checkpoint import Ema, load_state, save_state
 from model.compute.optimizer import build_optimizer
-from model.drawing import as_images
 from model.fields.base import Condition
 from model.flow_matching import FlowMatchingParams, train
 from model.networks.network import add_adapter
 from model.networks.teachers import BASE, save_teacher, weights_file
+from model.pixels import as_images
 from tasks.params.sections import BackboneParams, WorldParams
 from tasks.weights.assembly import SourceParams, assemble, source_faults
 
