@@ -286,8 +286,6 @@ def teachers(params: Params, *, out: Path) -> dict[str, Any]:
                     capability=teacher.capability,
                     kind=teacher.kind,
                     base_sha256=base_weights,
-                    rank=teacher.rank,
-                    alpha=teacher.rank,
                 )
                 _write_curve(temporary / "training.csv", curve)
         summary[name] = sha256_file(weights_file(finished, teacher.kind))[:12]
