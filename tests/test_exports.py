@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ from model.randomness import noise_for, torch_generator
 from model.rollout import euler_grid
 from model.rollout import sample as sample_latents
 from tasks.__main__ import main
-from tasks.student import sample
-from tasks.student.export import COMFYUI_FILE, cli, export
-from tasks.student.opening import Model, draw, open_model
+from tasks.params.sections import BackboneParams, PretrainedParams, SamplingParams
+from tasks.student import sample, sample_set
+from tasks.student.export import cli, export
+from tasks.student.exports import FORMS, comfyui
+from tasks.student.exports.form import Form
+from tasks.student.opening import Drawing, Model, draw, open_model
 from tasks.weights.assembly import SourceParams, assemble
 from tests.tiny import disturb, save_teachers
 from tests.tiny_families import CHANNELS, save_family
@@ -248,7 +251,7 @@ def test_the_familys_pipeline_loads_the_single_file(project: Project, tmp_path: 
         return
     export(model, "comfyui", tmp_path / "out")
     pipeline = DiffusionPipeline.from_pretrained(str(model.origin))
-    pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=COMFYUI_FILE)
+    pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=comfyui.FILE)
     assert_same(project, model, pipeline.transformer)
     assert_same_pictures(model, pipeline)
 
@@ -279,24 +282,47 @@ def test_the_micro_student_is_exported_as_what_the_libraries_open(micro: Project
         assert_same(micro, model, PeftModel.from_pretrained(base, str(tmp_path / "peft")))
 
 
+def test_a_new_form_is_one_entry(
+    micro: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(folder: Path, model: Model, dtype: torch.dtype) -> None:
+        shapes = {name: list(value.shape) for name, value in model.student.parameters.items()}
+        (folder / "shapes.json").write_text(json.dumps(shapes))
+
+    def refusal(model: Model) -> str:
+        return "" if model.student.adapter else "shapes are those of an adapter"
+
+    monkeypatch.setitem(FORMS, "shapes", Form("the shapes", "json.load", refusal, write))
+    monkeypatch.chdir(micro.root)
+    assert cli(["--model", "adapter", "--format", "shapes", "--out", str(tmp_path / "out")]) == 0
+    assert read_json(tmp_path / "out" / "export.json")["files"].keys() == {"shapes.json"}
+    with pytest.raises(UserError, match=r"--format shapes: shapes are .*: export it as merged \(the network\);"):
+        cli(["--model", "whole", "--format", "shapes", "--out", str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"or shapes \(the shapes\);"):
+        cli(["--model", "adapter", "--format", "diffusers", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        cli(["--help"])
+    assert "shapes      the shapes" in capsys.readouterr().out
+
+
 def test_images_are_drawn_and_depend_on_seed_and_row_alone(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = project.model("adapter", parts=("text", "vae"))
     if not project.edits:
         with pytest.raises(UserError, match="reads no source image"):
-            draw(model, ["make it night"], [np.zeros((16, 16, 3), np.uint8)], steps=1, guidance=1.0, seed=0, batch=1)
+            draw(model, ["make it night"], [np.zeros((16, 16, 3), np.uint8)], Drawing(steps=1), batch=1)
         return
     picture = np.random.default_rng(0).integers(0, 255, (30, 44, 3), dtype=np.uint8)
-    numbers: dict[str, Any] = {"steps": 2, "guidance": 1.0, "seed": 3, "resolution": 16}
+    how = Drawing(steps=2, seed=3, resolution=16)
     prompts, given = ["a red circle", "make it night", "a blue cross"], [None, picture, None]
-    together = draw(model, prompts, given, batch=4, **numbers)
+    together = draw(model, prompts, given, how, batch=4)
     assert [one.shape for one in together][::2] == [(16, 16, 3)] * 2 and together[1].shape[0] < together[1].shape[1]
-    alone = draw(model, prompts, given, batch=1, **numbers)
+    alone = draw(model, prompts, given, how, batch=1)
     assert all(
         int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1 for one, other in zip(together, alone, strict=True)
     )
-    assert not np.array_equal(together[0], draw(model, prompts[:1], given[:1], batch=1, **{**numbers, "seed": 4})[0])
+    assert not np.array_equal(together[0], draw(model, prompts[:1], given[:1], replace(how, seed=4), batch=1)[0])
     monkeypatch.chdir(project.root)
     Image.fromarray(picture).save(tmp_path / "source.png")
     line = [
@@ -324,6 +350,19 @@ def test_images_are_drawn_and_depend_on_seed_and_row_alone(
         assert grid.width > 3 * first.width and grid.height > first.height  # source and two answers, with their titles
 
 
+def test_a_student_with_all_its_weights_is_sampled_without_its_base(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the base is not loaded, noise goes to the student's device, not to the base's."""
+    monkeypatch.chdir(project.root)
+    sampling = SamplingParams(steps=1, guidance=1.0, images_per_prompt=1, seed=0, batch=2)
+    loading = PretrainedParams("float32", "cpu", resolution=16, max_tokens=40, offload=False)
+    sampler = sample_set.Sampler("whole", "", BackboneParams(project.family, None, loading), sampling)  # type: ignore[arg-type]
+    jobs = [sample_set.Job(f"{seed}", "a red circle", seed, f"{seed}.png") for seed in range(3)]
+    counts = sample_set.sample_set(sampler, jobs, {}, out=tmp_path / "out", workers=1, scheduler="")
+    assert counts == {"images": 3, "made": 3} == {"images": 3, "made": len(list((tmp_path / "out").glob("*.png")))}
+
+
 def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: Path) -> None:
     """At its own resolution and prompt length, whatever the family's usual ones are; a size without positions is one
     message.
@@ -339,11 +378,11 @@ def test_a_student_is_drawn_from_as_it_was_trained(project: Project, tmp_path: P
     )
     model = open_model(str(tmp_path / "small"), project.root)
     assert model.backbone.max_tokens == 40
-    (picture,) = draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1)
+    (picture,) = draw(model, ["a red circle"], [None], Drawing(steps=1), batch=1)
     assert picture.shape == (16, 16, 3)
     for resolution, words in ((256, "positions for edges of up to"), (18, "expected multiples of 4 px")):
         with pytest.raises(UserError, match=words):
-            draw(model, ["a red circle"], [None], steps=1, guidance=1.0, seed=0, batch=1, resolution=resolution)
+            draw(model, ["a red circle"], [None], Drawing(steps=1, resolution=resolution), batch=1)
 
 
 def test_the_command_line_exports_and_samples_the_micro_student(

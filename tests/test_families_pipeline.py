@@ -111,17 +111,8 @@ def save_teachers(folder: Path, family: str, pipeline: Path) -> None:
     for name, capability, seed in (("realism", "t2i", 3), ("local", "local_edit", 4)):
         adapter = add_adapter(backbone, network, name, RANK, ALPHA, seed=seed)
         disturb({key: value for key, value in adapter.items() if "lora_B" in key}, 0.3, seed=seed)
-        save_teacher(
-            folder / name,
-            backbone,
-            network,
-            name=name,
-            capability=capability,
-            kind="adapter",
-            base_sha256=base,
-            rank=RANK,
-            alpha=ALPHA,
-        )
+        taught = {"name": name, "capability": capability, "kind": "adapter", "base_sha256": base}
+        save_teacher(folder / name, backbone, network, **taught)
     whole = load_backbone(pipeline).network
     disturb(dict(whole.named_parameters()), 0.02, seed=5)
     save_teacher(folder / "whole", backbone, whole, name="whole", capability="t2i", kind="full", base_sha256=base)

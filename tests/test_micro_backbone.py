@@ -16,7 +16,7 @@ from torch import nn
 
 from data.errors import UserError
 from model.backbones.micro import MAX_WORDS, LinearCodec, MicroBackbone, load_weights
-from model.drawing import as_images, as_pictures
+from model.pixels import as_images, as_pictures
 from tests.tiny import CHANNELS, PROMPTS, SHIFT, WIDTH, WORLD, condition_of, draw, new_backbone, probe
 
 PART = "diffusion_pytorch_model.safetensors"

@@ -40,6 +40,7 @@ from tasks.release import gate, submission
 from tasks.running.repro import pull
 from tasks.stages.contract import STAGES
 from tasks.student import export, sample
+from tasks.student.exports import FORMS
 from tests.judge_server import MODEL, judge_server
 from tests.short_params import OVERRIDES
 from tests.test_exports import some_adapter
@@ -253,7 +254,7 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
     pictures = [np.asarray(Image.open(project / name / "000.png").convert("RGB")) for name in ("drawn", "edited")]
     assert pictures[0].shape == (EDGE, EDGE, 3)  # as it was trained, not the family's 1024 px
     assert pictures[1].shape[1] == 2 * pictures[1].shape[0]
-    for kind in export.FORMATS:
+    for kind in FORMS:
         line = ["--model", uri, "--format", kind, "--out", f"exported/{kind}"]
         if family == "sd3" and kind in ("diffusers", "comfyui"):
             with pytest.raises(UserError, match="this SD3 reads a source image"):

@@ -21,7 +21,7 @@ from model.networks.teachers import BASE, load_teachers, read_records
 from tasks.pyfunc_model import picture_of, png_of
 from tasks.registry import server, versions
 from tasks.release import submission
-from tasks.student.opening import carried, draw, open_model
+from tasks.student.opening import Drawing, carried, draw, open_model
 from tests.candidates import PARAMS, judged, new_project
 from tests.tiny import disturb, save_teachers
 
@@ -56,7 +56,7 @@ def pixels(text: str) -> np.ndarray:
 def test_mlflow_draws_what_the_student_draws(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     expected = draw(
-        open_model("checkpoints/absorbed", project), PROMPTS, [None, picture], steps=2, guidance=1.0, seed=5, batch=2
+        open_model("checkpoints/absorbed", project), PROMPTS, [None, picture], Drawing(steps=2, seed=5), batch=2
     )
     assert all((project / "data" / "teachers" / name).exists() for name in (BASE, "local"))
     monkeypatch.chdir(tmp_path)  # neither teachers nor checkpoints there: the model carries its base

@@ -26,10 +26,10 @@ from tasks.weights.sources import (
     LOCK,
     address_faults,
     availability,
-    kind_of,
     missing_faults,
     resolve,
     resolve_all,
+    scheme_of,
     unfetchable_faults,
 )
 from tests.test_flow import free_port
@@ -127,6 +127,9 @@ def test_the_hub_is_asked_once_pinned_and_verified_ever_after(hub: Hub, tmp_path
     assert {name: sha256_bytes(hub.files[name]) for name in found.files} == found.files
     again = resolve(f"hf://{REPO}", tmp_path)
     assert again == found and len(hub.requests) == 2  # from the cache
+    with pytest.raises(UserError, match="the params say 0000"):
+        resolve(f"hf://{REPO}", tmp_path, "0000")
+    assert len(hub.requests) == 2 and found.path.is_dir()  # what the lock names is not fetched again
     save_file(tensor(5.0), found.path / "adapter_model.safetensors")  # the cache is damaged: fetched again
     assert resolve(f"hf://{REPO}", tmp_path) == found and len(hub.requests) == 4
     assert sha256_file(found.path / "adapter_model.safetensors") == found.files["adapter_model.safetensors"]
@@ -272,15 +275,28 @@ def test_whether_the_hub_would_give_it_is_asked_without_fetching(
 def test_addresses_are_checked_as_they_are_written() -> None:
     good = {
         "a/b": "path",
-        "hf://o/n": "hub",
-        "hf://o/n@main": "hub",
-        "hf://o/n/x/y.safetensors@v1": "hub",
+        "hf://o/n": "hf",
+        "hf://o/n@main": "hf",
+        "hf://o/n/x/y.safetensors@v1": "hf",
         "s3://b/k/": "s3",
-        "models:/m@champion": "registry",
+        "models:/m@champion": "models",
     }
-    assert {uri: kind_of(uri) for uri in good} == good and kind_of("models:/m/3") == "registry"
+    assert {uri: scheme_of(uri) for uri in good} == good and scheme_of("models:/m/3") == "models"
     bad = {name: name for name in ("hf://o", "hf://o/n/x.bin", "s3://b", "models:/m", "https://x/y", "")}
     assert len(address_faults(bad)) == len(bad)
+
+
+def test_a_new_kind_of_address_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(uri: str, staged: Path, project: Path, revision: str) -> tuple[Path, str]:
+        save_file(tensor(float(uri[-1])), staged / "a.safetensors")
+        return staged, revision or "first"
+
+    monkeypatch.setitem(sources.SCHEMES, "made", sources.Scheme(re.compile(r"made:\d"), "made:DIGIT", fetch))
+    source = resolve("made:7", tmp_path)
+    assert (
+        source.revision == "first" and source == resolve("made:7", tmp_path) and list(source.files) == ["a.safetensors"]
+    )
+    assert "expected made:DIGIT" in address_faults({"a": "made:x"})[0]
 
 
 def test_objects_of_a_bucket(tmp_path: Path, s3: str) -> None:

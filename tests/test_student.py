@@ -219,8 +219,11 @@ def test_a_start_from_adapters_lies_in_the_students_own_adapter_on_the_shared_ba
     assert torch.equal(probe(loaded.field, again), probe(student.field, backbone))
 
 
-def test_a_student_that_is_no_adapter_says_what_to_do_instead(tiny: Tiny) -> None:
-    for start, trainable in ((BASE, "all"), ("global", "adapter")):
+def test_a_student_that_is_no_adapter_is_not_given_as_one(tiny: Tiny) -> None:
+    for start, trainable, why in (
+        (BASE, "all", "trained all its parameters"),
+        ("global", "adapter", "lies on a start of its own"),
+    ):
         student, _ = started(tiny, start, trainable)
-        with pytest.raises(UserError, match="export it as merged"):
+        with pytest.raises(UserError, match=why):
             student_adapter(student)

@@ -21,10 +21,10 @@ from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example, write
 from data.yaml_files import read_yaml
 from model.backbones import Backbone
 from model.backbones.micro import MicroBackbone, MicroSize
-from model.drawing import as_images
 from model.fields.base import Condition
 from model.networks.network import add_adapter
 from model.networks.teachers import BASE, read_records, save_teacher
+from model.pixels import as_images
 from model.randomness import noise_for, torch_generator
 from model.step import LoopParams
 from tasks.environment import PROJECT
@@ -86,35 +86,18 @@ def disturb(values: Mapping[str, torch.Tensor], size: float, seed: int) -> None:
 
 
 def save_teachers(folder: Path) -> None:
-    save_teacher(
-        folder / BASE,
-        new_backbone(),
-        new_backbone().network,
-        name=BASE,
-        capability="t2i",
-        kind="base",
-        base_sha256=None,
-    )
+    base: dict[str, Any] = {"name": BASE, "capability": "t2i", "kind": "base", "base_sha256": None}
+    save_teacher(folder / BASE, new_backbone(), new_backbone().network, **base)
     backbone = MicroBackbone.load(folder / BASE)
-    base = read_records(folder)[BASE].sha256
+    sha256 = read_records(folder)[BASE].sha256
     network = copy.deepcopy(backbone.network)
     disturb(dict(network.named_parameters()), 0.1, seed=1)
-    save_teacher(
-        folder / "global", backbone, network, name="global", capability="global_edit", kind="full", base_sha256=base
-    )
+    whole: dict[str, Any] = {"name": "global", "capability": "global_edit", "kind": "full", "base_sha256": sha256}
+    save_teacher(folder / "global", backbone, network, **whole)
     adapter = add_adapter(backbone, backbone.network, "local", LOCAL_RANK, LOCAL_ALPHA, seed=2)
     disturb({name: value for name, value in adapter.items() if "lora_B" in name}, 0.5, seed=2)
-    numbers = {"rank": LOCAL_RANK, "alpha": LOCAL_ALPHA}
-    save_teacher(
-        folder / "local",
-        backbone,
-        backbone.network,
-        name="local",
-        capability="local_edit",
-        kind="adapter",
-        base_sha256=base,
-        **numbers,
-    )
+    local: dict[str, Any] = {"name": "local", "capability": "local_edit", "kind": "adapter", "base_sha256": sha256}
+    save_teacher(folder / "local", backbone, backbone.network, **local)
 
 
 def save_curated(folder: Path) -> None:

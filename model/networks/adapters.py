@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ RECORDS = ("teacher.json", "student.json")  # this pipeline's own, which hold ra
 SHOWN = 3  # keys that a message names
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # dots of the module's name are underscores
-ROLES = (
-    (re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora_down|lora\.down)\.weight$"), "A"),
-    (re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora_up|lora\.up)\.weight$"), "B"),
-    (re.compile(r"\.alpha$"), "alpha"),
-)
+ROLES = {
+    "A": re.compile(r"\.(?:lora_A(?:\.(?!weight$)[^.]+)?|lora_down|lora\.down)\.weight$"),
+    "B": re.compile(r"\.(?:lora_B(?:\.(?!weight$)[^.]+)?|lora_up|lora\.up)\.weight$"),
+    "alpha": re.compile(r"\.alpha$"),
+}
+# LoraConfig's fields that make more of it than plain LoRA, with the values that do not.
+PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "peft_type": "LORA"}
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,22 @@ class Adapter:
     alpha: int
     alpha_from: str
 
-    @property
-    def precision(self) -> str:
-        kinds = {str(value.dtype).removeprefix("torch.") for value in self.tensors.values()}
-        return kinds.pop() if len(kinds) == 1 else "mixed"
+    def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B."""
+        return self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
+
+
+Layers = dict[str, dict[str, torch.Tensor]]  # module -> "A", "B" and "alpha", as far as the file has them
+Modules = Mapping[str, tuple[int, int]]  # name of a linear layer -> (out, in)
 
 
 def linear_modules(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Name -> (out, in) of every linear layer, under its own name whether or not adapters wrap it by now."""
-    found = {}
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear) and "lora_" not in name:
-            found[name.removesuffix(".base_layer")] = (module.out_features, module.in_features)
-    return found
+    return {
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    }
 
 
 def fused_names(family: str, modules: Iterable[str]) -> dict[str, list[str]]:
@@ -76,9 +82,9 @@ def fused_names(family: str, modules: Iterable[str]) -> dict[str, list[str]]:
         for pattern, original in backbone_class(family).original_names:
             match = re.fullmatch(pattern, module)
             if match:
-                part = match[3] if match.re.groups == 3 else ""
-                fused.setdefault(match.expand(original), {})[part] = module
-    return {name: [parts[part] for part in sorted(parts, key="qkv".find)] for name, parts in fused.items()}
+                letter = match[3] if match.re.groups == 3 else ""
+                fused.setdefault(match.expand(original), {})[letter] = module
+    return {name: [held[letter] for letter in sorted(held, key="qkv".find)] for name, held in fused.items()}
 
 
 def adapter_file(path: Path) -> Path:
@@ -87,17 +93,14 @@ def adapter_file(path: Path) -> Path:
     """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(
-                f"{path}: adapters are read from .safetensors alone; other formats can carry code: convert it"
-            )
+            why = "other formats can carry code: convert it"
+            raise UserError(f"{path}: adapters are read from .safetensors alone; {why}")
         return path
-    named = [path / name for name in FILES if (path / name).is_file()]
-    found = named or sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        raise UserError(
-            f"{path}: {len(found)} adapter files ({[file.name for file in found][:SHOWN]}); name the .safetensors file itself"
-        )
-    return found[0]
+    files = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        names = [file.name for file in files][:SHOWN]
+        raise UserError(f"{path}: {len(files)} adapter files ({names}); name the .safetensors file itself")
+    return files[0]
 
 
 def read_adapter(path: Path, network: nn.Module, family: str) -> Adapter:
@@ -109,83 +112,51 @@ def read_adapter(path: Path, network: nn.Module, family: str) -> Adapter:
     that are not finite, settings of PEFT that are more than LoRA.
     """
     file = adapter_file(path)
-    tensors = read_tensors(file)
-    modules = linear_modules(network)
-    faults: list[str] = []
-    parts, alphas = _matched(tensors, modules, family, faults)
-    _shape_faults(parts, modules, faults)
-    _coverage_faults(parts, modules, faults)
-    ranks = {name: pair["A"].shape[0] for name, pair in parts.items() if "A" in pair and pair["A"].ndim == 2}
-    said, alpha_from = _settings(path, file, ranks, alphas, faults)
-    if not tensors:
-        faults.append("holds no tensor")
+    tensors, modules = read_tensors(file), linear_modules(network)
+    layers, faults = _matched(tensors, modules, family)
+    pairs = {name: layer for name, layer in layers.items() if layer.keys() & {"A", "B"}}
+    faults += _key_faults(layers, pairs) + _shape_faults(pairs, modules) + _coverage_faults(pairs, modules)
+    scales, alpha_from, wrong = _scales(layers, *_config(path, file))
+    faults += wrong + ([] if tensors else ["holds no tensor"])
     if faults:
-        raise UserErrors(
-            f"{file}: this adapter does not fit the base ({family}, {len(modules)} linear layers):", faults
-        )
-    return _uniform({name: (pair["A"], pair["B"]) for name, pair in parts.items()}, said, alpha_from)
+        title = f"{file}: this adapter does not fit the base ({family}, {len(modules)} linear layers):"
+        raise UserErrors(title, faults)
+    return _uniform(pairs, scales, alpha_from)
 
 
-def _matched(
-    tensors: Mapping[str, torch.Tensor], modules: Mapping[str, tuple[int, int]], family: str, faults: list[str]
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, float]]:
-    """Module -> {"A", "B"} and module -> alpha; keys that match nothing, or something twice, become faults."""
-    fused = fused_names(family, modules)
-    names = {name: [name] for name in modules} | {name: held for name, held in fused.items() if name not in modules}
+def _matched(tensors: Mapping[str, torch.Tensor], modules: Modules, family: str) -> tuple[Layers, list[str]]:
+    """The layers, and as faults the keys that match nothing, or something twice."""
+    names = {name: [name] for name in modules}
+    names |= {name: held for name, held in fused_names(family, modules).items() if name not in modules}
     flat = {name.replace(".", "_"): held for name, held in names.items()}
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    alphas: dict[str, float] = {}
+    layers: Layers = defaultdict(dict)
     unknown, foreign, twice = [], [], []
     for key, value in tensors.items():
-        role, stem = next(
-            ((role, key[: match.start()]) for pattern, role in ROLES if (match := pattern.search(key))), (None, key)
-        )
-        if role is None:
+        matches = {role: match for role, pattern in ROLES.items() if (match := pattern.search(key))}
+        role, match = next(iter(matches.items()), ("", None))
+        held = _held(key[: match.start()], names, flat) if match else None
+        if match is None:
             unknown.append(key)
-            continue
-        held = _held(stem, names, flat)
-        if held is None:
+        elif held is None:
             foreign.append(key)
-            continue
-        if role == "alpha":
-            repeated = [module for module in held if module in alphas]
-            alphas |= dict.fromkeys(held, float(value.float().reshape(-1)[0]) if value.numel() == 1 else float("nan"))
         else:
-            whole = role == "A" or value.shape[0] % len(
-                held
-            )  # a fused layer has one A for all, and the rows of B by turns
-            shares = [value.clone() for _ in held] if whole else [share.clone() for share in value.chunk(len(held))]
-            repeated = [module for module in held if role in parts.get(module, {})]
+            if any(role in layers[module] for module in held):
+                twice.append(key)
+            # A fused layer has one A for all, and the rows of B by turns.
+            split = role == "B" and value.ndim and value.shape[0] % len(held) == 0
+            shares = value.chunk(len(held)) if split else [value] * len(held)
             for module, share in zip(held, shares, strict=True):
-                parts.setdefault(module, {})[role] = share
-        if repeated:
-            twice.append(key)
-    for keys, words in (
-        (unknown, "keys that are no LoRA weight"),
-        (foreign, "keys of layers that the base does not have"),
-        (twice, "keys given twice"),
-    ):
-        if keys:
-            faults.append(
-                f"{len(keys)} {words}: {', '.join(sorted(keys)[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
-            )
-    for first, second in (("A", "B"), ("B", "A")):
-        lone = sorted(name for name, pair in parts.items() if first in pair and second not in pair)
-        if lone:
-            faults.append(
-                f"missing key: lora_{second} of {', '.join(lone[:SHOWN])}{f' and {len(lone) - SHOWN} more' if len(lone) > SHOWN else ''}"
-            )
-    without = sorted(alphas.keys() - parts.keys())
-    if without:
-        faults.append(f"alpha without weights: {', '.join(without[:SHOWN])}")
-    if alphas and parts.keys() - alphas.keys():
-        faults.append(
-            f"missing key: alpha of {', '.join(sorted(parts.keys() - alphas.keys())[:SHOWN])}, which other layers have"
-        )
-    return parts, alphas
+                layers[module][role] = share.clone()
+    odd = {
+        "keys that are no LoRA weight": unknown,
+        "keys of layers that the base does not have": foreign,
+        "keys given twice": twice,
+    }
+    return dict(layers), [f"{len(keys)} {words}: {_few(keys)}" for words, keys in odd.items() if keys]
 
 
 def _held(stem: str, names: Mapping[str, list[str]], flat: Mapping[str, list[str]]) -> list[str] | None:
+    """The modules behind a key without its ending; None where the network has none of that name."""
     for prefix in FLAT_PREFIXES:
         if stem.startswith(prefix):
             return flat.get(stem.removeprefix(prefix))
@@ -197,162 +168,148 @@ def _held(stem: str, names: Mapping[str, list[str]], flat: Mapping[str, list[str
     return names.get(stem)
 
 
-def _shape_faults(
-    parts: Mapping[str, dict[str, torch.Tensor]], modules: Mapping[str, tuple[int, int]], faults: list[str]
-) -> None:
-    for name, pair in sorted(parts.items()):
-        if {"A", "B"} - pair.keys():
-            continue
-        (out, into), down, up = modules[name], tuple(pair["A"].shape), tuple(pair["B"].shape)
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[1] != into or up[0] != out:
-            faults.append(f"{name}: A is {down} and B {up}; the base's layer needs (rank, {into}) and ({out}, rank)")
+def _few(names: Iterable[str]) -> str:
+    """The first names in sorted order, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
-def _coverage_faults(parts: Mapping[str, Any], modules: Mapping[str, tuple[int, int]], faults: list[str]) -> None:
+def _key_faults(layers: Layers, pairs: Layers) -> list[str]:
+    """A without B, B without A; and alpha is that of all layers with weights, or of none."""
+    roles = ("B", "A", "alpha") if any("alpha" in layer for layer in layers.values()) else ("B", "A")
+    lacking = {role: [name for name, layer in pairs.items() if role not in layer] for role in roles}
+    words = {"B": "lora_B", "A": "lora_A", "alpha": "alpha"}
+    faults = [f"missing key: {words[role]} of {_few(names)}" for role, names in lacking.items() if names]
+    without = layers.keys() - pairs.keys()
+    return [*faults, f"alpha without weights: {_few(without)}"] if without else faults
+
+
+def _shape_faults(pairs: Layers, modules: Modules) -> list[str]:
+    faults = []
+    for name, pair in sorted(pairs.items()):
+        if {"A", "B"} <= pair.keys():
+            (out, into), down, up = modules[name], tuple(pair["A"].shape), tuple(pair["B"].shape)
+            if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[1] != into or up[0] != out:
+                needs = f"(rank, {into}) and ({out}, rank)"
+                faults.append(f"{name}: A is {down} and B {up}; the base's layer needs {needs}")
+    return faults
+
+
+def _coverage_faults(pairs: Layers, modules: Modules) -> list[str]:
     """An adapter covers a kind of layer in every block or in none: what covers it in some has lost keys."""
     kinds: dict[str, list[str]] = {}
     for name in modules:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1), []).append(name)
+    faults = []
     for kind, members in sorted(kinds.items()):
-        lacking = [name for name in members if name not in parts]
-        if lacking and len(lacking) < len(members):
-            faults.append(
-                f"missing keys: {kind} is covered in {len(members) - len(lacking)} of {len(members)} blocks; not in {', '.join(lacking[:SHOWN])}"
-            )
+        lacking = [name for name in members if name not in pairs]
+        if 0 < len(lacking) < len(members):
+            covered = f"{len(members) - len(lacking)} of {len(members)} blocks"
+            faults.append(f"missing keys: {kind} is covered in {covered}; not in {_few(lacking)}")
+    return faults
 
 
-def _settings(
-    path: Path, file: Path, ranks: Mapping[str, int], alphas: Mapping[str, float], faults: list[str]
-) -> tuple[dict[str, tuple[float, int]], str]:
-    """Module -> (alpha, rank), and where alpha came from: the keys, PEFT's config beside the file, diffusers' metadata
-    in it, or the rank.
+def _scales(
+    layers: Layers, config: Mapping[str, Any], origin: str
+) -> tuple[dict[str, tuple[float, int]], str, list[str]]:
+    """Module -> (alpha, rank), where alpha came from, and faults. An alpha among the keys is the file's last word;
+    `config` has LoraConfig's fields, none where neither the folder nor the file names any.
     """
-    bad = [name for name, alpha in alphas.items() if not alpha > 0]
-    if bad:
-        faults.append(f"{bad[0]}: alpha = {alphas[bad[0]]}; expected one number above 0")
-    config = _config(path, file)
-    origin = "metadata" if config is None else "config"
-    config = _metadata(file) if config is None else config
-    if config is None:
-        return {
-            name: (alphas.get(name, float(rank)), rank) for name, rank in ranks.items()
-        }, "keys" if alphas else "rank"
-    for key, plain in (
-        ("use_dora", False),
-        ("bias", "none"),
-        ("modules_to_save", None),
-        ("lora_bias", False),
-        ("peft_type", "LORA"),
-    ):
+    ranks = {name: layer["A"].shape[0] for name, layer in layers.items() if "A" in layer and layer["A"].ndim == 2}
+    alphas = {
+        name: float(layer["alpha"].reshape(-1)[0]) if layer["alpha"].numel() == 1 else float("nan")
+        for name, layer in layers.items()
+        if "alpha" in layer
+    }
+    bad = [f"{name}: alpha = {alpha}; expected one number above 0" for name, alpha in alphas.items() if not alpha > 0]
+    faults = bad[:1]
+    remedy = "only adapters of plain LoRA can be distilled or switched on the base"
+    for key, plain in PLAIN.items():
         if config.get(key, plain) not in (plain, None, [], {}):
-            faults.append(
-                f"{key} = {config[key]!r}: more than plain LoRA; only adapters of plain LoRA can be distilled or switched on the base"
-            )
-    wrong = [
-        name for name, rank in ranks.items() if rank != _patterned(config, "rank_pattern", name, config.get("r", rank))
-    ]
+            faults.append(f"{key} = {config[key]!r}: more than plain LoRA; {remedy}")
+    wrong = [name for name, rank in ranks.items() if rank != _patterned(config, "rank_pattern", name, "r", rank)]
     if wrong:
-        faults.append(
-            f"{wrong[0]}: rank {ranks[wrong[0]]} in the weights, but r = {config.get('r')} in {origin}; they do not belong together"
-        )
-    if alphas:  # a scale inside the file is the file's own
-        return {name: (alphas.get(name, float(rank)), rank) for name, rank in ranks.items()}, "keys"
-    settings = {}
+        said = f"rank {ranks[wrong[0]]} in the weights, but r = {config.get('r')} in {origin}"
+        faults.append(f"{wrong[0]}: {said}; they do not belong together")
+    scales = {}
     for name, rank in ranks.items():
-        alpha = float(_patterned(config, "alpha_pattern", name, config.get("lora_alpha", rank)))
-        settings[name] = (
-            alpha * rank**0.5 if config.get("use_rslora") else alpha,
-            rank,
-        )  # rank-stabilised: alpha / sqrt(rank)
-    return settings, origin
+        alpha = float(_patterned(config, "alpha_pattern", name, "lora_alpha", rank))
+        stable = alpha * rank**0.5 if config.get("use_rslora") else alpha  # rank-stabilised: alpha / sqrt(rank)
+        scales[name] = (alphas.get(name, float(rank)) if alphas else stable, rank)
+    return scales, "keys" if alphas else origin, faults
 
 
-def _config(path: Path, file: Path) -> dict[str, Any] | None:
-    """LoraConfig's fields from the JSON beside the weights: PEFT's, or a record of this pipeline's own (teacher.json,
-    student.json).
+def _config(path: Path, file: Path) -> tuple[dict[str, Any], str]:
+    """LoraConfig's fields, from the JSON beside the weights (PEFT's, or a record of this pipeline's own) or from the
+    file's header, and where they come from.
     """
-    if not path.is_dir() and file.name != PEFT_WEIGHTS:
-        return None
-    if (file.parent / PEFT_CONFIG).is_file():
-        return dict(read_json(file.parent / PEFT_CONFIG))
-    for name in RECORDS:
-        if (file.parent / name).is_file():
-            record = read_json(file.parent / name)
-            return {"r": record.get("rank"), "lora_alpha": record.get("alpha")}
-    return None
+    folder = file.parent
+    if path.is_dir() or file.name == PEFT_WEIGHTS:
+        if (folder / PEFT_CONFIG).is_file():
+            return dict(read_json(folder / PEFT_CONFIG)), "config"
+        for name in RECORDS:
+            if (folder / name).is_file():
+                record = read_json(folder / name)
+                return {"r": record.get("rank"), "lora_alpha": record.get("alpha")}, "config"
+    fields = _metadata(file)
+    return fields, "metadata" if fields else "rank"
 
 
-def _patterned(config: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:
+def _patterned(config: Mapping[str, Any], patterns: str, module: str, common: str, otherwise: Any) -> Any:
     """PEFT's rule: the first pattern that the module's name ends with, or else the common value."""
-    for pattern, value in (config.get(key) or {}).items():
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
-    return otherwise
+    return config.get(common, otherwise)
 
 
-def _metadata(file: Path) -> dict[str, Any] | None:
+def _metadata(file: Path) -> dict[str, Any]:
     """What diffusers writes into the file's header: LoraConfig's fields under "transformer."."""
     try:
         with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("lora_adapter_metadata")
-        if text is None:
-            return None
-        fields = {
-            key.removeprefix("transformer."): value
-            for key, value in json.loads(text).items()
-            if key.startswith("transformer.") or "." not in key
-        }
+            text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+        fields = json.loads(text).items()
     except (SafetensorError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: its LoRA metadata cannot be read ({error}); write the file again") from error
-    return fields or None
+    prefix = "transformer."
+    return {key.removeprefix(prefix): value for key, value in fields if key.startswith(prefix) or "." not in key}
 
 
-def _uniform(
-    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], said: Mapping[str, tuple[float, int]], alpha_from: str
-) -> Adapter:
+def _uniform(pairs: Layers, scales: Mapping[str, tuple[float, int]], alpha_from: str) -> Adapter:
     """One rank and one whole alpha for all layers; the tensors are left as they are where the file has that already."""
-    rank = max(rank for _, rank in said.values())
-    kinds = set(said.values())
-    alpha, same = next(iter(kinds))[0], len(kinds) == 1
+    most = max(rank for _, rank in scales.values())
+    first = next(iter(scales.values()))[0]
+    as_it_is = len(set(scales.values())) == 1 and first == int(first)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(pairs):
-        down, up = pairs[name]
-        if not (same and alpha == int(alpha)):
-            own_alpha, own_rank = said[name]
-            down, up = down.float(), up.float() * (own_alpha / own_rank)
-            if own_rank < rank:
-                down = torch.cat([down, down.new_zeros(rank - own_rank, down.shape[1])])
-                up = torch.cat([up, up.new_zeros(up.shape[0], rank - own_rank)], dim=1)
+        down, up = pairs[name]["A"], pairs[name]["B"]
+        if not as_it_is:
+            alpha, rank = scales[name]
+            down = nn.functional.pad(down.float(), (0, 0, 0, most - rank))
+            up = nn.functional.pad(up.float() * (alpha / rank), (0, most - rank))
         tensors |= {f"{name}.lora_A.weight": down.contiguous(), f"{name}.lora_B.weight": up.contiguous()}
-    return Adapter(
-        tensors, tuple(sorted(pairs)), rank, int(alpha) if same and alpha == int(alpha) else rank, alpha_from
-    )
+    return Adapter(tensors, tuple(sorted(pairs)), most, int(first) if as_it_is else most, alpha_from)
 
 
-def concatenated(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
+def concatenated(members: Sequence[tuple[Adapter, float]]) -> Adapter:
     """One adapter whose delta is the weighted sum of the given ones' deltas, exactly: ranks add up, scales go into B,
     alpha = rank. In fp32.
     """
-    members = list(adapters)
     rank = sum(adapter.rank for adapter, _ in members)
     modules = sorted({name for adapter, _ in members for name in adapter.modules})
     tensors: dict[str, torch.Tensor] = {}
     for name in modules:
-        shapes = {
-            (a.tensors[f"{name}.lora_A.weight"].shape[1], a.tensors[f"{name}.lora_B.weight"].shape[0])
-            for a, _ in members
-            if name in a.modules
-        }
-        ((into, out),) = shapes
-        downs, ups = [], []
+        down, up = next(adapter.pair(name) for adapter, _ in members if name in adapter.modules)
+        downs, ups = torch.zeros(rank, down.shape[1]), torch.zeros(up.shape[0], rank)
+        start = 0
         for adapter, weight in members:
             if name in adapter.modules:
-                downs.append(adapter.tensors[f"{name}.lora_A.weight"].float())
-                ups.append(adapter.tensors[f"{name}.lora_B.weight"].float() * (weight * adapter.alpha / adapter.rank))
-            else:
-                downs.append(torch.zeros(adapter.rank, into))
-                ups.append(torch.zeros(out, adapter.rank))
-        tensors |= {f"{name}.lora_A.weight": torch.cat(downs), f"{name}.lora_B.weight": torch.cat(ups, dim=1)}
+                down, up = adapter.pair(name)
+                downs[start : start + adapter.rank] = down
+                ups[:, start : start + adapter.rank] = up.float() * (weight * adapter.alpha / adapter.rank)
+            start += adapter.rank
+        tensors |= {f"{name}.lora_A.weight": downs, f"{name}.lora_B.weight": ups}
     return Adapter(tensors, tuple(modules), rank, rank, "rank")
 
 
@@ -360,9 +317,9 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
     """A folder that `peft.PeftModel.from_pretrained(network, folder)` loads; `read_adapter` too."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / PEFT_WEIGHTS, {f"base_model.model.{key}": value for key, value in adapter.tensors.items()})
-    LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.modules), inference_mode=True
-    ).save_pretrained(str(folder))
+    modules = list(adapter.modules)
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=modules, inference_mode=True)
+    config.save_pretrained(str(folder))
 
 
 def write_comfyui(file: Path, adapter: Adapter, family: str) -> None:
@@ -376,7 +333,7 @@ def write_comfyui(file: Path, adapter: Adapter, family: str) -> None:
         raise UserError(f"backbone = {family!r}: no ComfyUI key style is known for it; choose another format")
     scale = adapter.alpha / adapter.rank
     tensors = {
-        key: value.float() * scale if key.endswith("lora_B.weight") else value.float()
+        f"{prefix}{key}": value.float() * (scale if key.endswith("lora_B.weight") else 1.0)
         for key, value in adapter.tensors.items()
     }
-    write_tensors(file, {f"{prefix}{key}": value for key, value in tensors.items()})
+    write_tensors(file, tensors)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -19,6 +19,8 @@ from model.backbones import Backbone
 from model.checkpoint import read_tensors
 from model.fields.base import Condition
 from model.networks.adapters import Adapter, linear_modules
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class NetworkField:
     network: Any
     adapter: str | None = None
     offload: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = next(self.network.parameters()).device
+        return self.offload or device
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         switch_adapter(self.network, self.adapter)
@@ -87,14 +95,11 @@ def add_adapter(
     named fp32 parameters.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Already found a `peft_config`"
-        )  # several adapters on one base are the design
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one base are the design
         torch.manual_seed(seed)
         layers = list(targets or backbone.adapter_targets)
-        network.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True), adapter_name=name
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True)
+        network.add_adapter(config, adapter_name=name)
     parameters = adapter_parameters(network, name)
     for parameter in parameters.values():  # PEFT gives them the base's precision, in which moments would not decay
         parameter.data = parameter.data.float()
@@ -102,28 +107,25 @@ def add_adapter(
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    return {
-        key: parameter
-        for key, parameter in network.named_parameters()
-        if re.search(rf"\.lora_\w+\.{re.escape(name)}\.", key)
-    }
+    pattern = re.compile(rf"\.lora_\w+\.{re.escape(name)}\.")
+    return {key: parameter for key, parameter in network.named_parameters() if pattern.search(key)}
+
+
+def keys_in_file(parameters: Mapping[str, T], name: str) -> dict[str, T]:
+    """An adapter's parameters under the keys of its file, which do not name it."""
+    return {key.replace(f".{name}.", "."): parameter for key, parameter in parameters.items()}
 
 
 def own_layers(backbone: Backbone) -> set[str]:
     """The linear layers of the base that an adapter of the family covers when nothing else is said."""
-    return {
-        name
-        for name in linear_modules(backbone.network)
-        if any(name == end or name.endswith(f".{end}") for end in backbone.adapter_targets)
-    }
+    ends = tuple(f".{end}" for end in backbone.adapter_targets)
+    return {name for name in linear_modules(backbone.network) if f".{name}".endswith(ends)}
 
 
 def adapter_of(network: Any, name: str) -> Adapter:
     """An adapter that is on a network by now, as a value: fp32 copies."""
-    tensors = {
-        key.replace(f".{name}.", "."): value.detach().float().cpu().clone()
-        for key, value in adapter_parameters(network, name).items()
-    }
+    parameters = keys_in_file(adapter_parameters(network, name), name)
+    tensors = {key: value.detach().float().cpu().clone() for key, value in parameters.items()}
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     config = network.peft_config[name]
     return Adapter(tensors, tuple(modules), int(config.r), int(config.lora_alpha), "config")
@@ -132,14 +134,12 @@ def adapter_of(network: Any, name: str) -> Adapter:
 @torch.no_grad()
 def load_adapter(parameters: dict[str, nn.Parameter], path: Path, name: str) -> None:
     """Every key must match, in name and shape. Raises UserError otherwise."""
-    tensors = read_tensors(path)
-    expected = {key.replace(f".{name}.", "."): parameter for key, parameter in parameters.items()}
-    wrong = sorted(expected.keys() ^ tensors.keys()) or sorted(
-        key for key in expected if expected[key].shape != tensors[key].shape
-    )
+    tensors, expected = read_tensors(path), keys_in_file(parameters, name)
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    wrong = wrong or sorted(key for key in expected if expected[key].shape != tensors[key].shape)
     if wrong:
-        raise UserError(
-            f"{path}: does not fit this adapter (first differing key: {wrong[0]}, {len(wrong)} in all); rank and target modules must be the record's"
-        )
+        differing = f"first differing key: {wrong[0]}, {len(wrong)} in all"
+        remedy = "rank and target modules must be the record's"
+        raise UserError(f"{path}: does not fit this adapter ({differing}); {remedy}")
     for key, parameter in expected.items():
         parameter.copy_(tensors[key])

@@ -18,7 +18,7 @@ from data.files import read_json, sha256_file, write_json
 from model.backbones import TRANSFORMER, Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
 from model.networks.adapters import Adapter, concatenated
-from model.networks.network import NetworkField, adapter_of, adapter_parameters, add_adapter, load_adapter, own_layers
+from model.networks.network import NetworkField, adapter_of, add_adapter, keys_in_file, load_adapter, own_layers
 from model.networks.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS
 
 STUDENT = "student"  # the adapter's name
@@ -118,59 +118,43 @@ def start_student(
     base = NetworkField(backbone, backbone.network)
     if trainable not in TRAINABLE:
         raise UserError(f"trainable = {trainable!r}: choose one of {list(TRAINABLE)}")
-    sources = list(others.values()) if start == MERGED else [others[start]] if start in others else []
-    if (
-        trainable == "adapter"
-        and sources
-        and all(field.adapter and field.network is backbone.network for field in sources)
-    ):
-        return _start_in_adapter(
-            backbone,
-            [(adapter_of(field.network, str(field.adapter)), 1.0 / len(sources)) for field in sources],
-            start,
-            rank,
-            alpha,
-            seed,
-        )
-    if start == MERGED and others:
-        weights: dict[str, torch.Tensor] | None = merged_weights(base, others)
-    elif start in others:
-        weights = plain_weights(others[start])
-    elif start == BASE:
-        weights = plain_weights(base) if trainable == "all" else None
-    else:
-        raise UserError(
-            f"start = {start!r}: choose {BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}"
-        )
-    # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.
-    dtype = torch.float32 if trainable == "all" else _base_weight(backbone).dtype
-    network = backbone.network if weights is None else _network_with(backbone, weights, dtype)
+    if start not in (BASE, *others) and not (start == MERGED and others):
+        choices = f"{BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}"
+        raise UserError(f"start = {start!r}: choose {choices}")
     if trainable == "all":
+        # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.
+        network = _network_with(backbone, _weights_at(start, base, others))
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
+    sources = list(others.values()) if start == MERGED else [others[start]] if start in others else []
+    network = backbone.network
+    if sources and all(field.adapter and field.network is network for field in sources):
+        share = 1.0 / len(sources)
+        adapters = [(adapter_of(network, str(field.adapter)), share) for field in sources]
+        return _start_in_adapter(backbone, concatenated(adapters), start, rank, alpha, seed)
+    if sources:
+        network = _network_with(backbone, _weights_at(start, base, others), _base_weight(backbone).dtype)
     network.requires_grad_(False)
     return Student(backbone, network, STUDENT, add_adapter(backbone, network, STUDENT, rank, alpha, seed))
 
 
-def _start_in_adapter(
-    backbone: Backbone, sources: list[tuple[Adapter, float]], start: str, rank: int, alpha: int, seed: int
-) -> Student:
-    """An adapter whose first ranks are the given adapters, so that the student starts at their weighted sum exactly;
-    the other ranks are fresh.
-    """
-    joined = concatenated(sources)
+def _weights_at(start: str, base: NetworkField, others: Mapping[str, NetworkField]) -> dict[str, torch.Tensor]:
+    return merged_weights(base, others) if start == MERGED else plain_weights({**others, BASE: base}[start])
+
+
+def _start_in_adapter(backbone: Backbone, joined: Adapter, start: str, rank: int, alpha: int, seed: int) -> Student:
+    """An adapter whose first ranks are `joined`, so that the student starts there exactly; the others are fresh."""
     if joined.rank > rank:
-        raise UserError(
-            f"start = {start!r} takes rank {joined.rank} of the student's adapter, which has rank = {rank}: raise rank, or train all parameters"
-        )
+        takes = f"takes rank {joined.rank} of the student's adapter, which has rank = {rank}"
+        raise UserError(f"start = {start!r} {takes}: raise rank, or train all parameters")
     network = backbone.network
     network.requires_grad_(False)
-    own = own_layers(backbone)
-    targets = () if own >= set(joined.modules) else sorted(own | set(joined.modules))
+    usual = own_layers(backbone)
+    targets = () if usual >= set(joined.modules) else sorted(usual | set(joined.modules))
     parameters = add_adapter(backbone, network, STUDENT, rank, alpha, seed, targets)
     with torch.no_grad():
         for module in joined.modules:
-            down, up = joined.tensors[f"{module}.lora_A.weight"], joined.tensors[f"{module}.lora_B.weight"]
+            down, up = joined.pair(module)
             parameters[f"{module}.lora_A.{STUDENT}.weight"][: joined.rank].copy_(down)
             parameters[f"{module}.lora_B.{STUDENT}.weight"][:, : joined.rank].copy_(up * (rank / alpha))
     return Student(backbone, network, STUDENT, parameters)
@@ -196,22 +180,19 @@ def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None
             frozen = _network_with(backbone, plain_weights(replace(student.field, adapter=None)))
             backbone.save(folder, frozen)
             write_tensors(whole, frozen.state_dict())
-        write_tensors(weights, {name.replace(f".{STUDENT}.", "."): value for name, value in student.parameters.items()})
-    hashes = {
-        "sha256": sha256_file(weights),
-        "start_sha256": None if shared or weights == whole else sha256_file(whole),
-    }
+        write_tensors(weights, keys_in_file(student.parameters, STUDENT))
     layers = {name.rsplit(".lora_", 1)[0] for name in student.parameters} if student.adapter else set()
-    targets = sorted(layers) if layers and layers != own_layers(backbone) else []
-    own = {
+    facts = {
         "backbone": backbone.name,
         "adapter": student.adapter is not None,
         "own_start": not shared,
-        "targets": targets,
+        "targets": sorted(layers) if layers and layers != own_layers(backbone) else [],
         "resolution": backbone.latent_shape[1] * backbone.pixels_per_latent,
         "max_tokens": backbone.max_tokens,
+        "sha256": sha256_file(weights),
+        "start_sha256": None if shared or weights == whole else sha256_file(whole),
     }
-    write_json(folder / RECORD, {**record, **own, **hashes})
+    write_json(folder / RECORD, {**record, **facts})
 
 
 def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: torch.device | str = "cpu") -> Student:
@@ -220,50 +201,47 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: tor
 
     Raises UserError when the checkpoint is damaged, or was trained on another base than `backbone`'s."""
     record = read_json(folder / RECORD)
-    missing = [
-        key
-        for key in ("adapter", "own_start", "base_sha256", "sha256", "start_sha256", "backbone", "rank", "alpha")
-        if key not in record
-    ]
+    keys = ("adapter", "own_start", "base_sha256", "sha256", "start_sha256", "backbone", "rank", "alpha")
+    missing = [key for key in keys if key not in record]
     if missing:
         raise UserError(f"{folder / RECORD}: {missing[0]!r} is missing; run the stage that made it again")
     whole, weights = folder / "transformer" / WEIGHTS, folder / ADAPTER_WEIGHTS
     for file, sha256 in ((weights if record["adapter"] else whole, record["sha256"]), (whole, record["start_sha256"])):
         if sha256 is not None and (not file.exists() or sha256_file(file) != sha256):
-            raise UserError(
-                f"{file}: missing or not the file that {RECORD} names (its SHA-256 differs); run the stage that made it again"
-            )
+            what = f"missing or not the file that {RECORD} names (its SHA-256 differs)"
+            raise UserError(f"{file}: {what}; run the stage that made it again")
     if record["base_sha256"] != base_sha256:
-        raise UserError(
-            f"{folder / RECORD}: base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}; distil again on this base"
-        )
+        differs = f"base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}"
+        raise UserError(f"{folder / RECORD}: {differs}; distil again on this base")
     weight = _base_weight(backbone)
     dtype = weight.dtype if record["adapter"] else torch.float32
     place = device if weight.is_meta else weight.device
-    own = load_backbone(folder, need=TRANSFORMER, dtype=dtype, device=place) if record["own_start"] else None
-    network = backbone.network if own is None else own.network
+    network = backbone.network
+    if record["own_start"]:
+        network = load_backbone(folder, need=TRANSFORMER, dtype=dtype, device=place).network
     if not record["adapter"]:
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
-    parameters = add_adapter(
-        backbone, network, STUDENT, record["rank"], record["alpha"], seed=0, targets=record.get("targets", ())
-    )
+    rank, alpha, targets = record["rank"], record["alpha"], record.get("targets", ())
+    parameters = add_adapter(backbone, network, STUDENT, rank, alpha, seed=0, targets=targets)
     load_adapter(parameters, weights, STUDENT)
-    return Student(backbone, network, STUDENT, adapter_parameters(network, STUDENT))
+    return Student(backbone, network, STUDENT, parameters)
+
+
+def no_adapter(student: Student) -> str:
+    """Why an adapter alone is not the student, "" where it is."""
+    if student.adapter is None:
+        return "this student trained all its parameters: its difference from the base is no low-rank adapter"
+    if student.network is not student.backbone.network:
+        return (
+            "this student's adapter lies on a start of its own (a full checkpoint or a merge of some), so the adapter "
+            "alone is not the student"
+        )
+    return ""
 
 
 def student_adapter(student: Student) -> Adapter:
-    """The student's whole difference from the base as one adapter. Raises UserError where there is none that is
-    exact.
-    """
-    if student.adapter is None:
-        raise UserError(
-            "this student trained all its parameters: its difference from the base is no low-rank adapter; "
-            "export it as merged (the network) or diffusers (the pipeline)"
-        )
-    if student.network is not student.backbone.network:
-        raise UserError(
-            "this student's adapter lies on a start of its own (a full checkpoint or a merge of some), so the adapter alone is not the student; "
-            "export it as merged (the network) or diffusers (the pipeline)"
-        )
+    """The student's whole difference from the base as one adapter. Raises UserError where there is none."""
+    if student.adapter is None or no_adapter(student):
+        raise UserError(no_adapter(student))
     return adapter_of(student.network, student.adapter)

@@ -7,13 +7,12 @@ scheduler.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file, write_json
@@ -21,7 +20,7 @@ from data.weights import precision_of, read_header
 from model.backbones import Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
 from model.families import FAMILIES
-from model.networks.network import NetworkField, adapter_parameters, add_adapter, load_adapter
+from model.networks.network import NetworkField, adapter_parameters, add_adapter, keys_in_file, load_adapter
 
 BASE = "base"
 RECORD = "teacher.json"
@@ -85,50 +84,34 @@ def weights_sha256(folder: Path, kind: str) -> str:
 
 
 def save_teacher(
-    folder: Path,
-    backbone: Backbone,
-    network: nn.Module,
-    *,
-    name: str,
-    capability: str,
-    kind: str,
-    base_sha256: str | None,
-    rank: int = 0,
-    alpha: int = 0,
+    folder: Path, backbone: Backbone, network: Any, *, name: str, capability: str, kind: str, base_sha256: str | None
 ) -> TeacherRecord:
     """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts
     along, in the precision it has.
     """
-    if kind == "adapter":
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(
-            folder / ADAPTER_WEIGHTS,
-            {
-                key.replace(f".{name}.", "."): value.to(torch.float16)
-                for key, value in adapter_parameters(network, name).items()
-            },
-        )
-    elif kind == "full":
-        (folder / "transformer").mkdir(parents=True, exist_ok=True)
-        write_tensors(
-            folder / "transformer" / WEIGHTS,
-            {key: value.to(torch.float16) for key, value in network.state_dict().items()},
-        )
-    else:
+    file, rank, alpha = weights_file(folder, kind), 0, 0
+    if kind == "base":
         backbone.save(folder, network)
-    sha256, precision = sha256_file(weights_file(folder, kind)), precision_of([read_header(weights_file(folder, kind))])
+    else:
+        tensors: Mapping[str, torch.Tensor] = network.state_dict()
+        if kind == "adapter":
+            tensors, config = keys_in_file(adapter_parameters(network, name), name), network.peft_config[name]
+            rank, alpha = int(config.r), int(config.lora_alpha)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, {key: value.to(torch.float16) for key, value in tensors.items()})
+    sha256 = sha256_file(file)
     record = TeacherRecord(
-        name,
-        capability,
-        kind,
-        backbone.name,
-        base_sha256 or sha256,
-        sha256,
-        list(backbone.latent_shape),
-        backbone.scheduler,
-        precision,
-        rank,
-        alpha,
+        name=name,
+        capability=capability,
+        kind=kind,
+        backbone=backbone.name,
+        base_sha256=base_sha256 or sha256,
+        sha256=sha256,
+        latent_shape=list(backbone.latent_shape),
+        scheduler=backbone.scheduler,
+        precision=precision_of([read_header(file)]),
+        rank=rank,
+        alpha=alpha,
     )
     write_json(folder / RECORD, asdict(record))
     return record
@@ -181,20 +164,19 @@ def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
         record = records.get(name)
         if record is None:
             if not (folder / name / RECORD).exists():
+                missing = "the base is missing; every teacher is defined on it"
                 faults.append(
-                    f"{folder / name}: no such teacher; have {sorted(records)}"
-                    if name != BASE
-                    else f"{folder / BASE}: the base is missing; every teacher is defined on it"
+                    f"{folder / name}: {missing if name == BASE else f'no such teacher; have {sorted(records)}'}"
                 )
             continue
         faults += _weight_faults(folder / name, record)
         if record.backbone not in FAMILIES:
             faults.append(f"{name}: backbone = {record.backbone!r}: unknown; choose one of {sorted(FAMILIES)}")
         for key in ("backbone", "base_sha256", "latent_shape", "scheduler") if base else ():
-            if getattr(record, key) != getattr(base, key):
-                faults.append(
-                    f"{name}: {key} = {getattr(record, key)!r}, the base has {getattr(base, key)!r}; teachers must share base, latent space and scheduler"
-                )
+            value, wanted = getattr(record, key), getattr(base, key)
+            if value != wanted:
+                rule = "teachers must share base, latent space and scheduler"
+                faults.append(f"{name}: {key} = {value!r}, the base has {wanted!r}; {rule}")
     return faults
 
 
@@ -204,33 +186,23 @@ def _weight_faults(folder: Path, record: TeacherRecord) -> list[str]:
     """
     try:
         files = weight_files(folder, record.kind)
-    except UserError as error:
-        return [str(error)]
-    missing = [
-        f"{file}: no such file; `dvc pull data/teachers` brings the bundled teachers"
-        for file in files
-        if not file.exists()
-    ]
-    if missing:
-        return missing
-    if weights_sha256(folder, record.kind) != record.sha256:
-        return [
-            f"{files[0]}: its SHA-256 is not the one of {folder.name}/{RECORD}; the file was changed or cut short, pull it again"
-        ]
-    try:
+        missing = [file for file in files if not file.exists()]
+        if missing:
+            return [f"{file}: no such file; `dvc pull data/teachers` brings the bundled teachers" for file in missing]
+        if weights_sha256(folder, record.kind) != record.sha256:
+            differs = f"its SHA-256 is not the one of {folder.name}/{RECORD}"
+            return [f"{files[0]}: {differs}; the file was changed or cut short, pull it again"]
         headers = [read_header(file) for file in files]
     except UserError as error:
         return [str(error)]
     faults = []
+    remedy = "the record belongs to other weights"
     if record.precision != precision_of(headers):
-        faults.append(
-            f"{folder.name}: precision = {record.precision!r}, the weights are {precision_of(headers)}; the record belongs to other weights"
-        )
+        stored = precision_of(headers)
+        faults.append(f"{folder.name}: precision = {record.precision!r}, the weights are {stored}; {remedy}")
     ranks = {entry["shape"][0] for header in headers for key, entry in header.items() if key.endswith(".lora_A.weight")}
     if record.kind == "adapter" and ranks != {record.rank}:
-        faults.append(
-            f"{folder.name}: rank = {record.rank}, the weights have {sorted(ranks)}; the record belongs to other weights"
-        )
+        faults.append(f"{folder.name}: rank = {record.rank}, the weights have {sorted(ranks)}; {remedy}")
     if record.kind == "adapter" and record.alpha < 1:
         faults.append(f"{folder.name}: alpha = {record.alpha}; expected 1 or more")
     return faults
@@ -302,10 +274,9 @@ def load_teachers(
             network = load_network(backbone, folder / name, record, "cpu" if offload else None)
             fields[name] = NetworkField(backbone, network, None, device if offload else None)
         else:
-            parameters = add_adapter(
-                backbone, backbone.network, name, record.rank, record.alpha, seed=0, targets=record.targets
-            )
+            network, rank, alpha = backbone.network, record.rank, record.alpha
+            parameters = add_adapter(backbone, network, name, rank, alpha, seed=0, targets=record.targets)
             load_adapter(parameters, weights_file(folder / name, record.kind), name)
-            fields[name] = NetworkField(backbone, backbone.network, name)
+            fields[name] = NetworkField(backbone, network, name)
     backbone.network.requires_grad_(False)
     return backbone, fields

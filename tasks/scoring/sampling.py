@@ -21,10 +21,8 @@ from data.microworld import MICRO, World
 from data.progress import Advance
 from data.records import CAPABILITIES, Example
 from model.backbones import Backbone
-from model.drawing import as_pictures, encode_sources, network_device, picture_bucket
-from model.fields.base import VelocityField, condition_of
-from model.fields.guided import Guided
-from model.rollout import euler_grid, sample
+from model.drawing import PictureJob, draw
+from model.networks.network import NetworkField
 from tasks.params.sections import BenchmarkParams, JudgeParams, SamplingParams
 from tasks.scoring.real import score_drawn
 
@@ -68,7 +66,7 @@ def image_seed(example: Example, k: int, seed: int) -> int:
 
 @torch.no_grad()
 def score_field(
-    field: VelocityField,
+    field: NetworkField,
     backbone: Backbone,
     world: World,
     evaluation: EvaluationSet,
@@ -120,9 +118,8 @@ class Drawn:
     k: list[int]
 
 
-@torch.no_grad()
 def draw_field(
-    field: VelocityField,
+    field: NetworkField,
     backbone: Backbone,
     evaluation: EvaluationSet,
     params: SamplingParams,
@@ -132,44 +129,21 @@ def draw_field(
     folder: Path,
 ) -> Iterator[Drawn]:
     """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the
-    usual square, edits in their sources' bucket. A batch holds one kind and one size; its size changes nothing but
-    speed.
+    usual square, edits in their sources' bucket. The batch size changes nothing but speed.
     """
-    grid = euler_grid(params.steps, float(backbone.scheduler["shift"]))
     (folder / "images" / model).mkdir(parents=True, exist_ok=True)
-    for (edits, size), jobs in _jobs(backbone, evaluation, params.images_per_prompt).items():
-        empty = backbone.encode_prompts([""], edits)
-        shape = (backbone.latent_shape[0], size[1] // backbone.pixels_per_latent, size[0] // backbone.pixels_per_latent)
-        for first in range(0, len(jobs), params.batch):
-            batch = jobs[first : first + params.batch]
-            examples = [example for example, _ in batch]
-            seeds = [image_seed(example, k, params.seed) for example, k in batch]
-            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-            source = (
-                encode_sources(backbone, [evaluation.sources[example.id] for example in examples], size)
-                if edits
-                else None
-            )
-            condition = condition_of(
-                backbone.encode_prompts([example.prompt for example in examples], edits), empty, source
-            )
-            device = network_device(backbone)
-            latents = sample(Guided(field, scale), noise.to(device), condition.to(device), grid)
-            pictures = as_pictures(backbone.decode(latents))
-            paths = [f"images/{model}/{example.id}-{k}.png" for example, k in batch]
-            for picture, path in zip(pictures, paths, strict=True):
-                Image.fromarray(picture).save(folder / path)
-            yield Drawn(examples, pictures, paths, seeds, [k for _, k in batch])
-
-
-def _jobs(
-    backbone: Backbone, evaluation: EvaluationSet, images_per_prompt: int
-) -> dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]]:
-    """(edit?, (width, height)) -> (example, k), T2I first."""
-    jobs: dict[tuple[bool, tuple[int, int]], list[tuple[Example, int]]] = {}
-    for edits in (False, True):
-        for example in evaluation.examples:
-            if CAPABILITIES[example.capability].is_edit == edits:
-                key = edits, picture_bucket(backbone, evaluation.sources[example.id] if edits else None)
-                jobs.setdefault(key, []).extend((example, k) for k in range(images_per_prompt))
-    return jobs
+    samples = [(example, k) for example in evaluation.examples for k in range(params.images_per_prompt)]
+    jobs = [
+        PictureJob(
+            example.prompt,
+            image_seed(example, k, params.seed),
+            evaluation.sources[example.id] if CAPABILITIES[example.capability].is_edit else None,
+        )
+        for example, k in samples
+    ]
+    for rows, pictures in draw(field, backbone, jobs, batch=params.batch, steps=params.steps, guidance=scale):
+        paths = [f"images/{model}/{samples[row][0].id}-{samples[row][1]}.png" for row in rows]
+        for picture, path in zip(pictures, paths, strict=True):
+            Image.fromarray(picture).save(folder / path)
+        examples, numbers = [samples[row][0] for row in rows], [samples[row][1] for row in rows]
+        yield Drawn(examples, pictures, paths, [jobs[row].seed for row in rows], numbers)

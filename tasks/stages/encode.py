@@ -21,10 +21,10 @@ from data.progress import Advance, progress
 from data.records import BUCKETS, Example, read_examples
 from model.backbones import Backbone, check_sizes
 from model.checkpoint import read_tensors, write_tensors
-from model.drawing import as_images
 from model.examples import EDIT_PROMPTS, PROMPTS
 from model.fields.base import Prompts
 from model.networks.teachers import BASE, load_base, read_records
+from model.pixels import as_images
 from tasks.params.sections import BackboneParams
 
 CACHE = Path("runs/encode")

@@ -27,11 +27,11 @@ from data.records import CAPABILITIES, CATEGORIES, CapabilityName
 from model.backbones.micro import MicroBackbone, MicroSize
 from model.checkpoint import Ema, load_state, save_state
 from model.compute.optimizer import build_optimizer
-from model.drawing import as_images
 from model.fields.base import Condition
 from model.flow_matching import FlowMatchingParams, Trainee, train
 from model.networks.network import add_adapter
 from model.networks.teachers import BASE, save_teacher, weights_file
+from model.pixels import as_images
 from tasks.params.sections import BackboneParams
 from tasks.weights.assembly import SourceParams, assemble, source_faults
 
@@ -283,8 +283,6 @@ def teachers(params: Params, *, out: Path) -> dict[str, Any]:
                     capability=teacher.capability,
                     kind=teacher.kind,
                     base_sha256=base_weights,
-                    rank=teacher.rank,
-                    alpha=teacher.rank,
                 )
                 _write_curve(temporary / "training.csv", curve)
         summary[name] = sha256_file(weights_file(finished, teacher.kind))[:12]

@@ -20,8 +20,9 @@ from data.microworld import MICRO, World
 from data.progress import progress
 from data.records import CAPABILITIES, read_examples
 from model.backbones import Backbone
-from model.drawing import encode_sources, network_device, picture_bucket
-from model.fields.base import VelocityField, condition_of
+from model.drawing import encode_sources, latent_shape, picture_bucket, size_of
+from model.fields.base import condition_of
+from model.networks.network import NetworkField
 from model.networks.teachers import BASE, compatibility_faults, file_faults, load_teachers, read_records
 from model.randomness import noise_for
 from tasks.params.sections import BackboneParams, BenchmarkParams, JudgeParams, RoutingParams, SamplingParams
@@ -54,22 +55,20 @@ class Params:
 
 @torch.no_grad()
 def _finite_faults(
-    name: str, field: VelocityField, backbone: Backbone, evaluation: EvaluationSet, capability: str
+    name: str, field: NetworkField, backbone: Backbone, evaluation: EvaluationSet, capability: str
 ) -> list[str]:
     """A teacher whose velocity is not finite somewhere on the way from noise to image cannot teach."""
     examples, edits = evaluation.only(capability).examples[:FINITE], CAPABILITIES[capability].is_edit
     pictures = [evaluation.sources[example.id] for example in examples] if edits else []
-    size = picture_bucket(backbone, pictures[0] if edits else None)
+    size = picture_bucket(backbone, size_of(pictures[0]) if edits else None)
     source = encode_sources(backbone, pictures, size) if edits else None
     condition = condition_of(
         backbone.encode_prompts([example.prompt for example in examples], edits),
         backbone.encode_prompts([""], edits),
         source,
     )
-    per, device = backbone.pixels_per_latent, network_device(backbone)
-    noise = noise_for(
-        0, 0, range(len(examples)), (backbone.latent_shape[0], size[1] // per, size[0] // per), "finite"
-    ).to(device)
+    device = field.device
+    noise = noise_for(0, 0, range(len(examples)), latent_shape(backbone, size), "finite").to(device)
     times = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.02], device=device)
     bad = [
         float(t)
@@ -86,7 +85,7 @@ def _finite_faults(
 
 
 def _preview(
-    name: str, field: VelocityField, backbone: Backbone, own: EvaluationSet, sampling: SamplingParams, folder: Path
+    name: str, field: NetworkField, backbone: Backbone, own: EvaluationSet, sampling: SamplingParams, folder: Path
 ) -> None:
     """A few images of the teacher's own capability, for people to look at."""
     few = replace(own, examples=own.examples[:PREVIEWS])

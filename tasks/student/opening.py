@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from data.aspect import bucket_of, fit
 from data.errors import UserError
 from data.files import read_json
 from data.progress import Advance
-from model.backbones import Backbone, check_sizes, load_backbone
-from model.drawing import as_images, as_pictures
-from model.fields.base import condition_of
-from model.fields.guided import Guided
+from data.randomness import seed_of
+from model import drawing
+from model.backbones import Backbone, load_backbone
 from model.networks.student import RECORD, Student, load_student
 from model.networks.teachers import BASE, weights_sha256
-from model.randomness import noise_for
-from model.rollout import euler_grid, sample
 from tasks.weights.sources import Source, resolve
 
 TEACHERS = Path("data/teachers")
+CARRIED = "base"  # the folder of a registered model that holds the base of an adapter student
 PURPOSE = "sample"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a student is drawn from. `steps` 0: as the paper samples, but for the micro world; `guidance` 1: the student
+    itself, which has absorbed its guidance; `resolution`: edge of a square picture in px, 0: that of its training.
+    """
+
+    steps: int = 0
+    guidance: float = 1.0
+    seed: int = 0
+    resolution: int = 0
+
+    def steps_of(self, backbone: Backbone) -> int:
+        return self.steps or {"micro": 16}.get(backbone.name, 28)
+
+
+DEFAULTS = asdict(Drawing())
 
 
 @dataclass(frozen=True)
@@ -43,25 +58,31 @@ class Model:
         return self.student.backbone
 
 
+def add_model_options(parser: ArgumentParser, default: str | None = None, more: str = "") -> None:
+    """The options --model and --base of a command that opens a student; `more` is added to what --model may be."""
+    words = f"a student: folder, hf://..., s3://..., models:/name@alias{more}"
+    words += " (default: %(default)s)" if default else ""
+    parser.add_argument("--model", default=default, required=default is None, metavar="URI", help=words)
+    words = "the base of an adapter student, where it is neither carried nor among data/teachers"
+    parser.add_argument("--base", default="", metavar="URI", help=words)
+
+
 def base_of(folder: Path, record: dict[str, Any], project: Path, base: str = "") -> Path:
     """The pipeline folder of the base that an adapter student lies on: `base` (an address), the one it carries, or the
-    project's teachers'.
-
-    Raises UserError when none of them has the hash that the student was trained on.
+    project's teachers'. Raises UserError when none of them has the hash that the student was trained on.
     """
     tried = []
-    candidates = [resolve(base, project).path] if base else [folder / CARRIED, project / TEACHERS / BASE]
-    for candidate in candidates:
-        if (candidate / "model_index.json").is_file():
-            sha256 = weights_sha256(candidate, BASE)
-            if sha256 == record["base_sha256"]:
-                return candidate
-            tried.append(f"{candidate} has {sha256[:12]}")
-        else:
-            tried.append(f"{candidate} is no pipeline folder")
-    wanted = str(record["base_sha256"])[:12]
+    for place in [resolve(base, project).path] if base else [folder / CARRIED, project / TEACHERS / BASE]:
+        if not (place / "model_index.json").is_file():
+            tried.append(f"{place} is no pipeline folder")
+            continue
+        sha256 = weights_sha256(place, BASE)
+        if sha256 == record["base_sha256"]:
+            return place
+        tried.append(f"{place} has {sha256[:12]}")
     raise UserError(
-        f"{folder}: this student lies on the base {wanted}, which is not here ({'; '.join(tried)}); name its pipeline folder with --base"
+        f"{folder}: this student lies on the base {str(record['base_sha256'])[:12]}, which is not here "
+        f"({'; '.join(tried)}); name its pipeline folder with --base"
     )
 
 
@@ -84,108 +105,54 @@ def open_folder(
     if not (folder / RECORD).is_file():
         raise UserError(f"{source.uri}: no {RECORD} in it; expected a student as the distill or absorb stage writes it")
     record = read_json(folder / RECORD)
-    own = bool(record.get("own_start"))
-    trained = {
-        name: record.get(name) for name in ("resolution", "max_tokens")
-    }  # it answers prompts and sizes as it was taught to
-    options |= {name: value for name, value in trained.items() if value and options.get(name) is None}
-    origin = folder if own else base_of(folder, record, project, base)
-    backbone = load_backbone(
-        origin, need=parts if own else ("transformer", *parts), **options
-    )  # a start of its own comes with the student
+    for name in ("resolution", "max_tokens"):  # a student answers sizes and prompts as it was taught to
+        if record.get(name) and options.get(name) is None:
+            options[name] = record[name]
+    whole = bool(record.get("own_start"))  # a start of its own comes with the student
+    origin = folder if whole else base_of(folder, record, project, base)
+    backbone = load_backbone(origin, need=parts if whole else ("transformer", *parts), **options)
     student = load_student(folder, backbone, str(record.get("base_sha256")), options.get("device", "cpu"))
     student.network.requires_grad_(False)
     return Model(student, record, origin)
 
 
-@torch.no_grad()
 def draw(
     model: Model,
     prompts: Sequence[str],
     sources: Sequence[np.ndarray | None],
+    how: Drawing,
     *,
-    steps: int,
-    guidance: float,
-    seed: int,
     batch: int,
-    resolution: int | None = None,
-    advance: Advance | None = None,
+    advance: Advance = lambda n=1, **fields: None,
 ) -> list[np.ndarray]:
     """One picture (H, W, 3) uint8 a prompt; prompt i with a source edits it, and starts from noise (seed, i).
 
-    `guidance` 1 is the student itself, which has absorbed its guidance. A source keeps its aspect at about
-    `resolution`^2 pixels (None: the size that the student was trained at); T2I is square. Raises UserError for words
-    that the text encoder does not know, an edit that the network cannot read, or a size it has no positions for.
+    A source keeps its aspect at about resolution^2 pixels; T2I is square. Raises UserError for words that the text
+    encoder does not know, an edit that the network cannot read, or a size it has no positions for.
     """
     backbone = model.backbone
     backbone.check_prompts(prompts)
     if any(source is not None for source in sources) and not backbone.supports_edits:
         raise UserError("this student reads no source image: sample it without --source")
-    edge = resolution or backbone.latent_shape[1] * backbone.pixels_per_latent
-    sizes = [
-        (edge, edge) if source is None else bucket_of(source.shape[1], source.shape[0], edge, backbone.size_multiple)
-        for source in sources
+    jobs = [
+        drawing.PictureJob(prompt, seed_of(how.seed, 0, row, PURPOSE), source)
+        for row, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
     ]
-    check_sizes(backbone, set(sizes))
-    grid = euler_grid(steps, float(backbone.scheduler["shift"]))
-    device = next(model.student.network.parameters()).device
+    sampler = {"steps": how.steps_of(backbone), "guidance": how.guidance, "resolution": how.resolution or None}
     drawn: dict[int, np.ndarray] = {}
-    groups = sorted({(source is not None, size) for source, size in zip(sources, sizes, strict=True)})
-    for edits, size in groups:
-        rows = [row for row, source in enumerate(sources) if (source is not None, sizes[row]) == (edits, size)]
-        empty = backbone.encode_prompts([""], edits)
-        for first in range(0, len(rows), batch):
-            chosen = rows[first : first + batch]
-            encoded = None
-            if edits:
-                pictures = np.stack([fit(source, size) for row in chosen if (source := sources[row]) is not None])
-                encoded = backbone.encode_image(as_images(pictures))
-            condition = condition_of(
-                backbone.encode_prompts([prompts[row] for row in chosen], edits), empty, encoded
-            ).to(device)
-            shape = (
-                backbone.latent_shape[0],
-                size[1] // backbone.pixels_per_latent,
-                size[0] // backbone.pixels_per_latent,
-            )
-            latents = sample(
-                Guided(model.student.field, guidance),
-                noise_for(seed, 0, chosen, shape, PURPOSE).to(device),
-                condition,
-                grid,
-            )
-            for row, picture in zip(chosen, as_pictures(backbone.decode(latents)), strict=True):
-                drawn[row] = picture
-            if advance is not None:
-                advance(len(chosen))
-    return [drawn[row] for row in range(len(prompts))]
-
-
-CARRIED = "base"  # the folder of a registered model that holds the base of an adapter student
-STEPS = {"micro": 16}  # of the other families: 28, as the paper samples
-DEFAULTS: dict[str, Any] = {"steps": 0, "guidance": 1.0, "seed": 0, "resolution": 0}
+    for rows, pictures in drawing.draw(model.student.field, backbone, jobs, batch=batch, **sampler):
+        drawn.update(zip(rows, pictures, strict=True))
+        advance(len(rows))
+    return [drawn[row] for row in range(len(jobs))]
 
 
 def carried(project: Path, checkpoint: Path) -> dict[str, Path]:
     """Name in the artifact -> file: the base's pipeline where the student is an adapter on it; nothing where the
-    checkpoint is a whole pipeline.
-
-    Raises UserError when an adapter's base is not among the project's teachers.
+    checkpoint is a whole pipeline. Raises UserError when an adapter's base is not among the project's teachers.
     """
-    record = read_json(checkpoint / "student.json") if (checkpoint / "student.json").is_file() else {"own_start": True}
+    record = read_json(checkpoint / RECORD) if (checkpoint / RECORD).is_file() else {"own_start": True}
     if record.get("own_start"):
         return {}
-    pass  # loads torch, which a student that is whole does not need
-
     base = base_of(checkpoint, record, project)
-    files = [
-        base / "model_index.json",
-        *(
-            path
-            for part in sorted(base.iterdir())
-            if part.is_dir()
-            for path in sorted(part.rglob("*"))
-            if path.is_file()
-        ),
-    ]
+    files = [base / "model_index.json", *(path for path in sorted(base.glob("*/**/*")) if path.is_file())]
     return {f"{CARRIED}/{path.relative_to(base).as_posix()}": path for path in files}

@@ -27,11 +27,11 @@ from model.compute.optimizer import OPTIMIZERS, SCHEDULES, Optimizers, build_opt
 from model.compute.parallel import World, shard_frozen, shared
 from model.compute.settings import ExecutionParams
 from model.distill import Accumulate, distill
-from model.drawing import as_pictures
 from model.examples import Bucket
 from model.fields.base import VelocityField
 from model.instruments import binned, gradient_cosines, held_out_gaps, held_out_pictures, weights_of
 from model.networks.student import Student, save_student
+from model.pixels import as_pictures
 from model.rollout import QUERY_BIAS, euler_grid
 from model.route import Router
 from model.step import LoopParams, NotFinite, Step

@@ -52,20 +52,23 @@ class SourceParams:
 
 def source_faults(sources: Mapping[str, SourceParams]) -> list[str]:
     """What is wrong with section `teachers.sources` as it is written."""
-    found = [] if BASE in sources else [f"sources: {BASE!r} is missing; every other teacher is defined on it"]
+    faults = [] if BASE in sources else [f"sources: {BASE!r} is missing; every other teacher is defined on it"]
     for name, source in sources.items():
         if (source.kind == "base") != (name == BASE):
-            found.append(
-                f'sources.{name}.kind = {source.kind!r}: must be "base" for {BASE!r} and "full" or "adapter" for the others'
-            )
+            wanted = f'must be "base" for {BASE!r} and "full" or "adapter" for the others'
+            faults.append(f"sources.{name}.kind = {source.kind!r}: {wanted}")
         if source.sha256 and not re.fullmatch(r"[0-9a-f]{64}", source.sha256):
-            found.append(f'sources.{name}.sha256 = {source.sha256!r}: expected 64 hexadecimal digits, or ""')
-    return found + address_faults({f"sources.{name}.uri": source.uri for name, source in sources.items()})
+            faults.append(f'sources.{name}.sha256 = {source.sha256!r}: expected 64 hexadecimal digits, or ""')
+    return faults + address_faults({f"sources.{name}.uri": source.uri for name, source in sources.items()})
+
+
+def _label(name: str) -> str:
+    return f"teachers.sources.{name}.uri"
 
 
 def addresses(sources: Mapping[str, SourceParams]) -> dict[str, str]:
     """The params' key -> address, as messages name them."""
-    return {f"teachers.sources.{name}.uri": source.uri for name, source in sources.items()}
+    return {_label(name): source.uri for name, source in sources.items()}
 
 
 def assemble(sources: Mapping[str, SourceParams], out: Path, project: Path) -> dict[str, Any]:
@@ -73,157 +76,124 @@ def assemble(sources: Mapping[str, SourceParams], out: Path, project: Path) -> d
 
     Raises UserErrors with all that is missing, then with all that does not fit the base, before anything is written.
     """
-    labels = {name: f"teachers.sources.{name}.uri" for name in sources}
-    found = resolve_all({labels[name]: (source.uri, source.sha256) for name, source in sources.items()}, project)
-    base = found[labels[BASE]]
-    backbone = load_backbone(base.path, need=())  # its shapes; no weight is read
+    weights = resolve_all({_label(name): (source.uri, source.sha256) for name, source in sources.items()}, project)
+    origin = weights[_label(BASE)]
+    backbone = load_backbone(origin.path, need=())  # its shapes; no weight is read
     faults: list[str] = []
     with atomic_folder(out) as folder:
-        first = _base(folder / BASE, sources[BASE], base, backbone)
+        base = _bring(folder / BASE, sources[BASE], origin, backbone, None)
         for name, source in sources.items():
-            if name != BASE:
-                try:
-                    (_adapter if source.kind == "adapter" else _full)(
-                        folder / name, name, source, found[labels[name]], backbone, first
-                    )
-                except UserErrors as errors:
-                    faults += [f"{name}: {fault}" for fault in errors.faults]
-                except UserError as error:
-                    faults.append(f"{name}: {error}")
-        if not faults:
-            faults = compatibility_faults(folder, sources)
+            try:
+                if name != BASE:
+                    _bring(folder / name, source, weights[_label(name)], backbone, base)
+            except UserError as error:
+                faults += [f"{name}: {fault}" for fault in getattr(error, "faults", [error])]
+        faults = faults or compatibility_faults(folder, sources)
         if faults:
-            raise UserErrors(f"these teachers do not belong on the base {base.uri}:", faults)
+            raise UserErrors(f"these teachers do not belong on the base {origin.uri}:", faults)
         return {name: read_json(folder / name / RECORD)["sha256"][:12] for name in sources}
 
 
-def _record(
-    folder: Path, backbone: Backbone, source: SourceParams, found: Source, base: TeacherRecord | None, **changes: Any
+def _bring(
+    folder: Path, params: SourceParams, source: Source, backbone: Backbone, base: TeacherRecord | None
 ) -> TeacherRecord:
-    headers = [read_header(file) for file in weight_files(folder, source.kind)]
-    sha256 = weights_sha256(folder, source.kind)
-    facts: dict[str, Any] = {
-        "name": folder.name,
-        "capability": source.capability,
-        "kind": source.kind,
-        "backbone": backbone.name,
-        "base_sha256": sha256 if base is None else base.sha256,
-        "sha256": sha256,
-        "latent_shape": list(backbone.latent_shape),
-        "scheduler": backbone.scheduler,
-        "precision": precision_of(headers),
-        "rank": 0,
-        "alpha": 0,
-        "base_id": found.uri if base is None else base.base_id,
-        "source": found.uri,
-        "revision": found.revision,
-    }
-    record = TeacherRecord(**{**facts, **changes})
+    """Fills `folder` with a teacher's weights and record; `base` is the base's record, None for the base itself."""
+    if base is not None:
+        _check_base(source, base)
+    kind = params.kind
+    facts: dict[str, Any] = {"scheduler": backbone.scheduler, "rank": 0, "alpha": 0}
+    facts |= {"base": _base, "adapter": _adapter, "full": _full}[kind](folder, source, backbone)
+    sha256 = weights_sha256(folder, kind)
+    record = TeacherRecord(
+        name=folder.name,
+        capability=params.capability,
+        kind=kind,
+        backbone=backbone.name,
+        base_sha256=base.sha256 if base else sha256,
+        sha256=sha256,
+        latent_shape=list(backbone.latent_shape),
+        precision=precision_of([read_header(file) for file in weight_files(folder, kind)]),
+        base_id=base.base_id if base else source.uri,
+        source=source.uri,
+        revision=source.revision,
+        **facts,
+    )
     write_json(folder / RECORD, asdict(record))
     return record
 
 
-def _base(folder: Path, source: SourceParams, found: Source, backbone: Backbone) -> TeacherRecord:
-    if not found.files:
-        raise UserError(
-            f"{found.uri}: the base is a pipeline folder (model_index.json, transformer/, text_encoder/, vae/, ...), not one file"
-        )
-    for name in found.files:
-        link_or_copy(found.path / name, folder / name)
-    weights = {file.relative_to(folder).as_posix() for file in weight_files(folder, "base")}
-    _fit(backbone, weight_files(folder, "base"))
-    return _record(
-        folder,
-        backbone,
-        source,
-        found,
-        None,
-        files={name: sha256 for name, sha256 in found.files.items() if name not in weights},
-    )
+def _base(folder: Path, source: Source, backbone: Backbone) -> dict[str, Any]:
+    """Links the pipeline's files. Each of the three writers returns what it adds to the record."""
+    if not source.files:
+        form = "(model_index.json, transformer/, text_encoder/, vae/, ...)"
+        raise UserError(f"{source.uri}: the base is a pipeline folder {form}, not one file")
+    for name in source.files:
+        link_or_copy(source.path / name, folder / name)
+    files = weight_files(folder, "base")
+    _check_shapes(backbone, files)
+    weights = {file.relative_to(folder).as_posix() for file in files}
+    return {"files": {name: sha256 for name, sha256 in source.files.items() if name not in weights}}
 
 
-def _adapter(
-    folder: Path, name: str, source: SourceParams, found: Source, backbone: Backbone, base: TeacherRecord
-) -> None:
-    _says_another_base(found, base)
-    adapter = read_adapter(found.path, backbone.network, backbone.name)
+def _adapter(folder: Path, source: Source, backbone: Backbone) -> dict[str, Any]:
+    adapter = read_adapter(source.path, backbone.network, backbone.name)
     folder.mkdir(parents=True)
     write_tensors(folder / ADAPTER_WEIGHTS, adapter.tensors)
     targets = [] if set(adapter.modules) == own_layers(backbone) else list(adapter.modules)
-    _record(folder, backbone, source, found, base, rank=adapter.rank, alpha=adapter.alpha, targets=targets)
+    return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": targets}
 
 
-def _full(
-    folder: Path, name: str, source: SourceParams, found: Source, backbone: Backbone, base: TeacherRecord
-) -> None:
-    _says_another_base(found, base)
-    origin = found.path / "transformer" if (found.path / "transformer").is_dir() else found.path
-    changes: dict[str, Any] = {}
-    if origin.is_dir():
-        for file in (
-            [*weight_files(origin.parent, "full")]
-            if origin.name == "transformer"
-            else sorted(origin.glob(f"*{SAFETENSORS}"))
-        ):
-            link_or_copy(file, folder / "transformer" / file.name)
-        for file in origin.glob(f"{WEIGHTS}.index.json"):
-            link_or_copy(file, folder / "transformer" / file.name)
-        if (found.path / "scheduler").is_dir():
-            changes["scheduler"] = parts.read_scheduler(found.path)
+def _full(folder: Path, source: Source, backbone: Backbone) -> dict[str, Any]:
+    inner = source.path / "transformer"
+    if source.path.is_file():
+        link_or_copy(source.path, folder / "transformer" / WEIGHTS)
     else:
-        link_or_copy(origin, folder / "transformer" / WEIGHTS)
+        origin = inner if inner.is_dir() else source.path
+        shards = weight_files(source.path, "full") if inner.is_dir() else sorted(origin.glob(f"*{SAFETENSORS}"))
+        for file in [*shards, *origin.glob(f"{WEIGHTS}.index.json")]:
+            link_or_copy(file, folder / "transformer" / file.name)
     files = weight_files(folder, "full")
-    absent = [file for file in files if not file.exists()]
+    absent = [file.name for file in files if not file.exists()]
     if absent:
-        raise UserError(
-            f"{found.uri}: no {absent[0].name} in it; a full teacher is a transformer as diffusers saves it"
-        )
-    _fit(backbone, files)
-    _record(folder, backbone, source, found, base, **changes)
+        raise UserError(f"{source.uri}: no {absent[0]} in it; a full teacher is a transformer as diffusers saves it")
+    _check_shapes(backbone, files)
+    return {"scheduler": parts.read_scheduler(source.path)} if (source.path / "scheduler").is_dir() else {}
 
 
-def _fit(backbone: Backbone, files: list[Path]) -> None:
-    """Names and shapes of the weights against the base's network, by headers alone."""
+def _check_shapes(backbone: Backbone, files: list[Path]) -> None:
+    """Raises UserError where names or shapes of the weights, by headers alone, are not those of the base's network."""
     expected = {name: list(value.shape) for name, value in parts.plain_state(backbone.network).items()}
     stored = {name: entry["shape"] for file in files for name, entry in read_header(file).items()}
     faults = [f"missing key {name!r}" for name in sorted(expected.keys() - stored.keys())]
     faults += [f"extra key {name!r}" for name in sorted(stored.keys() - expected.keys())]
+    shared = [name for name in expected if name in stored]
     faults += [
-        f"{name!r} is {stored[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in stored and stored[name] != shape
+        f"{name!r} is {stored[name]}, expected {expected[name]}" for name in shared if stored[name] != expected[name]
     ]
     if faults:
         shown = "; ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
-        raise UserError(
-            f"{files[0].parent}: the weights do not fit the base's network ({len(expected)} tensors): {shown}"
-        )
+        where = f"{files[0].parent}: the weights do not fit the base's network ({len(expected)} tensors)"
+        raise UserError(f"{where}: {shown}")
 
 
-def _says_another_base(found: Source, base: TeacherRecord) -> None:
+def _check_base(source: Source, base: TeacherRecord) -> None:
     """Raises UserError where the files beside the weights name another base: a record of this pipeline by its hash,
     PEFT's config by the hub's name.
     """
-    folder = found.path if found.path.is_dir() else found.path.parent
+    folder = source.path if source.path.is_dir() else source.path.parent
     for name in RECORDS:
-        if (folder / name).is_file():
-            record = read_json(folder / name)
-            if record.get("base_sha256") not in (None, base.sha256):
-                raise UserError(
-                    f"{found.uri}: {name} says base_sha256 = {record['base_sha256'][:12]}, the base has {base.sha256[:12]}; it was trained on another base"
-                )
-            if record.get("own_start") and record.get("adapter"):
-                raise UserError(
-                    f"{found.uri}: this student's adapter lies on a start of its own; export it as merged and bring that as a full teacher"
-                )
-    if (folder / PEFT_CONFIG).is_file():
-        named = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path") or ""
-        match = re.match(r"hf://([^/@]+/[^/@]+)", base.base_id)
-        if (
-            match
-            and re.fullmatch(r"[\w.-]+/[\w.-]+", named)
-            and named.lower() != match[1].lower()
-            and not Path(named).exists()
-        ):
-            words = f"{PEFT_CONFIG} says base_model_name_or_path = {named!r}, the base is {match[1]!r}"
-            raise UserError(f"{found.uri}: {words}; it was trained on another base")
+        record = read_json(folder / name) if (folder / name).is_file() else {}
+        sha256 = record.get("base_sha256") or base.sha256
+        if sha256 != base.sha256:
+            words = f"{name} says base_sha256 = {sha256[:12]}, the base has {base.sha256[:12]}"
+            raise UserError(f"{source.uri}: {words}; it was trained on another base")
+        if record.get("own_start") and record.get("adapter"):
+            words = "this student's adapter lies on a start of its own"
+            raise UserError(f"{source.uri}: {words}; export it as merged and bring that as a full teacher")
+    path = folder / PEFT_CONFIG
+    trained_on = (read_json(path).get("base_model_name_or_path") if path.is_file() else "") or ""
+    match = re.match(r"hf://([^/@]+/[^/@]+)", base.base_id)
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", trained_on) and not Path(trained_on).exists()
+    if match and is_hub_name and trained_on.lower() != match[1].lower():
+        words = f"{PEFT_CONFIG} says base_model_name_or_path = {trained_on!r}, the base is {match[1]!r}"
+        raise UserError(f"{source.uri}: {words}; it was trained on another base")

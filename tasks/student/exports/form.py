@@ -1,0 +1,39 @@
+"""What a form of export is, and which students the common programs cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tasks.student.opening import Model
+
+
+@dataclass(frozen=True)
+class Form:
+    """`holds` and `loaded_by` describe it to people. `refusal(model)` says why the form would not be the student, ""
+    where it is. `write(folder, model, dtype)` fills an empty folder; `dtype` is that of merged weights.
+    """
+
+    holds: str
+    loaded_by: str
+    refusal: Callable[[Model], str]
+    write: Callable[[Path, Model, torch.dtype], None]
+
+
+def no_pipeline(model: Model) -> str:
+    """Why neither diffusers' pipelines nor ComfyUI run a student of this family, "" where they do."""
+    if model.backbone.name == "micro":
+        return (
+            "the micro world's text encoder and codec are the project's own, which neither diffusers' pipelines nor "
+            "ComfyUI have"
+        )
+    if model.backbone.name == "sd3" and model.backbone.supports_edits:
+        channels = model.student.network.config.in_channels
+        return (
+            f"this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' "
+            "StableDiffusion3Pipeline nor ComfyUI gives it"
+        )
+    return ""
