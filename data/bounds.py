@@ -4,19 +4,23 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
 
 class OneOf:
-    """Text out of `names`, where a Literal would repeat names that are kept elsewhere. Used as `Annotated[str,
-    OneOf(NAMES)]`.
+    """Text out of `known`, where a Literal would repeat names that are kept elsewhere, and an entry may be added later.
+    Used as `Annotated[str, OneOf(NAMES)]`.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, known: Collection[str]) -> None:
+        self.known = known
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.known)
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
         return {**handler(core), "enum": list(self.names)}

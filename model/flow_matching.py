@@ -17,7 +17,7 @@ from data.randomness import numpy_generator
 from model.backbones import Backbone
 from model.checkpoint import Ema
 from model.compute.optimizer import OPTIMIZERS, Optimizers, warmup_then_linear
-from model.fields.base import Condition, velocity_mse
+from model.fields.base import Condition, noised, velocity_mse
 from model.randomness import noise_for
 
 
@@ -80,10 +80,7 @@ def train(
         ).float()  # stratified over the batch
         t = params.time_shift * uniform / (1.0 + (params.time_shift - 1.0) * uniform)
         noise = noise_for(seed, index, range(params.batch), x_0.shape[1:])
-        weight = t.reshape(-1, 1, 1, 1)
-        loss = velocity_mse(
-            backbone.velocity(network, (1.0 - weight) * x_0 + weight * noise, t, condition), noise - x_0
-        )
+        loss = velocity_mse(backbone.velocity(network, noised(x_0, noise, t), t, condition), noise - x_0)
         optimizers.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(list(named.values()), params.clip)

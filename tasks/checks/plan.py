@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from data.errors import UserError
 from data.files import read_json
 from data.records import CAPABILITIES
 from data.yaml_files import read_yaml
+from model.fields import composed
+from model.methods import METHODS
 from model.rollout import QUERY_BIAS
 from tasks.checks.preflight import check_all, evaluators
 from tasks.params.presets import preset_file
@@ -71,28 +74,17 @@ def expected_index(steps: int, bias: str, count: int = 1) -> float:
     return float(np.sum(1.0 - cumulative[:-1]))
 
 
-def step_evaluations(params: Any, teacher: float, method: str, states: str, query_states: int) -> float:
-    """Expected network evaluations of one trained sample; `teacher`: those of one answer of the teacher's field."""
-    n = params.rollout_steps
-    if method == "merge":
-        return 0.0
-    if method == "joint":
-        return 1.0
-    if method == "diffusionopd":
-        return (n - 1) + n * (teacher + 1.0)
-    if method == "flowopd":
-        return n * (teacher + 1.0)
-    if states == "off_policy":
-        return teacher + 1.0
-    return expected_index(n, params.query, query_states) + query_states * (teacher + 1.0)
+def step_cost(params: Any, teacher: float, method: str, states: str, query_states: int) -> tuple[float, int]:
+    """Expected network evaluations of one trained sample, and how many have a backward; `teacher`: evaluations of one
+    answer of the teacher's field.
+    """
+    reached = expected_index(params.rollout_steps, params.query, query_states) if states == "on_policy" else 0.0
+    return METHODS[method].cost(params.rollout_steps, reached, teacher, query_states)
 
 
-def backward_evaluations(params: Any, method: str, query_states: int, trainable: str) -> float:
-    """What the backward of one sample costs, in forwards."""
-    passes = {"merge": 0, "diffusionopd": params.rollout_steps, "flowopd": params.rollout_steps}.get(
-        method, query_states
-    )
-    return passes * (1.0 if trainable == "adapter" else 2.0)
+def forwards(cost: tuple[float, int], trainable: str) -> float:
+    """A step's cost in forwards: a backward counts as one where an adapter trains, else as two."""
+    return cost[0] + cost[1] * (1.0 if trainable == "adapter" else 2.0)
 
 
 def _sections(path: Path) -> dict[str, Any]:
@@ -311,9 +303,9 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     rows["teachers"] = Row("teachers", states["teachers"], 0 if fetched else sum(trained.values()), None, note)
     shares = {route.capability: route.weight for route in p.routing.routes}
     soft = len(p.routing.routes) if p.routes_taken == "soft" else 1
-    per = step_evaluations(p, float(soft), p.method, p.states, p.query_states)
-    cost = per + backward_evaluations(p, p.method, p.query_states, p.trainable)
-    samples = 0 if p.method == "merge" else p.steps * p.batch
+    per, backwards = step_cost(p, float(soft), p.method, p.states, p.query_states)
+    cost = forwards((per, backwards), p.trainable)
+    samples = p.steps * p.batch if METHODS[p.method].compute else 0
     note = f"{samples} samples of {per:.2f} evaluations (E[j] = {expected_index(p.rollout_steps, p.query):.2f} of N = {p.rollout_steps}, {p.query}); {p.method}"
     rows["distill"] = Row(
         "distill",
@@ -324,9 +316,10 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     )
     a = params["absorb"]
     weights = sum(field.weight for field in a.fields)
-    guided = sum(field.weight * (1 if field.scale == 1.0 else GUIDED) for field in a.fields) / weights
-    per = step_evaluations(a, guided, "danceopd", "on_policy", 1)
-    cost = per + backward_evaluations(a, "danceopd", 1, p.trainable)
+    network: Any = SimpleNamespace(evaluations=1)
+    guided = sum(field.weight * composed(network, field.field).evaluations for field in a.fields) / weights
+    per, backwards = step_cost(a, guided, "danceopd", "on_policy", 1)
+    cost = forwards((per, backwards), p.trainable)
     samples = a.steps * a.batch
     note = f"{samples} samples of {per:.2f} evaluations, the guided teacher {guided:.2f} of them"
     shares = {field.capability: field.weight for field in a.fields}
