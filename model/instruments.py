@@ -56,7 +56,8 @@ def _held_out(setup: Setup, route: Route, wanted: int) -> Plan:
     first, count = size - params.held_out, min(params.held_out, wanted)
     if count < 1 or first < 1:
         raise UserError(
-            f"held_out = {params.held_out}: {route.capability} has {size} rows; choose 1 or more, and fewer than there are"
+            f"held_out = {params.held_out}: {route.capability} has {size} rows; "
+            "choose 1 or more, and fewer than there are"
         )
     generators = [numpy_generator(setup.seed, 0, slot, "held_out_query") for slot in range(count)]
     query = tuple(query_index(params.rollout_steps, params.query, generator) for generator in generators)

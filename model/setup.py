@@ -126,6 +126,6 @@ class Batch:
         return torch.full((len(self.slots),), t, device=self.setup.execution.device)
 
 
-# (setup, the field to learn from, plan, this process's slots) -> every slot's loss (B,), 0 for the others, and the samples
-# by name. Adds the gradient of the step's mean loss, as far as the slots go, to the student's.
+# (setup, the field to learn from, plan, this process's slots) -> losses (B,) by slot, 0 for the slots of others, and
+# samples by name. Adds the gradient of the step's mean loss, as far as the slots go, to the student's.
 Accumulate = Callable[[Setup, VelocityField, Plan, Sequence[int]], tuple[torch.Tensor, dict[str, torch.Tensor]]]

@@ -45,7 +45,7 @@ class LoopParams:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is random in one step but the noise: its route, and by slot the row of the bucket and the query index."""
+    """All that is random in one step but the noise: its route, and by slot the bucket's row and the query index."""
 
     index: int
     route: Route
@@ -67,7 +67,7 @@ class NotFinite(UserError):
 
 
 class Measured:
-    """Numbers (n,) on their way from the device; `read()` waits for them, and for nothing that was queued after them."""
+    """Numbers (n,) on their way from the device; `read()` waits for them, and for nothing queued after them."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.host, self.arrived = values, None

@@ -25,9 +25,9 @@ class Method:
     `compute`: from K = query_states, what computes a step; None: there is no step, the student is its start.
     `cost`: from (N, E[j] of the furthest query, evaluations of the teacher's field, K), the network evaluations of one
     sample, and how many of them have a backward.
-    `states`: the one kind that it queries, None: either. `several`: K may be above 1. `lockstep`: with K = 1 all processes
-    make equally many forwards, as a shared base needs. `start`: the one start that it takes, None: any. `group`: slots
-    that belong together.
+    `states`: the one kind that it queries, None: either. `several`: K may be above 1. `lockstep`: with K = 1 all
+    processes make equally many forwards, as a shared base needs. `start`: the one start that it takes, None: any.
+    `group`: slots that belong together.
     """
 
     compute: Callable[[int], Accumulate] | None

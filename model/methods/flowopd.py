@@ -35,8 +35,8 @@ def transition(
 
 
 def policy_gradient(batch: Batch, teacher: VelocityField, backward: Backward) -> torch.Tensor:
-    """At every state of a stochastic rollout the advantage -|mean_student - mean_teacher|^2 / (2 deviation^2), detached,
-    and PPO's clipped ratio.
+    """At every state of a stochastic rollout the advantage -|mean_student - mean_teacher|^2 / (2 deviation^2),
+    detached, and PPO's clipped ratio.
 
     Norms and log-densities are means over the latent's elements, as in Flow-GRPO. The policy that rolls out is the one
     that learns, so the ratio is 1 and its gradient that of the log-density. Returns the mean over the states of the KL

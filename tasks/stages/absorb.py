@@ -26,8 +26,8 @@ from tasks.training.states import facts_of
 
 @dataclass(frozen=True)
 class Absorbed:
-    """Examples of `capability` are answered by the frozen student under `field`: entries of model.fields.FIELDS, applied
-    in the order written ({guidance: 2.0}; 1 keeps it as it is). `weight` is the share of the steps.
+    """Examples of `capability` are answered by the frozen student under `field`: entries of model.fields.FIELDS,
+    applied in the order written ({guidance: 2.0}; 1 keeps it as it is). `weight` is the share of the steps.
     """
 
     capability: CapabilityName
@@ -65,7 +65,7 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
     """Trains the distilled student on towards its own guided field, and writes it to `out`."""
     if params.execution.processes > this_process().size:
         paths = {"encoded": encoded, "teachers": teachers, "student": student, "out": out}
-        return in_processes("absorb", params, paths, params.execution)
+        return in_processes("absorb", params, paths)
     base = read_records(teachers)[BASE]
     options = {"need": params.parts_to_load(), **params.backbone.loading(params.execution.device)}
     learner = load_student(student, load_base(teachers, **options), base.sha256)

@@ -64,7 +64,7 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     "merge" the start is the student.
     """
     if params.execution.processes > this_process().size:
-        return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out}, params.execution)
+        return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out})
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
     options = {"need": params.parts_to_load(), **params.backbone.loading(params.execution.device)}

@@ -105,8 +105,8 @@ def _progress(stage: str, total: int, world: World) -> Iterator[Any]:
 def _fitted(
     setup: Setup, params: ExecutionParams, device: torch.device, world: World, before: Mapping[str, Any] | None
 ) -> Execution:
-    """What fits the memory; but the batches `before`, of the state that the run goes on from, where none is set by hand:
-    the free memory is another now, and sums in another order are other bits.
+    """What fits the memory. A run that goes on keeps the batches that it had `before` where none is set by hand: the
+    free memory is another now, and sums in another order are other bits.
     """
     student, buckets = setup.student, setup.buckets
 

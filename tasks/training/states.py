@@ -93,8 +93,8 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 def state_to_start_from(
     stage: str, facts: Mapping[str, Any], watch: Watch
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The run's newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs' states
-    are left aside.
+    """The run's newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs'
+    states are left aside.
     """
     fingerprint = digest(dict(facts))
     folder = state_folder(stage, fingerprint)
