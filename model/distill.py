@@ -9,7 +9,7 @@ model/plain.py is the paper's without any saving, for comparison.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ def plan_step(setup: Setup, index: int, route: Route | None = None) -> Plan:
     return Plan(index, route, tuple(picked), tuple(query))
 
 
+@read_late
 def distill(
     setup: Setup,
     optimizers: Optimizers,
@@ -53,7 +54,7 @@ def distill(
     world: World = ALONE,
     stop: Callable[[], bool] = lambda: False,
     compute: Accumulate = accumulate,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Trains the student in place and yields a record after every step.
 
     Every draw of step i comes from (seed, i, slot, purpose): starting at `start` with the state saved after step
@@ -62,19 +63,6 @@ def distill(
     finite, or grow beyond bounds; the student then still has the weights before that step. With `execution.deferred`
     that is noticed one step later, and the device withholds every step from the first bad one on.
     """
-    steps = _steps(setup, optimizers, ema, start, world, stop, compute)
-    return read_late(steps) if setup.execution.deferred else steps
-
-
-def _steps(
-    setup: Setup,
-    optimizers: Optimizers,
-    ema: Ema,
-    start: int,
-    world: World,
-    stop: Callable[[], bool],
-    compute: Accumulate,
-) -> Generator[Step, None, None]:
     params, student = setup.params, setup.student
     mean, schedule = _mean(setup), SCHEDULES[params.schedule]
     networks = [network for field in setup.teachers.values() for network in networks_of(field)]
@@ -94,15 +82,16 @@ def _steps(
             # The same over all processes, and whether it may be applied.
             formula = 0 if networks_of(teacher) else teacher.evaluations * len(slots)  # counts as asked
             numbers = _measured(setup, losses, (counter.take() + formula, stop()), world, healthy)
-            rate = schedule(i, params.steps, params.warmup, params.decay_from)
-            seconds = time.perf_counter() - begun
-            step = _record(setup, plan, teacher, rate, seconds, numbers, samples)
+            levels, floor = tuple(setup.grid[list(plan.query)].tolist()), _floor(setup, plan, teacher)
+            factor = schedule(i, params.steps, params.warmup, params.decay_from)
+            rate, seconds = factor * params.learning_rate, time.perf_counter() - begun
+            step = Step(plan, levels, floor, rate, seconds, Measured(numbers), samples, params)
             # One step towards the teacher.
             if setup.execution.deferred:
                 healthy = numbers[0]
             else:
                 step.read()
-            optimizers.step(rate, healthy)
+            optimizers.step(factor, healthy)
             ema.update(student.parameters, healthy)
             yield step
             begun = time.perf_counter()
@@ -136,16 +125,7 @@ def _measured(
     return torch.cat([torch.stack([applied, loss.detach(), norm.detach()]), totals])
 
 
-def _record(
-    setup: Setup,
-    plan: Plan,
-    teacher: VelocityField,
-    rate: float,
-    seconds: float,
-    numbers: torch.Tensor,
-    samples: dict[str, torch.Tensor],
-) -> Step:
-    params, levels = setup.params, tuple(setup.grid[list(plan.query)].tolist())
-    path = sum(plan.query) if params.states == "on_policy" else 0
-    floor = path + params.batch * (1 + teacher.evaluations)
-    return Step(plan, levels, floor, rate * params.learning_rate, seconds, Measured(numbers), samples, params)
+def _floor(setup: Setup, plan: Plan, teacher: VelocityField) -> int:
+    """Step.floor."""
+    path = sum(plan.query) if setup.params.states == "on_policy" else 0
+    return path + setup.params.batch * (1 + teacher.evaluations)

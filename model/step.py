@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec
 
 import torch
 
 from data.errors import UserError
 from model.route import Route
 
+P = ParamSpec("P")
 STATES = ("on_policy", "off_policy")
 ROUTING = ("hard", "soft")
 
@@ -157,14 +160,19 @@ class Step:
         return self.read()[4:]
 
 
-def read_late(steps: Generator[Step, None, None]) -> Iterator[Step]:
-    """The same steps, each yielded once the one before it is read: the host never waits for the step under way."""
-    previous: Step | None = None
-    with closing(steps):
-        for step in steps:
+def read_late(loop: Callable[P, Generator[Step, None, None]]) -> Callable[P, Iterator[Step]]:
+    """A loop whose steps are yielded once the one before is read: the host need not wait for the step under way."""
+
+    @wraps(loop)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Iterator[Step]:
+        previous: Step | None = None
+        with closing(loop(*args, **kwargs)) as steps:
+            for step in steps:
+                if previous is not None:
+                    previous.read()
+                previous = step
+                yield step
             if previous is not None:
                 previous.read()
-            previous = step
-            yield step
-        if previous is not None:
-            previous.read()
+
+    return wrapped

@@ -169,7 +169,7 @@ def run_training(
     optimizers = build_optimizer(setup.params.optimizer, student.parameters.items(), rate, student.backbone)
     ema = Ema(dict(student.parameters), setup.params.ema)
     tensors, saved = state_to_start_from(stage, facts, params) or ({}, None)
-    fitted = _fitted(setup, execution, device, world, saved and saved["execution"])
+    fitted = _fitted(setup, execution, device, world, saved["execution"] if saved else None)
     if execution.shard_base:
         if student.adapter is None or student.network is not student.backbone.network:
             raise UserError(f"execution.shard_base = true: {SHARED_BASE}")
