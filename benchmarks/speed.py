@@ -35,15 +35,17 @@ from model.checkpoint import Ema
 from model.compute.execution import Execution, blocks_of, fit, moved, prepare_networks, recompute_blocks, rollout_ready
 from model.compute.optimizer import build_optimizer
 from model.compute.settings import ExecutionParams
-from model.distill import Accumulate, accumulate, distill
+from model.distill import distill
 from model.examples import Bucket
 from model.fields.base import Condition, VelocityField
+from model.methods.danceopd import accumulate
 from model.networks.network import NetworkField, add_adapter
 from model.networks.student import STUDENT, Student
 from model.plain import accumulate_plain, own_networks
 from model.randomness import torch_generator
 from model.rollout import euler_grid
 from model.route import Route, Router
+from model.setup import Setup
 from model.step import LoopParams, Step
 
 ALTERNATIONS = 5
@@ -225,22 +227,10 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
     named = zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
     routes = Router(tuple(Route(capability, name, 1.0) for capability, name in named))
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
-    compute: Accumulate = accumulate_plain if path == "plain" else accumulate
     buckets = {route.capability: bucket for route in routes.routes}
-    loop = distill(
-        student,
-        teachers,
-        buckets,
-        routes,
-        optimizers,
-        Ema(dict(student.parameters), 0.0),
-        params,
-        euler_grid(case.rollout_steps),
-        seed,
-        0,
-        execution,
-        compute=compute,
-    )
+    setup = Setup(student, teachers, buckets, routes, params, euler_grid(case.rollout_steps), seed, execution)
+    ema, compute = Ema(dict(student.parameters), 0.0), accumulate_plain if path == "plain" else accumulate
+    loop = distill(setup, optimizers, ema, compute=compute)
     return Running(student, bucket, execution, loop)
 
 

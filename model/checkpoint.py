@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from data.files import atomic_folder, read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from model.compute.optimizer import Optimizers
 
 TENSORS, RECORD = "state.safetensors", "state.json"
 KEPT = 2
@@ -135,3 +138,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"{path}: tensor {name} holds values that are not finite; the checkpoint is damaged")
     return tensors
+
+
+def training_tensors(
+    parameters: Mapping[str, torch.Tensor], ema: Ema, optimizers: Optimizers
+) -> dict[str, torch.Tensor]:
+    """What a training goes on from: trained values, their averages and the optimizers' moments, by name."""
+    groups = {"trainable": parameters, "ema": ema.shadow, "optimizer": optimizers.tensors()}
+    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+@torch.no_grad()
+def load_training(
+    tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], ema: Ema, optimizers: Optimizers
+) -> None:
+    """Puts `training_tensors` back."""
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"trainable.{name}"])
+        ema.shadow[name].copy_(tensors[f"ema.{name}"])
+    prefix = "optimizer."
+    optimizers.load_tensors({key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)})

@@ -54,26 +54,12 @@ class Bucket:
         """The condition of these rows, which must share one latent shape where they have a source."""
         picked = self.prompts[list(rows)]
         source = None if self.source is None else at_rows(self.source, rows)
+        pooled, empty = self.pooled[picked], (self.empty_embeds, self.empty_pooled)
         if self.segments is None:
-            return Condition(
-                cast(torch.Tensor, self.embeds)[picked],
-                self.pooled[picked],
-                self.empty_embeds,
-                self.empty_pooled,
-                source,
-            )
+            return Condition(cast(torch.Tensor, self.embeds)[picked], pooled, *empty, source)
         segments = self.segments[picked]
         embeds = torch.nn.utils.rnn.pad_sequence([self.embeds[int(prompt)] for prompt in picked], batch_first=True)
-        return Condition(
-            embeds,
-            self.pooled[picked],
-            self.empty_embeds,
-            self.empty_pooled,
-            source,
-            segments.sum(1),
-            segments,
-            self.empty_segments,
-        )
+        return Condition(embeds, pooled, *empty, source, segments.sum(1), segments, self.empty_segments)
 
     def targets(self, rows: Sequence[int]) -> torch.Tensor:
         """The clean target latents (B, C, H, W) of rows that share a shape. Raises UserError where the data has
@@ -81,7 +67,8 @@ class Bucket:
         """
         if self.target is None:
             raise UserError(
-                "states = 'off_policy' needs target images in the data, and this bucket has rows without; add them or query on-policy"
+                "states = 'off_policy' needs target images in the data, and this bucket has rows without; "
+                "add them or query on-policy"
             )
         return at_rows(self.target, rows)
 
@@ -91,36 +78,33 @@ def at_rows(latents: Rows, rows: Sequence[int]) -> torch.Tensor:
     if isinstance(latents, torch.Tensor):
         return latents[list(rows)]
     picked = [latents[row] for row in rows]
-    shapes = {tuple(part.shape) for part in picked}
+    shapes = {tuple(row.shape) for row in picked}
     if len(shapes) > 1:
         raise UserError(f"examples: rows of shapes {sorted(shapes)} in one batch; group rows by Bucket.shape_of")
     return torch.stack(picked)
 
 
-PROMPTS, EDIT_PROMPTS = (
-    "prompts",
-    "edit_prompts",
-)  # the second where a family's edits read their prompts in another form
+PROMPTS = "prompts"
+EDIT_PROMPTS = "edit_prompts"  # where a family's edits read their prompts in another form
 
 
-def _rows(part: dict[str, torch.Tensor], name: str) -> Rows | None:
+def _rows(file: dict[str, torch.Tensor], name: str) -> Rows | None:
     """The latents of a bucket's file, row by row as its `shapes` say; one tensor where all rows share a shape."""
-    stacks = {key.removeprefix(f"{name}."): value for key, value in part.items() if key.startswith(f"{name}.")}
-    if not stacks:
-        return None
-    if len(stacks) == 1:
-        return next(iter(stacks.values()))
-    taken = {key: iter(value) for key, value in stacks.items()}
-    return [next(taken[f"{height}x{width}"]) for _, height, width in part["shapes"].tolist()]
+    stacks = {key.removeprefix(f"{name}."): value for key, value in file.items() if key.startswith(f"{name}.")}
+    if len(stacks) < 2:
+        return next(iter(stacks.values()), None)
+    left = {key: iter(value) for key, value in stacks.items()}
+    return [next(left[f"{height}x{width}"]) for _, height, width in file["shapes"].tolist()]
 
 
-def _joined(parts: list[Rows | None]) -> Rows | None:
-    rows = [part for part in parts if part is not None]
-    if len(rows) < len(parts):
+def _joined(files: list[dict[str, torch.Tensor]], name: str) -> Rows | None:
+    latents = [rows for file in files if (rows := _rows(file, name)) is not None]
+    if len(latents) < len(files):
         return None
-    if all(isinstance(part, torch.Tensor) for part in rows) and len({tuple(part[0].shape) for part in rows}) == 1:
-        return torch.cat([part for part in rows if isinstance(part, torch.Tensor)])
-    return [row for part in rows for row in part]
+    stacks = [rows for rows in latents if isinstance(rows, torch.Tensor)]
+    if len(stacks) == len(files) and len({stack.shape[1:] for stack in stacks}) == 1:
+        return torch.cat(stacks)
+    return [row for rows in latents for row in rows]
 
 
 def load_buckets(encoded: Path, capabilities: Iterable[str], base_sha256: str) -> dict[str, Bucket]:
@@ -130,42 +114,40 @@ def load_buckets(encoded: Path, capabilities: Iterable[str], base_sha256: str) -
     """
     facts = read_json(encoded / "encoded.json")
     if facts["base_sha256"] != base_sha256:
+        other = facts["base_sha256"][:12]
         raise UserError(
-            f"{encoded}: encoded with another base ({facts['base_sha256'][:12]}, now {base_sha256[:12]}); run the encode stage again"
+            f"{encoded}: encoded with another base ({other}, now {base_sha256[:12]}); run the encode stage again"
         )
-    tables = {
-        name: read_tensors(encoded / f"{name}.safetensors")
-        for name in (PROMPTS, EDIT_PROMPTS)
-        if (encoded / f"{name}.safetensors").exists()
-    }
-    buckets = {}
-    for capability in capabilities:
-        members = [
-            name
-            for name in BUCKETS
-            if set(CAPABILITIES[name].categories) <= set(CAPABILITIES[capability].categories)
-            and facts["examples"].get(name)
-        ]
-        if not members:
-            raise UserError(
-                f"route {capability}: no training example of it in {encoded} (have {facts['examples']}); add examples or remove the route"
-            )
-        parts = [read_tensors(encoded / f"{name}.safetensors") for name in members]
-        table = tables[EDIT_PROMPTS if EDIT_PROMPTS in tables and CAPABILITIES[capability].is_edit else PROMPTS]
-        segments = table.get("segments")
-        buckets[capability] = Bucket(
-            torch.cat([part["prompts"] for part in parts]),
-            table["embeds"] if segments is None else table["embeds"].split(segments.sum(1).tolist()),
-            table["pooled"],
-            table["empty_embeds"],
-            table["empty_pooled"],
-            _joined([_rows(part, "source") for part in parts]),
-            _joined([_rows(part, "target") for part in parts]),
-            segments,
-            table.get("empty_segments"),
-            tuple((int(c), int(h), int(w)) for part in parts for c, h, w in part["shapes"].tolist()),
+    paths = {name: encoded / f"{name}.safetensors" for name in (PROMPTS, EDIT_PROMPTS)}
+    tables = {name: read_tensors(path) for name, path in paths.items() if path.exists()}
+    return {name: _bucket(encoded, name, facts["examples"], tables) for name in capabilities}
+
+
+def _bucket(
+    encoded: Path, capability: str, examples: dict[str, int], tables: dict[str, dict[str, torch.Tensor]]
+) -> Bucket:
+    wanted = set(CAPABILITIES[capability].categories)
+    members = [name for name in BUCKETS if set(CAPABILITIES[name].categories) <= wanted and examples.get(name)]
+    if not members:
+        raise UserError(
+            f"route {capability}: no training example of it in {encoded} (have {examples}); "
+            "add examples or remove the route"
         )
-    return buckets
+    files = [read_tensors(encoded / f"{name}.safetensors") for name in members]
+    table = tables[EDIT_PROMPTS if EDIT_PROMPTS in tables and CAPABILITIES[capability].is_edit else PROMPTS]
+    segments = table.get("segments")
+    return Bucket(
+        torch.cat([file["prompts"] for file in files]),
+        table["embeds"] if segments is None else table["embeds"].split(segments.sum(1).tolist()),
+        table["pooled"],
+        table["empty_embeds"],
+        table["empty_pooled"],
+        _joined(files, "source"),
+        _joined(files, "target"),
+        segments,
+        table.get("empty_segments"),
+        tuple((int(c), int(h), int(w)) for file in files for c, h, w in file["shapes"].tolist()),
+    )
 
 
 def encoded_fingerprint(encoded: Path) -> dict[str, str]:

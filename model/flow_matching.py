@@ -15,7 +15,7 @@ from data.randomness import numpy_generator
 from model.backbones import Backbone
 from model.checkpoint import Ema
 from model.compute.optimizer import OPTIMIZERS, Optimizers, warmup_then_linear
-from model.fields.base import Condition, velocity_mse
+from model.fields.base import Condition, noised, velocity_mse
 from model.randomness import noise_for
 
 
@@ -82,8 +82,7 @@ def train(
         uniform = torch.from_numpy(stratified).float()
         t = params.time_shift * uniform / (1.0 + (params.time_shift - 1.0) * uniform)
         noise = noise_for(seed, index, range(params.batch), x_0.shape[1:])
-        weight = t.reshape(-1, 1, 1, 1)
-        x_t = (1.0 - weight) * x_0 + weight * noise
+        x_t = noised(x_0, noise, t)
         loss = velocity_mse(trainee.backbone.velocity(trainee.network, x_t, t, condition), noise - x_0)
         trainee.optimizers.zero_grad()
         loss.backward()

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 
 import torch
 from torch import nn
 
 from data.errors import UserError
 from data.randomness import numpy_generator
-from model.compute.execution import Execution, moved, precision
-from model.distill import accumulate, parts, plan_step
-from model.examples import Bucket
-from model.fields.base import VelocityField, velocity_gaps
+from model.distill import plan_step
+from model.fields.base import velocity_gaps
+from model.methods.danceopd import accumulate
 from model.networks.student import Student
-from model.randomness import noise_for
 from model.rollout import query_index, roll_out_to_query, sample
-from model.route import Router
-from model.step import LoopParams
+from model.route import Route
+from model.setup import Batch, Setup
+from model.step import Plan
 
 T_BINS = 4  # [0, 1/4), [1/4, 1/2), ...; t0 is the low-noise end
 
@@ -42,135 +42,88 @@ def binned(losses: Sequence[float], levels: Sequence[float]) -> dict[str, float]
 @contextmanager
 def weights_of(student: Student, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """The student with other values of its trainables, for a while."""
-    own = {name: parameter.detach().clone() for name, parameter in student.parameters.items()}
+    before = {name: parameter.detach().clone() for name, parameter in student.parameters.items()}
     student.load(values)
     try:
         yield
     finally:
-        student.load(own)
+        student.load(before)
 
 
-def _held_out(bucket: Bucket, params: LoopParams, capability: str, wanted: int) -> list[int]:
-    rows = min(params.held_out, wanted)
-    if rows < 1 or len(bucket) <= params.held_out:
+def _held_out(setup: Setup, route: Route, wanted: int) -> Plan:
+    """Up to `wanted` held-out rows of a route, with the same queries every time."""
+    params, size = setup.params, len(setup.buckets[route.capability])
+    first, count = size - params.held_out, min(params.held_out, wanted)
+    if count < 1 or first < 1:
         raise UserError(
-            f"held_out = {params.held_out}: {capability} has {len(bucket)} rows; choose 1 or more, and fewer than there are"
+            f"held_out = {params.held_out}: {route.capability} has {size} rows; "
+            "choose 1 or more, and fewer than there are"
         )
-    return list(range(len(bucket) - params.held_out, len(bucket) - params.held_out + rows))
+    generators = [numpy_generator(setup.seed, 0, slot, "held_out_query") for slot in range(count)]
+    query = tuple(query_index(params.rollout_steps, params.query, generator) for generator in generators)
+    return Plan(0, route, tuple(range(first, first + count)), query)
 
 
 @torch.no_grad()
-def held_out_gaps(
-    student: Student,
-    teachers: Mapping[str, VelocityField],
-    buckets: Mapping[str, Bucket],
-    router: Router,
-    params: LoopParams,
-    grid: torch.Tensor,
-    seed: int,
-    execution: Execution,
-) -> dict[str, float]:
+def held_out_gaps(setup: Setup) -> dict[str, float]:
     """Mean squared velocity gap to each route's teacher on its held-out rows, at queries of the student's own rollout;
     by capability.
 
     Noise and query indices are the same every time, so that two gaps of one run differ by the student alone.
     """
-    gaps = {}
-    for route in router.routes:
-        bucket = buckets[route.capability]
-        rows = _held_out(bucket, params, route.capability, params.held_out)
-        shapes = {slot: bucket.shape_of(row) or student.backbone.latent_shape for slot, row in enumerate(rows)}
-        total = 0.0
-        for part in parts(range(len(rows)), shapes, execution.micro_batch):
-            condition = moved(bucket.at([rows[slot] for slot in part]), execution.device)
-            noise = moved(noise_for(seed, 0, part, shapes[part[0]], "held_out"), execution.device)
-            index = torch.tensor(
-                [
-                    query_index(params.rollout_steps, params.query, numpy_generator(seed, 0, slot, "held_out_query"))
-                    for slot in part
-                ]
-            )
-            with precision(execution.device, execution.dtype, execution.attention):
-                query = roll_out_to_query(student.field, noise, condition, grid, index)
-                target = teachers[route.teacher](query.x_t, query.t, condition)
-                total += float(velocity_gaps(student.field(query.x_t, query.t, condition), target).sum())
-        gaps[route.capability] = total / len(rows)
+    gaps, field = {}, setup.student.field
+    for route in setup.router.routes:
+        plan, total = _held_out(setup, route, setup.params.held_out), 0.0
+        for batch in setup.batches(plan, range(len(plan.rows)), setup.execution.micro_batch):
+            condition, noise = batch.condition(), batch.noise("held_out")
+            with setup.precision():
+                query = roll_out_to_query(field, noise, condition, setup.grid, batch.index)
+                target = setup.teachers[route.teacher](query.x_t, query.t, condition)
+                total += float(velocity_gaps(field(query.x_t, query.t, condition), target).sum())
+        gaps[route.capability] = total / len(plan.rows)
     return gaps
 
 
 @torch.no_grad()
-def held_out_pictures(
-    student: Student,
-    buckets: Mapping[str, Bucket],
-    params: LoopParams,
-    grid: torch.Tensor,
-    seed: int,
-    execution: Execution,
-    count: int,
-) -> dict[str, torch.Tensor]:
+def held_out_pictures(setup: Setup, count: int) -> dict[str, torch.Tensor]:
     """By capability, up to `count` held-out examples as the student draws them: (rows, n, 3, H, W) in [0, 1]; an edit's
     first row holds the sources.
 
     Rows of another latent shape than the first are left out.
     """
-    pictures = {}
-    for capability, bucket in buckets.items():
-        rows = _held_out(bucket, params, capability, count)
-        shape = bucket.shape_of(rows[0]) or student.backbone.latent_shape
-        rows = [row for row in rows if (bucket.shape_of(row) or student.backbone.latent_shape) == shape]
-        condition = moved(bucket.at(rows), execution.device)
-        noise = moved(noise_for(seed, 0, range(len(rows)), shape, "pictures"), execution.device)
-        with precision(execution.device, execution.dtype, execution.attention):
-            latents = sample(student.field, noise, condition, moved(grid, execution.device))
+    pictures, decode = {}, setup.student.backbone.decode
+    for route in setup.router.routes:
+        plan = _held_out(setup, route, count)
+        shapes = [setup.shape_of(route.capability, row) for row in plan.rows]
+        alike = tuple(row for row, shape in zip(plan.rows, shapes, strict=True) if shape == shapes[0])
+        batch = Batch(setup, Plan(0, route, alike, plan.query), list(range(len(alike))))
+        condition, noise = batch.condition(), batch.noise("pictures")
+        with setup.precision():
+            latents = sample(setup.student.field, noise, condition, setup.grid)
         shown = [latents] if condition.source is None else [condition.source, latents]
         # Picture by picture: a VAE in fp32 needs several GB for each of 1024 px.
-        drawn = [torch.cat([student.backbone.decode(row[None]) for row in one.cpu()]) for one in shown]
-        pictures[capability] = torch.stack(drawn)
+        pictures[route.capability] = torch.stack(
+            [torch.cat([decode(picture[None]) for picture in row.cpu()]) for row in shown]
+        )
     return pictures
 
 
-def gradient_cosines(
-    student: Student,
-    teachers: Mapping[str, VelocityField],
-    buckets: Mapping[str, Bucket],
-    router: Router,
-    params: LoopParams,
-    grid: torch.Tensor,
-    seed: int,
-    index: int,
-    execution: Execution,
-) -> dict[tuple[str, str], float]:
+def gradient_cosines(setup: Setup, index: int) -> dict[tuple[str, str], float]:
     """The cosine between the gradients that each pair of routes would give the student as it is, each from a batch of
     its own.
 
-    Costs a whole step's evaluations for every route. The student's own gradients are left as they were.
+    Costs a whole step's evaluations for every route. The student's gradients are left as they were.
     """
-    kept = [(parameter, parameter.grad) for parameter in student.parameters.values()]
-    vectors = {}
-    for route in router.routes:
-        plan = plan_step(params, router, buckets, seed, index, route)
-        _clear(parameter for parameter, _ in kept)
-        accumulate(
-            student,
-            teachers[route.teacher],
-            buckets[route.capability],
-            plan,
-            range(params.batch),
-            params,
-            grid,
-            seed,
-            execution,
-        )
-        vectors[route.capability] = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p, _ in kept]
-        )
-    for parameter, gradient in kept:
+    parameters = list(setup.student.parameters.values())
+    before, vectors = [parameter.grad for parameter in parameters], {}
+    for route in setup.router.routes:
+        for parameter in parameters:
+            parameter.grad = None
+        plan = plan_step(setup, index, route)
+        accumulate(setup, setup.teachers[route.teacher], plan, range(setup.params.batch))
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        vectors[route.capability] = torch.cat([gradient.flatten() for gradient in gradients])
+    for parameter, gradient in zip(parameters, before, strict=True):
         parameter.grad = gradient
-    names = list(vectors)
-    pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
-    return {(a, b): float(nn.functional.cosine_similarity(vectors[a], vectors[b], dim=0)) for a, b in pairs}
-
-
-def _clear(parameters: Iterator[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
+    cosine = nn.functional.cosine_similarity
+    return {(a, b): float(cosine(vectors[a], vectors[b], dim=0)) for a, b in combinations(vectors, 2)}

@@ -10,70 +10,46 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import torch
 
-from model.compute.execution import Execution, moved, precision
-from model.examples import Bucket
-from model.fields.base import VelocityField, velocity_mse
-from model.fields.guided import Guided
-from model.fields.mean import Mean
-from model.networks.network import NetworkField
-from model.networks.student import Student
-from model.randomness import noise_for
-from model.step import LoopParams, Plan
+from model.compute.execution import networks_of
+from model.fields.base import VelocityField, plain_fields, velocity_mse
+from model.rollout import euler_path
+from model.setup import Batch, Setup
+from model.step import Plan
 
 
 def own_networks(teachers: Mapping[str, VelocityField]) -> dict[str, VelocityField]:
-    """Every teacher with a deep copy of its network, adapters included, that it shares with no one."""
+    """Every teacher with a deep copy of its networks, adapters included, that it shares with no other."""
     return {name: _own(field) for name, field in teachers.items()}
 
 
 def _own(field: VelocityField) -> VelocityField:
-    if isinstance(field, Guided):
-        return Guided(_own(field.field), field.scale)
-    if isinstance(field, Mean):
-        return Mean(tuple(_own(member) for member in field.fields), field.weights)
-    if not isinstance(field, NetworkField):
-        return field
-    network = copy.deepcopy(field.network)
-    network.requires_grad_(False)
-    return NetworkField(field.backbone, network, field.adapter)
+    backbones = [getattr(plain, "backbone", None) for plain in plain_fields(field)]
+    copied = copy.deepcopy(field, {id(backbone): backbone for backbone in backbones})
+    for network in networks_of(copied):
+        network.requires_grad_(False)
+    return copied
 
 
 def accumulate_plain(
-    student: Student,
-    teacher: VelocityField,
-    bucket: Bucket,
-    plan: Plan,
-    slots: Sequence[int],
-    params: LoopParams,
-    grid: torch.Tensor,
-    seed: int,
-    execution: Execution,
+    setup: Setup, teacher: VelocityField, plan: Plan, slots: Sequence[int]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """As model.distill.accumulate, on-policy only: one slot after the other, N evaluations of the student for its
-    rollout whatever its query index.
+    """`Accumulate`, on-policy only: one slot after the other, N evaluations of the student for its rollout whatever its
+    query index.
     """
-    if params.states != "on_policy":
-        raise ValueError(f"states = {params.states!r}: the plain path is the on-policy method's")
-    device = execution.device
-    losses = torch.zeros(len(plan.rows), device=device)
+    if setup.params.states != "on_policy":
+        raise ValueError(f"states = {setup.params.states!r}: the plain path is the on-policy method's")
+    losses, field = torch.zeros(len(plan.rows), device=setup.execution.device), setup.student.field
     for slot in slots:
-        row, j = plan.rows[slot], plan.query[slot]
-        condition = moved(bucket.at([row]), device)
-        shape = bucket.shape_of(row) or student.backbone.latent_shape
-        x = moved(noise_for(seed, plan.index, [slot], shape), device)
-        with torch.no_grad(), precision(device, execution.dtype, execution.attention):
-            states = [x]
-            for now, after in pairwise(grid.tolist()):
-                x = x + (after - now) * student.field(x, torch.full((1,), now, device=device), condition).float()
-                states.append(x)
-            x_t, t = states[j], torch.full((1,), float(grid[j]), device=device)
+        batch = Batch(setup, plan, [slot])
+        condition, t = batch.condition(), batch.levels(batch.index)
+        with torch.no_grad(), setup.precision():
+            x_t = list(euler_path(field, batch.noise(), condition, setup.grid))[plan.query[slot]]
             target = teacher(x_t, t, condition)
-        with precision(device, execution.dtype, execution.attention):
-            loss = velocity_mse(student.field(x_t, t, condition), target)
+        with setup.precision():
+            loss = velocity_mse(field(x_t, t, condition), target)
         (loss / len(plan.rows)).backward()
         losses[slot] = loss.detach()
     return losses, {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,12 +20,8 @@ from data.errors import UserError
 from model.compute.execution import moved
 from model.fields.base import Condition, VelocityField
 
-QUERY_BIAS: dict[str, tuple[float, float]] = {
-    "low": (5.0, 2.0),
-    "mid": (5.0, 5.0),
-    "high": (2.0, 5.0),
-    "uniform": (1.0, 1.0),
-}  # Beta(a, b) over the step index
+# Beta(a, b) over the step index.
+QUERY_BIAS = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,26 @@ def roll_out_to_query(
     rows, x = condition[moved(order, device)], noise[moved(order, device)]
     for step in range(taken[0]):
         active = bisect_left(taken, -step, key=operator.neg)  # rows that take more than `step` steps
-        x[:active] += (
-            float(grid[step + 1] - grid[step])
-            * field(x[:active], levels[step].expand(active), rows[slice(0, active)]).float()
-        )
+        velocity = field(x[:active], levels[step].expand(active), rows[slice(0, active)]).float()
+        x[:active] += float(grid[step + 1] - grid[step]) * velocity
     return Query(x[moved(torch.argsort(order), device)], moved(grid[index], device), index)
 
 
 @torch.no_grad()
+def euler_path(
+    field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The states x_0 = noise, x_1, ..., x_N of a rollout, each (B, C, H, W); state j costs j evaluations."""
+    x = noise
+    yield x
+    for now, after in pairwise(grid.tolist()):
+        t = torch.full((len(x),), now, device=x.device)
+        x = x + (after - now) * field(x, t, condition).float()
+        yield x
+
+
 def sample(field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor) -> torch.Tensor:
     """The full Euler rollout: latents (B, C, H, W) at t = 0."""
-    x = noise.clone()
-    for now, after in pairwise(grid):
-        x += (after - now) * field(x, now.expand(len(x)), condition).float()
-    return x
+    for latents in euler_path(field, noise, condition, grid):
+        pass
+    return latents

@@ -16,9 +16,7 @@ from data.records import CAPABILITIES, CapabilityName
 
 @dataclass(frozen=True)
 class Route:
-    """Examples of `capability` are answered by `teacher`; `weight` is the route's relative share of the steps (above
-    0).
-    """
+    """Examples of `capability` are answered by `teacher`; `weight` (above 0) is its relative share of the steps."""
 
     capability: CapabilityName
     teacher: str
@@ -40,20 +38,18 @@ def route_faults(routes: Sequence[Route], teachers: Sequence[str] | None = None)
     """
     faults = [] if routes else ["routes: empty; name at least one capability and its teacher"]
     for index, route in enumerate(routes):
+        key = f"routes[{index}]"
         if route.capability not in CAPABILITIES:
-            faults.append(
-                f"routes[{index}].capability = {route.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}"
-            )
+            faults.append(f"{key}.capability = {route.capability!r}: unknown; choose one of {sorted(CAPABILITIES)}")
         if teachers is not None and route.teacher not in teachers:
-            faults.append(f"routes[{index}].teacher = {route.teacher!r}: no such teacher; have {sorted(teachers)}")
+            faults.append(f"{key}.teacher = {route.teacher!r}: no such teacher; have {sorted(teachers)}")
         if not route.weight > 0:
-            faults.append(f"routes[{index}].weight = {route.weight}: must be above 0")
+            faults.append(f"{key}.weight = {route.weight}: must be above 0")
     names = [route.capability for route in routes]
-    faults += [
-        f"routes: capability {name!r} is routed {names.count(name)} times; a sample has exactly one teacher"
-        for name in sorted(set(names))
-        if names.count(name) > 1
-    ]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        faults.append(
+            f"routes: capability {name!r} is routed {names.count(name)} times; a sample has exactly one teacher"
+        )
     return faults
 
 

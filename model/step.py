@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec
 
 import torch
 
 from data.errors import UserError
 from model.route import Route
 
+P = ParamSpec("P")
 STATES = ("on_policy", "off_policy")
 ROUTING = ("hard", "soft")
 
@@ -43,7 +48,7 @@ class LoopParams:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is random in one step but the noise: its route, and each slot's row of the bucket and query index."""
+    """All that is random in one step but the noise: its route, and by slot the bucket's row and the query index."""
 
     index: int
     route: Route
@@ -55,18 +60,17 @@ class NotFinite(UserError):
     """A step whose loss or gradient is not finite, or too large. It was not applied: weights, moments and averages are
     those before step `plan.index`.
 
-    `batch`: the step's samples by name, each (n, ...), as far as this process computed them.
+    `batch`: the step's samples by name, as far as this process computed them.
     """
 
     def __init__(self, message: str, plan: Plan, batch: dict[str, torch.Tensor]) -> None:
         super().__init__(message)
-        self.plan, self.batch = plan, batch
+        self.plan = plan
+        self.batch = {"rows": torch.tensor(plan.rows), "query": torch.tensor(plan.query), **batch}
 
 
 class Measured:
-    """A few numbers on their way from the device; `read()` waits for them, and for nothing that was queued after
-    them.
-    """
+    """Numbers (n,) on their way from the device; `read()` waits for them, and for nothing queued after them."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.host, self.arrived = values, None
@@ -86,14 +90,12 @@ class Measured:
 class Step:
     """One optimizer step; its numbers are read when asked for, and raise NotFinite where the step was withheld.
 
-    `t`: the mean queried t; `levels`: each slot's. `floor`: the network evaluations that the step's indices make
-    necessary, counting single samples: rollout, teacher's field and student, the backward not among them. `seconds`:
-    since the step before.
+    `levels`: the queried t by slot. `floor`: the network evaluations that the step's indices make necessary, counting
+    single samples: rollout, teacher's field and student, the backward not among them. `seconds`: since the step before.
+    `measured`: whether the step was applied (1 or 0), loss, gradient norm, evaluations, wishes to stop, the losses.
     """
 
     plan: Plan
-    teacher: str
-    t: float
     levels: tuple[float, ...]
     floor: int
     learning_rate: float
@@ -110,17 +112,24 @@ class Step:
     def route(self) -> str:
         return self.plan.route.capability
 
-    def _read(self) -> list[float]:
-        ok, loss, norm, *others = self.measured.read()
-        if not ok:
+    @property
+    def teacher(self) -> str:
+        return self.plan.route.teacher
+
+    @property
+    def t(self) -> float:
+        """The mean queried t."""
+        return sum(self.levels) / len(self.levels)
+
+    def read(self) -> list[float]:
+        """The measured numbers after the first. Raises NotFinite where the step was withheld."""
+        applied, loss, norm, *others = self.measured.read()
+        if not applied:
+            bound, rate = self.limits.max_gradient_norm, self.limits.learning_rate
+            above = f" or above max_gradient_norm = {bound}" if bound else ""
             raise NotFinite(
-                f"step {self.index} (route {self.route}): loss {loss} or gradient norm {norm} is not finite"
-                + (
-                    f" or above max_gradient_norm = {self.limits.max_gradient_norm}"
-                    if self.limits.max_gradient_norm
-                    else ""
-                )
-                + f"; lower learning_rate = {self.limits.learning_rate} and run again",
+                f"step {self.index} (route {self.route}): loss {loss} or gradient norm {norm} is not finite{above}; "
+                f"lower learning_rate = {rate} and run again",
                 self.plan,
                 self.batch,
             )
@@ -128,24 +137,42 @@ class Step:
 
     @property
     def loss(self) -> float:
-        return self._read()[0]
+        return self.read()[0]
 
     @property
     def gradient_norm(self) -> float:
         """Before clipping."""
-        return self._read()[1]
+        return self.read()[1]
 
     @property
     def evaluations(self) -> int:
         """Counted at the networks, over all processes."""
-        return round(self._read()[2])
+        return round(self.read()[2])
 
     @property
     def stopped(self) -> bool:
         """A process was asked to stop; all of them know it after the same step."""
-        return self._read()[3] > 0
+        return self.read()[3] > 0
 
     @property
     def losses(self) -> list[float]:
-        """Each slot's own."""
-        return self._read()[4:]
+        """By slot."""
+        return self.read()[4:]
+
+
+def read_late(loop: Callable[P, Generator[Step, None, None]]) -> Callable[P, Iterator[Step]]:
+    """A loop whose steps are yielded once the one before is read: the host need not wait for the step under way."""
+
+    @wraps(loop)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Iterator[Step]:
+        previous: Step | None = None
+        with closing(loop(*args, **kwargs)) as steps:
+            for step in steps:
+                if previous is not None:
+                    previous.read()
+                previous = step
+                yield step
+            if previous is not None:
+                previous.read()
+
+    return wrapped

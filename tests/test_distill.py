@@ -27,6 +27,7 @@ from model.networks.teachers import BASE, load_teachers, read_records
 from model.randomness import noise_for
 from model.rollout import euler_grid, query_index, roll_out_to_query
 from model.route import Route, Router
+from model.setup import Setup
 from model.step import LoopParams, Step
 from tests.tiny import Tiny, build, loop_params
 
@@ -63,7 +64,7 @@ class Toy:
         return result
 
 
-class Constant:
+class Constant(VelocityField):
     """A teacher that answers `value` everywhere and remembers what it was asked."""
 
     def __init__(self, value: float) -> None:
@@ -102,19 +103,8 @@ def toy_run(
     routes = tuple(Route(capability, name, 1.0) for capability, name in zip(CAPABILITIES, teachers, strict=False))
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     buckets = {capability: toy_bucket(**bucket) for capability in CAPABILITIES}
-    grid = euler_grid(params.rollout_steps)
-    return distill(
-        student,
-        teachers,
-        buckets,
-        Router(routes),
-        optimizers,
-        Ema(dict(student.parameters), params.ema),
-        params,
-        grid,
-        seed,
-        start,
-    )
+    setup = Setup(student, teachers, buckets, Router(routes), params, euler_grid(params.rollout_steps), seed)
+    return distill(setup, optimizers, Ema(dict(student.parameters), params.ema), start)
 
 
 @pytest.fixture(scope="module")
@@ -274,17 +264,9 @@ def test_the_learning_rate_follows_the_schedule_and_ema_the_weights() -> None:
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     ema = Ema(dict(student.parameters), 0.0)
     rates = []
-    for _ in distill(
-        student,
-        {"a": Constant(1.0)},
-        {"t2i": toy_bucket()},
-        Router((Route("t2i", "a", 1.0),)),
-        optimizers,
-        ema,
-        params,
-        euler_grid(8),
-        7,
-    ):
+    router, buckets = Router((Route("t2i", "a", 1.0),)), {"t2i": toy_bucket()}
+    setup = Setup(student, {"a": Constant(1.0)}, buckets, router, params, euler_grid(8), 7)
+    for _ in distill(setup, optimizers, ema):
         rates.append(optimizers.optimizers[0].param_groups[0]["lr"])
         assert all(torch.equal(ema.shadow[name], value) for name, value in student.parameters.items())
     np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.06, 0.04, 0.02])
@@ -300,8 +282,9 @@ def tiny_run(
         tiny.encoded, [route.capability for route in routes], read_records(tiny.teachers)[BASE].sha256
     )
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
-    ema, grid = Ema(dict(student.parameters), params.ema), euler_grid(params.rollout_steps)
-    return list(distill(student, fields, buckets, Router(tuple(routes)), optimizers, ema, params, grid, seed=3))
+    grid = euler_grid(params.rollout_steps)
+    setup = Setup(student, fields, buckets, Router(tuple(routes)), params, grid, seed=3)
+    return list(distill(setup, optimizers, Ema(dict(student.parameters), params.ema)))
 
 
 def gap(tiny: Tiny, student: Student, field: VelocityField, capability: str) -> float:

@@ -30,18 +30,20 @@ from model.compute.execution import (
     prepare_networks,
     recompute_blocks,
 )
-from model.compute.optimizer import build_optimizer
+from model.compute.optimizer import Optimizers, build_optimizer
 from model.compute.settings import ExecutionParams
-from model.distill import accumulate, distill, parts, plan_step
+from model.distill import distill, plan_step
 from model.examples import Bucket
 from model.fields.base import VelocityField
 from model.fields.guided import Guided
 from model.instruments import gradient_cosines, held_out_gaps, weights_of
+from model.methods.danceopd import accumulate
 from model.networks.student import Student
 from model.plain import accumulate_plain, own_networks
 from model.rollout import euler_grid
 from model.route import Route, Router
-from model.step import LoopParams, NotFinite, Plan
+from model.setup import Setup
+from model.step import NotFinite, Plan
 from tasks.params.reading import faults_of
 from tests.tiny import EXECUTION, loop_params
 
@@ -76,21 +78,14 @@ CASES = {"micro": micro_case(), "sd3": sd3_case("tiny sd3", sd3_size(32, 2, 4, 3
 CASES["zimage"] = zimage_case()
 
 
-@dataclass(frozen=True)
-class Setting:
-    student: Student
-    teachers: dict[str, VelocityField]
-    buckets: dict[str, Bucket]
-
-
-def setting(name: str, seed: int = 0) -> Setting:
+def prepared(name: str, seed: int = 0) -> Setup:
     student, teachers, bucket = build(CASES[name], CPU, seed)
     if student.adapter:  # a fresh adapter answers zero: nothing would be seen of its merging
         with torch.no_grad():
             for row, (key, value) in enumerate(student.parameters.items()):
                 if "lora_B" in key:
                     value.normal_(std=0.1, generator=torch.Generator().manual_seed(row))
-    return Setting(student, teachers, {"t2i": bucket, "local_edit": bucket})
+    return Setup(student, teachers, {"t2i": bucket, "local_edit": bucket}, ROUTER, PARAMS, GRID, 3)
 
 
 def gradients(student: Student) -> dict[str, torch.Tensor]:
@@ -98,27 +93,22 @@ def gradients(student: Student) -> dict[str, torch.Tensor]:
 
 
 def one_step(
-    s: Setting,
-    execution: Execution = WHOLE_BATCH,
-    compute: Any = accumulate,
-    params: LoopParams = PARAMS,
-    index: int = 0,
+    s: Setup, execution: Execution = WHOLE_BATCH, compute: Any = accumulate, index: int = 0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     for parameter in s.student.parameters.values():
         parameter.grad = None
-    plan = plan_step(params, ROUTER, s.buckets, 3, index)
-    losses, _ = compute(
-        s.student,
-        s.teachers[plan.route.teacher],
-        s.buckets[plan.route.capability],
-        plan,
-        range(params.batch),
-        params,
-        GRID,
-        3,
-        execution,
-    )
+    plan = plan_step(s, index)
+    losses, _ = compute(replace(s, execution=execution), s.teachers[plan.route.teacher], plan, range(PARAMS.batch))
     return losses, gradients(s.student)
+
+
+def trained(s: Setup) -> tuple[Optimizers, Ema]:
+    """Optimizer and average of the student's trainables, before the first step."""
+    params = s.params
+    optimizers = build_optimizer(
+        params.optimizer, s.student.parameters.items(), params.learning_rate, s.student.backbone
+    )
+    return optimizers, Ema(dict(s.student.parameters), params.ema)
 
 
 def same(
@@ -143,7 +133,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_plain_path_gives_the_same_losses_and_gradients(name: str) -> None:
-    fast, slow = setting(name), setting(name)
+    fast, slow = prepared(name), prepared(name)
     slow = replace(slow, teachers=own_networks(slow.teachers))
     recompute_blocks(slow.student.network, 2)
     for index in range(2):
@@ -154,7 +144,7 @@ def test_the_plain_path_gives_the_same_losses_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_batches_merging_and_recomputation_change_rounding_alone(name: str) -> None:
-    s = setting(name)
+    s = prepared(name)
     whole = one_step(s)
     for changes in ({"micro_batch": 2, "rollout_batch": 3}, {"micro_batch": 1, "rollout_batch": 1}, {"merged": True}):
         execution = replace(WHOLE_BATCH, **changes)  # type: ignore[arg-type]
@@ -165,7 +155,7 @@ def test_batches_merging_and_recomputation_change_rounding_alone(name: str) -> N
 
 
 def test_a_merged_adapter_answers_as_the_unmerged_and_leaves_no_trace() -> None:
-    s = setting("sd3")
+    s = prepared("sd3")
     before = {name: value.clone() for name, value in s.student.network.state_dict().items()}
     x, t, condition = (
         torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(0)),
@@ -197,7 +187,7 @@ def test_compiled_rollouts_change_rounding_alone_and_nothing_is_compiled_twice(
         "model.compute.execution.compiled_forward",
         cache(lambda kind: torch.compile(kind.forward, dynamic=True, backend=counter)),
     )
-    s, fast = setting(name), replace(WHOLE_BATCH, merged=True, compiled_rollout=True, rollout_batch=3)
+    s, fast = prepared(name), replace(WHOLE_BATCH, merged=True, compiled_rollout=True, rollout_batch=3)
     for index in range(2):
         same(one_step(s, fast, index=index), one_step(s, index=index))
     made = counter.frame_count
@@ -217,7 +207,7 @@ def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest
 
 
 def test_in_bf16_equal_weights_give_loss_zero_and_the_rest_is_near() -> None:
-    s = setting("sd3")
+    s = prepared("sd3")
     half = replace(WHOLE_BATCH, dtype=torch.bfloat16)
     exact, rounded = one_step(s), one_step(s, half)
     torch.testing.assert_close(
@@ -236,15 +226,11 @@ def test_in_bf16_equal_weights_give_loss_zero_and_the_rest_is_near() -> None:
 
 
 def test_evaluations_are_counted_at_the_networks_and_equal_the_floor() -> None:
-    s = setting("sd3")
+    s = prepared("sd3")
     guided: dict[str, VelocityField] = {name: Guided(field, 2.0) for name, field in s.teachers.items()}
     for teachers, each in ((s.teachers, 1), (guided, 2)):
-        optimizers, ema = (
-            build_optimizer("adamw", s.student.parameters.items(), 1e-3, s.student.backbone),
-            Ema(dict(s.student.parameters), 0.0),
-        )
         execution = replace(WHOLE_BATCH, micro_batch=2, rollout_batch=3, merged=True)
-        for step in distill(s.student, teachers, s.buckets, ROUTER, optimizers, ema, PARAMS, GRID, 3, 0, execution):
+        for step in distill(replace(s, teachers=teachers, execution=execution), *trained(s)):
             assert step.evaluations == step.floor == sum(step.plan.query) + PARAMS.batch * (1 + each)
             s.student.field(
                 torch.zeros(1, 16, 4, 4), torch.ones(1), s.buckets["t2i"].at([0])
@@ -276,54 +262,35 @@ def test_rows_of_several_shapes_are_computed_apart_and_weigh_the_same() -> None:
             assert len({self.shape_of(row) for row in rows}) == 1
             return self.of.at(rows)
 
-    s = setting("sd3")
+    s = prepared("sd3")
     mixed: Any = Mixed(s.buckets["t2i"])
     s = replace(s, buckets=dict.fromkeys(s.buckets, mixed))
-    plan = plan_step(PARAMS, ROUTER, s.buckets, 3, 0)
+    plan = plan_step(s, 0)
     assert len({mixed.shape_of(row) for row in plan.rows}) == 2
     together = one_step(s)
     same(together, one_step(s, compute=accumulate_plain))
     torch.testing.assert_close(together[0], one_step(s, replace(WHOLE_BATCH, micro_batch=1))[0], rtol=1e-6, atol=1e-6)
-    shapes = {slot: mixed.shape_of(plan.rows[slot]) for slot in range(5)}
-    found = list(parts(range(5), shapes, 2, lambda slot: -plan.query[slot]))
-    assert sorted(slot for part in found for slot in part) == list(range(5)) and all(
-        len({shapes[slot] for slot in part}) == 1 for part in found
-    )
+    batches = list(s.batches(plan, range(5), 2, lambda slot: -plan.query[slot]))
+    assert sorted(slot for batch in batches for slot in batch.slots) == list(range(5))
+    assert all(len({mixed.shape_of(row) for row in batch.rows}) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> None:
-    def run(deferred: bool, poisoned: int | None) -> tuple[Setting, Ema, Any, int | None]:
-        s = setting("sd3")
+    def run(deferred: bool, poisoned: int | None) -> tuple[Setup, Ema, Any, int | None]:
         params = replace(PARAMS, steps=5, learning_rate=1e-2, optimizer=optimizer, ema=0.9)
-        optimizers, ema = (
-            build_optimizer(optimizer, s.student.parameters.items(), 1e-2, s.student.backbone),
-            Ema(dict(s.student.parameters), 0.9),
-        )
+        s = replace(prepared("sd3"), params=params, execution=replace(WHOLE_BATCH, deferred=deferred))
+        optimizers, ema = trained(s)
 
-        def compute(student: Student, teacher: Any, bucket: Any, plan: Plan, *others: Any) -> Any:
-            losses, batch = accumulate(student, teacher, bucket, plan, *others)
-            for parameter in student.parameters.values() if plan.index == poisoned else ():
+        def compute(setup: Setup, teacher: Any, plan: Plan, slots: Any) -> Any:
+            losses, batch = accumulate(setup, teacher, plan, slots)
+            for parameter in setup.student.parameters.values() if plan.index == poisoned else ():
                 assert parameter.grad is not None
                 parameter.grad.fill_(float("nan"))
             return losses, batch
 
-        loop = distill(
-            s.student,
-            s.teachers,
-            s.buckets,
-            ROUTER,
-            optimizers,
-            ema,
-            params,
-            GRID,
-            3,
-            0,
-            replace(WHOLE_BATCH, deferred=deferred),
-            compute=compute,
-        )
         try:
-            for step in loop:
+            for step in distill(s, optimizers, ema, compute=compute):
                 if step.index + 1 == poisoned and not deferred:
                     break
         except NotFinite as error:
@@ -343,32 +310,16 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
 
 
 def test_an_exploding_gradient_stops_as_one_that_is_not_finite_does() -> None:
-    s = setting("sd3")
-    optimizers, ema = (
-        build_optimizer("adamw", s.student.parameters.items(), 1e-3, s.student.backbone),
-        Ema(dict(s.student.parameters), 0.0),
-    )
+    s = prepared("sd3")
     before = {name: value.detach().clone() for name, value in s.student.parameters.items()}
     with pytest.raises(NotFinite, match=r"step 0 .*max_gradient_norm = 1e-09") as caught:
-        next(
-            distill(
-                s.student,
-                s.teachers,
-                s.buckets,
-                ROUTER,
-                optimizers,
-                ema,
-                replace(PARAMS, max_gradient_norm=1e-9),
-                GRID,
-                3,
-            )
-        )
+        next(distill(replace(s, params=replace(PARAMS, max_gradient_norm=1e-9)), *trained(s)))
     assert all(torch.equal(value, before[name]) for name, value in s.student.parameters.items())
     assert {"x_t.000", "target.004", "rows", "query"} <= set(caught.value.batch)
 
 
 def test_what_fits_follows_the_memory_and_recomputes_only_when_it_must() -> None:
-    s = setting("sd3")
+    s = prepared("sd3")
     x, t, condition = torch.zeros(1, 16, 4, 4), torch.ones(1), s.buckets["t2i"].at([0])
     params = ExecutionParams(**EXECUTION)
 
@@ -407,30 +358,24 @@ def test_faults_of_the_execution_are_named_together() -> None:
 
 
 def test_instruments_leave_the_run_as_it_was() -> None:
-    s = setting("sd3")
-    params = replace(PARAMS, held_out=3)
+    s = replace(prepared("sd3"), params=replace(PARAMS, held_out=3))
     losses, before = one_step(s)
     values = {name: value.detach().clone() for name, value in s.student.parameters.items()}
-    cosines = gradient_cosines(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, 0, WHOLE_BATCH)
-    own = gradient_cosines(
-        s.student, dict.fromkeys(s.teachers, s.teachers["teacher0"]), s.buckets, ROUTER, params, GRID, 3, 0, WHOLE_BATCH
-    )
+    cosines = gradient_cosines(s, 0)
+    alike = gradient_cosines(replace(s, teachers=dict.fromkeys(s.teachers, s.teachers["teacher0"])), 0)
     assert set(cosines) == {("t2i", "local_edit")} and -1 <= cosines["t2i", "local_edit"] < 0.999
-    assert own["t2i", "local_edit"] == pytest.approx(1.0, abs=1e-5)  # one teacher, one batch: one gradient
-    gaps = held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH)
-    assert (
-        gaps == held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH)
-        and min(gaps.values()) > 0
-    )
+    assert alike["t2i", "local_edit"] == pytest.approx(1.0, abs=1e-5)  # one teacher, one batch: one gradient
+    gaps = held_out_gaps(s)
+    assert gaps == held_out_gaps(s) and min(gaps.values()) > 0
     with weights_of(s.student, {name: torch.zeros_like(value) for name, value in values.items()}):
-        assert held_out_gaps(s.student, s.teachers, s.buckets, ROUTER, params, GRID, 3, WHOLE_BATCH) != gaps
+        assert held_out_gaps(s) != gaps
     for name, parameter in s.student.parameters.items():
         assert (
             torch.equal(parameter, values[name])
             and parameter.grad is not None
             and torch.equal(parameter.grad, before[name])
         )
-    plans = [plan_step(params, ROUTER, s.buckets, 3, index) for index in range(40)]
+    plans = [plan_step(s, index) for index in range(40)]
     assert (
         max(row for plan in plans for row in plan.rows) == len(s.buckets["t2i"]) - 3 - 1
     )  # held-out rows are never trained on
@@ -438,7 +383,7 @@ def test_instruments_leave_the_run_as_it_was() -> None:
 
 
 def test_what_is_moved_keeps_its_values() -> None:
-    condition = setting("sd3").buckets["t2i"].at([0, 1])
+    condition = prepared("sd3").buckets["t2i"].at([0, 1])
     there = moved(condition, torch.device("meta"))
     assert there.embeds.device.type == "meta" and there.source is None and there.embeds.shape == condition.embeds.shape
     assert copy.copy(moved(condition.embeds, CPU)) is condition.embeds or torch.equal(
@@ -450,23 +395,10 @@ def test_what_is_moved_keeps_its_values() -> None:
 def test_no_step_waits_for_the_device() -> None:
     device = torch.device("cuda")
     student, teachers, bucket = build(CASES["sd3"], device, 0)
-    optimizers, ema = (
-        build_optimizer("adamw", student.parameters.items(), 1e-3, student.backbone),
-        Ema(dict(student.parameters), 0.0),
-    )
-    loop = distill(
-        student,
-        teachers,
-        {"t2i": bucket, "local_edit": bucket},
-        ROUTER,
-        optimizers,
-        ema,
-        PARAMS,
-        GRID,
-        3,
-        0,
-        replace(WHOLE_BATCH, device=device, deferred=True),
-    )
+    execution = replace(WHOLE_BATCH, device=device, deferred=True)
+    buckets = {"t2i": bucket, "local_edit": bucket}
+    setup = Setup(student, teachers, buckets, ROUTER, PARAMS, GRID, 3, execution)
+    loop = distill(setup, *trained(setup))
     next(loop)
     torch.cuda.set_sync_debug_mode("error")
     try:

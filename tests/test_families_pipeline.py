@@ -37,6 +37,7 @@ from model.networks.teachers import BASE, load_base, load_teachers, read_records
 from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
 from model.route import Route, Router
+from model.setup import Setup
 from tasks.checks.plan import Size, memory, waiting_memory
 from tasks.params.sections import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams
 from tasks.scoring.sampling import draw_field, evaluation_set
@@ -440,12 +441,8 @@ def test_a_student_overfits_its_teacher_on_its_own_states(home: Home, encoded: d
         Ema(dict(student.parameters), 0.0),
     )
     router = Router((Route(capability, "whole", 1.0),))
-    losses = [
-        step.loss
-        for step in distill(
-            student, {"whole": fields["whole"]}, {capability: bucket}, router, optimizers, ema, params, grid, seed=0
-        )
-    ]
+    setup = Setup(student, {"whole": fields["whole"]}, {capability: bucket}, router, params, grid, seed=0)
+    losses = [step.loss for step in distill(setup, optimizers, ema)]
     after = gap(student.field)
     assert before > 1e-4 and after <= 0.1 * before, (
         f"gap {before:.5f} -> {after:.5f}, loss {losses[0]:.5f} -> {losses[-1]:.5f}"

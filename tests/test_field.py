@@ -7,8 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.fields.base import Condition, concatenate, velocity_mse
-from model.fields.cost import evaluations
+from model.fields.base import Condition, VelocityField, concatenate, plain_fields, velocity_mse
 from model.fields.guided import Guided
 from model.fields.mean import Mean
 
@@ -24,10 +23,16 @@ def condition(rows: int = 3, source: bool = True) -> Condition:
     )
 
 
-def field(x_t: torch.Tensor, t: torch.Tensor, c: Condition) -> torch.Tensor:
+class Formula(VelocityField):
     """Depends on every input, and row by row."""
-    v = x_t * t[:, None, None, None] + c.pooled.sum(1)[:, None, None, None] + c.embeds.sum((1, 2))[:, None, None, None]
-    return v if c.source is None else v + 3.0 * c.source
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        numbers = condition.pooled.sum(1) + condition.embeds.sum((1, 2))
+        v = x_t * t[:, None, None, None] + numbers[:, None, None, None]
+        return v if condition.source is None else v + 3.0 * condition.source
+
+
+field = Formula()
 
 
 X_T = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -57,11 +62,12 @@ def test_slices_and_joins_keep_rows_together(source: bool) -> None:
 def test_guidance_of_scale_one_is_the_field_itself() -> None:
     calls = []
 
-    def counted(x_t: torch.Tensor, t: torch.Tensor, c: Condition) -> torch.Tensor:
-        calls.append(len(x_t))
-        return field(x_t, t, c)
+    class Counted(Formula):
+        def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+            calls.append(len(x_t))
+            return super().__call__(x_t, t, condition)
 
-    torch.testing.assert_close(Guided(counted, 1.0)(X_T, T, condition()), field(X_T, T, condition()), rtol=0, atol=0)
+    torch.testing.assert_close(Guided(Counted(), 1.0)(X_T, T, condition()), field(X_T, T, condition()), rtol=0, atol=0)
     assert calls == [3]  # and costs no more
 
 
@@ -89,6 +95,8 @@ def test_loss_is_the_mean_square_over_all_elements() -> None:
 
 
 def test_cost_of_a_field_counts_every_network_evaluation() -> None:
-    assert evaluations(field) == 1
-    assert evaluations(Guided(field, 1.0)) == 1 and evaluations(Guided(field, 2.0)) == 2
-    assert evaluations(Mean((field, Guided(field, 3.0)), (1.0, 1.0))) == 3
+    guided = Guided(field, 3.0)
+    assert field.evaluations == 1 and Guided(field, 1.0).evaluations == 1 and guided.evaluations == 2
+    mean = Mean((field, guided), (1.0, 1.0))
+    assert mean.evaluations == 3 and Guided(mean, 2.0).evaluations == 6
+    assert plain_fields(mean) == [field, field]

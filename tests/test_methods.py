@@ -4,28 +4,31 @@ runs in the one loop.
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from data.errors import UserError
+from data.files import write_json
 from model.checkpoint import Ema
-from model.compute.execution import WHOLE_BATCH
 from model.compute.optimizer import build_optimizer
-from model.distill import accumulate, distill
+from model.distill import distill
 from model.examples import Bucket, load_buckets
-from model.methods import ETA, METHODS, compute_of, method_faults, transition
+from model.fields.base import velocity_gaps
+from model.methods import METHODS, method_faults
+from model.methods.base import Backward, Method, by_batch
+from model.methods.flowopd import ETA, grouped, transition
 from model.networks.student import load_student, merged_weights, plain_weights, start_student
 from model.networks.teachers import BASE, load_base, load_teachers, read_records
 from model.randomness import noise_for
 from model.rollout import euler_grid
 from model.route import Route, Router, router
-from model.step import LoopParams, Plan
+from model.setup import Batch, Setup
+from model.step import Plan
 from tasks.__main__ import main
 from tasks.environment import PROJECT
 from tasks.params.reading import load_params, read_yaml
@@ -70,14 +73,16 @@ def bucket(rows: int = 5) -> Bucket:
 PLAN = Plan(3, Route("t2i", "teacher", 1.0), (0, 1, 2, 3), (0, 1, 2, 3))
 
 
-def step(
-    method: str, student: Any, query_states: int = 1, field: Any = teacher, params: LoopParams | None = None
-) -> tuple[torch.Tensor, float]:
+def setup(student: Any, field: Any, examples: Bucket) -> Setup:
+    params = loop_params(rollout_steps=STEPS)
+    return Setup(student, {"teacher": field}, {"t2i": examples}, Router((PLAN.route,)), params, GRID, 7)
+
+
+def step(method: str, student: Any, query_states: int = 1, field: Any = teacher) -> tuple[torch.Tensor, float]:
     """Losses by slot and the gradient of theta."""
-    compute = compute_of(method, query_states) or accumulate
-    losses, _ = compute(
-        student, field, bucket(), PLAN, range(4), params or loop_params(rollout_steps=STEPS), GRID, 7, WHOLE_BATCH
-    )
+    compute = METHODS[method].compute
+    assert compute is not None
+    losses, _ = compute(query_states)(setup(student, field, bucket()), field, PLAN, range(4))
     return losses, float(student.network.theta.grad)
 
 
@@ -167,9 +172,8 @@ def test_flowopd_takes_one_prompt_a_group() -> None:
 
     examples = bucket()
     examples.embeds.copy_(torch.arange(5.0).reshape(5, 1, 1))  # type: ignore[union-attr]
-    compute = compute_of("flowopd", 1)
-    assert compute is not None
-    compute(toy(), listening, examples, PLAN, range(4), loop_params(rollout_steps=STEPS), GRID, 7, WHOLE_BATCH)
+    _, samples = grouped(setup(toy(), listening, examples), listening, PLAN, range(4))
+    assert samples["rows"].tolist() == [0, 0, 0, 0]
     assert seen and all(torch.equal(rows, torch.zeros(4)) for rows in seen)
 
 
@@ -181,8 +185,6 @@ def test_choices_that_do_not_fit_are_named() -> None:
     bad += [("diffusionopd", "on_policy", 4, "base")]
     assert [len(method_faults(method, states, k, start, 16)) for method, states, k, start in bad] == [1] * len(bad)
     assert "groups of 16" in method_faults("flowopd", "on_policy", 1, "base", 24)[0]
-    with pytest.raises(UserError, match="nothing is trained"):
-        compute_of("merge", 1)
 
 
 @pytest.fixture(scope="module")
@@ -200,16 +202,44 @@ def test_every_method_trains_a_real_network_in_the_one_loop(tiny: Tiny, method: 
     params = loop_params(
         steps=2, batch=4, rollout_steps=2, states="off_policy" if method == "offpolicy" else "on_policy"
     )
-    optimizers, ema = (
-        build_optimizer("adamw", student.parameters.items(), 1e-3, student.backbone),
-        Ema(dict(student.parameters), 0.0),
-    )
-    loop = distill(
-        student, fields, buckets, routes, optimizers, ema, params, euler_grid(2), 0, compute=compute_of(method, 1)
-    )
-    steps = list(loop)
-    assert len(steps) == 2 and all(one.loss > 0 and one.gradient_norm > 0 for one in steps)
+    optimizers = build_optimizer("adamw", student.parameters.items(), 1e-3, student.backbone)
+    compute = METHODS[method].compute
+    assert compute is not None
+    whole = Setup(student, fields, buckets, routes, params, euler_grid(2), 0)
+    steps = list(distill(whole, optimizers, Ema(dict(student.parameters), 0.0), compute=compute(1)))
+    assert len(steps) == 2 and all(step.loss > 0 and step.gradient_norm > 0 for step in steps)
     assert any(not torch.equal(value, before[name]) for name, value in student.parameters.items())
+
+
+def test_a_made_up_method_costs_one_entry(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It draws the student to a standstill: its loss is the student's velocity at the noise."""
+
+    def standstill(batch: Batch, field: Any, backward: Backward) -> torch.Tensor:
+        x_t = batch.noise()
+        loss = velocity_gaps(batch.setup.student.field(x_t, batch.at(1.0), batch.condition()), torch.zeros_like(x_t))
+        backward(loss)
+        return loss.detach()
+
+    method = Method(lambda _: by_batch(standstill), lambda steps, reached, field, count: (1.0, 1), group=4)
+    monkeypatch.setitem(METHODS, "standstill", method)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["distill", "--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--params", "params.yaml"]
+
+    def run(out: str, **changes: Any) -> int:
+        write_params(Path("params.yaml"), **{"method": "standstill", "steps": 20, "rollout_steps": 2, **changes})
+        return main([*arguments, "--out", out])
+
+    assert run("out", learning_rate=1e-2) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "steps.csv").read_text().splitlines()))
+    assert len(rows) == 20 and float(rows[-1]["loss"]) < float(rows[0]["loss"]) / 2
+    assert {row["evaluations"] for row in rows} == {"8"}  # one a sample
+    capsys.readouterr()
+    assert run("bad", method="standstil") == 2 and "did you mean 'standstill'?" in capsys.readouterr().err
+    assert run("bad", batch=6, states="off_policy") == 2
+    error = capsys.readouterr().err
+    assert "batch = 6" in error and "groups of 4" in error and "needs 'on_policy'" in error
 
 
 @pytest.mark.parametrize(("method", "query_states"), [(method, 1) for method in METHODS] + [("danceopd", 4)])
@@ -222,7 +252,7 @@ def test_a_base_is_not_shared_by_processes_that_would_wait_for_each_other(
     document["distill"] |= {"method": method, "query_states": query_states, "states": states, "start": start}
     document["distill"] |= {"trainable": "adapter"}
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    write_json(path, document)
     main(["check", "--params", str(path)])
     error, padded = capsys.readouterr().err, method in ("danceopd", "offpolicy", "merge") and query_states == 1
     named = f"distill.method = '{method}', query_states = {query_states}: " in error

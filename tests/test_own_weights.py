@@ -159,8 +159,8 @@ def put_params(project: Path, family: str, judge: str) -> None:
         "distill": {"start": "merged", "rank": 8, "alpha": 8},
         "absorb": {
             "fields": [
-                {"capability": "t2i", "scale": 2.0, "weight": 1.0},
-                {"capability": "local_edit", "scale": 1.0, "weight": 1.0},
+                {"capability": "t2i", "field": {"guidance": 2.0}, "weight": 1.0},
+                {"capability": "local_edit", "field": {"guidance": 1.0}, "weight": 1.0},
             ]
         },
         "gate": {"capabilities": ["t2i", "local_edit"], "retention": 0.0, "min_prompts": {"geneval": 1, "gedit": 1}},

@@ -27,7 +27,7 @@ from tasks.checks.plan import (
     print_plan,
     query_distribution,
     stage_states,
-    step_evaluations,
+    step_cost,
 )
 from tasks.checks.preflight import other_teachers, preflight, teacher_faults
 from tasks.environment import PROJECT
@@ -59,10 +59,8 @@ def test_evaluations_of_a_sample_by_method() -> None:
     kinds = {"danceopd": 12.93, "offpolicy": 2.0, "diffusionopd": 47.0, "flowopd": 32.0, "joint": 1.0, "merge": 0.0}
     for method, expected in kinds.items():
         states = "off_policy" if method == "offpolicy" else "on_policy"
-        assert step_evaluations(params, 1.0, method, states, 1) == pytest.approx(expected, abs=0.005)
-    assert step_evaluations(params, 2.0, "danceopd", "on_policy", 1) == pytest.approx(
-        13.93, abs=0.005
-    )  # a guided teacher
+        assert step_cost(params, 1.0, method, states, 1)[0] == pytest.approx(expected, abs=0.005)
+    assert step_cost(params, 2.0, "danceopd", "on_policy", 1)[0] == pytest.approx(13.93, abs=0.005)  # a guided teacher
 
 
 def test_operations_of_z_image_are_near_the_counted_ones() -> None:

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import model.setup
+import tasks.stages.distill
 import tasks.training.processes
 import tasks.training.run
 from benchmarks.speed import build, sd3_case, sd3_size
@@ -29,6 +31,7 @@ from model.compute.parallel import ALONE, World, deal, joined, shard_frozen
 from model.distill import distill
 from model.rollout import euler_grid
 from model.route import Route, Router
+from model.setup import Setup
 from tasks.__main__ import main
 from tasks.training.run import run_training
 from tests.tiny import Tiny, loop_params, write_params
@@ -92,21 +95,8 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
         buckets = {"t2i": bucket, "local_edit": bucket}
         counter = EvaluationCounter([student.network])
         execution = replace(WHOLE_BATCH, merged=True)
-        loop = distill(
-            student,
-            teachers,
-            buckets,
-            ROUTER,
-            optimizers,
-            ema,
-            PARAMS,
-            euler_grid(6),
-            3,
-            0,
-            execution,
-            world,
-            lambda: world.rank == 1,
-        )
+        setup = Setup(student, teachers, buckets, ROUTER, PARAMS, euler_grid(6), 3, execution)
+        loop = distill(setup, optimizers, ema, 0, world, lambda: world.rank == 1)
         numbers = [
             [
                 step.loss,
@@ -163,9 +153,8 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
             Ema(dict(student.parameters), PARAMS.ema),
         )
         buckets = {"t2i": bucket, "local_edit": bucket}
-        list(
-            distill(student, teachers, buckets, ROUTER, optimizers, ema, PARAMS, euler_grid(6), 3, 0, execution, world)
-        )
+        setup = Setup(student, teachers, buckets, ROUTER, PARAMS, euler_grid(6), 3, execution)
+        list(distill(setup, optimizers, ema, 0, world))
         held = sum(
             value.to_local().numel() if isinstance(value, DTensor) else value.numel()
             for value in student.network.parameters()
@@ -201,7 +190,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the stage with changed parameters. Processes are forked: their imports are done."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks.processes, "START", "fork")
+    monkeypatch.setattr(tasks.training.processes, "START", "fork")
 
     def run(out: str, **changes: Any) -> int:
         params = write_params(
@@ -247,21 +236,18 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(
 
     def dying(*arguments: Any, **named: Any) -> Any:
         if tasks.training.processes.this_process().rank == 1:
-            noise = model_distill.noise_for
+            noise = model.setup.noise_for
 
             def die(seed: int, index: int, *others: Any) -> torch.Tensor:
                 if index == 3:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return noise(seed, index, *others)
 
-            monkeypatch.setattr(model_distill, "noise_for", die)
+            monkeypatch.setattr(model.setup, "noise_for", die)
         return original(*arguments, **named)
 
-    import model.distill as model_distill
-    import tasks.stages.distill
-
     with monkeypatch.context() as context:
-        context.setattr(tasks.distill, "run_training", dying)
+        context.setattr(tasks.stages.distill, "run_training", dying)
         begun = time.monotonic()
         assert stage("two", processes=2) == 2
         assert time.monotonic() - begun < 120  # not the collective's patience
@@ -314,7 +300,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(
 ) -> None:
     """It comes while a step's numbers are on their way, as on a device that runs ahead: only a common wish counts."""
     original, fitted = tasks.training.run.distill, tasks.training.run._fitted
-    monkeypatch.setattr(tasks.training, "_fitted", lambda *given: replace(fitted(*given), deferred=True))
+    monkeypatch.setattr(tasks.training.run, "_fitted", lambda *given: replace(fitted(*given), deferred=True))
     assert stage("straight", processes=2, steps=8, save_every=50) == 0
     for folder in Path("runs").glob("distill-*"):
         folder.rename(f"{folder}.done")
@@ -326,7 +312,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(
             yield step
 
     with monkeypatch.context() as context:
-        context.setattr(tasks.training, "distill", signalled)
+        context.setattr(tasks.training.run, "distill", signalled)
         child = os.fork()
         if not child:
             os._exit(stage("out", processes=2, steps=8, save_every=50))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import model.distill
+import model.setup
 import tasks.training.run
 from data.files import read_json
 from model.checkpoint import TENSORS
@@ -88,7 +88,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
             act()
         return noise_for(seed, index, *others)
 
-    monkeypatch.setattr(model.distill, "noise_for", acting)
+    monkeypatch.setattr(model.setup, "noise_for", acting)
 
 
 def in_a_child(arguments: list[str], folder: Path) -> int:
@@ -191,7 +191,7 @@ def test_a_look_at_the_student_that_fails_loses_no_step(
         raise ZeroDivisionError
 
     with monkeypatch.context() as context:
-        context.setattr(tasks.training, "held_out_pictures", crash)
+        context.setattr(tasks.training.run, "held_out_pictures", crash)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     assert states() == ["step-00000002"] and not OUT.exists()
@@ -223,7 +223,7 @@ def test_a_state_of_another_layout_is_left_aside_and_said(
 ) -> None:
     arguments = command(tiny, write_params(tmp_path / "params.yaml"))
     with monkeypatch.context() as context:
-        context.setattr(tasks.training, "LAYOUT", 1)
+        context.setattr(tasks.training.states, "LAYOUT", 1)
         assert main(arguments) == 0
     assert main(arguments) == 0
     assert "starts anew" in (printed := capsys.readouterr().out) and "differs in state_layout" in printed
@@ -304,7 +304,7 @@ def test_a_step_not_finite_keeps_the_rest(
 ) -> None:
     arguments = command(tiny, write_params(tmp_path / "params.yaml", save_every=50))
     monkeypatch.setattr(
-        model.distill,
+        model.setup,
         "noise_for",
         lambda seed, index, *others: noise_for(seed, index, *others) * (float("nan") if index == 3 else 1.0),
     )

@@ -8,12 +8,13 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
+from annotated_types import Ge
 from PIL import Image
 
 from data.errors import UserErrors
@@ -21,6 +22,8 @@ from data.files import read_json, write_json
 from data.yaml_files import read_yaml
 from model.checkpoint import save_state
 from model.compute.settings import ExecutionParams
+from model.fields import FIELDS
+from model.fields.base import Condition, VelocityField
 from tasks.__main__ import main
 from tasks.params.reading import load_params
 from tasks.registry.tracking import named_metrics
@@ -71,6 +74,16 @@ def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     yield run
     torch.set_num_threads(threads)
+
+
+def absorbing(tiny: Tiny, out: str, fields: list[dict[str, Any]], **changes: Any) -> list[str]:
+    """The command that absorbs fields into "student", with params.yaml's section taken from that of distill."""
+    document = read_yaml(Path("params.yaml"))
+    of_distill = ("start", "trainable", "rank", "alpha", "states", "routes_taken", "method", "query_states")
+    section = {key: value for key, value in document["distill"].items() if key not in of_distill}
+    write_json(Path("params.yaml"), {**document, "absorb": {**section, "fields": fields, **changes}})
+    inputs = ["--encoded", str(tiny.encoded), "--teachers", str(tiny.teachers), "--student", "student"]
+    return ["absorb", *inputs, "--params", "params.yaml", "--out", out]
 
 
 def adapter(out: str) -> bytes:
@@ -183,32 +196,16 @@ def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(
     stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert stage("student", steps=2) == 0
-    document = read_yaml(Path("params.yaml"))
-    of_distill = ("start", "trainable", "rank", "alpha", "states", "routes_taken", "method", "query_states")
-    own = {key: value for key, value in document["distill"].items() if key not in of_distill}
     fields = [
-        {"capability": "t2i", "scale": 2.0, "weight": 1.0},
-        {"capability": "local_edit", "scale": 1.0, "weight": 1.0},
+        {"capability": "t2i", "field": {"guidance": 2.0}, "weight": 1.0},
+        {"capability": "local_edit", "field": {"guidance": 1.0}, "weight": 1.0},
     ]
-    document["absorb"] = {**own, "fields": fields, "steps": 3, "save_every": 1}
-    write_json(Path("params.yaml"), document)
-    command = [
-        "absorb",
-        "--encoded",
-        str(tiny.encoded),
-        "--teachers",
-        str(tiny.teachers),
-        "--student",
-        "student",
-        "--params",
-        "params.yaml",
-        "--out",
-    ]
-    assert main([*command, "straight"]) == 0
+    command = absorbing(tiny, "straight", fields, steps=3, save_every=1)
+    assert main(command) == 0
     (state,) = Path("runs").glob("absorb-*")
     shutil.rmtree(state / "step-00000003")
     capsys.readouterr()
-    assert main([*command, "resumed"]) == 0
+    assert main([*command[:-1], "resumed"]) == 0
     assert "goes on at step 2 of 3" in capsys.readouterr().out
     assert adapter("straight") == adapter("resumed") != adapter("student")
     with open("straight/steps.csv", newline="") as file:
@@ -216,6 +213,58 @@ def test_absorbing_takes_the_same_loop_and_goes_on_after_a_stop(
             assert row["evaluations"] == row["floor"] and int(row["evaluations"]) >= 4 * (
                 3 if row["route"] == "t2i" else 2
             )
+
+
+@dataclass(frozen=True)
+class Scaled(VelocityField):
+    """A made-up field over a field."""
+
+    field: VelocityField
+    factor: Annotated[float, Ge(0)]
+
+    @property
+    def members(self) -> tuple[VelocityField, ...]:
+        return (self.field,)
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return self.factor * self.field(x_t, t, condition)
+
+
+def test_a_made_up_field_costs_one_entry(
+    stage: Callable[..., int], tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FIELDS, "scaled", Scaled)
+    assert stage("student", steps=2) == 0
+
+    def absorb(out: str, *fields: dict[str, float]) -> int:
+
+        capabilities = ("t2i", "local_edit", "global_edit")
+        named = [
+            {"capability": capability, "field": field, "weight": 1.0} for capability, field in zip(capabilities, fields)
+        ]
+        return main(absorbing(tiny, out, named, steps=1))
+
+    def first_step(out: str) -> dict[str, str]:
+        with open(f"{out}/steps.csv", newline="") as file:
+            return next(csv.DictReader(file))
+
+    for out, factor in (("same", 1.0), ("half", 0.5), ("none", 0.0)):
+        assert absorb(out, {"scaled": factor}) == 0
+    losses = {out: float(first_step(out)["loss"]) for out in ("same", "half", "none")}
+    assert losses["same"] == 0.0  # the frozen student itself
+    assert losses["half"] > 0 and losses["none"] == pytest.approx(4.0 * losses["half"], rel=1e-5)
+    assert absorb("both", {"guidance": 2.0, "scaled": 0.5}) == 0
+    step = first_step("both")
+    assert step["evaluations"] == step["floor"]
+    assert (
+        int(step["evaluations"]) == int(first_step("half")["evaluations"]) + 4
+    )  # guidance asks twice, in a batch of 4
+    capsys.readouterr()
+    assert absorb("wrong", {"scalde": 1.0}, {"scaled": -1.0}, {"guidance": 0.5}) == 2
+    error = capsys.readouterr().err
+    assert "absorb.fields[0].field.scalde = 1.0: unknown name; did you mean 'scaled'?" in error
+    assert "absorb.fields[1].field.scaled = -1.0: expected 0 or more" in error
+    assert "absorb.fields[2].field.guidance = 0.5: expected 1 or more" in error
 
 
 def test_a_metrics_file_cut_short_is_read_up_to_there(tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ class MicroBackbone:
     blocks: tuple[str, ...] = ("transformer_blocks",)
     modulations: tuple[str, ...] = ("norm1", "norm1_context")
     adapter_targets: tuple[str, ...] = (*SD3Backbone.adapter_targets, "net.0.proj", "net.2")
-    original_names = ORIGINAL_NAMES
-    comfyui_prefix = None
+    original_names: tuple[tuple[str, str], ...] = ORIGINAL_NAMES
+    comfyui_prefix: str | None = None
 
     def __init__(
         self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]

@@ -48,7 +48,7 @@ class SD3Backbone(parts.PipelineBackbone):
     adapter_targets: tuple[str, ...] = tuple(
         "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
     )
-    original_names = ORIGINAL_NAMES
+    original_names: tuple[tuple[str, str], ...] = ORIGINAL_NAMES
     comfyui_prefix: str | None = "transformer."
 
     def __init__(self, *given: Any) -> None:

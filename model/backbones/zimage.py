@@ -29,7 +29,7 @@ class ZImageBackbone(parts.PipelineBackbone):
     blocks: tuple[str, ...] = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
     modulations: tuple[str, ...] = ("adaLN_modulation",)
     adapter_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
-    original_names = (
+    original_names: tuple[tuple[str, str], ...] = (
         (r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(attention)\.to_([qkv])", r"\1.\2.qkv"),
         (r"((?:layers|noise_refiner|context_refiner)\.\d+)\.attention\.to_out\.0", r"\1.attention.out"),
     )

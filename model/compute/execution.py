@@ -24,9 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
 from model.compute.settings import ExecutionParams
-from model.fields.base import VelocityField
-from model.fields.guided import Guided
-from model.fields.mean import Mean
+from model.fields.base import VelocityField, plain_fields
 
 T = TypeVar("T")
 PRECISION = {"fp32": None, "bf16": torch.bfloat16}
@@ -74,15 +72,6 @@ def device_of(params: ExecutionParams, rank: int = 0) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("execution.device = cuda: torch finds no CUDA device on this machine; choose auto or cpu")
     return torch.device("cuda", rank % torch.cuda.device_count())
-
-
-def plain_fields(field: VelocityField) -> list[VelocityField]:
-    """The fields that a field is made of: itself, unless it guides one or is the mean of some."""
-    if isinstance(field, Guided):
-        return plain_fields(field.field)
-    if isinstance(field, Mean):
-        return [plain for member in field.fields for plain in plain_fields(member)]
-    return [field]
 
 
 def networks_of(field: VelocityField) -> list[nn.Module]:

@@ -6,7 +6,7 @@ t = 1 is noise and t = 0 the image: x_t = (1 - t) x_0 + t eps, v = dx/dt = eps -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,9 +17,9 @@ import torch
 class Prompts:
     """Encoded prompts: embeds (B, L, D) and pooled (B, P).
 
-    Prompts of unequal length are padded to the longest. Then lengths (B,) counts each one's own tokens, and segments
-    (B, S) the tokens of its parts, which sum to lengths (an edit of Z-Image puts the images between the parts). Both
-    are None where every token counts, as for SD3, whose padding is attended to.
+    Prompts of unequal length are padded to the longest. Then lengths (B,) counts a prompt's tokens without padding, and
+    segments (B, S) those of its parts, which sum to lengths (an edit of Z-Image puts the images between the parts).
+    Both are None where every token counts, as for SD3, whose padding is attended to.
     """
 
     embeds: torch.Tensor
@@ -56,71 +56,51 @@ class Condition:
         """The unconditional one: the prompt is emptied, the source image of an edit stays."""
         count = len(self)
         embeds = self.empty_embeds.expand(count, *self.empty_embeds.shape)
-        pooled = self.empty_pooled.expand_as(self.pooled)
+        empty = replace(self, embeds=embeds, pooled=self.empty_pooled.expand_as(self.pooled))
         if self.lengths is None or self.empty_segments is None:
-            return replace(self, embeds=embeds, pooled=pooled)
+            return empty
         lengths = torch.full((count,), len(self.empty_embeds), dtype=self.lengths.dtype)
-        return replace(
-            self, embeds=embeds, pooled=pooled, lengths=lengths, segments=self.empty_segments.expand(count, -1)
-        )
+        return replace(empty, lengths=lengths, segments=self.empty_segments.expand(count, -1))
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
-        def of(value: torch.Tensor) -> torch.Tensor:
+        def picked(value: torch.Tensor) -> torch.Tensor:
             return value[rows.to(value.device)] if isinstance(rows, torch.Tensor) else value[rows]
 
-        names = ("embeds", "pooled", "source", "lengths", "segments")
-        picked: dict[str, Any] = {
-            name: None if getattr(self, name) is None else of(getattr(self, name)) for name in names
-        }
-        return replace(self, **picked)
+        return self._changed(("embeds", "pooled", "source", "lengths", "segments"), picked)
 
     def to(self, device: torch.device | str) -> Condition:
         """The same on another device. Token counts stay on the CPU: lists of tokens are cut by them, which must not
         wait for the device.
         """
         names = ("embeds", "pooled", "empty_embeds", "empty_pooled", "source")
-        moved: dict[str, Any] = {
-            name: None if getattr(self, name) is None else getattr(self, name).to(device, non_blocking=True)
-            for name in names
-        }
-        return replace(self, **moved)
+        return self._changed(names, lambda value: value.to(device, non_blocking=True))
+
+    def _changed(self, names: Iterable[str], change: Callable[[torch.Tensor], torch.Tensor]) -> Condition:
+        present: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: change(value) for name, value in present.items()})
 
 
 def condition_of(prompts: Prompts, empty: Prompts, source: torch.Tensor | None = None) -> Condition:
     """A condition of encoded prompts; `empty` holds the empty prompt alone, encoded as the others were."""
-    segments = None if empty.segments is None else empty.segments[0]
-    return Condition(
-        prompts.embeds,
-        prompts.pooled,
-        empty.embeds[0],
-        empty.pooled[0],
-        source,
-        prompts.lengths,
-        prompts.segments,
-        segments,
-    )
+    p, segments = prompts, None if empty.segments is None else empty.segments[0]
+    return Condition(p.embeds, p.pooled, empty.embeds[0], empty.pooled[0], source, p.lengths, p.segments, segments)
 
 
 def padded(embeds: Sequence[torch.Tensor]) -> torch.Tensor:
     """Batches (B_i, L_i, D) as one (sum B, max L, D), the rest zeros."""
-    longest = max(part.shape[1] for part in embeds)
-    if all(part.shape[1] == longest for part in embeds):
-        return torch.cat(list(embeds))
-    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in embeds])
+    longest = max(batch.shape[1] for batch in embeds)
+    return torch.cat([torch.nn.functional.pad(batch, (0, 0, 0, longest - batch.shape[1])) for batch in embeds])
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
     """Conditions of one kind (all with or all without a source) as one batch."""
-    first = conditions[0]
 
-    def joined(name: str) -> torch.Tensor | None:
-        parts = [getattr(condition, name) for condition in conditions]
-        return None if parts[0] is None else torch.cat(parts)
+    def joined(name: str) -> Any:
+        values = [getattr(condition, name) for condition in conditions]
+        return None if values[0] is None else torch.cat(values)
 
-    others: dict[str, Any] = {name: joined(name) for name in ("source", "lengths", "segments")}
-    return replace(
-        first, embeds=padded([c.embeds for c in conditions]), pooled=torch.cat([c.pooled for c in conditions]), **others
-    )
+    joint = {name: joined(name) for name in ("pooled", "source", "lengths", "segments")}
+    return replace(conditions[0], embeds=padded([condition.embeds for condition in conditions]), **joint)
 
 
 class VelocityField(Protocol):
@@ -128,7 +108,28 @@ class VelocityField(Protocol):
     float32.
     """
 
+    @property
+    def members(self) -> tuple[VelocityField, ...]:
+        """The fields that this one asks; none for a network or a formula."""
+        return ()
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations of a network one sample costs."""
+        return sum(member.evaluations for member in self.members) or 1
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor: ...
+
+
+def plain_fields(field: VelocityField) -> list[VelocityField]:
+    """The networks and formulas at the bottom of a field."""
+    return [plain for member in field.members for plain in plain_fields(member)] or [field]
+
+
+def noised(x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - t) x_0 + t eps; x_0 and eps (B, C, H, W), t (B,)."""
+    weight = t.reshape(-1, 1, 1, 1)
+    return (1.0 - weight) * x_0 + weight * noise
 
 
 def velocity_mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

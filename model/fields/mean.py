@@ -10,19 +10,18 @@ from model.fields.base import Condition, VelocityField
 
 
 @dataclass(frozen=True)
-class Mean:
-    """The mean of several fields: the target of soft routing (an ablation; the paper finds it worse than routing
-    hard).
-    """
+class Mean(VelocityField):
+    """The weighted mean of `fields`: the target of soft routing (an ablation; the paper finds it worse than hard)."""
 
     fields: tuple[VelocityField, ...]
     weights: tuple[float, ...]
 
+    @property
+    def members(self) -> tuple[VelocityField, ...]:
+        return self.fields
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         total = sum(self.weights)
-        return torch.stack(
-            [
-                field(x_t, t, condition).float() * (weight / total)
-                for field, weight in zip(self.fields, self.weights, strict=True)
-            ]
-        ).sum(0)
+        shares = [weight / total for weight in self.weights]
+        terms = [field(x_t, t, condition).float() * share for field, share in zip(self.fields, shares, strict=True)]
+        return torch.stack(terms).sum(0)

@@ -17,14 +17,14 @@ from torch import nn
 from data.errors import UserError
 from model.backbones import Backbone
 from model.checkpoint import read_tensors
-from model.fields.base import Condition
+from model.fields.base import Condition, VelocityField
 from model.networks.adapters import Adapter, linear_modules
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class NetworkField:
+class NetworkField(VelocityField):
     """A network, with one of its adapters switched on or all switched off, as a velocity field.
 
     `offload` names the device that the network visits for each of its evaluations, living on the CPU between them;

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from data.records import CAPABILITIES, read_examples
 from data.sources import SOURCES
 from data.yaml_files import read_yaml
 from model.families import FAMILIES
+from model.fields import composed
+from model.methods import METHODS
 from model.rollout import QUERY_BIAS
 from tasks.checks.preflight import TEACHERS, check_all, evaluators
 from tasks.params.presets import preset_file
@@ -67,26 +70,10 @@ def expected_index(steps: int, bias: str, count: int = 1) -> float:
     return float(np.sum(1.0 - cumulative[:-1]))
 
 
-def step_evaluations(params: Any, teacher: float, method: str, states: str, query_states: int) -> float:
-    """Expected network evaluations of one trained sample; `teacher`: those of one answer of the teacher's field."""
-    n = params.rollout_steps
-    if method == "merge":
-        return 0.0
-    if method == "joint":
-        return 1.0
-    if method == "diffusionopd":
-        return (n - 1) + n * (teacher + 1.0)
-    if method == "flowopd":
-        return n * (teacher + 1.0)
-    if states == "off_policy":
-        return teacher + 1.0
-    return expected_index(n, params.query, query_states) + query_states * (teacher + 1.0)
-
-
-def backward_evaluations(params: Any, method: str, query_states: int, trainable: str) -> float:
-    """What the backward of a sample costs, in forwards."""
-    passes = {"merge": 0, "diffusionopd": params.rollout_steps, "flowopd": params.rollout_steps}
-    return passes.get(method, query_states) * (1.0 if trainable == "adapter" else 2.0)
+def step_cost(params: Any, teacher: float, method: str, states: str, query_states: int) -> tuple[float, int]:
+    """Expected evaluations of a trained sample and how many have a backward; `teacher`: those of a teacher's answer."""
+    reached = expected_index(params.rollout_steps, params.query, query_states) if states == "on_policy" else 0.0
+    return METHODS[method].cost(params.rollout_steps, reached, teacher, query_states)
 
 
 def measured_rate(project: Path, family: str) -> float | None:
@@ -153,7 +140,7 @@ def _backbone(params: Mapping[str, Any], project: Path) -> Any:
         return MicroBackbone.new(world.vocabulary, size, shift=1.0, seed=0)
     from model.backbones.sizes import SIZES, random_backbone
 
-    return random_backbone(SIZES[FAMILIES[settings.name].size], device="meta")
+    return random_backbone(SIZES[str(FAMILIES[settings.name].size)], device="meta")
 
 
 def forward_operations(size: Size, family: str, resolution: int, edit: bool) -> float:
@@ -249,8 +236,9 @@ def stage_states(project: Path, same_params: Mapping[str, bool]) -> dict[str, st
 # --- the work of the stages -------------------------------------------------------------------------------------------
 
 
-def _training(samples: int, forward: float, backward: float, shares: Mapping[str, float], note: str) -> Work:
-    """`samples` of `forward` evaluations and a backward that costs `backward`, dealt by capability as `shares`."""
+def _training(samples: int, cost: tuple[float, int], trainable: str, shares: Mapping[str, float], note: str) -> Work:
+    """`samples` of a step's cost, dealt by capability. A backward counts as a forward for an adapter, else as two."""
+    forward, backward = cost[0], cost[1] * (1.0 if trainable == "adapter" else 2.0)
 
     def dealt(total: float) -> dict[str, float]:
         return {name: total * share / sum(shares.values()) for name, share in shares.items()}
@@ -262,22 +250,21 @@ def _training(samples: int, forward: float, backward: float, shares: Mapping[str
 def _distillation(params: Any) -> Work:
     routes = params.routing.routes
     teacher = float(len(routes)) if params.routes_taken == "soft" else 1.0
-    forward = step_evaluations(params, teacher, params.method, params.states, params.query_states)
-    backward = backward_evaluations(params, params.method, params.query_states, params.trainable)
-    samples = 0 if params.method == "merge" else params.steps * params.batch
+    cost = step_cost(params, teacher, params.method, params.states, params.query_states)
+    samples = params.steps * params.batch if METHODS[params.method].compute else 0
     shares = {route.capability: route.weight for route in routes}
     index = f"E[j] = {expected_index(params.rollout_steps, params.query):.2f} of N = {params.rollout_steps}"
-    return _training(samples, forward, backward, shares, f" ({index}, {params.query}); {params.method}")
+    return _training(samples, cost, params.trainable, shares, f" ({index}, {params.query}); {params.method}")
 
 
 def _absorption(params: Any, trainable: str) -> Work:
-    shares = {guidance.capability: guidance.weight for guidance in params.fields}
-    guided = sum(guidance.weight * (1 if guidance.scale == 1.0 else GUIDED) for guidance in params.fields)
-    teacher = guided / sum(guidance.weight for guidance in params.fields)
-    forward = step_evaluations(params, teacher, "danceopd", "on_policy", 1)
-    backward = backward_evaluations(params, "danceopd", 1, trainable)
+    network: Any = SimpleNamespace(evaluations=1)
+    shares = {field.capability: field.weight for field in params.fields}
+    asked = sum(field.weight * composed(network, field.field).evaluations for field in params.fields)
+    teacher = asked / sum(shares.values())
+    cost = step_cost(params, teacher, "danceopd", "on_policy", 1)
     note = f", the guided teacher {teacher:.2f} of them"
-    return _training(params.steps * params.batch, forward, backward, shares, note)
+    return _training(params.steps * params.batch, cost, trainable, shares, note)
 
 
 def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
@@ -337,7 +324,7 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     Of a stage `evaluations` and `seconds` are None where they cannot be known yet, 0 where no network runs.
     """
     check_all(path)
-    params = {name: load_params(load_stage(name).params, name, path) for name in STAGES}
+    params: dict[str, Any] = {name: load_params(load_stage(name).params, name, path) for name in STAGES}
     document, force = read_yaml(path), project / PARAMS_FILE
     in_force = read_yaml(force) if force.exists() else {}
     same = {name: all(document.get(key) == in_force.get(key) for key in (name, *SHARED)) for name in STAGES}

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from data.bounds import OneOf, Positive
 from data.files import atomic_folder, digest
 from model.examples import encoded_fingerprint, load_buckets
-from model.methods import METHODS, QueryStates, compute_of, in_lockstep, method_faults
+from model.methods import METHODS, method_faults
 from model.networks.student import TRAINABLE, Student, save_student, start_student
 from model.networks.teachers import BASE, load_teachers, read_records
 from model.route import router
+from model.setup import setup_of
 from model.step import ROUTING, STATES, LoopParams
 from tasks.params.sections import RoutingParams
 from tasks.training.processes import in_processes, this_process
-from tasks.training.run import SHARED_BASE, TrainingParams, parts_to_load, run_training, write_steps
+from tasks.training.run import SHARED_BASE, TrainingParams, run_training, write_steps
 from tasks.training.states import facts_of
+
+QueryStates = Literal[1, 2, 4, 8, 16]  # K, the ablation's values
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,18 @@ class Params(TrainingParams):
         return self.loop_with(self.states, self.routes_taken)
 
     def faults(self) -> list[str]:
-        found = method_faults(self.method, self.states, self.query_states, self.start, self.batch)
-        if self.execution.shard_base and self.trainable == "all" and self.method != "merge":
-            found.append(f"trainable = 'all': execution.shard_base = true {SHARED_BASE}")
-        if self.execution.shard_base and not in_lockstep(self.method, self.query_states):
-            found.append(
+        method = METHODS[self.method]
+        faults = method_faults(self.method, self.states, self.query_states, self.start, self.batch)
+        if self.execution.shard_base and self.trainable == "all" and method.compute:
+            faults.append(f"trainable = 'all': execution.shard_base = true {SHARED_BASE}")
+        if self.execution.shard_base and not (method.lockstep and self.query_states == 1):
+            able = " or ".join(repr(name) for name, other in METHODS.items() if other.lockstep and other.compute)
+            faults.append(
                 f"method = {self.method!r}, query_states = {self.query_states}: processes that share one base by "
-                "execution.shard_base = true must ask it equally often, which only method = 'danceopd' or 'offpolicy' "
+                f"execution.shard_base = true must ask it equally often, which only method = {able} "
                 "with query_states = 1 does; choose one of these, or set execution.shard_base: false"
             )
-        return found + self.conflicts(self.held_out)
+        return faults + self.conflicts(self.held_out)
 
 
 def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict[str, Any]:
@@ -59,63 +64,42 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     "merge" the start is the student.
     """
     if params.execution.processes > this_process().size:
-        return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out}, params.execution)
+        return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out})
     routes = params.routing.routes
     names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
-    options = {"need": parts_to_load(params), **params.backbone.loading(params.execution.device)}
+    options = {"need": params.parts_to_load(), **params.backbone.loading(params.execution.device)}
     backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, **options)
     records = read_records(teachers)
     buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)
     hashes = {name: records[name].sha256 for name in names}
-    record = {
-        "base_sha256": records[BASE].sha256,
-        "teachers": hashes,
-        "start": params.start,
-        "trainable": params.trainable,
-        "rank": params.rank,
-        "alpha": params.alpha,
-    }
-    # Named only where they are not the paper's, so that a run that was begun before there was a choice goes on.
-    method = (
-        {"method": params.method, "query_states": params.query_states}
-        if (params.method, params.query_states) != ("danceopd", 1)
-        else {}
-    )
-    if params.method == "merge":
-        return _merge(student, {**record, "stage": "distill", "steps": 0, "fingerprint": digest([record, method])}, out)
-    return run_training(
-        "distill",
-        student,
-        fields,
-        buckets,
-        router(routes, names),
+    begun = {name: getattr(params, name) for name in ("start", "trainable", "rank", "alpha")}
+    record = {"base_sha256": records[BASE].sha256, "teachers": hashes, **begun}
+    # Named only where they are not the paper's, so that the paper's run keeps its fingerprint.
+    chosen = {"method": params.method, "query_states": params.query_states}
+    chosen = {} if chosen == {"method": "danceopd", "query_states": 1} else chosen
+    compute = METHODS[params.method].compute
+    if compute is None:
+        return _untrained(
+            student, {**record, "stage": "distill", "steps": 0, "fingerprint": digest([record, chosen])}, out
+        )
+    facts = facts_of(
         params.loop(),
+        params,
+        params.execution,
         seed=params.seed,
-        watch=params,
-        execution=params.execution,
-        facts=facts_of(
-            params.loop(),
-            params,
-            params.execution,
-            seed=params.seed,
-            start=params.start,
-            trainable=params.trainable,
-            rank=params.rank,
-            alpha=params.alpha,
-            routes=[asdict(route) for route in routes],
-            encoded=encoded_fingerprint(encoded),
-            teachers=hashes,
-            **method,
-        ),
-        record=record,
-        compute=compute_of(params.method, params.query_states),
-        out=out,
+        **begun,
+        routes=[asdict(route) for route in routes],
+        encoded=encoded_fingerprint(encoded),
+        teachers=hashes,
+        **chosen,
     )
+    setup = setup_of(student, fields, buckets, router(routes, names), params.loop(), params.seed)
+    return run_training("distill", setup, params, facts, record, out, compute(params.query_states))
 
 
-def _merge(student: Student, record: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The mean of the teachers, as it is: the paper's baseline without training."""
+def _untrained(student: Student, record: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The start as it is, for a method without a step."""
     if this_process().rank == 0:
         with atomic_folder(out) as folder:
             save_student(folder, student, record)

@@ -40,29 +40,24 @@ class Metrics:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*"):  # of a run killed while it was starting
                 left.unlink()
-            later = {start: (SHARES, *LOOKS)}  # prefixes of what is measured again
-            kept = [
-                line
-                for line in read_metrics(path)
-                if line["step"] <= start and not line["name"].startswith(later.get(line["step"], SHARES))
-            ]
+            again = {start: (SHARES, *LOOKS)}  # prefixes of what is measured again, by step
+            lines = [line for line in read_metrics(path) if line["step"] <= start]
+            kept = [line for line in lines if not line["name"].startswith(again.get(line["step"], SHARES))]
             write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.writes and values:
+            lines = [json.dumps({"name": name, "step": step, "value": value}) for name, value in values.items()]
             with open(self.path, "a", encoding="utf-8") as file:
-                lines = [json.dumps({"name": name, "step": step, "value": value}) for name, value in values.items()]
                 file.write("".join(f"{line}\n" for line in lines))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without a last one that was cut short; empty when there is none."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             break  # of a run killed while it wrote
-    return found
+    return lines

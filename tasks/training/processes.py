@@ -24,19 +24,20 @@ import torch
 from data.errors import Outage, Terminated, UserError
 from model.compute.execution import device_of
 from model.compute.parallel import ALONE, World, joined
-from model.compute.settings import ExecutionParams
 
 START = "spawn"  # a forked child cannot use CUDA, nor threads that its parent had
 GRACE = 20.0  # s from asking a process to end until it is ended
+SILENT = ("", None)  # the last word of a process that said nothing
 _here = [ALONE]  # this process's place, set once by `_work`
 
 
 def this_process() -> World:
+    """This process's place among those of its stage."""
     return _here[0]
 
 
-def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: ExecutionParams) -> dict[str, Any]:
-    """Runs tasks.STAGE's function in `execution.processes` processes and returns rank 0's summary.
+def in_processes(stage: str, params: Any, paths: dict[str, Path]) -> dict[str, Any]:
+    """Runs a stage's function in `params.execution.processes` processes and returns rank 0's summary.
 
     Raises the UserError that any of them met. When one dies all are ended, and that is a UserError too. SIGTERM is
     handed on: they save and stop.
@@ -44,12 +45,10 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: Exe
     context: Any = multiprocessing.get_context(START)
     with tempfile.TemporaryDirectory(prefix="processes-") as folder:
         pipes, children = [], list[SpawnProcess]()
-        for rank in range(execution.processes):
+        for rank in range(params.execution.processes):
             ours, theirs = context.Pipe(duplex=False)
             child = context.Process(
-                target=_work,
-                args=(stage, params, paths, rank, execution, Path(folder) / "meeting", theirs),
-                daemon=True,
+                target=_work, args=(stage, params, paths, rank, Path(folder) / "meeting", theirs), daemon=True
             )
             with _as_module():
                 child.start()
@@ -59,40 +58,35 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path], execution: Exe
         with _handed_on(children) as asked:
             _watch(children)
         words = [_last_word(pipe) for pipe in pipes]
-    if (
-        asked
-        and not any(word and word[0] == "done" for word in words)
-        and not any(word and word[0] == "terminated" for word in words)
-    ):
-        raise Terminated(f"{stage}: stopped by SIGTERM before its first step; the same command starts it again")
-    for word in words:
-        if word and word[0] == "terminated":
-            raise Terminated(word[1])
-    for word in words:
-        if word and word[0] in ("refused", "outage"):
-            raise (Outage if word[0] == "outage" else UserError)(word[1])
-    failed = [rank for rank, child in enumerate(children) if child.exitcode != 0]
-    if failed:
-        # One that lost a peer says so; the cause is the one that says nothing.
-        rank = next((rank for rank in failed if not words[rank]), failed[0])
-        code = children[rank].exitcode or 0
-        how = (
-            f"was killed by signal {-code} ({signal.Signals(-code).name})"
-            if code < 0
-            else f"failed with exit status {code}"
-        )
-        raise UserError(
-            f"{stage}: process {rank + 1} of {len(children)} {how}; all were stopped, and the same command goes on from the last saved state "
-            "(out of memory? lower execution.micro_batch or execution.processes)"
-        )
-    assert words[0] is not None
+    _raise_what_they_met(stage, words, [child.exitcode or 0 for child in children], bool(asked))
     summary: dict[str, Any] = words[0][1]
     return summary
 
 
+def _raise_what_they_met(stage: str, words: list[tuple[str, Any]], codes: list[int], asked: bool) -> None:
+    """The error that a process told as its last word, by importance; nothing where all have ended well."""
+    said = {word for word, _ in words}
+    if asked and not said & {"done", "terminated"}:
+        raise Terminated(f"{stage}: stopped by SIGTERM before its first step; the same command starts it again")
+    for word, error in (("terminated", Terminated), ("refused", UserError), ("outage", Outage)):
+        if word in said:
+            raise error(next(text for name, text in words if name == word))
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if failed:
+        # A process that lost a peer says so; the cause is the silent one.
+        rank = next((rank for rank in failed if words[rank] == SILENT), failed[0])
+        code = codes[rank]
+        killed = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
+        raise UserError(
+            f"{stage}: process {rank + 1} of {len(codes)} {killed or f'failed with exit status {code}'}; all were "
+            "stopped, and the same command goes on from the last saved state "
+            "(out of memory? lower execution.micro_batch or execution.processes)"
+        )
+
+
 @contextmanager
 def _as_module() -> Iterator[None]:
-    """A spawned child imports its parent's main module again; ours is not worth that, and pytest's cannot be."""
+    """Within it a spawned child does not import its parent's main module, which it has no use for."""
     main: Any = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     main.__spec__ = None
@@ -147,28 +141,23 @@ def _handed_on(children: Sequence[SpawnProcess]) -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _last_word(pipe: Connection) -> tuple[str, Any] | None:
+def _last_word(pipe: Connection) -> tuple[str, Any]:
     try:
-        return pipe.recv() if pipe.poll() else None
+        return pipe.recv() if pipe.poll() else SILENT
     except EOFError:
-        return None
+        return SILENT
 
 
-def _work(
-    stage: str,
-    params: Any,
-    paths: dict[str, Path],
-    rank: int,
-    execution: ExecutionParams,
-    meeting: Path,
-    word: Connection,
-) -> None:
+def _end_with(parent: Any) -> None:
+    """Nobody is left to report to."""
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(stage: str, params: Any, paths: dict[str, Path], rank: int, meeting: Path, word: Connection) -> None:
+    execution = params.execution
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(
-        target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True
-    ).start()  # nobody is left to report to
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     device = device_of(execution, rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // execution.processes))
@@ -176,17 +165,19 @@ def _work(
         with joined(rank, execution.processes, meeting, device) as _here[0]:
             summary = getattr(importlib.import_module(f"tasks.stages.{stage}"), stage)(params, **paths)
         word.send(("done", summary))
-    except Terminated as error:
-        word.send(("terminated", str(error)))
-        raise SystemExit(3) from None
-    except UserError as error:
-        word.send(("outage" if isinstance(error, Outage) else "refused", str(error)))
-        raise SystemExit(3) from None
-    except torch.distributed.DistBackendError as error:
-        word.send(("lost", str(error)))
-        raise SystemExit(4) from None
-    except RuntimeError as error:
-        if "onnection" not in str(error) and "gloo" not in str(error):
+    except (Terminated, UserError, RuntimeError) as error:
+        kind = _kind(error)
+        if kind is None:
             raise
-        word.send(("lost", str(error)))
-        raise SystemExit(4) from None
+        word.send((kind, str(error)))
+        raise SystemExit(4 if kind == "lost" else 3) from None
+
+
+def _kind(error: Exception) -> str | None:
+    """The word for an error that the stage knows; None for a defect."""
+    for kind, word in ((Terminated, "terminated"), (Outage, "outage"), (UserError, "refused")):
+        if isinstance(error, kind):
+            return word
+    # gloo tells a lost peer as a bare RuntimeError, by its text alone.
+    lost = isinstance(error, torch.distributed.DistBackendError) or "onnection" in str(error) or "gloo" in str(error)
+    return "lost" if lost else None

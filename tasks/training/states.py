@@ -12,11 +12,11 @@ import torch
 
 from data.bounds import Count, Positive
 from data.errors import UserError
-from data.files import read_json
-from model.checkpoint import RECORD, load_state, newest_state, read_state
+from data.files import atomic_folder, digest, read_json, write_json
+from model.checkpoint import RECORD, load_state, newest_state, read_state, write_tensors
 from model.compute.settings import ExecutionParams
-from model.step import LoopParams
-from tasks.training.metrics import RUNS
+from model.step import LoopParams, NotFinite
+from tasks.training.metrics import RUNS, state_folder
 from tasks.training.processes import this_process
 
 LAYOUT = 2  # of what a state holds: one of another layout is not taken up
@@ -42,22 +42,18 @@ class Watch:
     accept_changed: tuple[str, ...]
 
     def conflicts(self, held_out: int) -> list[str]:
-        found = []
+        faults = []
         if self.keep_every % self.save_every:
-            found.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
+            faults.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
         if self.validate_every > 0 and held_out < 1:
-            found.append(
-                f"held_out = {held_out}: validate_every = {self.validate_every} needs rows that are not trained on; "
-                "choose 1 or more"
-            )
+            rows = "needs rows that are not trained on; choose 1 or more"
+            faults.append(f"held_out = {held_out}: validate_every = {self.validate_every} {rows}")
         if self.patience > 0 and self.validate_every < 1:
-            found.append(
-                f"validate_every = {self.validate_every}: patience = {self.patience} needs validations; "
-                "choose 1 or more"
-            )
+            wanted = f"patience = {self.patience} needs validations; choose 1 or more"
+            faults.append(f"validate_every = {self.validate_every}: {wanted}")
         if self.accept_changed and not self.resume_from:
-            found.append(f"accept_changed = {list(self.accept_changed)}: means nothing without resume_from; empty it")
-        return found
+            faults.append(f"accept_changed = {list(self.accept_changed)}: means nothing without resume_from; empty it")
+        return faults
 
 
 def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **others: Any) -> dict[str, Any]:
@@ -67,11 +63,10 @@ def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **other
     other choices.
     """
     stopping = {"validate_every": watch.validate_every, "patience": watch.patience} if watch.patience else {}
-    origin = (
-        {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)} if watch.resume_from else {}
-    )
+    origin = {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)}
     numbers = {**asdict(loop), **stopping, "precision": execution.precision}
-    return {"params": numbers, "torch": torch.__version__, "state_layout": LAYOUT, **origin, **others}
+    facts = {"params": numbers, "torch": torch.__version__, "state_layout": LAYOUT, **others}
+    return {**facts, **origin} if watch.resume_from else facts
 
 
 def flat_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,9 +74,8 @@ def flat_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            flat.update(
-                {inner if name == "params" else f"{name}.{inner}": item for inner, item in flat_facts(value).items()}
-            )
+            prefix = "" if name == "params" else f"{name}."
+            flat.update({f"{prefix}{key}": item for key, item in flat_facts(value).items()})
         else:
             flat[name] = value
     return flat
@@ -91,37 +85,27 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     """Dotted name -> "before -> now", of all facts that are not equal but the origin itself."""
     # As JSON, which is what became of those that were saved.
     old, new = flat_facts(json.loads(json.dumps(before))), flat_facts(json.loads(json.dumps(now)))
-    names = [name for name in sorted({*old, *new}) if name not in ("resume_from", "accept_changed")]
-    return {
-        name: f"{old.get(name, '(none)')} -> {new.get(name, '(none)')}"
-        for name in names
-        if old.get(name) != new.get(name)
-    }
+    names = sorted({*old, *new} - {"resume_from", "accept_changed"})
+    pairs = {name: (old.get(name, "(none)"), new.get(name, "(none)")) for name in names}
+    return {name: f"{was} -> {is_now}" for name, (was, is_now) in pairs.items() if was != is_now}
 
 
-def _state_to_start_from(
-    stage: str, state: Path, fingerprint: str, facts: Mapping[str, Any], watch: Watch
+def state_to_start_from(
+    stage: str, facts: Mapping[str, Any], watch: Watch
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """This run's own newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs'
+    """The run's newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs'
     states are left aside.
     """
-    own = load_state(state, fingerprint)
-    if own is not None:
-        return own
+    fingerprint = digest(dict(facts))
+    folder = state_folder(stage, fingerprint)
+    if (state := load_state(folder, fingerprint)) is not None:
+        return state
     if not watch.resume_from:
-        others = [
-            newest
-            for folder in RUNS.glob(f"{stage}-*")
-            if folder != state and (newest := newest_state(folder)) is not None
-        ]
-        if others and not this_process().rank:
-            latest = max(others, key=lambda path: path.stat().st_mtime)
-            known = read_json(latest / RECORD).get("facts")
-            names = ", ".join(differing(known, facts)) if known else "facts that it does not tell"
-            print(f"{stage}: starts anew; the latest state of another run, {latest}, differs in {names}", flush=True)
+        if not this_process().rank:
+            _tell_others(stage, folder, facts)
         return None
-    folder = Path(watch.resume_from)
-    newest = folder if folder.name.startswith("step-") else newest_state(folder)
+    named = Path(watch.resume_from)
+    newest = named if named.name.startswith("step-") else newest_state(named)
     if newest is None or not newest.is_dir():
         raise UserError(
             f"resume_from = {watch.resume_from!r}: no state there; name a folder runs/{stage}-... "
@@ -136,3 +120,25 @@ def _state_to_start_from(
             "Set them back, or list their names in accept_changed if the run is to go on all the same"
         )
     return tensors, {**record, "origin": {"state": str(newest), "sha256": record["sha256"], "changed": sorted(changed)}}
+
+
+def _tell_others(stage: str, folder: Path, facts: Mapping[str, Any]) -> None:
+    newest = [newest_state(other) for other in RUNS.glob(f"{stage}-*") if other != folder]
+    others = [state for state in newest if state is not None]
+    if others:
+        latest = max(others, key=lambda path: path.stat().st_mtime)
+        known = read_json(latest / RECORD).get("facts")
+        names = ", ".join(differing(known, facts)) if known else "facts that it does not tell"
+        print(f"{stage}: starts anew; the latest state of another run, {latest}, differs in {names}", flush=True)
+
+
+def save_samples(state: Path, error: NotFinite) -> Path:
+    """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers, rows of
+    the bucket, query indices.
+    """
+    folder, plan = state / f"not-finite-{error.plan.index:08d}", error.plan
+    drawn = {"step": plan.index, **asdict(plan.route), "rows": list(plan.rows), "query": list(plan.query)}
+    with atomic_folder(folder) as temporary:
+        write_tensors(temporary / "samples.safetensors", {name: value.clone() for name, value in error.batch.items()})
+        write_json(temporary / "samples.json", {**drawn, "reason": str(error)})
+    return folder

@@ -1,0 +1,131 @@
+"""What a training holds fixed, and the batches in which it computes the slots of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from model.compute.execution import WHOLE_BATCH, Execution, moved, precision, rollout_ready
+from model.examples import Bucket
+from model.fields.base import Condition, VelocityField
+from model.networks.student import Student
+from model.randomness import noise_for
+from model.rollout import euler_grid
+from model.route import Router
+from model.step import LoopParams, Plan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Who learns from whom, on what, and how it is computed.
+
+    `teachers`: field by name. `buckets`: examples by capability. `grid` (N + 1,), on the host: the noise levels of the
+    student's rollout.
+    """
+
+    student: Student
+    teachers: Mapping[str, VelocityField]
+    buckets: Mapping[str, Bucket]
+    router: Router
+    params: LoopParams
+    grid: torch.Tensor
+    seed: int
+    execution: Execution = WHOLE_BATCH
+
+    def moved(self, value: T) -> T:
+        return moved(value, self.execution.device)
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Within it student and teachers compute; equal weights then give equal answers."""
+        return precision(self.execution.device, self.execution.dtype, self.execution.attention)
+
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """Within it the student answers without a gradient, as fast as `execution` allows."""
+        ready = rollout_ready(self.student.network, self.student.adapter, self.execution)
+        with torch.no_grad(), ready, self.precision():
+            yield
+
+    def shape_of(self, capability: str, row: int) -> tuple[int, ...]:
+        """The latents' shape (C, H, W) of an example."""
+        return self.buckets[capability].shape_of(row) or self.student.backbone.latent_shape
+
+    def batches(
+        self, plan: Plan, slots: Sequence[int], size: int, order: Callable[[int], int] | None = None
+    ) -> Iterator[Batch]:
+        """The slots in batches of at most `size`, all of one latent shape; within a shape sorted by `order` where there
+        is more than one batch.
+        """
+        shapes = {slot: self.shape_of(plan.route.capability, plan.rows[slot]) for slot in slots}
+        for shape in dict.fromkeys(shapes.values()):
+            group = [slot for slot in slots if shapes[slot] == shape]
+            if order is not None and len(group) > size:
+                group.sort(key=order)
+            for first in range(0, len(group), size):
+                yield Batch(self, plan, group[first : first + size])
+
+
+def setup_of(
+    student: Student,
+    teachers: Mapping[str, VelocityField],
+    buckets: Mapping[str, Bucket],
+    router: Router,
+    params: LoopParams,
+    seed: int,
+) -> Setup:
+    """On the noise levels that the student's backbone is sampled at, computed on the CPU in whole batches."""
+    grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
+    return Setup(student, teachers, buckets, router, params, grid, seed)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Slots of a plan, n of them, whose latents share one shape, so that they are computed together."""
+
+    setup: Setup
+    plan: Plan
+    slots: list[int]
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.setup.buckets[self.plan.route.capability]
+
+    @property
+    def rows(self) -> list[int]:
+        return [self.plan.rows[slot] for slot in self.slots]
+
+    @property
+    def index(self) -> torch.Tensor:
+        """(n,) on the host: the query indices."""
+        return torch.tensor([self.plan.query[slot] for slot in self.slots])
+
+    def condition(self) -> Condition:
+        return self.setup.moved(self.bucket.at(self.rows))
+
+    def noise(self, purpose: str = "noise") -> torch.Tensor:
+        """(n, C, H, W), independent of the batch that a slot is in."""
+        shape = self.setup.shape_of(self.plan.route.capability, self.rows[0])
+        return self.setup.moved(noise_for(self.setup.seed, self.plan.index, self.slots, shape, purpose))
+
+    def targets(self) -> torch.Tensor:
+        """The clean target latents (n, C, H, W). Raises UserError where the data has none."""
+        return self.setup.moved(self.bucket.targets(self.rows))
+
+    def levels(self, index: torch.Tensor) -> torch.Tensor:
+        """(n,): the noise levels at these indices of the grid."""
+        return self.setup.moved(self.setup.grid[index])
+
+    def at(self, t: float) -> torch.Tensor:
+        """(n,), all `t`."""
+        return torch.full((len(self.slots),), t, device=self.setup.execution.device)
+
+
+# (setup, the field to learn from, plan, this process's slots) -> losses (B,) by slot, 0 for the slots of others, and
+# samples by name. Adds the gradient of the step's mean loss, as far as the slots go, to the student's.
+Accumulate = Callable[[Setup, VelocityField, Plan, Sequence[int]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
