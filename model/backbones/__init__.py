@@ -47,6 +47,7 @@ class Backbone(Protocol):
     original_names: tuple[tuple[str, str], ...]
     comfyui_prefix: str | None  # of adapter keys, before diffusers' module names; None where ComfyUI cannot run it
     supports_edits: bool  # whether the network reads a source image
+    no_pipeline: str  # why neither diffusers' pipelines nor ComfyUI run it; "" where they do
     pixels_per_latent: int
     size_multiple: int  # px: height and width of a picture are multiples of it
     largest_edge: int  # px: what the network has positions for

@@ -171,6 +171,10 @@ class MicroBackbone:
     adapter_targets: tuple[str, ...] = (*SD3Backbone.adapter_targets, "net.0.proj", "net.2")
     original_names: tuple[tuple[str, str], ...] = ORIGINAL_NAMES
     comfyui_prefix: str | None = None
+    no_pipeline = (
+        "the micro world's text encoder and codec are the project's own, which neither diffusers' pipelines nor "
+        "ComfyUI have"
+    )
 
     def __init__(
         self, network: SD3Transformer2DModel, text: WordEncoder, codec: LinearCodec, scheduler: dict[str, Any]

@@ -132,6 +132,7 @@ class PipelineBackbone:
     """
 
     network_class: Any
+    no_pipeline = ""
     latent_shape: tuple[int, int, int]
 
     def __init__(

@@ -61,6 +61,11 @@ class SD3Backbone(parts.PipelineBackbone):
             wanted = f"{channels} (T2I) or {2 * channels} (T2I and edits) for {channels} latent channels"
             raise UserError(f"{place}: expected {wanted}")
         self.supports_edits = config.in_channels == 2 * channels
+        if self.supports_edits:
+            self.no_pipeline = (
+                f"this SD3 reads a source image beside the noise (in_channels = {config.in_channels}), which neither "
+                "diffusers' StableDiffusion3Pipeline nor ComfyUI gives it"
+            )
         self.latent_shape = (channels, config.sample_size, config.sample_size)
         self.size_multiple = self.pixels_per_latent * config.patch_size
         self.largest_edge = self.size_multiple * config.pos_embed_max_size

@@ -16,6 +16,7 @@ from data.progress import Advance
 from data.randomness import seed_of
 from model import drawing
 from model.backbones import Backbone, load_backbone
+from model.families import FAMILIES
 from model.networks.student import RECORD, Student, load_student
 from model.networks.teachers import BASE, weights_sha256
 from tasks.weights.sources import Source, resolve
@@ -37,7 +38,7 @@ class Drawing:
     resolution: int = 0
 
     def steps_of(self, backbone: Backbone) -> int:
-        return self.steps or {"micro": 16}.get(backbone.name, 28)
+        return self.steps or FAMILIES[backbone.name].steps
 
 
 DEFAULTS = asdict(Drawing())

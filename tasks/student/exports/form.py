@@ -24,16 +24,5 @@ class Form:
 
 
 def no_pipeline(model: Model) -> str:
-    """Why neither diffusers' pipelines nor ComfyUI run a student of this family, "" where they do."""
-    if model.backbone.name == "micro":
-        return (
-            "the micro world's text encoder and codec are the project's own, which neither diffusers' pipelines nor "
-            "ComfyUI have"
-        )
-    if model.backbone.name == "sd3" and model.backbone.supports_edits:
-        channels = model.student.network.config.in_channels
-        return (
-            f"this SD3 reads a source image beside the noise (in_channels = {channels}), which neither diffusers' "
-            "StableDiffusion3Pipeline nor ComfyUI gives it"
-        )
-    return ""
+    """Why neither diffusers' pipelines nor ComfyUI run this student, "" where they do."""
+    return model.backbone.no_pipeline
