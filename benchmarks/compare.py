@@ -22,7 +22,6 @@ from data.files import write_text
 from data.records import GEDIT_CATEGORIES
 from data.yaml_files import read_yaml
 
-PAPER_FILE = Path(__file__).with_name("paper.yaml")
 BENCHMARKS = ("gedit", "geneval")  # in the order of the paper's columns
 NOT_STATED = "not stated"
 
@@ -41,8 +40,8 @@ class Row:
     values: dict[str, Value]  # by column
 
 
-def load_paper(path: Path = PAPER_FILE) -> dict[str, Any]:
-    return read_yaml(path)
+def load_paper() -> dict[str, Any]:
+    return read_yaml(Path(__file__).with_name("paper.yaml"))
 
 
 def overall_of_counts(correct: Sequence[int], sizes: Sequence[int]) -> float:
@@ -101,12 +100,8 @@ def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
     return Row(name, values)
 
 
-# --- what differs -----------------------------------------------------------------------------------------------------
-
-
 def _identity(card: Scorecard, benchmark: str) -> Mapping[str, Any]:
-    """What a scorecard of real images says of its evaluation; empty for the micro world's, whose evaluation is
-    exact."""
+    """What a scorecard of real images says of its evaluation; empty for the micro world's, which is exact."""
     value = card.identities.get(benchmark)
     return value if isinstance(value, Mapping) else {}
 
@@ -183,9 +178,6 @@ def differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
     theirs = paper["sampling"]
     guidance = f"{theirs['guidance_edit']:g} (edits) and {theirs['guidance_t2i']:g} (T2I)"
     return [*notes, f"sampling: {_sampling(card)}; the paper {theirs['steps']} steps, guidance {guidance}"]
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def _text(value: Value | None, column: str) -> str:

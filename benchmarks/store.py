@@ -34,9 +34,6 @@ def result_key(kind: str, **parts: Any) -> str:
     return digest({"kind": kind, **parts})
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, item in value.items():
@@ -68,14 +65,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SETTINGS_FILE
     if not path.exists():
         raise UserError(f"{path}: no such file; {folder} holds no results yet: run the step that makes them first")
-    value = read_json(path)
-    if not isinstance(value, dict):
-        advice = "restore the file or choose another folder"
-        raise UserError(f"{path}: expected a mapping, found {type(value).__name__}; {advice}")
-    return value
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
+    settings: dict[str, Any] = read_json(path)
+    return settings
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -112,9 +103,6 @@ def read_results(folder: str | Path) -> dict[str, Any]:
                 raise UserError(f"{path} and {shard_with[key]} {fault}; remove one of the two shards")
             results[key], shard_with[key] = value, path
     return results
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 class Shard:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from benchmarks.geneval.images import some
 from benchmarks.geneval.prompts import CLASSES
+from benchmarks.geneval.rules import DETECTOR
 from data.errors import UserError
 from data.files import weights_digest
 
@@ -31,8 +33,8 @@ MEAN = (123.675, 116.28, 103.53)  # RGB, 0 to 255
 STD = (58.395, 57.12, 57.375)
 PAIRS = 100  # (query, class) pairs kept of an image
 LOWEST = 0.05  # detections with this score or more are stored: every threshold in use lies above
-PREPROCESSING = {"short_side": SHORT_SIDE, "long_side": LONG_SIDE, "multiple": MULTIPLE, "padding": PADDING}
-PREPROCESSING |= {"mean": list(MEAN), "std": list(STD), "pairs": PAIRS}
+SIZES = {"short_side": SHORT_SIDE, "long_side": LONG_SIDE, "multiple": MULTIPLE, "padding": PADDING}
+PREPROCESSING = {**SIZES, "mean": list(MEAN), "std": list(STD), "pairs": PAIRS}
 # alias:name of COCO's things, as label files have them
 _ALIASES = (
     "motorbike:motorcycle aeroplane:airplane sofa:couch tvmonitor:tv doughnut:donut mouse:computermouse "
@@ -52,9 +54,6 @@ class Instance:
     score: float
     box: Box
     mask: np.ndarray
-
-
-# --- preprocessing ----------------------------------------------------------------------------------------------------
 
 
 def resized(height: int, width: int) -> tuple[int, int]:
@@ -80,9 +79,6 @@ def preprocess(image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
     below, right = -height % MULTIPLE, -width % MULTIPLE
     pixels = functional.pad(pixels.round().clamp(0, 255), (0, right, 0, below), value=PADDING)
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None], (height, width)
-
-
-# --- postprocessing ---------------------------------------------------------------------------------------------------
 
 
 def postprocess(
@@ -133,17 +129,6 @@ def _shape(
     if not len(rows):
         return binary, confidence, (0.0, 0.0, 0.0, 0.0)
     return binary, confidence, (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Detector:
-    """A loaded network and the torch device it is on."""
-
-    network: Any
-    device: str
 
 
 def model_folder(source: str, what: str) -> Path:
@@ -218,14 +203,15 @@ def detector_identity(source: str) -> dict[str, Any]:
     return {"architecture": "mask2former", "weights": weights, "lowest": LOWEST, **PREPROCESSING}
 
 
-def load_detector(source: str, device: str) -> Detector:
-    """Loads Mask2Former. Raises UserError as `load_network` and `check_labels` do."""
+@lru_cache(maxsize=1)
+def load_detector(source: str, device: str) -> Any:
+    """Loads Mask2Former and tests it. Raises UserError as `load_network`, `check_labels` and `self_test` do."""
     from transformers import Mask2FormerForUniversalSegmentation as Network
 
-    example = "facebook/mask2former-swin-small-coco-instance"
-    _, network = load_network("detector", source, "mask2former", Network, example)
+    _, network = load_network("detector", source, "mask2former", Network, DETECTOR)
     check_labels(network.config.id2label)
-    return Detector(network.to(device), device)
+    self_test(network.to(device))
+    return network
 
 
 @contextmanager
@@ -240,17 +226,18 @@ def full_precision() -> Iterator[None]:
 
 
 @torch.no_grad()
-def detect(detector: Detector, images: Sequence[np.ndarray]) -> list[list[Instance]]:
-    """Every image's instances. Images (H, W, 3) uint8 RGB of any sizes; those of one size pass the network together."""
+def detect(network: Any, images: Sequence[np.ndarray]) -> list[list[Instance]]:
+    """Every image's instances. Images (H, W, 3) uint8 RGB of any sizes; those of equal size pass the network
+    together."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault((image.shape[0], image.shape[1]), []).append(index)
     instances: list[list[Instance]] = [[] for _ in images]
     for size, members in by_size.items():
         prepared, insides = zip(*(preprocess(images[index]) for index in members), strict=True)
-        pixels = torch.stack(prepared).to(detector.device)  # (B, 3, h, w)
+        pixels = torch.stack(prepared).to(network.device)  # (B, 3, h, w)
         with full_precision():
-            output = detector.network(pixel_values=pixels)
+            output = network(pixel_values=pixels)
         padded = (pixels.shape[2], pixels.shape[3])
         answers = zip(members, output.class_queries_logits, output.masks_queries_logits, insides, strict=True)
         for index, classes, masks, inside in answers:
@@ -258,25 +245,22 @@ def detect(detector: Detector, images: Sequence[np.ndarray]) -> list[list[Instan
     return instances
 
 
-def self_test(detector: Detector) -> None:
+def self_test(network: Any) -> None:
     """Raises UserError when the network's answers are not finite, or differ between an image alone and in a batch:
     signs of a broken build or device."""
     y, x = np.mgrid[0:96, 0:128]
     ramp = np.stack([x * 2, y * 2, 255 - x], axis=-1).astype(np.uint8)
     disc = np.where(((x - 64) ** 2 + (y - 48) ** 2 < 900)[..., None], np.uint8(200), np.uint8(40)).repeat(3, axis=-1)
-    pixels = torch.stack([preprocess(ramp)[0], preprocess(disc)[0]]).to(detector.device)
+    pixels = torch.stack([preprocess(ramp)[0], preprocess(disc)[0]]).to(network.device)
     with torch.no_grad(), full_precision():
-        alone, batch = (detector.network(pixel_values=part).class_queries_logits for part in (pixels[:1], pixels))
-    where = f"detector on {detector.device}"
+        alone, batch = (network(pixel_values=part).class_queries_logits for part in (pixels[:1], pixels))
+    where = f"detector on {network.device}"
     if not (torch.isfinite(alone).all() and torch.isfinite(batch).all()):
         raise UserError(f"{where}: its scores are not finite; the weights or the device's kernels are broken")
     difference = float((alone.softmax(-1) - batch[:1].softmax(-1)).abs().max())
     if difference > 0.01:
         fault = f"an image's probabilities differ by {difference:.3f} alone and in a batch"
         raise UserError(f"{where}: {fault}; the device's kernels are broken")
-
-
-# --- masks as text ----------------------------------------------------------------------------------------------------
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

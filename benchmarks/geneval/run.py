@@ -101,22 +101,6 @@ def evaluator_identity(evaluator: Evaluator, records: Records) -> Row:
     return _identity(evaluator)
 
 
-@lru_cache(maxsize=1)
-def _loaded_detector(source: str, device: str) -> Any:
-    from benchmarks.geneval.detector import load_detector, self_test
-
-    detector = load_detector(source, device)
-    self_test(detector)
-    return detector
-
-
-@lru_cache(maxsize=1)
-def _loaded_classifier(source: str, device: str) -> Any:
-    from benchmarks.geneval.colors import load_classifier
-
-    return load_classifier(source, device)
-
-
 def color_counts(record: Mapping[str, Any]) -> dict[str, int]:
     """Class -> how many of its most confident detections need their colour."""
     counts: dict[str, int] = {}
@@ -131,19 +115,19 @@ def _stored(thing: Any, color: str | None, **more: Any) -> Row:
 
 
 def _network_detections(batch: _Batch) -> list[list[Row]]:
-    from benchmarks.geneval.colors import classify
-    from benchmarks.geneval.detector import detect, encode_mask
+    from benchmarks.geneval.colors import classify, load_classifier
+    from benchmarks.geneval.detector import detect, encode_mask, load_detector
 
     device = device_of(batch.evaluator.device)
     results = []
-    every = detect(_loaded_detector(batch.evaluator.detector, device), batch.images)
+    every = detect(load_detector(batch.evaluator.detector, device), batch.images)
     for image, record, instances in zip(batch.images, batch.records, every, strict=True):
         chosen = []
         for name, count in color_counts(record).items():
             chosen += [instance for instance in instances if instance.class_name == name][:count]
         colors = {}
         if chosen:
-            classifier = _loaded_classifier(batch.evaluator.classifier, device)
+            classifier = load_classifier(batch.evaluator.classifier, device)
             colors = dict(zip(chosen, classify(classifier, image, chosen), strict=True))
         results.append([_stored(found, colors.get(found), mask=encode_mask(found.mask)) for found in instances])
     return results
@@ -259,7 +243,8 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     share by tag, and their plain mean."""
     frame = pd.DataFrame(rows)
     by_prompt = frame.groupby("metadata")["correct"].any()
-    tags = frame.groupby("tag", sort=False)["correct"].agg(score="mean", correct="sum", images="size")
+    groups = frame.groupby("tag", sort=False)["correct"]
+    tags = pd.DataFrame({"score": groups.mean(), "correct": groups.sum(), "images": groups.size()})
     return {
         "images": len(frame),
         "prompts": len(by_prompt),
