@@ -2,8 +2,7 @@
 different protocols are not comparable.
 
 The paper's rows are data (`paper.yaml`). Its GEdit average is over six of the eleven categories, so a scorecard's
-average over the same six stands beside it.
-"""
+average over the same six stands beside it."""
 
 from __future__ import annotations
 
@@ -197,9 +196,8 @@ def render(
     if style == "csv":
         cells = {}
         for column in columns:
-            values = [row.values.get(column) for row in rows]
-            cells[column] = [value and value.mean for value in values]
-            cells[f"{column} stderr"] = [value and value.stderr for value in values]
+            for name, field in ((column, "mean"), (f"{column} stderr", "stderr")):
+                cells[name] = [getattr(row.values.get(column), field, None) for row in rows]
         return pd.DataFrame(cells, index=names).to_csv() + "".join(f"# {line}\n" for line in (intro, *remarks))
     table = pd.DataFrame({column: [_text(row.values.get(column), column) for row in rows] for column in columns}, names)
     averages = {MACRO["gedit"]: "GEdit avg", MACRO["geneval"]: "GenEval"}

@@ -64,8 +64,7 @@ def sample(model: str, images: Path, settings: Mapping[str, Any], jobs: Sequence
     """Samples the jobs into the folder `images` by `python -m tasks sample-set`, with further `words` of its command
     line; returns its exit status.
 
-    tasks/ may not be imported here, so it runs as a process of its own.
-    """
+    tasks/ may not be imported here, so it runs as a process of its own."""
     with tempfile.TemporaryDirectory(prefix="sample-") as folder:
         file = Path(folder) / "jobs.json"
         write_json(file, {"settings": settings, "jobs": jobs})

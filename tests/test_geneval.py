@@ -5,15 +5,7 @@ records.
 import numpy as np
 import pytest
 
-from benchmarks.geneval.rules import (
-    OFFICIAL,
-    RELATIONS,
-    Detection,
-    parse_record,
-    relation_table,
-    relations,
-    verdict,
-)
+from benchmarks.geneval.rules import OFFICIAL, RELATIONS, Detection, parse_record, relation_table, relations, verdict
 from benchmarks.geneval.shapes import detect
 from data.errors import UserError
 from data.microworld import World, render, t2i_example

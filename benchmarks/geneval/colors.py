@@ -2,8 +2,7 @@
 
 Facts follow djghosh13/geneval (evaluation/evaluate_images.py), clip-benchmark (zero-shot head) and open_clip (image
 transform). OpenAI's weights were trained with QuickGELU; with the plain GELU they load without an error and answer
-otherwise, so the activation is checked.
-"""
+otherwise, so the activation is checked."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ postprocessing.
 The image processor of transformers squashes to 384 x 384 and scores masks there; GenEval's reference (mmdet 2.x,
 mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco) keeps the aspect at a short side of 800 and scores at the image's size.
 So preprocessing and postprocessing are written here, after mmdet's. The weights are Meta's release and not OpenMMLab's:
-scores differ near the thresholds, and every result names its detector.
-"""
+scores differ near the thresholds, and every result names its detector."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def preprocess(image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
     """(H, W, 3) uint8 RGB -> pixels (3, h, w) float32, normalised and padded right and below, and the size (h0, w0)
     before padding.
 
-    Rounded to whole levels after resizing, as the reference resizes bytes.
-    """
+    Rounded to whole levels after resizing, as the reference resizes bytes."""
     height, width = resized(*image.shape[:2])
     pixels = _interpolate(torch.from_numpy(np.array(image)).permute(2, 0, 1).float(), (height, width))
     below, right = -height % MULTIPLE, -width % MULTIPLE
@@ -96,8 +94,7 @@ def postprocess(
     `padded` is the network input's (height, width), `inside` that of the picture in it, `size` the image's. The PAIRS
     most probable of all (query, class) pairs are taken, so a query may appear under several classes. Score = class
     probability x mean of the mask's sigmoid where its logit is above 0; the box spans the mask (zeros for an empty
-    one). Instances with a score below `lowest` are left out.
-    """
+    one). Instances with a score below `lowest` are left out."""
     classes = class_logits.shape[-1] - 1
     probabilities = class_logits.float().softmax(-1)[:, :-1].flatten()
     ranked = torch.sort(probabilities, descending=True, stable=True)  # ties in the order of queries, on every device
@@ -135,8 +132,7 @@ def model_folder(source: str, what: str) -> Path:
     """The folder of a model given as a folder or as a name on the hub (owner/name or owner/name@revision), which is
     then fetched into the cache.
 
-    Raises UserError for a folder without safetensors weights, or a name that cannot be fetched.
-    """
+    Raises UserError for a folder without safetensors weights, or a name that cannot be fetched."""
     folder = Path(source)
     if not folder.is_dir():
         name, _, revision = source.partition("@")
@@ -178,8 +174,7 @@ def load_network(what: str, source: str, model_type: str, network_class: Any, ex
     """The folder of a model and its network in float32, in evaluation mode.
 
     Raises UserError as `model_folder`, for another `model_type`, or for a checkpoint that lacks weights: the network
-    would keep random ones, and score as any other.
-    """
+    would keep random ones, and score as any other."""
     from transformers import AutoConfig
 
     folder = model_folder(source, what)

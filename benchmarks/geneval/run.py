@@ -3,8 +3,7 @@
 
 Detection is slow and its results are kept by address: image bytes, record, detector and classifier. The verdict is a
 function of them and of the thresholds, so thresholds can be swept without the networks, and a run that was killed ends
-with the same bytes as one that was not.
-"""
+with the same bytes as one that was not."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class Evaluator:
 
     `detector` and `classifier` are folders or names on the hub (`classifier` may be empty where no record has a
     colour), `device` is torch's. `batch` images pass a network together, in `workers` processes of this machine or in
-    those of the dask `scheduler`.
-    """
+    those of the dask `scheduler`."""
 
     detector: str
     classifier: str
@@ -277,8 +275,7 @@ def judge_images(
     arguments: run again it writes the same bytes.
 
     `intervals`: seed, resamples and confidence, as `scorecard` takes them. Raises UserError as `stored_detections`
-    does, and where the detector saw nothing in any image.
-    """
+    does, and where the detector saw nothing in any image."""
     to = to or out / VERDICT
     found = [_detections(row) for row in stored_detections(images, out)]
     records = [rules.parse_record(item.record) for item in images.items]
@@ -329,8 +326,7 @@ def judge_pictures(
     """Verdicts of pictures in any layout, in order, and the evaluator's identity: for a stage that has drawn them
     itself. What was seen is kept below `store`, so that a stage that was killed does not evaluate equal images twice.
 
-    Raises UserError as `detect_images` does.
-    """
+    Raises UserError as `detect_images` does."""
     records = [record for _, record in pictures]
     identity = evaluator_identity(evaluator, records)
     folder = store / digest(identity)[:16]
@@ -360,8 +356,7 @@ def agreement(ours: Path, reference: Path) -> dict[str, Any]:
     right, only ours, only theirs, both wrong].
 
     "accepted" says whether ours may stand in for the reference (the ACCEPTED_ constants). Raises UserErrors for unlike
-    sets.
-    """
+    sets."""
     a, b = (
         {(canonical(json.loads(row["metadata"])), Path(row["filename"]).name): row for row in read_official_rows(path)}
         for path in (ours, reference)
