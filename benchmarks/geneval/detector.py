@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.geneval.images import some
@@ -42,6 +43,7 @@ _ALIASES = (
 ALIASES = dict(pair.split(":") for pair in _ALIASES.split())
 HARMLESS = ("relative_position_index", "num_batches_tracked", "criterion.")  # buffers that a checkpoint may lack
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]  # (height, width) in px
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +57,19 @@ class Instance:
     mask: np.ndarray
 
 
-def resized(height: int, width: int) -> tuple[int, int]:
-    """(height, width), the aspect kept, as large as fits a short side of 800 and a long side of 1333. E.g. 512 x 512
+def resized(height: int, width: int) -> Size:
+    """The size with the aspect kept, as large as fits a short side of 800 and a long side of 1333. E.g. 512 x 512
     gives 800 x 800."""
     factor = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
-def _interpolate(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _interpolate(values: Tensor, size: Size) -> Tensor:
     """(C, H, W) to (C, *size), bilinear, without anti-aliasing."""
     return functional.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def preprocess(image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+def preprocess(image: np.ndarray) -> tuple[Tensor, Size]:
     """(H, W, 3) uint8 RGB -> pixels (3, h, w) float32, normalised and padded right and below, and the size (h0, w0)
     before padding.
 
@@ -80,13 +82,7 @@ def preprocess(image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
 
 
 def postprocess(
-    class_logits: torch.Tensor,
-    mask_logits: torch.Tensor,
-    *,
-    padded: tuple[int, int],
-    inside: tuple[int, int],
-    size: tuple[int, int],
-    lowest: float = LOWEST,
+    class_logits: Tensor, mask_logits: Tensor, *, padded: Size, inside: Size, size: Size, lowest: float = LOWEST
 ) -> list[Instance]:
     """An image's instances, most confident first, from class logits (Q, 81) (the last is "no object") and mask logits
     (Q, h, w).
@@ -113,9 +109,7 @@ def postprocess(
     return sorted(instances, key=lambda instance: -instance.score)
 
 
-def _shape(
-    logits: torch.Tensor, padded: tuple[int, int], inside: tuple[int, int], size: tuple[int, int]
-) -> tuple[np.ndarray, float, Box]:
+def _shape(logits: Tensor, padded: Size, inside: Size, size: Size) -> tuple[np.ndarray, float, Box]:
     """A query's mask (H, W) bool, its mean sigmoid over the mask, and the tight box."""
     whole = _interpolate(logits.float()[None], padded)
     picture = _interpolate(whole[:, : inside[0], : inside[1]], size)[0]
@@ -164,10 +158,8 @@ def check_labels(id2label: dict[Any, str]) -> None:
     pairs = enumerate(zip(names, CLASSES, strict=False))
     wrong = [f"{index}: {a!r}, expected {b!r}" for index, (a, b) in pairs if _plain(a) != _plain(b)]
     if len(names) != len(CLASSES) or wrong:
-        needs = f"{len(CLASSES)} of COCO's things are needed in COCO's order"
-        raise UserError(
-            f"detector: {len(names)} labels, {needs} ({some(wrong) or 'the first agree'}); use a COCO instance model"
-        )
+        needs = f"COCO's {len(CLASSES)} things are needed in COCO's order ({some(wrong) or 'the first agree'})"
+        raise UserError(f"detector: {len(names)} labels, {needs}; use a COCO instance model")
 
 
 def load_network(what: str, source: str, model_type: str, network_class: Any, example: str) -> tuple[Path, Any]:
@@ -224,7 +216,7 @@ def full_precision() -> Iterator[None]:
 def detect(network: Any, images: Sequence[np.ndarray]) -> list[list[Instance]]:
     """Every image's instances. Images (H, W, 3) uint8 RGB of any sizes; those of equal size pass the network
     together."""
-    by_size: dict[tuple[int, int], list[int]] = {}
+    by_size: dict[Size, list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault((image.shape[0], image.shape[1]), []).append(index)
     instances: list[list[Instance]] = [[] for _ in images]
