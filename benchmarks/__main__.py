@@ -1,6 +1,5 @@
 """`python -m benchmarks NAME STEP ...`: GenEval and GEdit-Bench step by step on any model or folder of images, and the
-table beside the paper's rows. data/commands.py says how they end.
-"""
+table beside the paper's rows. data/commands.py says how they end."""
 
 from __future__ import annotations
 

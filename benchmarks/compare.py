@@ -2,8 +2,7 @@
 different protocols are not comparable.
 
 The paper's rows are data (`paper.yaml`). Its GEdit average is over six of the eleven categories, so a scorecard's
-average over the same six stands beside it.
-"""
+average over the same six stands beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ from data.files import write_text
 from data.records import GEDIT_CATEGORIES
 from data.yaml_files import read_yaml
 
-PAPER_FILE = Path(__file__).with_name("paper.yaml")
 BENCHMARKS = ("gedit", "geneval")  # in the order of the paper's columns
 NOT_STATED = "not stated"
 
@@ -41,8 +39,8 @@ class Row:
     values: dict[str, Value]  # by column
 
 
-def load_paper(path: Path = PAPER_FILE) -> dict[str, Any]:
-    return read_yaml(path)
+def load_paper() -> dict[str, Any]:
+    return read_yaml(Path(__file__).with_name("paper.yaml"))
 
 
 def overall_of_counts(correct: Sequence[int], sizes: Sequence[int]) -> float:
@@ -101,12 +99,8 @@ def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
     return Row(name, values)
 
 
-# --- what differs -----------------------------------------------------------------------------------------------------
-
-
 def _identity(card: Scorecard, benchmark: str) -> Mapping[str, Any]:
-    """What a scorecard of real images says of its evaluation; empty for the micro world's, whose evaluation is
-    exact."""
+    """What a scorecard of real images says of its evaluation; empty for the micro world's, which is exact."""
     value = card.identities.get(benchmark)
     return value if isinstance(value, Mapping) else {}
 
@@ -185,9 +179,6 @@ def differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
     return [*notes, f"sampling: {_sampling(card)}; the paper {theirs['steps']} steps, guidance {guidance}"]
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
 def _text(value: Value | None, column: str) -> str:
     if value is None:
         return "-"
@@ -205,9 +196,8 @@ def render(
     if style == "csv":
         cells = {}
         for column in columns:
-            values = [row.values.get(column) for row in rows]
-            cells[column] = [value and value.mean for value in values]
-            cells[f"{column} stderr"] = [value and value.stderr for value in values]
+            for name, field in ((column, "mean"), (f"{column} stderr", "stderr")):
+                cells[name] = [getattr(row.values.get(column), field, None) for row in rows]
         return pd.DataFrame(cells, index=names).to_csv() + "".join(f"# {line}\n" for line in (intro, *remarks))
     table = pd.DataFrame({column: [_text(row.values.get(column), column) for row in rows] for column in columns}, names)
     averages = {MACRO["gedit"]: "GEdit avg", MACRO["geneval"]: "GenEval"}

@@ -3,8 +3,7 @@ workers.
 
 A job must be a pure function's argument: what it yields may depend on the job alone, not on who runs it or what ran
 before. Torch's sums depend on the number of threads, so a job runs on one; more workers make it faster. Where items are
-batched, the batches must follow from the full list and not from what a killed run has left to do.
-"""
+batched, the batches must follow from the full list and not from what a killed run has left to do."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def _client(workers: int, scheduler: str, threads: int = 1) -> Iterator[tuple[An
     """A dask client of the named scheduler, or of a cluster of processes on this machine that is gone afterwards, and
     its number of processes. Nothing listens beyond loopback.
 
-    `threads`: jobs that each process of such a cluster takes at once.
-    """
+    `threads`: jobs that each process of such a cluster takes at once."""
     from distributed import Client, LocalCluster
 
     with ExitStack() as stack:
@@ -120,8 +118,7 @@ def each(
 
     `prepare` and `done` run in this process, so that files are read and written by one machine alone; `function`, of a
     module's top level, runs in the workers and is given all that it needs. One worker and no scheduler: everything
-    happens in this process. Raises UserError for a mistake that a job reports, or a scheduler that does not answer.
-    """
+    happens in this process. Raises UserError for a mistake that a job reports, or a scheduler that does not answer."""
     if workers < 1:
         raise UserError(f"workers = {workers}: expected 1 or more")
     if not jobs:
@@ -157,8 +154,7 @@ def as_they_come(
     At most `at_once` jobs are under way in all workers together (None: one a worker), and none begins before `done` has
     returned for the job whose place it takes. `processes` is the number of workers. After a mistake (a UserError of a
     job or of `done`) no further job begins; those under way are done as well, then the first mistake is raised. A
-    cluster on this machine where no `scheduler` is named, as for `each`.
-    """
+    cluster on this machine where no `scheduler` is named, as for `each`."""
     if workers < 1 or (at_once is not None and at_once < 1):
         raise UserError(f"workers = {workers}, at once {at_once}: expected 1 or more")
     if not jobs:

@@ -4,8 +4,7 @@ writer.
 A folder of results holds `settings.json` (what every result in it was made with) and `shards/NAME.jsonl`, its lines
 {"key", "value"}. A line counts once its newline is there; readers ignore what a killed writer left after the last
 newline, and the next writer removes it. So the same command, run again, goes on where it stopped, and a report, a
-function of the results alone, does not change.
-"""
+function of the results alone, does not change."""
 
 from __future__ import annotations
 
@@ -34,9 +33,6 @@ def result_key(kind: str, **parts: Any) -> str:
     return digest({"kind": kind, **parts})
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, item in value.items():
@@ -48,8 +44,7 @@ def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
     """Declares what the results of a folder are made with: written the first time, compared from then on.
 
     Raises UserErrors with every setting that differs, for a folder of results made otherwise (another detector, judge,
-    prompt set).
-    """
+    prompt set)."""
     path = Path(folder) / SETTINGS_FILE
     given = json.loads(json.dumps(dict(settings), allow_nan=False))  # tuples as lists, as they will be read back
     if not path.exists():
@@ -68,14 +63,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SETTINGS_FILE
     if not path.exists():
         raise UserError(f"{path}: no such file; {folder} holds no results yet: run the step that makes them first")
-    value = read_json(path)
-    if not isinstance(value, dict):
-        advice = "restore the file or choose another folder"
-        raise UserError(f"{path}: expected a mapping, found {type(value).__name__}; {advice}")
-    return value
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
+    settings: dict[str, Any] = read_json(path)
+    return settings
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -101,8 +90,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """key -> value over all shards. Within a shard a later line replaces an earlier line of the same key: a retry that
     succeeded.
 
-    Raises UserError for a damaged line, or for two shards that disagree about a key.
-    """
+    Raises UserError for a damaged line, or for two shards that disagree about a key."""
     results: dict[str, Any] = {}
     shard_with: dict[str, Path] = {}
     for path in shard_files(folder):
@@ -112,9 +100,6 @@ def read_results(folder: str | Path) -> dict[str, Any]:
                 raise UserError(f"{path} and {shard_with[key]} {fault}; remove one of the two shards")
             results[key], shard_with[key] = value, path
     return results
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 class Shard:

@@ -35,6 +35,7 @@ def test_the_records_have_the_published_digests(capsys: pytest.CaptureFixture[st
     assert hashlib.sha256(content).hexdigest() == METADATA_SHA256
     assert main(["geneval", "prompts", "--text"]) == 0
     assert hashlib.sha256(capsys.readouterr().out.encode()).hexdigest() == PROMPTS_SHA256
+    assert main(["geneval", "prompts", "--text", "--manifest"]) == 2 and "give one of" in capsys.readouterr().err
 
 
 def test_the_set_is_a_manifest_that_the_collect_stage_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

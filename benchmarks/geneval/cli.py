@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.geneval.images import SUITE, ImageSet, example_id, image_path, image_seed, read_images, write_metadata
 from benchmarks.geneval.prompts import as_jsonl, official_records, read_prompts, set_digest, set_name
 from benchmarks.geneval.rules import CLASSIFIER, DETECTOR, OFFICIAL, Thresholds
-from benchmarks.steps import SAMPLER, Options, Step, path, run_step, sample, setting
+from benchmarks.steps import SAMPLER, Options, Steps, path, run_step, sample, setting
 from benchmarks.store import shard_of
 from data.errors import UserError
 from data.files import read_json
@@ -130,50 +130,31 @@ def _agreement(given: Namespace) -> None:
     print(json.dumps(agreement(given.ours, given.reference), indent=2))
 
 
-PROMPT_FORMS: Options = {
+FORMS: Options = {
     "--text": {"action": "store_true", "help": "the prompts alone, one a line"},
     "--manifest": {"action": "store_true", "help": "as a manifest of the eval split, which the collect stage reads"},
 }
 IMAGES: Options = {"--images": path(required=True)}
 OUT: Options = {"--out": path("where detections are kept, and verdicts below them", required=True)}
-STEPS = {
-    "prompts": Step(_prompts, "print the 553 records", {**PROMPT_FORMS, **PROMPTS}),
-    "generate": Step(
-        _generate,
-        "sample the set with a model",
-        {**IMAGES, "--samples": setting(4, "images a prompt; the paper's rows have 1"), **PROMPTS, **SAMPLER},
-    ),
-    "detect": Step(_detect, "detect objects and colours, once", {**IMAGES, **OUT, **EVALUATOR, **SAMPLES, **PROMPTS}),
-    "verdict": Step(
-        _verdict,
-        "verdicts, summary and scorecard from what was detected",
-        {
-            **IMAGES,
-            **OUT,
-            "--to": path("where verdicts go (default: OUT/verdict); other thresholds need another folder"),
-            "--model": setting("model", "in the scorecard", "NAME"),
-            **SAMPLES,
-            **PROMPTS,
-            **THRESHOLDS,
-            **INTERVALS,
-        },
-    ),
-    "report": Step(
-        _report,
-        "tables, paired comparisons, the page",
-        {
-            "--out": path("as given to detect, or a folder that verdict wrote to", required=True),
-            "--against": path("another model's; may be repeated", action="append", default=[]),
-            "--training": path("another training of the same recipe; two or more", action="append", default=[]),
-            "--images": path("the first model's images: with them the page report.html is written"),
-            **INTERVALS,
-        },
-    ),
-    "agreement": Step(
-        _agreement,
-        "compare two detectors' verdicts on the same images",
-        {"--ours": path(metavar="FILE", required=True), "--reference": path(metavar="FILE", required=True)},
-    ),
+COUNT: Options = {"--samples": setting(4, "images a prompt; the paper's rows have 1")}
+NAMES: Options = {
+    "--to": path("where verdicts go (default: OUT/verdict); other thresholds need another folder"),
+    "--model": setting("model", "in the scorecard", "NAME"),
+}
+MODELS: Options = {
+    "--out": path("as given to detect, or a folder that verdict wrote to", required=True),
+    "--against": path("another model's; may be repeated", action="append", default=[]),
+    "--training": path("another training of the same recipe; two or more", action="append", default=[]),
+    "--images": path("the first model's images: with them the page report.html is written"),
+}
+FILES: Options = {flag: path(metavar="FILE", required=True) for flag in ("--ours", "--reference")}
+STEPS: Steps = {
+    "prompts": (_prompts, {**FORMS, **PROMPTS}),
+    "generate": (_generate, {**IMAGES, **COUNT, **PROMPTS, **SAMPLER}),
+    "detect": (_detect, {**IMAGES, **OUT, **EVALUATOR, **SAMPLES, **PROMPTS}),
+    "verdict": (_verdict, {**IMAGES, **OUT, **NAMES, **SAMPLES, **PROMPTS, **THRESHOLDS, **INTERVALS}),
+    "report": (_report, {**MODELS, **INTERVALS}),
+    "agreement": (_agreement, FILES),
 }
 
 

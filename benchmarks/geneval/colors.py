@@ -2,13 +2,13 @@
 
 Facts follow djghosh13/geneval (evaluation/evaluate_images.py), clip-benchmark (zero-shot head) and open_clip (image
 transform). OpenAI's weights were trained with QuickGELU; with the plain GELU they load without an error and answer
-otherwise, so the activation is checked.
-"""
+otherwise, so the activation is checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,6 @@ class Classifier:
 
     network: Any
     tokenizer: Any
-    device: str
-    size: int  # px
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -64,14 +62,14 @@ def classifier_identity(source: str) -> dict[str, Any]:
     return {"architecture": "clip", "weights": weights, "activation": ACTIVATION, **painted}
 
 
+@lru_cache(maxsize=1)
 def load_classifier(source: str, device: str) -> Classifier:
     """Loads CLIP. Raises UserError as `load_network` and `check_activation` do."""
     from transformers import AutoTokenizer, CLIPModel
 
     folder, network = load_network(WHAT, source, "clip", CLIPModel, CLASSIFIER)
     check_activation(network)
-    size = int(network.config.vision_config.image_size)
-    return Classifier(network.to(device), AutoTokenizer.from_pretrained(folder), device, size)
+    return Classifier(network.to(device), AutoTokenizer.from_pretrained(folder))
 
 
 def crop_of(image: np.ndarray, instance: Instance) -> Image.Image:
@@ -106,7 +104,7 @@ def head(classifier: Classifier, name: str) -> torch.Tensor:
     if name not in classifier.heads:
         sentences = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
         options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-        tokens = classifier.tokenizer(sentences, **options).to(classifier.device)
+        tokens = classifier.tokenizer(sentences, **options).to(classifier.network.device)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         with full_precision():
             vectors = _features(classifier.network.get_text_features(input_ids=ids, attention_mask=mask))
@@ -120,8 +118,9 @@ def classify(classifier: Classifier, image: np.ndarray, instances: Sequence[Inst
     """The most likely of COLORS for each of an image's instances, of any classes. `image` (H, W, 3) uint8."""
     if not instances:
         return []
-    crops = [transform(crop_of(image, instance), classifier.size) for instance in instances]
-    pixels = torch.stack(crops).to(classifier.device)
+    size = int(classifier.network.config.vision_config.image_size)
+    crops = [transform(crop_of(image, instance), size) for instance in instances]
+    pixels = torch.stack(crops).to(classifier.network.device)
     with full_precision():
         vectors = _features(classifier.network.get_image_features(pixel_values=pixels))  # (N, D)
     pairs = zip(vectors, instances, strict=True)

@@ -4,23 +4,25 @@ postprocessing.
 The image processor of transformers squashes to 384 x 384 and scores masks there; GenEval's reference (mmdet 2.x,
 mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco) keeps the aspect at a short side of 800 and scores at the image's size.
 So preprocessing and postprocessing are written here, after mmdet's. The weights are Meta's release and not OpenMMLab's:
-scores differ near the thresholds, and every result names its detector.
-"""
+scores differ near the thresholds, and every result names its detector."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.geneval.images import some
 from benchmarks.geneval.prompts import CLASSES
+from benchmarks.geneval.rules import DETECTOR
 from data.errors import UserError
 from data.files import weights_digest
 
@@ -31,8 +33,8 @@ MEAN = (123.675, 116.28, 103.53)  # RGB, 0 to 255
 STD = (58.395, 57.12, 57.375)
 PAIRS = 100  # (query, class) pairs kept of an image
 LOWEST = 0.05  # detections with this score or more are stored: every threshold in use lies above
-PREPROCESSING = {"short_side": SHORT_SIDE, "long_side": LONG_SIDE, "multiple": MULTIPLE, "padding": PADDING}
-PREPROCESSING |= {"mean": list(MEAN), "std": list(STD), "pairs": PAIRS}
+SIZES = {"short_side": SHORT_SIDE, "long_side": LONG_SIDE, "multiple": MULTIPLE, "padding": PADDING}
+PREPROCESSING = {**SIZES, "mean": list(MEAN), "std": list(STD), "pairs": PAIRS}
 # alias:name of COCO's things, as label files have them
 _ALIASES = (
     "motorbike:motorcycle aeroplane:airplane sofa:couch tvmonitor:tv doughnut:donut mouse:computermouse "
@@ -41,6 +43,7 @@ _ALIASES = (
 ALIASES = dict(pair.split(":") for pair in _ALIASES.split())
 HARMLESS = ("relative_position_index", "num_batches_tracked", "criterion.")  # buffers that a checkpoint may lack
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]  # (height, width) in px
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,27 +57,23 @@ class Instance:
     mask: np.ndarray
 
 
-# --- preprocessing ----------------------------------------------------------------------------------------------------
-
-
-def resized(height: int, width: int) -> tuple[int, int]:
-    """(height, width), the aspect kept, as large as fits a short side of 800 and a long side of 1333. E.g. 512 x 512
+def resized(height: int, width: int) -> Size:
+    """The size with the aspect kept, as large as fits a short side of 800 and a long side of 1333. E.g. 512 x 512
     gives 800 x 800."""
     factor = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
-def _interpolate(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _interpolate(values: Tensor, size: Size) -> Tensor:
     """(C, H, W) to (C, *size), bilinear, without anti-aliasing."""
     return functional.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def preprocess(image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+def preprocess(image: np.ndarray) -> tuple[Tensor, Size]:
     """(H, W, 3) uint8 RGB -> pixels (3, h, w) float32, normalised and padded right and below, and the size (h0, w0)
     before padding.
 
-    Rounded to whole levels after resizing, as the reference resizes bytes.
-    """
+    Rounded to whole levels after resizing, as the reference resizes bytes."""
     height, width = resized(*image.shape[:2])
     pixels = _interpolate(torch.from_numpy(np.array(image)).permute(2, 0, 1).float(), (height, width))
     below, right = -height % MULTIPLE, -width % MULTIPLE
@@ -82,17 +81,8 @@ def preprocess(image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None], (height, width)
 
 
-# --- postprocessing ---------------------------------------------------------------------------------------------------
-
-
 def postprocess(
-    class_logits: torch.Tensor,
-    mask_logits: torch.Tensor,
-    *,
-    padded: tuple[int, int],
-    inside: tuple[int, int],
-    size: tuple[int, int],
-    lowest: float = LOWEST,
+    class_logits: Tensor, mask_logits: Tensor, *, padded: Size, inside: Size, size: Size, lowest: float = LOWEST
 ) -> list[Instance]:
     """An image's instances, most confident first, from class logits (Q, 81) (the last is "no object") and mask logits
     (Q, h, w).
@@ -100,8 +90,7 @@ def postprocess(
     `padded` is the network input's (height, width), `inside` that of the picture in it, `size` the image's. The PAIRS
     most probable of all (query, class) pairs are taken, so a query may appear under several classes. Score = class
     probability x mean of the mask's sigmoid where its logit is above 0; the box spans the mask (zeros for an empty
-    one). Instances with a score below `lowest` are left out.
-    """
+    one). Instances with a score below `lowest` are left out."""
     classes = class_logits.shape[-1] - 1
     probabilities = class_logits.float().softmax(-1)[:, :-1].flatten()
     ranked = torch.sort(probabilities, descending=True, stable=True)  # ties in the order of queries, on every device
@@ -120,9 +109,7 @@ def postprocess(
     return sorted(instances, key=lambda instance: -instance.score)
 
 
-def _shape(
-    logits: torch.Tensor, padded: tuple[int, int], inside: tuple[int, int], size: tuple[int, int]
-) -> tuple[np.ndarray, float, Box]:
+def _shape(logits: Tensor, padded: Size, inside: Size, size: Size) -> tuple[np.ndarray, float, Box]:
     """A query's mask (H, W) bool, its mean sigmoid over the mask, and the tight box."""
     whole = _interpolate(logits.float()[None], padded)
     picture = _interpolate(whole[:, : inside[0], : inside[1]], size)[0]
@@ -135,23 +122,11 @@ def _shape(
     return binary, confidence, (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Detector:
-    """A loaded network and the torch device it is on."""
-
-    network: Any
-    device: str
-
-
 def model_folder(source: str, what: str) -> Path:
     """The folder of a model given as a folder or as a name on the hub (owner/name or owner/name@revision), which is
     then fetched into the cache.
 
-    Raises UserError for a folder without safetensors weights, or a name that cannot be fetched.
-    """
+    Raises UserError for a folder without safetensors weights, or a name that cannot be fetched."""
     folder = Path(source)
     if not folder.is_dir():
         name, _, revision = source.partition("@")
@@ -183,18 +158,15 @@ def check_labels(id2label: dict[Any, str]) -> None:
     pairs = enumerate(zip(names, CLASSES, strict=False))
     wrong = [f"{index}: {a!r}, expected {b!r}" for index, (a, b) in pairs if _plain(a) != _plain(b)]
     if len(names) != len(CLASSES) or wrong:
-        needs = f"{len(CLASSES)} of COCO's things are needed in COCO's order"
-        raise UserError(
-            f"detector: {len(names)} labels, {needs} ({some(wrong) or 'the first agree'}); use a COCO instance model"
-        )
+        needs = f"COCO's {len(CLASSES)} things are needed in COCO's order ({some(wrong) or 'the first agree'})"
+        raise UserError(f"detector: {len(names)} labels, {needs}; use a COCO instance model")
 
 
 def load_network(what: str, source: str, model_type: str, network_class: Any, example: str) -> tuple[Path, Any]:
     """The folder of a model and its network in float32, in evaluation mode.
 
     Raises UserError as `model_folder`, for another `model_type`, or for a checkpoint that lacks weights: the network
-    would keep random ones, and score as any other.
-    """
+    would keep random ones, and score as any other."""
     from transformers import AutoConfig
 
     folder = model_folder(source, what)
@@ -218,14 +190,15 @@ def detector_identity(source: str) -> dict[str, Any]:
     return {"architecture": "mask2former", "weights": weights, "lowest": LOWEST, **PREPROCESSING}
 
 
-def load_detector(source: str, device: str) -> Detector:
-    """Loads Mask2Former. Raises UserError as `load_network` and `check_labels` do."""
+@lru_cache(maxsize=1)
+def load_detector(source: str, device: str) -> Any:
+    """Loads Mask2Former and tests it. Raises UserError as `load_network`, `check_labels` and `self_test` do."""
     from transformers import Mask2FormerForUniversalSegmentation as Network
 
-    example = "facebook/mask2former-swin-small-coco-instance"
-    _, network = load_network("detector", source, "mask2former", Network, example)
+    _, network = load_network("detector", source, "mask2former", Network, DETECTOR)
     check_labels(network.config.id2label)
-    return Detector(network.to(device), device)
+    self_test(network.to(device))
+    return network
 
 
 @contextmanager
@@ -240,17 +213,18 @@ def full_precision() -> Iterator[None]:
 
 
 @torch.no_grad()
-def detect(detector: Detector, images: Sequence[np.ndarray]) -> list[list[Instance]]:
-    """Every image's instances. Images (H, W, 3) uint8 RGB of any sizes; those of one size pass the network together."""
-    by_size: dict[tuple[int, int], list[int]] = {}
+def detect(network: Any, images: Sequence[np.ndarray]) -> list[list[Instance]]:
+    """Every image's instances. Images (H, W, 3) uint8 RGB of any sizes; those of equal size pass the network
+    together."""
+    by_size: dict[Size, list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault((image.shape[0], image.shape[1]), []).append(index)
     instances: list[list[Instance]] = [[] for _ in images]
     for size, members in by_size.items():
         prepared, insides = zip(*(preprocess(images[index]) for index in members), strict=True)
-        pixels = torch.stack(prepared).to(detector.device)  # (B, 3, h, w)
+        pixels = torch.stack(prepared).to(network.device)  # (B, 3, h, w)
         with full_precision():
-            output = detector.network(pixel_values=pixels)
+            output = network(pixel_values=pixels)
         padded = (pixels.shape[2], pixels.shape[3])
         answers = zip(members, output.class_queries_logits, output.masks_queries_logits, insides, strict=True)
         for index, classes, masks, inside in answers:
@@ -258,25 +232,22 @@ def detect(detector: Detector, images: Sequence[np.ndarray]) -> list[list[Instan
     return instances
 
 
-def self_test(detector: Detector) -> None:
+def self_test(network: Any) -> None:
     """Raises UserError when the network's answers are not finite, or differ between an image alone and in a batch:
     signs of a broken build or device."""
     y, x = np.mgrid[0:96, 0:128]
     ramp = np.stack([x * 2, y * 2, 255 - x], axis=-1).astype(np.uint8)
     disc = np.where(((x - 64) ** 2 + (y - 48) ** 2 < 900)[..., None], np.uint8(200), np.uint8(40)).repeat(3, axis=-1)
-    pixels = torch.stack([preprocess(ramp)[0], preprocess(disc)[0]]).to(detector.device)
+    pixels = torch.stack([preprocess(ramp)[0], preprocess(disc)[0]]).to(network.device)
     with torch.no_grad(), full_precision():
-        alone, batch = (detector.network(pixel_values=part).class_queries_logits for part in (pixels[:1], pixels))
-    where = f"detector on {detector.device}"
+        alone, batch = (network(pixel_values=part).class_queries_logits for part in (pixels[:1], pixels))
+    where = f"detector on {network.device}"
     if not (torch.isfinite(alone).all() and torch.isfinite(batch).all()):
         raise UserError(f"{where}: its scores are not finite; the weights or the device's kernels are broken")
     difference = float((alone.softmax(-1) - batch[:1].softmax(-1)).abs().max())
     if difference > 0.01:
         fault = f"an image's probabilities differ by {difference:.3f} alone and in a batch"
         raise UserError(f"{where}: {fault}; the device's kernels are broken")
-
-
-# --- masks as text ----------------------------------------------------------------------------------------------------
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 ROOT/00017/samples/00000.png, one folder a prompt.
 
 Images made elsewhere are read too: any folder whose name is a number, any PNG whose name begins with a number. The
-metadata alone tells which prompt a folder belongs to.
-"""
+metadata alone tells which prompt a folder belongs to."""
 
 from __future__ import annotations
 
@@ -138,8 +137,7 @@ def read_images(root: str | Path, records: Records, samples: int | None = None) 
     """The set with `samples` images a prompt, or as many as there are where None.
 
     Raises UserErrors with all faults at once: a wrong or missing metadata file, a prompt that is missing or there
-    twice, an unequal number of images.
-    """
+    twice, an unequal number of images."""
     root = Path(root)
     if not root.is_dir():
         layout = f"00000/{METADATA_FILE} and 00000/{SAMPLES}/"

@@ -115,8 +115,7 @@ def read_jsonl(path: str | Path, parse: Callable[[Any], T], advice: str) -> tupl
     """What `parse` makes of the JSON value in each line that is not blank, and the faults of the other lines.
 
     `parse` raises UserError, or what reading a JSON value of another shape raises. Raises UserError for a file that
-    cannot be read.
-    """
+    cannot be read."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,6 +1,5 @@
 """What `python -m benchmarks geneval report` prints and writes: a model's table, its paired comparisons with others,
-and its page.
-"""
+and its page."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ def report(
     are given. `trainings` are other training seeds of the first model's recipe: with two or more of them the recipe
     gets its own intervals. `intervals`: seed, resamples and confidence, as `compare` takes them.
 
-    Raises UserErrors for mixed detectors or prompt sets, for unlike image sets, or for images of different seeds.
-    """
+    Raises UserErrors for mixed detectors or prompt sets, for unlike image sets, or for images of different seeds."""
     models, recipe = _read([folder, *against]), _read([folder, *trainings])
     cards = {name: card for name, (card, _) in models.items()}
     scorecard.check_same_evaluator({**cards, **{f"training {name}": card for name, (card, _) in recipe.items()}})

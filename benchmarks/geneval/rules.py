@@ -2,8 +2,7 @@
 real benchmark alike.
 
 Facts follow djghosh13/geneval (evaluation/evaluate_images.py): which detections count, which of them need the colour or
-the position of their clause, when a relation holds.
-"""
+the position of their clause, when a relation holds."""
 
 from __future__ import annotations
 
@@ -111,8 +110,7 @@ def relation_table(a: np.ndarray, b: np.ndarray, threshold: float = OFFICIAL.pos
     None, one or two of them hold.
 
     The offset of the centres shrinks by `threshold` times both extents, and is then divided by its unshrunken length: a
-    component above one half counts.
-    """
+    component above one half counts."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     offset = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]) / 2
     extents = (a[:, 2:] - a[:, :2]) + (b[:, 2:] - b[:, :2])

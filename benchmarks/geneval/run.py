@@ -3,8 +3,7 @@
 
 Detection is slow and its results are kept by address: image bytes, record, detector and classifier. The verdict is a
 function of them and of the thresholds, so thresholds can be swept without the networks, and a run that was killed ends
-with the same bytes as one that was not.
-"""
+with the same bytes as one that was not."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class Evaluator:
 
     `detector` and `classifier` are folders or names on the hub (`classifier` may be empty where no record has a
     colour), `device` is torch's. `batch` images pass a network together, in `workers` processes of this machine or in
-    those of the dask `scheduler`.
-    """
+    those of the dask `scheduler`."""
 
     detector: str
     classifier: str
@@ -101,22 +99,6 @@ def evaluator_identity(evaluator: Evaluator, records: Records) -> Row:
     return _identity(evaluator)
 
 
-@lru_cache(maxsize=1)
-def _loaded_detector(source: str, device: str) -> Any:
-    from benchmarks.geneval.detector import load_detector, self_test
-
-    detector = load_detector(source, device)
-    self_test(detector)
-    return detector
-
-
-@lru_cache(maxsize=1)
-def _loaded_classifier(source: str, device: str) -> Any:
-    from benchmarks.geneval.colors import load_classifier
-
-    return load_classifier(source, device)
-
-
 def color_counts(record: Mapping[str, Any]) -> dict[str, int]:
     """Class -> how many of its most confident detections need their colour."""
     counts: dict[str, int] = {}
@@ -131,19 +113,19 @@ def _stored(thing: Any, color: str | None, **more: Any) -> Row:
 
 
 def _network_detections(batch: _Batch) -> list[list[Row]]:
-    from benchmarks.geneval.colors import classify
-    from benchmarks.geneval.detector import detect, encode_mask
+    from benchmarks.geneval.colors import classify, load_classifier
+    from benchmarks.geneval.detector import detect, encode_mask, load_detector
 
     device = device_of(batch.evaluator.device)
     results = []
-    every = detect(_loaded_detector(batch.evaluator.detector, device), batch.images)
+    every = detect(load_detector(batch.evaluator.detector, device), batch.images)
     for image, record, instances in zip(batch.images, batch.records, every, strict=True):
         chosen = []
         for name, count in color_counts(record).items():
             chosen += [instance for instance in instances if instance.class_name == name][:count]
         colors = {}
         if chosen:
-            classifier = _loaded_classifier(batch.evaluator.classifier, device)
+            classifier = load_classifier(batch.evaluator.classifier, device)
             colors = dict(zip(chosen, classify(classifier, image, chosen), strict=True))
         results.append([_stored(found, colors.get(found), mask=encode_mask(found.mask)) for found in instances])
     return results
@@ -259,7 +241,8 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     share by tag, and their plain mean."""
     frame = pd.DataFrame(rows)
     by_prompt = frame.groupby("metadata")["correct"].any()
-    tags = frame.groupby("tag", sort=False)["correct"].agg(score="mean", correct="sum", images="size")
+    groups = frame.groupby("tag", sort=False)["correct"]
+    tags = pd.DataFrame({"score": groups.mean(), "correct": groups.sum(), "images": groups.size()})
     return {
         "images": len(frame),
         "prompts": len(by_prompt),
@@ -292,8 +275,7 @@ def judge_images(
     arguments: run again it writes the same bytes.
 
     `intervals`: seed, resamples and confidence, as `scorecard` takes them. Raises UserError as `stored_detections`
-    does, and where the detector saw nothing in any image.
-    """
+    does, and where the detector saw nothing in any image."""
     to = to or out / VERDICT
     found = [_detections(row) for row in stored_detections(images, out)]
     records = [rules.parse_record(item.record) for item in images.items]
@@ -344,8 +326,7 @@ def judge_pictures(
     """Verdicts of pictures in any layout, in order, and the evaluator's identity: for a stage that has drawn them
     itself. What was seen is kept below `store`, so that a stage that was killed does not evaluate equal images twice.
 
-    Raises UserError as `detect_images` does.
-    """
+    Raises UserError as `detect_images` does."""
     records = [record for _, record in pictures]
     identity = evaluator_identity(evaluator, records)
     folder = store / digest(identity)[:16]
@@ -375,8 +356,7 @@ def agreement(ours: Path, reference: Path) -> dict[str, Any]:
     right, only ours, only theirs, both wrong].
 
     "accepted" says whether ours may stand in for the reference (the ACCEPTED_ constants). Raises UserErrors for unlike
-    sets.
-    """
+    sets."""
     a, b = (
         {(canonical(json.loads(row["metadata"])), Path(row["filename"]).name): row for row in read_official_rows(path)}
         for path in (ours, reference)

@@ -4,8 +4,7 @@ Every 8-pixel cell is read alone, so two squares that touch stay two. In a cell 
 background with one shape in one colour at one of the positions and radii that the world draws, sharp or a little soft.
 The hypothesis with the least squared error wins (maximum likelihood under white noise; all pixels decide on colour and
 shape together). Its confidence comes from margins on the straight line between two pictures: 1 at the winner, 0 halfway
-to a rival.
-"""
+to a rival."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ class Detections:
 
     `unexplained` in [0, 1]: share of the foreground's pixels that no detected thing accounts for. `palette_distance` in
     [0, 1]: mean distance of pixels from the colours that the style can draw, over PALETTE; the worse of foreground and
-    background.
-    """
+    background."""
 
     background: str
     style: str
@@ -162,8 +160,7 @@ def detect(world: World, image: np.ndarray, style: str = "plain") -> Detections:
     """Parses a picture, (size, size, 3) uint8, as the style would draw it. Deterministic; well under a millisecond or
     two.
 
-    Raises UserError for an image of another size or type, or an unknown style.
-    """
+    Raises UserError for an image of another size or type, or an unknown style."""
     check_image(world, image)
     if style not in STYLES:
         raise UserError(f"style {style!r}: choose one of {list(STYLES)}")
