@@ -17,7 +17,7 @@ def notes_of(judgements: Judgements, column: str, *, allow_partial: bool, **boot
     columns, the judge's noise and drift."""
     identity, table = judgements.identity, columns(judgements, allow_partial=allow_partial)
     judge = f"{judgements.answered_by or identity['model']} ({identity['kind']}, {identity['provider']})"
-    how = f"{judgements.repeats} judgement(s) an image, images {identity['resize']}"
+    how = f"{judgements.about['repeats']} judgement(s) an image, images {identity['resize']}"
     notes = [f"Column {column}. Judge: {judge}, wording {identity['wording']['name']}, {how}."]
     aggregate = table.pop(column)
     if not isinstance(aggregate, str):
