@@ -154,20 +154,15 @@ def _unanswered(
     entries: Sequence[Entry], out: Path, settings: JudgeSettings, asking: Asking
 ) -> tuple[dict[str, Job], Preview]:
     """What remains to be asked, by key, and the estimate, which is said. Raises UserError for a price too high."""
-    known, identity = read_results(out), settings.identity()
-    keys = {
-        questions.job_key(job, identity, settings.wording): job for job in questions.jobs_of(entries, settings.repeats)
-    }
+    identity, every = settings.identity(), questions.jobs_of(entries, settings.repeats)
+    keys = {questions.job_key(job, identity, settings.wording): job for job in every}
+    statuses = {key: outcome(stored_replies(value)).status for key, value in read_results(out).items()}
+    answered = {key for key, status in statuses.items() if status not in asking.retry}
     first, step = asking.shard
     wanted = dict(islice(keys.items(), first, None, step))
-    jobs = {
-        key: job
-        for key, job in wanted.items()
-        if key not in known or outcome(stored_replies(known[key])).status in asking.retry
-    }
-    failed = sum(entry.status != "ok" for entry in entries)
-    answered = len(wanted) - len(jobs)
-    estimate = preview(list(jobs.values()), answered, failed, settings, asking.image_tokens, asking.prices)
+    jobs = {key: job for key, job in wanted.items() if key not in answered}
+    counts = len(wanted) - len(jobs), sum(entry.status != "ok" for entry in entries)
+    estimate = preview(list(jobs.values()), *counts, settings, asking.image_tokens, asking.prices)
     asking.say(estimate.text())
     if not asking.only_preview:
         estimate.check(asking.highest_price)
@@ -184,16 +179,13 @@ def judge_folder(
     asking: Asking,
     anchors: Path | None = None,
 ) -> Preview:
-    """Judges every image of `model` below `folder`; the judgements are kept in `out`. `anchors` is a frozen set that is
-    judged as well.
-
-    Raises UserError(s) for a folder of judgements made with other settings, a price too high, and whatever ends the run
-    (see `benchmarks.judge.endpoint`).
-    """
+    """Judges every image of `model` below `folder`, and those of the frozen set `anchors`; the judgements are kept in
+    `out`. Raises UserError(s) for a folder of judgements made with other settings, a price too high, and whatever ends
+    the run (see `benchmarks.judge.endpoint`)."""
     entries = questions.plan(tasks, folder, out)
     about_set = {"digest": set_digest(tasks), "kind": set_kind(tasks)}
-    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats}
-    about["made_with"] = questions.made_with(folder)
+    made_with = questions.made_with(folder)
+    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats, "made_with": made_with}
     if anchors is not None:
         frozen, about["anchors"] = questions.read_anchors(anchors, out)
         entries += frozen

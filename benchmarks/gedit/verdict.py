@@ -170,17 +170,17 @@ def rows_of(judgements: Judgements) -> list[ExampleScore]:
 
 def score_made(
     made: Sequence[MadeEdit], store: Path, *, model: str, settings: JudgeSettings, asking: Asking
-) -> tuple[list[ExampleScore], dict[str, Any]]:
-    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the
-    row's key. Raises UserError(s) as `ask_about` does, and for a run that several models answered."""
+) -> list[ExampleScore]:
+    """Rows of scores for images that a stage has made itself, in order; `example_id` is the row's key. Raises
+    UserError(s) as `ask_about` does, and for a run that several models answered."""
     folder, entries = ask_about(made, store, settings, asking)
-    identity = settings.identity()
-    replies = _Replies(folder, identity, settings.wording, settings.repeats)
+    replies = _Replies(folder, settings.identity(), settings.wording, settings.repeats)
     rows = []
     for edit, entry in zip(made, entries, strict=True):
         row = _row(model, entry, replies.of(entry))
         rows.append(replace(row, example_id=edit.task.key, k=edit.k, seed=edit.seed, image=edit.image))
-    return rows, {**identity, "answered_by": replies.answered_by()}
+    replies.answered_by()
+    return rows
 
 
 def coverage_of(rows: Sequence[ExampleScore]) -> float:

@@ -50,21 +50,17 @@ RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "grades", "str
 
 @dataclass(frozen=True)
 class Endpoint:
-    """How a server is reached; none of it changes a score, so none of it is part of the judge's identity.
-
-    `key_variable` names the environment variable that holds the key ("" for a server that asks for none). A failed
-    request is tried up to `tries` times with exponential waits from `wait_s` up to `longest_wait_s` (seconds), or what
-    the server's Retry-After says, up to the same bound. `per_minute` limits the requests that begin in a minute; 0 sets
-    no limit. Raises UserErrors for values out of range.
-    """
+    """How a server is reached; none of it changes a score, so none of it is part of the judge's identity. A failed
+    request is tried again after exponential waits, or what the server's Retry-After says. Raises UserErrors for values
+    out of range."""
 
     base_url: str
-    key_variable: str
+    key_variable: str  # the environment variable that holds the key; "" for a server that asks for none
     timeout_s: Above
     tries: Positive
-    wait_s: NotNegative
+    wait_s: NotNegative  # before the second try
     longest_wait_s: NotNegative
-    per_minute: Count
+    per_minute: Count  # requests that begin in a minute; 0: no limit
 
     def __post_init__(self) -> None:
         faults = out_of_range(self)
