@@ -26,6 +26,7 @@ from benchmarks.gedit.report import notes_of
 from benchmarks.gedit.rows import edited_path, load_tasks
 from benchmarks.gedit.rules import Sample, aggregate, overall
 from benchmarks.gedit.verdict import (
+    answered_by,
     column_scorecard,
     columns,
     drift,
@@ -227,15 +228,15 @@ def test_images_that_a_stage_has_made_are_scored_wherever_they_lie(tmp_path: Pat
             made.append(MadeEdit(task, file, f"images/{task.key}-{k}.png", k, 10 * index + k))
     ask, asked = constant({"semantic": 4.0, "quality": 9.0})
     how = {"model": "m", "settings": settings(), "asking": asking(ask)}
-    found, identity = score_made(made, tmp_path / "store", **how)
+    found = score_made(made, tmp_path / "store", **how)
     assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [
         (one.task.key, one.k, one.seed, one.image) for one in made
     ]
     assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"] and {
         row.values.get("O") for row in found
     } == {6.0, None}
-    assert len(asked) == 10 and identity["answered_by"] == "m1"
-    assert score_made(made, tmp_path / "store", **how)[0] == found and len(asked) == 10
+    assert len(asked) == 10 and answered_by(tmp_path / "store", settings()) == "m1"
+    assert score_made(made, tmp_path / "store", **how) == found and len(asked) == 10
 
 
 def test_judges_are_not_mixed(tmp_path: Path) -> None:

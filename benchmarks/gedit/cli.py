@@ -60,7 +60,7 @@ JUDGE: Options = {
     "--judge-model": {
         "required": True,
         "metavar": "NAME",
-        "help": "as the server names it, with its date; of local the checkpoint's folder, of replay the judgements'",
+        "help": "as the server names it; of local, replay: a folder",
     },
     "--provider": {"help": "who serves it (default: the base URL's host)"},
     **WORDING,
@@ -86,6 +86,8 @@ SERVER: Options = {
     "--dtype": _word("bfloat16", "of the local judge"),
 }
 RUN: Options = {
+    "--out": {**NEEDED, "help": "where the judgements are kept"},
+    "--model": {"metavar": "NAME", "help": "the name of what is judged (default: the folder's name)"},
     "--anchors": {**FOLDER, "help": "a frozen set, judged anew with this run to measure the judge's drift"},
     "--retry": {"nargs": "*", "choices": RETRIED, "default": [], "help": "ask again what ended with these statuses"},
     "--concurrency": setting(8, "questions under way at once"),
@@ -93,12 +95,7 @@ RUN: Options = {
     "--scheduler": {"default": "", "metavar": "ADDRESS", "help": "a dask scheduler instead, e.g. tcp://127.0.0.1:8786"},
     "--shard": _word("0/1", "every N-th question, beginning with the I-th", type=shard_of, metavar="I/N"),
     "--image-tokens": _word("tiles", "how images count in the preview", choices=sorted(IMAGE_TOKENS)),
-    "--prices": {
-        "type": float,
-        "nargs": 2,
-        "metavar": ("PROMPT", "COMPLETION"),
-        "help": "per million tokens, for the preview",
-    },
+    "--prices": {"type": float, "nargs": 2, "metavar": ("PROMPT", "COMPLETION"), "help": "per million tokens"},
     "--highest-price": {"type": float, "help": "refuse to begin above it"},
     "--preview": {**FLAG, "dest": "only_preview", "help": "say what it would cost, and stop"},
 }
@@ -148,14 +145,8 @@ def _prompts(given: Namespace) -> None:
     """Print the set's rows as JSON Lines, and on stderr how many there are of each category."""
     tasks = _tasks(given, Path("."))
     for task in tasks:
-        row = {
-            "key": task.key,
-            "instruction_language": task.language,
-            "task_type": task.category,
-            "instruction": task.instruction,
-            "intersection_exist": task.intersection,
-            "source": str(task.source),
-        }
+        row = {"key": task.key, "instruction_language": task.language, "task_type": task.category}
+        row |= {"instruction": task.instruction, "intersection_exist": task.intersection, "source": str(task.source)}
         print(json.dumps(row, ensure_ascii=False))
     for (language, category), count in sorted(Counter((task.language, task.category) for task in tasks).items()):
         print(f"{language} {category}: {count}", file=sys.stderr)
@@ -188,25 +179,14 @@ def _access(given: Namespace, settings: JudgeSettings) -> Access:
 
 def _judge(given: Namespace) -> None:
     """Ask a judge about every edited image; what was answered is kept, and the same command goes on from there."""
-    name, is_local = given.judge_model, given.kind == "local"
-    if given.kind in ("local", "replay"):
-        name = name_of_local(name) if is_local else Path(name).name
-    host = urlsplit(given.base_url).hostname or ""
-    settings = _made_of(
-        JudgeSettings,
-        given,
-        model=name,
-        provider=given.provider or (host if given.kind == "endpoint" else given.kind),
-        seed=None if given.seed < 0 else given.seed,
-        wording=load_wording(given.wording),
-    )
-    asking = _made_of(
-        Asking,
-        given,
-        make_ask=_access(given, settings),
-        concurrency=None if is_local else given.concurrency,
-        say=partial(print, flush=True),
-    )
+    name, kind = given.judge_model, given.kind
+    if kind in ("local", "replay"):
+        name = name_of_local(name) if kind == "local" else Path(name).name
+    provider = given.provider or ((urlsplit(given.base_url).hostname or "") if kind == "endpoint" else kind)
+    seed, wording = None if given.seed < 0 else given.seed, load_wording(given.wording)
+    settings = _made_of(JudgeSettings, given, model=name, provider=provider, seed=seed, wording=wording)
+    access, at_once = _access(given, settings), None if kind == "local" else given.concurrency
+    asking = _made_of(Asking, given, make_ask=access, concurrency=at_once, say=partial(print, flush=True))
     tasks, model = _tasks(given, given.out), given.model or given.images.resolve().name
     judge_folder(tasks, given.images, given.out, model=model, settings=settings, asking=asking, anchors=given.anchors)
 
@@ -254,37 +234,18 @@ def _report(given: Namespace) -> None:
     print(out)
 
 
+REPORT: Options = {
+    "--beside": {**FOLDER, "nargs": "*", "default": [], "help": "scorecards of champion, teachers, base"},
+    "--out": {"type": Path, "metavar": "FILE", "help": "default: report.html beside the judgements"},
+}
+ANCHORS: Options = {"--to": NEEDED, "--count": setting(44, "spread over the categories")}
 STEPS = {
     "prompts": Step(_prompts, "print the set's rows and their counts", TASKS),
     "generate": Step(_generate, "edit the set's images with a model", {**TASKS, **IMAGES, **SAMPLER}),
-    "judge": Step(
-        _judge,
-        "ask a judge about every edited image",
-        {
-            **TASKS,
-            **IMAGES,
-            "--out": {**NEEDED, "help": "where the judgements are kept"},
-            "--model": {"metavar": "NAME", "help": "the name of what is judged (default: the folder's name)"},
-            **JUDGE,
-            **SERVER,
-            **RUN,
-        },
-    ),
+    "judge": Step(_judge, "ask a judge about every edited image", {**TASKS, **IMAGES, **JUDGE, **SERVER, **RUN}),
     "verdict": Step(_verdict, "raw replies to scores, columns and a scorecard", COLUMN),
-    "report": Step(
-        _report,
-        "one HTML page",
-        {
-            **COLUMN,
-            "--beside": {**FOLDER, "nargs": "*", "default": [], "help": "scorecards of champion, teachers, base"},
-            "--out": {"type": Path, "metavar": "FILE", "help": "default: report.html beside the judgements"},
-        },
-    ),
-    "anchors": Step(
-        _anchors,
-        "freeze a set by which the judge's drift is measured",
-        {**JUDGED, "--to": NEEDED, "--count": setting(44, "spread over the categories")},
-    ),
+    "report": Step(_report, "one HTML page", {**COLUMN, **REPORT}),
+    "anchors": Step(_anchors, "freeze a set by which the judge's drift is measured", {**JUDGED, **ANCHORS}),
 }
 
 

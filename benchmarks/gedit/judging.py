@@ -16,20 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gedit import questions
 from benchmarks.gedit.price import Preview, preview
-from benchmarks.gedit.questions import (
-    MANIFEST_FILE,
-    SAMPLE,
-    Entry,
-    Job,
-    entry_of,
-    job_key,
-    jobs_of,
-    made_with,
-    plan,
-    question_of,
-    read_anchors,
-)
+from benchmarks.gedit.questions import Entry, Job
 from benchmarks.gedit.rows import EditTask, set_digest, set_kind
 from benchmarks.judge.protocol import Ask, JudgeSettings, Question, Reply, ask_once_or_twice, outcome, stored_replies
 from benchmarks.parallel import as_they_come
@@ -103,7 +92,7 @@ def _ask_here(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings, askin
     ask = asking.make_ask(halt, 1)
 
     def work(key: str, job: Job) -> None:
-        question = question_of(job, settings, out)
+        question = questions.question_of(job, settings, out)
         replies = ask_once_or_twice(ask, question)
         # Once the run ends, a question is given up because of that, not because of the server.
         if not (halt.is_set() and replies[-1].status == "api_error"):
@@ -140,7 +129,7 @@ def _ask_in_workers(jobs: Mapping[str, Job], out: Path, settings: JudgeSettings,
     keys = list(jobs)
 
     def prepared(key: str, processes: int) -> tuple[MakeAsk, int, Question]:
-        return asking.make_ask, processes, question_of(jobs[key], settings, out)
+        return asking.make_ask, processes, questions.question_of(jobs[key], settings, out)
 
     def done(place: int, answered: tuple[str, list[Reply]]) -> None:
         watch.keep(keys[place], *answered)
@@ -165,18 +154,15 @@ def _unanswered(
     entries: Sequence[Entry], out: Path, settings: JudgeSettings, asking: Asking
 ) -> tuple[dict[str, Job], Preview]:
     """What remains to be asked, by key, and the estimate, which is said. Raises UserError for a price too high."""
-    known, identity = read_results(out), settings.identity()
-    keys = {job_key(job, identity, settings.wording): job for job in jobs_of(entries, settings.repeats)}
+    identity, every = settings.identity(), questions.jobs_of(entries, settings.repeats)
+    keys = {questions.job_key(job, identity, settings.wording): job for job in every}
+    statuses = {key: outcome(stored_replies(value)).status for key, value in read_results(out).items()}
+    answered = {key for key, status in statuses.items() if status not in asking.retry}
     first, step = asking.shard
     wanted = dict(islice(keys.items(), first, None, step))
-    jobs = {
-        key: job
-        for key, job in wanted.items()
-        if key not in known or outcome(stored_replies(known[key])).status in asking.retry
-    }
-    failed = sum(entry.status != "ok" for entry in entries)
-    answered = len(wanted) - len(jobs)
-    estimate = preview(list(jobs.values()), answered, failed, settings, asking.image_tokens, asking.prices)
+    jobs = {key: job for key, job in wanted.items() if key not in answered}
+    counts = len(wanted) - len(jobs), sum(entry.status != "ok" for entry in entries)
+    estimate = preview(list(jobs.values()), *counts, settings, asking.image_tokens, asking.prices)
     asking.say(estimate.text())
     if not asking.only_preview:
         estimate.check(asking.highest_price)
@@ -193,23 +179,20 @@ def judge_folder(
     asking: Asking,
     anchors: Path | None = None,
 ) -> Preview:
-    """Judges every image of `model` below `folder`; the judgements are kept in `out`. `anchors` is a frozen set that is
-    judged as well.
-
-    Raises UserError(s) for a folder of judgements made with other settings, a price too high, and whatever ends the run
-    (see `benchmarks.judge.endpoint`).
-    """
-    entries = plan(tasks, folder, out)
+    """Judges every image of `model` below `folder`, and those of the frozen set `anchors`; the judgements are kept in
+    `out`. Raises UserError(s) for a folder of judgements made with other settings, a price too high, and whatever ends
+    the run (see `benchmarks.judge.endpoint`)."""
+    entries = questions.plan(tasks, folder, out)
     about_set = {"digest": set_digest(tasks), "kind": set_kind(tasks)}
-    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats}
-    about["made_with"] = made_with(folder)
+    made_with = questions.made_with(folder)
+    about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats, "made_with": made_with}
     if anchors is not None:
-        frozen, about["anchors"] = read_anchors(anchors, out)
+        frozen, about["anchors"] = questions.read_anchors(anchors, out)
         entries += frozen
     jobs, estimate = _unanswered(entries, out, settings, asking)
     if not asking.only_preview:
         claim(out, {"judge": settings.identity(), "model": model, "set": about_set})
-        write_json(out / MANIFEST_FILE, {**about, "entries": [asdict(entry) for entry in entries]})
+        write_json(out / questions.MANIFEST_FILE, {**about, "entries": [asdict(entry) for entry in entries]})
         _ask_all(jobs, out, settings, asking)
     return estimate
 
@@ -239,7 +222,7 @@ def ask_about(
     """Judges images that lie anywhere; answers are kept below `store` by judge, so that a stage that is run again asks
     about new images alone. Returns the folder of answers and an entry an image, in order. Raises as `judge_folder`."""
     folder = answers_of(store, settings)
-    entries = [entry_of(edit.task, edit.file, folder, SAMPLE, edit.seed) for edit in made]
+    entries = [questions.entry_of(edit.task, edit.file, folder, questions.SAMPLE, edit.seed) for edit in made]
     jobs, _ = _unanswered(entries, folder, settings, asking)
     claim(folder, {"judge": settings.identity()})
     _ask_all(jobs, folder, settings, asking)

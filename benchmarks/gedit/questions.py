@@ -90,18 +90,10 @@ def entry_of(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -
             size, sha256 = read_rgb(edited).size, sha256_file(edited)
         except ImageFault as error:
             status, fault = "bad_image", str(error)
-    row: dict[str, Any] = {**vars(task), "id": task.id, "source": os.path.relpath(task.source, out)}
-    return Entry(
-        **row,
-        purpose=purpose,
-        source_size=source_size,
-        edited=os.path.relpath(edited, out),
-        edited_sha256=sha256,
-        edited_size=size,
-        seed=seed,
-        status=status,
-        fault=fault,
-    )
+    source = {"source": os.path.relpath(task.source, out), "source_size": source_size}
+    image = {"edited": os.path.relpath(edited, out), "edited_sha256": sha256, "edited_size": size, "seed": seed}
+    row: dict[str, Any] = {**vars(task), "id": task.id, **source, **image}
+    return Entry(purpose=purpose, status=status, fault=fault, **row)
 
 
 def plan(tasks: Sequence[EditTask], folder: Path, out: Path) -> list[Entry]:
@@ -139,8 +131,9 @@ def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
             changed = [file for file, sha256 in files.items() if not file.is_file() or sha256_file(file) != sha256]
             faults += [f"{file}: missing, or not the frozen image" for file in changed]
             if not changed:
-                values = [row[name] for name in ("id", "language", "category", "instruction")]
-                task = EditTask(*values, False, folder / row["source"], row["source_sha256"])
+                key, language, category, text = (row[name] for name in ("id", "language", "category", "instruction"))
+                source, sha256 = folder / row["source"], row["source_sha256"]
+                task = EditTask(key, language, category, text, False, source, sha256)
                 entries.append(entry_of(task, folder / row["edited"], out, ANCHOR, UNKNOWN_SEED))
     except (KeyError, TypeError) as error:
         advice = "make one with `python -m benchmarks gedit anchors`"
@@ -153,16 +146,12 @@ def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
 def job_key(job: Job, identity: Mapping[str, Any], wording: Wording) -> str:
     """The address of a question's result. An anchor's differs from a sample's, and the same quality question about one
     image is asked once."""
-    entry, images = job.entry, [job.entry.source_sha256, job.entry.edited_sha256]
-    address = {
-        "purpose": entry.purpose,
-        "question": job.kind,
-        "text": sha256_bytes(wording.text(job.kind, entry.instruction).encode()),
-        "images": images if job.kind == SEMANTIC else [entry.edited_sha256, list(entry.source_size)],
-        "judge": dict(identity),
-        "repeat": job.repeat,
-    }
-    return result_key("judge", **address)
+    entry, kind = job.entry, job.kind
+    text = sha256_bytes(wording.text(kind, entry.instruction).encode())
+    both = [entry.source_sha256, entry.edited_sha256]
+    images = both if kind == SEMANTIC else [entry.edited_sha256, list(entry.source_size)]
+    about = {"purpose": entry.purpose, "question": kind, "text": text, "images": images}
+    return result_key("judge", **about, judge=dict(identity), repeat=job.repeat)
 
 
 def jobs_of(entries: Sequence[Entry], repeats: int) -> list[Job]:

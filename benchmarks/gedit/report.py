@@ -17,17 +17,15 @@ def notes_of(judgements: Judgements, column: str, *, allow_partial: bool, **boot
     columns, the judge's noise and drift."""
     identity, table = judgements.identity, columns(judgements, allow_partial=allow_partial)
     judge = f"{judgements.answered_by or identity['model']} ({identity['kind']}, {identity['provider']})"
-    how = f"{judgements.repeats} judgement(s) an image, images {identity['resize']}"
+    how = f"{judgements.about['repeats']} judgement(s) an image, images {identity['resize']}"
     notes = [f"Column {column}. Judge: {judge}, wording {identity['wording']['name']}, {how}."]
     aggregate = table.pop(column)
     if not isinstance(aggregate, str):
         means = aggregate.average
         statuses = ", ".join(f"{count} {status}" for status, count in sorted(means.statuses.items()))
         bounds = f"the average would be {means.low:.2f} or {means.high:.2f}"
-        notes.append(
-            f"Scores: {statuses}; coverage {means.coverage:.1%}. "
-            f"Had the images without a score earned 0 or 10, {bounds}."
-        )
+        scores = f"Scores: {statuses}; coverage {means.coverage:.1%}."
+        notes.append(f"{scores} Had the images without a score earned 0 or 10, {bounds}.")
     averages = {name: other.average for name, other in table.items() if not isinstance(other, str)}
     if averages:
         others = ", ".join(f"{name} {means.overall:.2f} (n={means.n})" for name, means in averages.items())
@@ -51,11 +49,7 @@ def write_gedit_report(
     path: Path, judgements: Judgements, column: str, beside: Sequence[Path], *, allow_partial: bool, **bootstrap: Any
 ) -> None:
     """Writes the page for one column of the judgements, beside the scorecards of other models. `bootstrap`: see
-    `summarise`.
-
-    Raises UserErrors for a scorecard that was judged by another judge or on other rows: their figures may not share a
-    table.
-    """
+    `summarise`. Raises UserErrors for a scorecard by another judge or on other rows: they may not share a table."""
     card, rows = column_scorecard(judgements, column, allow_partial=allow_partial, **bootstrap)
     cards: dict[str, Scorecard] = {card.model: card}
     for file in beside:

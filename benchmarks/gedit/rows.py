@@ -23,7 +23,7 @@ from data.errors import UserError, UserErrors
 from data.files import atomic_file, digest, sha256_bytes, sha256_file
 from data.records import GEDIT_CATEGORIES, OFFICIAL_COUNTS
 
-TEXTS = ("key", "instruction_language", "task_type", "instruction")  # in the order of EditTask
+TEXTS = ("key", "instruction_language", "task_type", "instruction")
 NEEDED = (*TEXTS, "input_image")
 # column names are compared in lower case: the data write it with a capital I, the result files do not
 INTERSECTION = "intersection_exist"
@@ -103,10 +103,6 @@ def files_of_set(path: Path) -> list[Path]:
     return files
 
 
-def _truth(value: Any) -> bool:
-    return value.strip().lower() in ("1", "true", "yes") if isinstance(value, str) else bool(value)
-
-
 def _image(value: Any, file: Path, unpacked: Path) -> tuple[Path, str]:
     """(file of the source image, its SHA-256). Bytes are unpacked under the name of their digest, once. Raises
     UserError with what is wrong."""
@@ -133,17 +129,19 @@ def _task(row: Mapping[str, Any], file: Path, unpacked: Path) -> EditTask:
     missing = [name for name in NEEDED if name not in values]
     if missing:
         raise UserError(f"columns {missing} are missing")
-    texts = {name: str(values[name] or "").strip() for name in TEXTS}
-    key = texts["key"]
+    key, language, category, instruction = (str(values[name] or "").strip() for name in TEXTS)
     if not key or "/" in key or key.startswith("."):
         raise UserError(f"key = {key!r}: a file name is needed")
-    for name, known in (("instruction_language", LANGUAGES), ("task_type", GEDIT_CATEGORIES)):
-        if texts[name] not in known:
-            raise UserError(f"{name} = {texts[name]!r}: choose one of {list(known)}")
-    if not texts["instruction"]:
+    if language not in LANGUAGES:
+        raise UserError(f"instruction_language = {language!r}: choose one of {list(LANGUAGES)}")
+    if category not in GEDIT_CATEGORIES:
+        raise UserError(f"task_type = {category!r}: choose one of {list(GEDIT_CATEGORIES)}")
+    if not instruction:
         raise UserError("instruction is empty")
     source, sha256 = _image(values["input_image"], file, unpacked)
-    return EditTask(*texts.values(), _truth(values.get(INTERSECTION, False)), source, sha256)
+    flag = values.get(INTERSECTION, False)
+    intersection = flag.strip().lower() in ("1", "true", "yes") if isinstance(flag, str) else bool(flag)
+    return EditTask(key, language, category, instruction, intersection, source, sha256)
 
 
 def load_tasks(path: Path, unpacked: Path) -> list[EditTask]:
@@ -183,14 +181,10 @@ def check_official(tasks: Sequence[EditTask]) -> None:
     }
     for language, members in keys.items():
         counts = Counter(category for _, category in members)
-        if language == "en" and members:
-            faults += [
-                f"en {name}: {counts[name]} rows, the official set has {n}"
-                for name, n in OFFICIAL_COUNTS.items()
-                if counts[name] != n
-            ]
         missing = [name for name in GEDIT_CATEGORIES if members and not counts[name]]
         faults += [f"{language}: no row of {missing}"] if missing else []
+        wrong = [(name, n) for name, n in OFFICIAL_COUNTS.items() if language == "en" and members and counts[name] != n]
+        faults += [f"en {name}: {counts[name]} rows, the official set has {n}" for name, n in wrong]
     if all(keys.values()) and keys["en"] != keys["cn"]:
         unlike = sorted(key for key, _ in keys["en"] ^ keys["cn"])
         faults.append(f"{len(unlike)} keys stand in one language only, or in two categories: {unlike[:3]}")

@@ -36,15 +36,11 @@ class Judgements:
     """Everything that a folder of judgements holds, read and checked."""
 
     folder: Path
-    model: str
-    repeats: int
-    about_set: dict[str, Any]  # "digest", and "kind": "official" or "custom"
-    made_with: dict[str, Any]  # how the images were made: model, sampler, seed; empty for images made elsewhere
+    about: dict[str, Any]  # the manifest: "model", "repeats", "set", "made_with" (how the images were made), "anchors"
     identity: dict[str, Any]  # of the judge
     answered_by: str  # the model's name as the server gave it
     samples: list[tuple[Entry, Judged]]
     anchors: list[tuple[Entry, Judged]]
-    frozen: dict[str, Any]  # the anchors' record, with their reference scores; empty without anchors
     usage: dict[str, int]
 
 
@@ -95,34 +91,19 @@ class _Replies:
 
 
 def read_judgements(folder: Path, wording: Wording) -> Judgements:
-    """Reads a folder of judgements; `wording` must be the one it was made with.
-
-    Raises UserErrors for questions that have no answer yet, and for a run that several models answered (a floating name
-    whose meaning has changed).
-    """
-    manifest, entries = read_manifest(folder)
+    """Reads a folder of judgements; `wording` must be the one it was made with. Raises UserErrors for questions that
+    have no answer yet, and for a run that several models answered (a name that now means another model)."""
+    about, entries = read_manifest(folder)
     identity = read_settings(folder)["judge"]
     if identity["wording"] != wording.identity():
         names = f"the {identity['wording']['name']!r} wording, not with this {wording.name!r} one"
         raise UserError(f"{folder}: was judged with {names}; give the same --wording")
-    repeats = int(manifest["repeats"])
-    replies = _Replies(folder, identity, wording, repeats)
+    replies = _Replies(folder, identity, wording, about["repeats"])
     judged: dict[str, list[tuple[Entry, Judged]]] = {SAMPLE: [], ANCHOR: []}
     for entry in entries:
         judged[entry.purpose].append((entry, replies.of(entry)))
-    return Judgements(
-        folder,
-        manifest["model"],
-        repeats,
-        manifest["set"],
-        manifest["made_with"],
-        identity,
-        replies.answered_by(),
-        judged[SAMPLE],
-        judged[ANCHOR],
-        manifest.get("anchors", {}),
-        dict(replies.usage),
-    )
+    who, usage = replies.answered_by(), dict(replies.usage)
+    return Judgements(folder, about, identity, who, judged[SAMPLE], judged[ANCHOR], usage)
 
 
 # --- samples and rows -------------------------------------------------------------------------------------------------
@@ -184,24 +165,22 @@ def _row(model: str, entry: Entry, judged: Judged) -> ExampleScore:
 
 def rows_of(judgements: Judgements) -> list[ExampleScore]:
     """One row an image."""
-    return [_row(judgements.model, entry, judged) for entry, judged in judgements.samples]
+    return [_row(judgements.about["model"], entry, judged) for entry, judged in judgements.samples]
 
 
 def score_made(
     made: Sequence[MadeEdit], store: Path, *, model: str, settings: JudgeSettings, asking: Asking
-) -> tuple[list[ExampleScore], dict[str, Any]]:
-    """Rows of scores for images that a stage has made itself, in order, and the judge's identity; `example_id` is the
-    row's key. Raises UserError(s) as `ask_about` does, and for a run that several models answered."""
+) -> list[ExampleScore]:
+    """Rows of scores for images that a stage has made itself, in order; `example_id` is the row's key. Raises
+    UserError(s) as `ask_about` does, and for a run that several models answered."""
     folder, entries = ask_about(made, store, settings, asking)
-    identity = settings.identity()
-    replies = _Replies(folder, identity, settings.wording, settings.repeats)
-    rows = [
-        replace(
-            _row(model, entry, replies.of(entry)), example_id=edit.task.key, k=edit.k, seed=edit.seed, image=edit.image
-        )
-        for edit, entry in zip(made, entries, strict=True)
-    ]
-    return rows, {**identity, "answered_by": replies.answered_by()}
+    replies = _Replies(folder, settings.identity(), settings.wording, settings.repeats)
+    rows = []
+    for edit, entry in zip(made, entries, strict=True):
+        row = _row(model, entry, replies.of(entry))
+        rows.append(replace(row, example_id=edit.task.key, k=edit.k, seed=edit.seed, image=edit.image))
+    replies.answered_by()
+    return rows
 
 
 def coverage_of(rows: Sequence[ExampleScore]) -> float:
@@ -212,9 +191,7 @@ def coverage_of(rows: Sequence[ExampleScore]) -> float:
 
 def answered_by(store: Path, settings: JudgeSettings) -> str:
     """The model, as the server named it, that gave all of this judge's answers below `store`; "" where there are none.
-
-    Raises UserError where several did: scores of two stages would then not be comparable.
-    """
+    Raises UserError where several did: scores of two stages would then not be comparable."""
     folder = answers_of(store, settings)
     replies = [reply for value in read_results(folder).values() for reply in stored_replies(value)]
     models = Counter(reply.model for reply in replies if reply.status == "ok" and reply.model)
@@ -260,11 +237,8 @@ def columns(judgements: Judgements, *, allow_partial: bool) -> dict[str, Aggrega
 def column_scorecard(
     judgements: Judgements, column: str, *, allow_partial: bool, **bootstrap: Any
 ) -> tuple[Scorecard, list[ExampleScore]]:
-    """The scorecard of one column ("en/full", "cn/paper", ...) with its rows. `bootstrap`: see `summarise`.
-
-    Raises UserError for an unknown column or one without rows, UserErrors for too few judged images unless
-    `allow_partial`.
-    """
+    """The scorecard of a column (one of COLUMNS) with its rows. `bootstrap`: see `summarise`. Raises UserError for an
+    unknown column or one without rows, UserErrors for too few judged images unless `allow_partial`."""
     if column not in COLUMNS:
         raise UserError(f"column = {column!r}; choose of {list(COLUMNS)}")
     members = _members(judgements, column)
@@ -280,16 +254,16 @@ def column_scorecard(
     language, subset = column.split("/")
     identity = {
         "prompts": digest([[entry.id, entry.category, entry.instruction, entry.source_sha256] for entry in members]),
-        "set": judgements.about_set["kind"],
+        "set": judgements.about["set"]["kind"],
         "language": language,
         "subset": subset,
         "judge": {**judgements.identity, "answered_by": judgements.answered_by},
-        "repeats": judgements.repeats,
+        "repeats": judgements.about["repeats"],
         "coverage": coverage_of(rows),
         "statuses": dict(sorted(Counter(row.status for row in rows).items())),
-        "images": judgements.made_with,
+        "images": judgements.about["made_with"],
     }
-    return Scorecard(judgements.model, identity_of(expected), {"gedit": identity}, metrics), rows
+    return Scorecard(judgements.about["model"], identity_of(expected), {"gedit": identity}, metrics), rows
 
 
 # --- the judge's noise and drift --------------------------------------------------------------------------------------
@@ -298,10 +272,10 @@ def column_scorecard(
 def repeat_noise(judgements: Judgements) -> dict[str, Any] | None:
     """How far repeats lie apart, as standard deviations of O: within a sample (pooled) and of the mean over samples;
     None for a single repeat."""
-    if judgements.repeats < 2:
+    if judgements.about["repeats"] < 2:
         return None
     pairs = [_scored(judged) for _, judged in judgements.samples]
-    complete = [scores for scores in pairs if len(scores) == judgements.repeats]
+    complete = [scores for scores in pairs if len(scores) == judgements.about["repeats"]]
     noise: dict[str, Any] = {"samples": len(complete), "within": None, "of_mean": None}
     if len(complete) >= 2:
         table = np.array([[rules.overall(*pair)[2] for pair in scores] for scores in complete])  # (samples, repeats)
@@ -312,12 +286,8 @@ def repeat_noise(judgements: Judgements) -> dict[str, Any] | None:
 
 def drift(judgements: Judgements, **bootstrap: Any) -> dict[str, Any] | None:
     """The anchors' scores now minus those when they were frozen, paired; None without anchors. `bootstrap`: see
-    `compare_paired`.
-
-    Raises UserError when the anchors were frozen with other settings, because the difference would then not be the
-    judge's.
-    """
-    frozen = judgements.frozen
+    `compare_paired`. Raises UserError for anchors that were frozen with other settings: not only the judge differs."""
+    frozen = judgements.about.get("anchors")
     if not frozen:
         return None
     if frozen["judge"] != judgements.identity:
@@ -326,22 +296,15 @@ def drift(judgements: Judgements, **bootstrap: Any) -> dict[str, Any] | None:
     before = {row["id"]: float(row["o"]) for row in frozen["anchors"]}
     now = {entry.key: sample_scores(sample)[2] for entry, sample in _samples(judgements.anchors)}
     both = sorted(now)
-    result: dict[str, Any] = {"n": len(both), "without_score": len(before) - len(both)}
-    result["frozen_with"] = frozen["answered_by"]
+    counts = {"n": len(both), "without_score": len(before) - len(both), "frozen_with": frozen["answered_by"]}
     if len(both) < 2:
-        return {**result, "difference": None}
+        return {**counts, "difference": None}
     a, b = ({"anchors": np.array([values[name] for name in both])} for values in (now, before))
     change = compare_paired(a, b, binary=False, **bootstrap)
+    interval = {name: getattr(change, name) for name in ("difference", "low", "high", "p")}
     moves = {name: now[name] - before[name] for name in both if now[name] != before[name]}
-    return {
-        **result,
-        "difference": change.difference,
-        "low": change.low,
-        "high": change.high,
-        "p": change.p,
-        "drifted": change.low > 0.0 or change.high < 0.0,
-        "largest": dict(sorted(moves.items(), key=lambda move: (-abs(move[1]), move[0]))[:3]),
-    }
+    largest = dict(sorted(moves.items(), key=lambda move: (-abs(move[1]), move[0]))[:3])
+    return {**counts, **interval, "drifted": change.low > 0.0 or change.high < 0.0, "largest": largest}
 
 
 def freeze_anchors(judgements: Judgements, target: Path, *, count: int, seed: int) -> int:
@@ -362,12 +325,10 @@ def freeze_anchors(judgements: Judgements, target: Path, *, count: int, seed: in
         (folder / "images").mkdir()
         for name in chosen:
             entry, sample = scored[name]
-            paths = {"source": entry.source, "edited": entry.edited}
-            files = {kind: f"images/{name}_{kind}{Path(path).suffix}" for kind, path in paths.items()}
-            for kind, path in paths.items():
-                shutil.copyfile(judgements.folder / path, folder / files[kind])
-            row = {"id": name, "language": entry.language, "category": entry.category}
-            row |= {"instruction": entry.instruction, **files}
+            row = {"id": name} | {key: getattr(entry, key) for key in ("language", "category", "instruction")}
+            for kind, path in (("source", entry.source), ("edited", entry.edited)):
+                row[kind] = f"images/{name}_{kind}{Path(path).suffix}"
+                shutil.copyfile(judgements.folder / path, folder / row[kind])
             row |= {"source_sha256": entry.source_sha256, "edited_sha256": entry.edited_sha256}
             rows.append({**row, **dict(zip(("sc", "pq", "o"), sample_scores(sample)))})
         about = {"judge": judgements.identity, "answered_by": judgements.answered_by}
@@ -381,29 +342,24 @@ def freeze_anchors(judgements: Judgements, target: Path, *, count: int, seed: in
 def _table(aggregate: Aggregate | str) -> dict[str, Any]:
     if isinstance(aggregate, str):
         return {"refused": aggregate}
-    average, *categories = [
-        {**asdict(means), "coverage": means.coverage} for means in (aggregate.average, *aggregate.categories.values())
-    ]
-    return {"average": average, "categories": dict(zip(aggregate.categories, categories))}
+    groups = {"average": aggregate.average, **aggregate.categories}
+    values = {name: {**asdict(means), "coverage": means.coverage} for name, means in groups.items()}
+    return {"average": values.pop("average"), "categories": values}
 
 
 def summary(judgements: Judgements, *, allow_partial: bool, **bootstrap: Any) -> dict[str, Any]:
     """All columns with SC, PQ, O, the bounds by which failures could move O, coverage and statuses; noise, drift
     (`bootstrap`: see `compare_paired`), and what was judged with what."""
-    failed = Counter(
-        f"{kind} {answer.status}"
-        for _, judged in judgements.samples
-        for pair in judged
-        for kind, answer in zip(KINDS, pair)
-        if answer.status != "ok"
-    )
+    pairs = [pair for _, judged in judgements.samples for pair in judged]
+    answers = [(kind, answer.status) for pair in pairs for kind, answer in zip(KINDS, pair)]
+    failed = Counter(f"{kind} {status}" for kind, status in answers if status != "ok")
     table = columns(judgements, allow_partial=allow_partial)
     return {
-        "model": judgements.model,
-        "set": judgements.about_set,
-        "images": judgements.made_with,
+        "model": judgements.about["model"],
+        "set": judgements.about["set"],
+        "images": judgements.about["made_with"],
         "samples": len(judgements.samples),
-        "repeats": judgements.repeats,
+        "repeats": judgements.about["repeats"],
         "judge": judgements.identity,
         "answered_by": judgements.answered_by,
         "usage": dict(sorted(judgements.usage.items())),

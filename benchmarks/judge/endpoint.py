@@ -20,7 +20,8 @@ from typing import Any
 import openai
 import tenacity
 
-from benchmarks.judge.protocol import SCORES_A_REPLY, Ask, JudgeSettings, Question, Reply, Turn
+from benchmarks.judge.protocol import SCORES_A_REPLY, Ask, JudgeSettings, Question, Reply, Turn, out_of_range
+from data.bounds import Above, Count, NotNegative, Positive
 from data.errors import UserError, UserErrors
 from data.randomness import seed_of
 
@@ -38,58 +39,43 @@ REJECTED = (openai.BadRequestError, openai.UnprocessableEntityError)
 LONGEST_ERROR = 500  # characters kept of an error's text
 LONGEST_CHECK_S = 20.0  # seconds that a try to reach the server may take
 SCORE = {"type": "array", "items": {"type": "number"}, "minItems": SCORES_A_REPLY, "maxItems": SCORES_A_REPLY}
-REPLY_SCHEMA = {
+SCHEMA = {
     "type": "object",
     "properties": {"score": SCORE, "reasoning": {"type": "string"}},
     "required": ["score", "reasoning"],
     "additionalProperties": False,
 }
-RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": REPLY_SCHEMA}}
+RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": SCHEMA}}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """How a server is reached; none of it changes a score, so none of it is part of the judge's identity.
-
-    `key_variable` names the environment variable that holds the key ("" for a server that asks for none). A failed
-    request is tried up to `tries` times with exponential waits from `wait_s` up to `longest_wait_s` (seconds), or what
-    the server's Retry-After says, up to the same bound. `per_minute` limits the requests that begin in a minute; 0 sets
-    no limit. Raises UserErrors for values out of range.
-    """
+    """How a server is reached; none of it changes a score, so none of it is part of the judge's identity. A failed
+    request is tried again after exponential waits, or what the server's Retry-After says. Raises UserErrors for values
+    out of range."""
 
     base_url: str
-    key_variable: str
-    timeout_s: float
-    tries: int
-    wait_s: float
-    longest_wait_s: float
-    per_minute: int
+    key_variable: str  # the environment variable that holds the key; "" for a server that asks for none
+    timeout_s: Above
+    tries: Positive
+    wait_s: NotNegative  # before the second try
+    longest_wait_s: NotNegative
+    per_minute: Count  # requests that begin in a minute; 0: no limit
 
     def __post_init__(self) -> None:
-        faults, values = [], vars(self)
+        faults = out_of_range(self)
         if not self.base_url.startswith(("http://", "https://")):
             faults.append(f"base_url = {self.base_url!r}: expected http://... or https://...")
-        zero = [name for name in ("timeout_s", "tries") if values[name] <= 0]
-        faults += [f"{name} = {values[name]}: expected more than 0" for name in zero]
-        negative = [name for name in ("wait_s", "longest_wait_s", "per_minute") if values[name] < 0]
-        faults += [f"{name} = {values[name]}: expected 0 or more" for name in negative]
         if faults:
             raise UserErrors("the judge's server:", faults)
 
 
-class _Again(Exception):
-    """A fault that may pass; `after` is the wait in seconds that the server asks for, None where it names none."""
+class _Failed(Exception):
+    """A request without an answer. `status` is what the reply gets, unless the fault may pass (`again`); `after` is
+    the wait in seconds that the server asks for, None where it names none."""
 
-    def __init__(self, text: str, after: float | None = None) -> None:
-        self.after = after
-        super().__init__(text)
-
-
-class _Final(Exception):
-    """A fault that will not pass, with the status that the reply gets."""
-
-    def __init__(self, status: str, text: str) -> None:
-        self.status = status
+    def __init__(self, text: str, status: str = "api_error", again: bool = False, after: float | None = None) -> None:
+        self.status, self.again, self.after = status, again, after
         super().__init__(text)
 
 
@@ -146,10 +132,10 @@ def _with_cause(error: Exception) -> str:
 def _fault(error: Exception, model: str) -> Exception:
     """What a failed request means for the question: tried again, a status, or (a UserError) the end of the run."""
     if not isinstance(error, openai.APIStatusError):
-        return _Again(f"{type(error).__name__}: {error}{_with_cause(error)}")
+        return _Failed(f"{type(error).__name__}: {error}{_with_cause(error)}", again=True)
     codes, status, text = _codes(error), error.status_code, error.message
     if codes & FILTERED:
-        return _Final("refused", text)
+        return _Failed(text, "refused")
     if codes & OUT_OF_CREDIT:
         advice = "what was judged is kept: run the same command again once it has"
         return UserError(f"judge {model}: the account has no credit left ({text}); {advice}")
@@ -160,8 +146,9 @@ def _fault(error: Exception, model: str) -> Exception:
         advice = "check the model's name and the base URL"
         return UserError(f"judge {model!r}: HTTP {status}, the server does not know it ({text}); {advice}")
     if status in RETRIED or status >= 500:
-        return _Again(f"HTTP {status}: {text}", retry_after(error.response.headers, time.time()))
-    return _Final("api_error", f"HTTP {status}: {text}")
+        after = retry_after(error.response.headers, time.time())
+        return _Failed(f"HTTP {status}: {text}", again=True, after=after)
+    return _Failed(f"HTTP {status}: {text}")
 
 
 def _messages(question: Question, turns: Sequence[Turn], text_first: bool) -> list[dict[str, Any]]:
@@ -175,13 +162,14 @@ def _messages(question: Question, turns: Sequence[Turn], text_first: bool) -> li
 
 
 def _read(completion: Any) -> Reply:
-    """The reply that a completion holds. Raises _Again for none: servers report their faults under HTTP 200, too."""
+    """The reply that a completion holds. Raises _Failed for none: servers report their faults under HTTP 200, too."""
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        raise _Again(f"the server's answer holds no choice ({getattr(completion, 'model_extra', completion)})")
+        rest = getattr(completion, "model_extra", completion)
+        raise _Failed(f"the server's answer holds no choice ({rest})", again=True)
     message, usage = choices[0].message, getattr(completion, "usage", None)
     if not isinstance(message.content, str | None):
-        raise _Again("the server's answer holds no text")
+        raise _Failed("the server's answer holds no text", again=True)
     names = ("prompt_tokens", "completion_tokens") if usage else ()
     counts = {name: int(getattr(usage, name, 0) or 0) for name in names}
     model, finish = str(getattr(completion, "model", "") or ""), str(choices[0].finish_reason or "")
@@ -189,30 +177,28 @@ def _read(completion: Any) -> Reply:
     return Reply("refused" if refusal else "ok", message.content or "", model, finish, counts, error=refusal)
 
 
-def _key(settings: JudgeSettings, endpoint: Endpoint) -> str:
+def _client(settings: JudgeSettings, endpoint: Endpoint, timeout: float, retries: int) -> openai.OpenAI:
+    """The server's client. Raises UserError for a key variable that is not set."""
     key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else "none"
     if not key:
         hint = 'export it, name another variable, or "" for a server that needs no key'
         raise UserError(f"judge {settings.model}: the environment variable {endpoint.key_variable} is not set; {hint}")
-    return key
+    return openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=retries, timeout=timeout)
 
 
 def check_reachable(settings: JudgeSettings, endpoint: Endpoint) -> None:
     """Asks the server for its models, which costs nothing. Any answer but a refused key will do: not every server lists
     its models. Raises UserError for a key variable that is not set, a refused key, or a server that is not there."""
-    key = _key(settings, endpoint)
-    tries, timeout = min(2, endpoint.tries - 1), min(endpoint.timeout_s, LONGEST_CHECK_S)
+    client = _client(settings, endpoint, min(endpoint.timeout_s, LONGEST_CHECK_S), min(2, endpoint.tries - 1))
     try:
-        openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=tries, timeout=timeout).models.list()
+        client.models.list()
     except openai.AuthenticationError as error:
-        text, variable = error.message.replace(key, "[key]"), endpoint.key_variable or "no variable"
+        text, variable = error.message.replace(client.api_key, "[key]"), endpoint.key_variable or "no variable"
         raise UserError(f"judge {settings.model}: the key in {variable} is refused ({text})") from error
     except openai.APIConnectionError as error:
-        cause = f"{type(error).__name__}{_with_cause(error)}"
+        place = f"{endpoint.base_url} ({type(error).__name__}{_with_cause(error)})"
         advice = "start it or correct the base URL; nothing was asked or drawn"
-        raise UserError(
-            f"judge {settings.model}: no server answers at {endpoint.base_url} ({cause}); {advice}"
-        ) from error
+        raise UserError(f"judge {settings.model}: no server answers at {place}; {advice}") from error
     except (openai.OpenAIError, ValueError):
         return
 
@@ -220,7 +206,7 @@ def check_reachable(settings: JudgeSettings, endpoint: Endpoint) -> None:
 def _send(
     client: openai.OpenAI, settings: JudgeSettings, question: Question, turns: Sequence[Turn], schema: bool
 ) -> Reply:
-    """One HTTP request, with the reply's schema or without. Raises _Again, _Final or UserError."""
+    """One HTTP request, with the reply's schema or without. Raises _Failed or UserError."""
     optional: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed + question.repeat}
     optional |= {"response_format": RESPONSE_FORMAT} if schema else {}
     messages: Any = _messages(question, turns, settings.text_first)
@@ -244,7 +230,7 @@ def _waits(endpoint: Endpoint, address: str, turn: int) -> Callable[[tenacity.Re
 
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, _Again) and error.after is not None:
+        if isinstance(error, _Failed) and error.after is not None:
             return min(endpoint.longest_wait_s, error.after)
         jitter = 0.5 + seed_of(0, state.attempt_number, turn, address) / 2**64  # 0.5 to 1
         return min(endpoint.longest_wait_s, endpoint.wait_s * 2 ** (state.attempt_number - 1) * jitter)
@@ -265,15 +251,14 @@ def endpoint_judge(
     Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and
     an account without credit, because no further request could succeed. Every other fault ends as a reply's status.
     """
-    key, halt = _key(settings, endpoint), halt or threading.Event()
-    client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout_s)
-    pace, no_schema = _Pace(endpoint.per_minute), threading.Event()
+    client, pace = _client(settings, endpoint, endpoint.timeout_s, 0), _Pace(endpoint.per_minute)
+    halt, no_schema = halt or threading.Event(), threading.Event()
     sleep = sleep or tenacity.sleep_using_event(halt)
     stop = tenacity.stop_any(tenacity.stop_after_attempt(endpoint.tries), tenacity.stop_when_event_set(halt))
-    again = tenacity.retry_if_exception_type(_Again)
+    again = tenacity.retry_if_exception(lambda error: isinstance(error, _Failed) and error.again)
 
     def clean(text: str) -> str:
-        return text.replace(key, "[key]") if endpoint.key_variable else text
+        return text.replace(client.api_key, "[key]") if endpoint.key_variable else text
 
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
         begun, sent, schema = time.monotonic(), 0, settings.json_schema and not no_schema.is_set()
@@ -288,8 +273,8 @@ def endpoint_judge(
             nonlocal schema
             try:
                 return send()
-            except _Final as error:
-                if not (schema and error.status == "api_error" and isinstance(error.__cause__, REJECTED)):
+            except _Failed as error:
+                if not schema or error.status == "refused" or not isinstance(error.__cause__, REJECTED):
                     raise
             schema = False
             reply = send()
@@ -299,10 +284,8 @@ def endpoint_judge(
         wait = _waits(endpoint, question.digest(), len(turns))
         try:
             reply = tenacity.Retrying(stop=stop, wait=wait, retry=again, sleep=sleep, reraise=True)(attempt)
-        except _Again as error:
-            reply = Reply("api_error", "", error=f"{sent} tries, the last one: {error}")
-        except _Final as error:
-            reply = Reply(error.status, "", error=str(error))
+        except _Failed as error:
+            reply = Reply(error.status, "", error=f"{sent} tries, the last one: {error}" if error.again else str(error))
         except UserError as error:
             raise UserError(clean(str(error))) from error
         seconds, fault = round(time.monotonic() - begun, 3), clean(reply.error)[:LONGEST_ERROR]

@@ -1,4 +1,4 @@
-"""The protocol between GEdit-Bench and a judge: what it is asked, how its reply is read, and when there is no score.
+"""The protocol between GEdit-Bench and a judge: settings, questions, and how a reply becomes scores or a status.
 
 A judge answers two questions on 0 to 10 about an edited image: the semantic one sees source, result and instruction and
 grades success and over-editing; the quality one sees the result alone and grades naturalness and artifacts (the
@@ -15,13 +15,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.judge.wording import REPAIR, Wording
 from benchmarks.scores.scorecard import HIGHEST
+from data.bounds import NotNegative, OneOf, Positive, expected, holds
 from data.errors import UserError, UserErrors
 from data.files import digest, sha256_bytes
 from data.images import decode_image, encode_png
@@ -39,6 +40,13 @@ UNCLOSED_BRACES = 20  # after so many opening braces that are never closed, a re
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
+def out_of_range(record: Any) -> list[str]:
+    """A sentence for every field of a dataclass whose value breaks a rule of its type (see `data.bounds`)."""
+    hints = get_type_hints(type(record), include_extras=True)
+    rules = [(name, getattr(record, name), rule) for name in hints for rule in getattr(hints[name], "__metadata__", ())]
+    return [f"{name} = {value!r}: expected {expected(rule)}" for name, value, rule in rules if not holds(value, rule)]
+
+
 @dataclass(frozen=True)
 class JudgeSettings:
     """What a score depends on besides the images: two results with different settings are never averaged together.
@@ -49,32 +57,22 @@ class JudgeSettings:
     of range.
     """
 
-    kind: str  # one of JUDGES
+    kind: Annotated[str, OneOf(JUDGES)]
     model: str
     provider: str
-    temperature: float
+    temperature: NotNegative
     seed: int | None
-    max_tokens: int
+    max_tokens: Positive
     text_first: bool  # the text before the images, or after them
-    image_format: str  # one of IMAGE_FORMATS
-    resize: str  # one of RESIZES
+    image_format: Annotated[str, OneOf(IMAGE_FORMATS)]
+    resize: Annotated[str, OneOf(RESIZES)]
     json_schema: bool  # ask the server to enforce the reply's form
-    repeats: int
+    repeats: Positive
     extra: dict[str, Any]  # further fields of the request's body
     wording: Wording
 
     def __post_init__(self) -> None:
-        choices = {"kind": JUDGES, "image_format": IMAGE_FORMATS, "resize": RESIZES}
-        values = vars(self)
-        faults = [
-            f"{name} = {values[name]!r}: choose one of {list(known)}"
-            for name, known in choices.items()
-            if values[name] not in known
-        ]
-        low = [name for name in ("max_tokens", "repeats") if values[name] < 1]
-        faults += [f"{name} = {values[name]}: expected 1 or more" for name in low]
-        if not self.temperature >= 0:
-            faults.append(f"temperature = {self.temperature}: expected 0 or more")
+        faults = out_of_range(self)
         if not self.model:
             faults.append("model: name the model that judges, with its date where it has one")
         if faults:

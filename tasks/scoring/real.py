@@ -225,8 +225,7 @@ def _graded(
         highest_price=judge.highest_price,
         say=lambda text: print(text, flush=True),
     )
-    rows, _ = score_made(edits, JUDGEMENTS, model=model, settings=access.settings, asking=asking)
-    return rows
+    return score_made(edits, JUDGEMENTS, model=model, settings=access.settings, asking=asking)
 
 
 def score_drawn(
