@@ -80,7 +80,7 @@ def some_adapter(network: Any, layers: set[str], seed: int) -> Adapter:
             torch.randn(RANK, into, generator=torch_generator(seed, 0, slot, "A")) / into**0.5
         )
         tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, RANK, generator=torch_generator(seed, 0, slot, "B"))
-    return Adapter(tensors, tuple(sorted(layers)), RANK, ALPHA, "config")
+    return Adapter(tensors, tuple(sorted(layers)), RANK, ALPHA)
 
 
 def sources(**changes: Any) -> dict[str, SourceParams]:
