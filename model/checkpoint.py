@@ -63,12 +63,12 @@ def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, torch.Tensor],
 
     Raises UserError when it is damaged (size, hash, format) or belongs to other params, data or teachers.
     """
-    found = _steps(folder)
-    if not found:
+    newest = newest_state(folder)
+    if newest is None:
         return None
-    tensors, record = read_state(found[-1])
+    tensors, record = read_state(newest)
     if record["fingerprint"] != fingerprint:
-        raise UserError(f"{found[-1]}: belongs to other params, data or teachers; remove {folder} to start anew")
+        raise UserError(f"{newest}: belongs to other params, data or teachers; remove {folder} to start anew")
     return tensors, record
 
 
@@ -77,25 +77,19 @@ def newest_state(folder: Path) -> Path | None:
     return next(reversed(_steps(folder)), None)
 
 
-def read_state(newest: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One state's tensors and record. Raises UserError when it is damaged."""
-    folder = newest.parent
-    record = read_json(newest / RECORD)
+    record, remedy = read_json(path / RECORD), f"remove {path} to go on from the state before it"
     unknown = [key for key in ("fingerprint", "sha256", "step") if not isinstance(record, dict) or key not in record]
     if unknown:
-        raise UserError(
-            f"{newest / RECORD}: {unknown[0]!r} is missing; remove {newest} to go on from the state before it"
-        )
+        raise UserError(f"{path / RECORD}: {unknown[0]!r} is missing; {remedy}")
     try:
-        if sha256_file(newest / TENSORS) != record["sha256"]:
-            raise UserError(
-                f"{newest / TENSORS}: truncated or changed since it was written (its SHA-256 differs); remove {newest} to go on from the state before it"
-            )
-        return load_file(newest / TENSORS), record
+        if sha256_file(path / TENSORS) != record["sha256"]:
+            differs = "truncated or changed since it was written (its SHA-256 differs)"
+            raise UserError(f"{path / TENSORS}: {differs}; {remedy}")
+        return load_file(path / TENSORS), record
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{newest}: not a whole checkpoint ({error}); remove {newest} to go on from the state before it in {folder}"
-        ) from error
+        raise UserError(f"{path}: not a whole checkpoint ({error}); {remedy}") from error
 
 
 class Ema:

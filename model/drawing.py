@@ -1,4 +1,4 @@
-"""The one sampler: prompts, seeds and sources in, pictures out. The pictures of a batch are of one kind and one size."""
+"""The one sampler: prompts, seeds and sources in, pictures out. The pictures of a batch have one kind and one size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Size = tuple[int, int]  # width and height in px
 
 @dataclass(frozen=True)
 class PictureJob:
-    """A picture to draw. `seed` is that of its noise; `source`, (H, W, 3) uint8, is what an edit reads, None for T2I."""
+    """A picture to draw. `seed` is its noise's; `source`, (H, W, 3) uint8, is what an edit reads, None for T2I."""
 
     prompt: str
     seed: int

@@ -93,7 +93,7 @@ def adapter_for(network: nn.Module, ends: tuple[str, ...], rank: int = RANK, alp
         if name.endswith(ends):
             tensors[f"{name}.lora_A.weight"] = torch.randn(rank, into, generator=torch_generator(0, 0, slot, "A"))
             tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(out, rank, generator=torch_generator(0, 0, slot, "B"))
-    return Adapter(tensors, tuple(sorted({key.rsplit(".lora_", 1)[0] for key in tensors})), rank, alpha, "config")
+    return Adapter(tensors, tuple(sorted({key.rsplit(".lora_", 1)[0] for key in tensors})), rank, alpha)
 
 
 def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -188,7 +188,7 @@ def test_every_key_style_is_read_with_its_alpha(family: tuple[str, Any, Adapter]
     name, network, adapter = family
     save_file(styled(adapter, style), tmp_path / "lora.safetensors")
     read = read_adapter(tmp_path / "lora.safetensors", network, name)
-    assert (read.rank, read.alpha, read.alpha_from, read.modules) == (RANK, ALPHA, "keys", adapter.modules)
+    assert (read.rank, read.alpha, read.modules) == (RANK, ALPHA, adapter.modules)
     assert read.tensors.keys() == adapter.tensors.keys() and all(
         torch.equal(value, adapter.tensors[key]) for key, value in read.tensors.items()
     )
@@ -259,15 +259,15 @@ def test_the_config_beside_the_file_and_the_metadata_in_it_are_honoured(tmp_path
     network = sd3()
     adapter = adapter_for(network, SD3_LAYERS)
     write_peft(tmp_path / "peft", adapter)
-    assert read_adapter(tmp_path / "peft", network, "sd3").alpha_from == "config"
+    assert read_adapter(tmp_path / "peft", network, "sd3").alpha == ALPHA
     keys = {f"transformer.{key}": value for key, value in adapter.tensors.items()}
     fields = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA, "transformer.target_modules": ["to_q"]}
     save_file(keys, tmp_path / "said.safetensors", metadata={"lora_adapter_metadata": json.dumps(fields)})
     said = read_adapter(tmp_path / "said.safetensors", network, "sd3")
-    assert (said.alpha, said.alpha_from) == (ALPHA, "metadata")
+    assert said.alpha == ALPHA
     save_file(keys, tmp_path / "silent.safetensors")
     silent = read_adapter(tmp_path / "silent.safetensors", network, "sd3")
-    assert (silent.alpha, silent.alpha_from) == (RANK, "rank")
+    assert silent.alpha == RANK
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     for changes, words in (
         ({"use_dora": True}, "use_dora"),

@@ -80,7 +80,7 @@ def some_adapter(network: Any, layers: set[str], seed: int) -> Adapter:
             torch.randn(RANK, into, generator=torch_generator(seed, 0, slot, "A")) / into**0.5
         )
         tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, RANK, generator=torch_generator(seed, 0, slot, "B"))
-    return Adapter(tensors, tuple(sorted(layers)), RANK, ALPHA, "config")
+    return Adapter(tensors, tuple(sorted(layers)), RANK, ALPHA)
 
 
 def sources(**changes: Any) -> dict[str, SourceParams]:
@@ -357,7 +357,8 @@ def test_a_student_with_all_its_weights_is_sampled_without_its_base(
     monkeypatch.chdir(project.root)
     sampling = SamplingParams(steps=1, guidance=1.0, images_per_prompt=1, seed=0, batch=2)
     loading = PretrainedParams("float32", "cpu", resolution=16, max_tokens=40, offload=False)
-    sampler = sample_set.Sampler("whole", "", BackboneParams(project.family, None, loading), sampling)  # type: ignore[arg-type]
+    backbone = BackboneParams(project.family, None, loading)  # type: ignore[arg-type]
+    sampler = sample_set.Sampler("whole", "", backbone, sampling)
     jobs = [sample_set.Job(f"{seed}", "a red circle", seed, f"{seed}.png") for seed in range(3)]
     counts = sample_set.sample_set(sampler, jobs, {}, out=tmp_path / "out", workers=1, scheduler="")
     assert counts == {"images": 3, "made": 3} == {"images": 3, "made": len(list((tmp_path / "out").glob("*.png")))}

@@ -148,6 +148,18 @@ def test_a_frozen_copy_stays_when_the_student_moves(tiny: Tiny) -> None:
     assert not torch.equal(probe(student.field, student.backbone), before)
 
 
+def test_a_frozen_copy_has_every_layer_of_the_students_adapter(tiny: Tiny) -> None:
+    """Also those that the family's adapters do not cover, where the student starts from an adapter that does."""
+    backbone, fields = load_teachers(tiny.teachers, [BASE])
+    other = add_adapter(backbone, backbone.network, "other", 2, 2, seed=4, targets=["context_embedder"])
+    disturb({name: value.detach() for name, value in other.items()}, 0.5, seed=4)
+    fields["other"] = NetworkField(backbone, backbone.network, "other")
+    student = start_student(backbone, fields, "other", "adapter", 4, 4, seed=0)
+    expected = probe(student.field, backbone)
+    assert not torch.allclose(expected, probe(fields[BASE], backbone), atol=1e-3)
+    assert torch.equal(probe(student.frozen_copy(), backbone), expected)
+
+
 def test_a_checkpoint_that_does_not_belong_or_is_damaged_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     sha256 = read_records(tiny.teachers)[BASE].sha256
     folders = {kind: tmp_path / kind for kind in ("shared", "own", "all")}

@@ -46,16 +46,12 @@ PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias"
 class Adapter:
     """`tensors`: "MODULE.lora_A.weight" (rank, in) and "MODULE.lora_B.weight" (out, rank), for `modules` in sorted
     order; its delta is alpha / rank * B A.
-
-    `alpha_from` says where alpha came from: "config", "keys", "metadata", or "rank" where the file names none and the
-    libraries' rule alpha = rank holds.
     """
 
     tensors: dict[str, torch.Tensor]
     modules: tuple[str, ...]
     rank: int
     alpha: int
-    alpha_from: str
 
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B."""
@@ -116,12 +112,12 @@ def read_adapter(path: Path, network: nn.Module, family: str) -> Adapter:
     layers, faults = _matched(tensors, modules, family)
     pairs = {name: layer for name, layer in layers.items() if layer.keys() & {"A", "B"}}
     faults += _key_faults(layers, pairs) + _shape_faults(pairs, modules) + _coverage_faults(pairs, modules)
-    scales, alpha_from, wrong = _scales(layers, *_config(path, file))
+    scales, wrong = _scales(layers, *_config(path, file))
     faults += wrong + ([] if tensors else ["holds no tensor"])
     if faults:
         title = f"{file}: this adapter does not fit the base ({family}, {len(modules)} linear layers):"
         raise UserErrors(title, faults)
-    return _uniform(pairs, scales, alpha_from)
+    return _uniform(pairs, scales)
 
 
 def _matched(tensors: Mapping[str, torch.Tensor], modules: Modules, family: str) -> tuple[Layers, list[str]]:
@@ -210,11 +206,9 @@ def _coverage_faults(pairs: Layers, modules: Modules) -> list[str]:
     return faults
 
 
-def _scales(
-    layers: Layers, config: Mapping[str, Any], origin: str
-) -> tuple[dict[str, tuple[float, int]], str, list[str]]:
-    """Module -> (alpha, rank), where alpha came from, and faults. An alpha among the keys is the file's last word;
-    `config` has LoraConfig's fields, none where neither the folder nor the file names any.
+def _scales(layers: Layers, config: Mapping[str, Any], origin: str) -> tuple[dict[str, tuple[float, int]], list[str]]:
+    """Module -> (alpha, rank), and faults. Alpha is what the keys say, or else LoraConfig's fields (`config`, which
+    come from `origin`), or else the rank, by the libraries' rule.
     """
     ranks = {name: layer["A"].shape[0] for name, layer in layers.items() if "A" in layer and layer["A"].ndim == 2}
     alphas = {
@@ -237,12 +231,12 @@ def _scales(
         alpha = float(_patterned(config, "alpha_pattern", name, "lora_alpha", rank))
         stable = alpha * rank**0.5 if config.get("use_rslora") else alpha  # rank-stabilised: alpha / sqrt(rank)
         scales[name] = (alphas.get(name, float(rank)) if alphas else stable, rank)
-    return scales, "keys" if alphas else origin, faults
+    return scales, faults
 
 
 def _config(path: Path, file: Path) -> tuple[dict[str, Any], str]:
     """LoraConfig's fields, from the JSON beside the weights (PEFT's, or a record of this pipeline's own) or from the
-    file's header, and where they come from.
+    file's header, and where they come from; none where neither names any.
     """
     folder = file.parent
     if path.is_dir() or file.name == PEFT_WEIGHTS:
@@ -252,8 +246,7 @@ def _config(path: Path, file: Path) -> tuple[dict[str, Any], str]:
             if (folder / name).is_file():
                 record = read_json(folder / name)
                 return {"r": record.get("rank"), "lora_alpha": record.get("alpha")}, "config"
-    fields = _metadata(file)
-    return fields, "metadata" if fields else "rank"
+    return _metadata(file), "metadata"
 
 
 def _patterned(config: Mapping[str, Any], patterns: str, module: str, common: str, otherwise: Any) -> Any:
@@ -276,7 +269,7 @@ def _metadata(file: Path) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in fields if key.startswith(prefix) or "." not in key}
 
 
-def _uniform(pairs: Layers, scales: Mapping[str, tuple[float, int]], alpha_from: str) -> Adapter:
+def _uniform(pairs: Layers, scales: Mapping[str, tuple[float, int]]) -> Adapter:
     """One rank and one whole alpha for all layers; the tensors are left as they are where the file has that already."""
     most = max(rank for _, rank in scales.values())
     first = next(iter(scales.values()))[0]
@@ -289,7 +282,7 @@ def _uniform(pairs: Layers, scales: Mapping[str, tuple[float, int]], alpha_from:
             down = nn.functional.pad(down.float(), (0, 0, 0, most - rank))
             up = nn.functional.pad(up.float() * (alpha / rank), (0, most - rank))
         tensors |= {f"{name}.lora_A.weight": down.contiguous(), f"{name}.lora_B.weight": up.contiguous()}
-    return Adapter(tensors, tuple(sorted(pairs)), most, int(first) if as_it_is else most, alpha_from)
+    return Adapter(tensors, tuple(sorted(pairs)), most, int(first) if as_it_is else most)
 
 
 def concatenated(members: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -310,7 +303,7 @@ def concatenated(members: Sequence[tuple[Adapter, float]]) -> Adapter:
                 ups[:, start : start + adapter.rank] = up.float() * (weight * adapter.alpha / adapter.rank)
             start += adapter.rank
         tensors |= {f"{name}.lora_A.weight": downs, f"{name}.lora_B.weight": ups}
-    return Adapter(tensors, tuple(modules), rank, rank, "rank")
+    return Adapter(tensors, tuple(modules), rank, rank)
 
 
 def write_peft(folder: Path, adapter: Adapter) -> None:

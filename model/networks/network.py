@@ -128,7 +128,7 @@ def adapter_of(network: Any, name: str) -> Adapter:
     tensors = {key: value.detach().float().cpu().clone() for key, value in parameters.items()}
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     config = network.peft_config[name]
-    return Adapter(tensors, tuple(modules), int(config.r), int(config.lora_alpha), "config")
+    return Adapter(tensors, tuple(modules), int(config.r), int(config.lora_alpha))
 
 
 @torch.no_grad()

@@ -41,6 +41,11 @@ class Student:
     def field(self) -> NetworkField:
         return NetworkField(self.backbone, self.network, self.adapter)
 
+    @property
+    def layers(self) -> set[str]:
+        """The modules that its adapter covers."""
+        return {name.rsplit(".lora_", 1)[0] for name in self.parameters} if self.adapter else set()
+
     @torch.no_grad()
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
@@ -52,7 +57,8 @@ class Student:
         """
         if self.adapter is not None:
             config = self.network.peft_config[self.adapter]
-            copied = add_adapter(self.backbone, self.network, FROZEN, config.r, config.lora_alpha, seed=0)
+            rank, alpha, targets = config.r, config.lora_alpha, sorted(self.layers)
+            copied = add_adapter(self.backbone, self.network, FROZEN, rank, alpha, seed=0, targets=targets)
             with torch.no_grad():
                 for name, parameter in copied.items():
                     parameter.copy_(self.parameters[name.replace(f".{FROZEN}.", f".{self.adapter}.")])
@@ -181,7 +187,7 @@ def save_student(folder: Path, student: Student, record: dict[str, Any]) -> None
             backbone.save(folder, frozen)
             write_tensors(whole, frozen.state_dict())
         write_tensors(weights, keys_in_file(student.parameters, STUDENT))
-    layers = {name.rsplit(".lora_", 1)[0] for name in student.parameters} if student.adapter else set()
+    layers = student.layers
     facts = {
         "backbone": backbone.name,
         "adapter": student.adapter is not None,

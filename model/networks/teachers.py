@@ -133,11 +133,8 @@ def _scan(folder: Path) -> tuple[dict[str, TeacherRecord], list[str]]:
     for path in sorted(folder.glob(f"*/{RECORD}")):
         try:
             record = TeacherRecord(**read_json(path))
-        except TypeError as error:
-            faults.append(f"{path}: not a teacher record ({error})")
-            continue
-        except UserError as error:
-            faults.append(str(error))
+        except (TypeError, UserError) as error:
+            faults.append(str(error) if isinstance(error, UserError) else f"{path}: not a teacher record ({error})")
             continue
         if record.name != path.parent.name:
             faults.append(f"{path}: name = {record.name!r}, but the folder is called {path.parent.name!r}")
@@ -233,18 +230,14 @@ def load_base(folder: Path, **options: Any) -> Backbone:
     return load_backbone(folder / BASE, **options)
 
 
-def load_network(
-    backbone: Backbone, folder: Path, record: TeacherRecord, device: torch.device | str | None = None
-) -> Any:
-    """A full checkpoint as a frozen network of its own: the base's class and configuration, without the adapters that
-    the base may carry by now.
-
-    In the base's own precision, so that student and teacher compute alike, and on its device unless another is named.
+def _load_full(backbone: Backbone, folder: Path, device: torch.device | str | None) -> Any:
+    """A full checkpoint as a frozen network of its own, without the adapters that the base may carry by now: in the
+    base's precision, so that student and teacher compute alike, and on its device unless another is named.
     """
     weight = next(iter(parts.plain_state(backbone.network).values()))
     with torch.device("meta"):
         network = type(backbone.network).from_config(dict(backbone.network.config))
-    parts.load_weights(network, weight_files(folder, record.kind), weight.dtype, device or weight.device)
+    parts.load_weights(network, weight_files(folder, "full"), weight.dtype, device or weight.device)
     network.requires_grad_(False)
     network.eval()
     return network
@@ -271,7 +264,7 @@ def load_teachers(
             fields[name] = NetworkField(backbone, backbone.network)
         elif record.kind == "full":
             device = next(backbone.network.parameters()).device
-            network = load_network(backbone, folder / name, record, "cpu" if offload else None)
+            network = _load_full(backbone, folder / name, "cpu" if offload else None)
             fields[name] = NetworkField(backbone, network, None, device if offload else None)
         else:
             network, rank, alpha = backbone.network, record.rank, record.alpha

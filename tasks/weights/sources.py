@@ -277,7 +277,7 @@ def _hub_answers(uri: str, repo: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         words = "no such model on the hub, or it is private: check the name, or"
         raise UserError(f"{uri}: {words} {log_in}") from error
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the client underneath, whichever it is
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
