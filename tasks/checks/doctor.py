@@ -66,9 +66,6 @@ def examine(project: Path) -> Iterator[Finding]:
             yield Finding(FAILED, check.__name__.strip("_"), " ".join(str(error).split()))
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
-
-
 def _packages(project: Path) -> Iterator[Finding]:
     status, remedy = (OK, "") if sys.version_info >= (3, 11) else (FAILED, ": 3.11 or newer is needed")
     yield Finding(status, "python", ".".join(map(str, sys.version_info[:3])) + remedy)
@@ -162,9 +159,6 @@ def _data(project: Path) -> Iterator[Finding]:
             yield Finding(WARNING, f"dvc {name}", f"{store}: no such folder; nothing is kept there yet")
 
 
-# --- MLflow and the ledger --------------------------------------------------------------------------------------------
-
-
 def _get(url: str, authorization: str | None = None, body: dict[str, Any] | None = None) -> tuple[int, bytes, str]:
     """(status, content, Date header) of an answer. Raises OSError when there is none."""
     headers = {"Authorization": authorization} if authorization else {}
@@ -244,9 +238,6 @@ def _ledger(project: Path) -> Iterator[Finding]:
         yield Finding(WARNING, "ledger", f"{environment.LEDGER} is not set: {effect}")
 
 
-# --- S3 ---------------------------------------------------------------------------------------------------------------
-
-
 def _buckets(project: Path) -> Iterator[Finding]:
     variables = {"ledger": environment.LEDGER, "published": environment.PUBLISH}
     places = {what: environment.setting(variable) for what, variable in variables.items()}
@@ -309,9 +300,6 @@ def _taken(probe: str) -> list[str]:
             write()
             ignored.append(condition)
     return ignored
-
-
-# --- Prefect ----------------------------------------------------------------------------------------------------------
 
 
 def _prefect(project: Path) -> Iterator[Finding]:
