@@ -1,7 +1,7 @@
 """The production servers without Docker: `python scripts/stack.py up|down|status`, the same topology as
 docker-compose.yml from installed packages.
 
-PostgreSQL (Debian's package) with one database each for MLflow and Prefect, SeaweedFS as the S3 store, MLflow with
+PostgreSQL (Debian's package) with a database for MLflow and for Prefect, SeaweedFS as the S3 store, MLflow with
 authentication and proxied artifacts, a Prefect server, a worker, and a bare git repository that runs are checked out
 from and pushed to. All of it lies in one folder and listens on 127.0.0.1.
 

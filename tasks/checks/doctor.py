@@ -106,11 +106,11 @@ def _gpus(project: Path) -> Iterator[Finding]:
         said = " ".join((answer.stderr or answer.stdout).split())
         yield Finding(WARNING, "gpu", f"no GPU: the CPU is used; nvidia-smi is here but lists none ({said[:200]})")
         return
-    told = "; ".join(f"{name}, {memory}" for name, memory, _ in rows) + f"; driver {rows[0][2]}"
+    gpus = "; ".join(f"{name}, {memory}" for name, memory, _ in rows) + f"; driver {rows[0][2]}"
     if "+cpu" in importlib.metadata.version("torch"):
-        yield Finding(WARNING, "gpu", f"{told}; not used: torch is built for the CPU alone, install its CUDA build")
+        yield Finding(WARNING, "gpu", f"{gpus}; not used: torch is built for the CPU alone, install its CUDA build")
     else:
-        yield Finding(OK, "gpu", told)
+        yield Finding(OK, "gpu", gpus)
 
 
 def _code(project: Path) -> Iterator[Finding]:
@@ -244,7 +244,7 @@ def _buckets(project: Path) -> Iterator[Finding]:
     places |= {f"dvc {name}": store for name, store in stores(project).items() if objects.is_s3(store)}
     # Without these settings the machine works alone, and needs no store elsewhere.
     wanted = any(map(environment.setting, (*variables.values(), "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")))
-    told: set[str] = set()
+    timed: set[str] = set()
     for what, uri in places.items():
         if uri is None:
             yield Finding(OK, what, f"not on S3 ({variables[what]} is not set)")
@@ -252,8 +252,8 @@ def _buckets(project: Path) -> Iterator[Finding]:
         try:
             bucket, _ = objects.split(uri)
             theirs = objects.server_time(uri)
-            if bucket not in told:
-                told.add(bucket)
+            if bucket not in timed:
+                timed.add(bucket)
                 yield _clock(f"bucket {bucket}", theirs)
             yield _writes(what, uri, conditional=not what.startswith("dvc"))
         except objects.NotConfigured as error:

@@ -70,7 +70,7 @@ def expected_index(steps: int, bias: str, count: int = 1) -> float:
 
 
 def step_evaluations(params: Any, teacher: float, method: str, states: str, query_states: int) -> float:
-    """Expected network evaluations of one trained sample; `teacher`: those of one answer of the teacher's field."""
+    """Expected network evaluations of a trained sample; `teacher`: those of an answer of the teacher's field."""
     n = params.rollout_steps
     if method == "merge":
         return 0.0
@@ -202,7 +202,7 @@ def waiting_memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, st
 def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> dict[str, float]:
     """What lies on the device in training, in GB, activations aside: micro-batches are cut to what is left for them.
 
-    Of offloaded teachers it is the weights of the one that answers: they visit the device in turn.
+    Of offloaded teachers only the weights of a single teacher count: they visit the device in turn.
     """
     distill, backbone = params["distill"], params["distill"].backbone
     base, adapter = size.parameters * backbone.bytes_a_weight, distill.rank * size.per_rank
@@ -337,7 +337,7 @@ def plan(path: Path, project: Path) -> dict[str, Any]:
     Of a stage `evaluations` and `seconds` are None where they cannot be known yet, 0 where no network runs.
     """
     check_all(path)
-    params = {name: load_params(load_stage(name).params, name, path) for name in STAGES}
+    params: dict[str, Any] = {name: load_params(load_stage(name).params, name, path) for name in STAGES}
     document, force = read_yaml(path), project / PARAMS_FILE
     in_force = read_yaml(force) if force.exists() else {}
     same = {name: all(document.get(key) == in_force.get(key) for key in (name, *SHARED)) for name in STAGES}
