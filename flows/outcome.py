@@ -25,16 +25,9 @@ PLACES = {
 Means = dict[str, float | None]  # metric path -> mean
 
 
-def print_outcome(
-    project: Path,
-    *,
-    verdict: dict[str, Any],
-    registered: dict[str, Any],
-    champion: Means,
-    console: Console | None = None,
-) -> None:
+def print_outcome(project: Path, *, verdict: dict[str, Any], registered: dict[str, Any], champion: Means) -> None:
     """Prints the reports of `project`. `champion`: the means of the champion before this run, if any."""
-    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     teachers = teacher_means(project / "reports" / "validate.json")
     others = {"champion before": champion, **teachers} if champion else teachers
     console.print(_scores(read_json(project / "reports" / "scorecard.json"), others))
@@ -46,8 +39,8 @@ def print_outcome(
     console.print(table)
     for label, path in PLACES.items():
         if (project / path).exists():
-            console.print(f"{label:10} {project / path}", markup=False, highlight=False, soft_wrap=True)
-    console.print("MLflow     make ui, then open http://127.0.0.1:5000", markup=False, highlight=False)
+            print(f"{label:10} {project / path}")
+    print("MLflow     make ui, then open http://127.0.0.1:5000")
 
 
 def teacher_means(path: Path) -> dict[str, Means]:

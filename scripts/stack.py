@@ -1,7 +1,7 @@
 """The production servers without Docker: `python scripts/stack.py up|down|status`, the same topology as
 docker-compose.yml from installed packages.
 
-PostgreSQL (Debian's package) with one database each for MLflow and Prefect, SeaweedFS as the S3 store, MLflow with
+PostgreSQL (Debian's package) with a database for MLflow and for Prefect, SeaweedFS as the S3 store, MLflow with
 authentication and proxied artifacts, a Prefect server, a worker, and a bare git repository that runs are checked out
 from and pushed to. All of it lies in one folder and listens on 127.0.0.1.
 
@@ -112,7 +112,8 @@ def client_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _base_environment() -> dict[str, str]:
+def base_environment() -> dict[str, str]:
+    """The caller's environment without what chooses servers."""
     dropped = defaults()
     kept = {name: text for name, text in os.environ.items() if not (name.startswith(OWN_VARIABLES) or name in dropped)}
     return {**kept, "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1"}
@@ -132,7 +133,7 @@ def _postgres(folder: Path) -> Service:
     at = str(ports(folder)["postgres"])
     only = ("-c", f"listen_addresses={HOST}", "-c", "unix_socket_directories=")
     command = (str(_require_postgres() / "postgres"), "-D", str(folder / "postgres"), "-p", at, *only)
-    return Service(command, {**_base_environment(), "LC_ALL": "C.UTF-8"}, user=_postgres_user())
+    return Service(command, {**base_environment(), "LC_ALL": "C.UTF-8"}, user=_postgres_user())
 
 
 def _seaweedfs(folder: Path) -> Service:
@@ -144,7 +145,7 @@ def _seaweedfs(folder: Path) -> Service:
     files = (f"-dir={folder / 'seaweedfs'}", f"-bucket={','.join(BUCKETS)}", f"-s3.config={folder / 's3.json'}")
     weed = str(Path(sys.executable).with_name("weed"))
     command = (weed, "mini", *files, f"-ip={HOST}", f"-ip.bind={HOST}", *listening, *off)
-    return Service(command, {**_base_environment(), "HOME": str(folder)}, f"{addresses(folder)['s3']}/healthz")
+    return Service(command, {**base_environment(), "HOME": str(folder)}, f"{addresses(folder)['s3']}/healthz")
 
 
 def _mlflow(folder: Path) -> Service:
@@ -171,7 +172,7 @@ def _mlflow(folder: Path) -> Service:
     artifacts = ("--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts")
     options = ("--workers", "1", "--app-name", "basic-auth", "--backend-store-uri", database, *artifacts)
     command = (sys.executable, "-m", "mlflow", "server", *listening, *options)
-    return Service(command, {**_base_environment(), **environment}, f"{address['mlflow']}/health")
+    return Service(command, {**base_environment(), **environment}, f"{address['mlflow']}/health")
 
 
 def _prefect(folder: Path) -> Service:
@@ -191,7 +192,7 @@ def _prefect(folder: Path) -> Service:
     }
     application = ("--factory", "flows.server:make_app", "--app-dir", str(PROJECT), "--log-level", "warning")
     command = (sys.executable, "-m", "uvicorn", *application, "--host", HOST, "--port", str(at["prefect"]))
-    return Service(command, {**_base_environment(), **environment}, f"{address}/api/health")
+    return Service(command, {**base_environment(), **environment}, f"{address}/api/health")
 
 
 def _worker(folder: Path) -> Service:
@@ -203,7 +204,7 @@ def _worker(folder: Path) -> Service:
     }
     options = ("--pool", "local", "--name", "cpu", "--type", "process", "--install-policy", "never")
     command = (sys.executable, "-m", "prefect", "worker", "start", *options)
-    return Service(command, {**_base_environment(), **defaults(PROJECT), **client_environment(folder), **environment})
+    return Service(command, {**base_environment(), **defaults(PROJECT), **client_environment(folder), **environment})
 
 
 MAKERS = {"postgres": _postgres, "seaweedfs": _seaweedfs, "mlflow": _mlflow, "prefect": _prefect, "worker": _worker}
@@ -399,7 +400,7 @@ def _make_databases(folder: Path) -> None:
 def bootstrap(folder: Path) -> None:
     """Accounts, pool, queues, limits, automation, deployments: `python -m flows.bootstrap`, which can be repeated."""
     admin = {"MLFLOW_ADMIN_PASSWORD": _secrets(folder)["MLFLOW_ADMIN_PASSWORD"], "DANCEOPD_SLOTS": "cpu"}
-    environment = {**_base_environment(), **defaults(PROJECT), **client_environment(folder), **admin}
+    environment = {**base_environment(), **defaults(PROJECT), **client_environment(folder), **admin}
     _run([sys.executable, "-m", "flows.bootstrap"], cwd=PROJECT, env=environment)
 
 

@@ -27,7 +27,7 @@ def setting(name: str) -> str | None:
 
 
 def defaults(project: Path = PROJECT) -> dict[str, str]:
-    """Variable -> value. Each has its one reason beside it."""
+    """Variable -> value."""
     return {
         "DO_NOT_TRACK": "true",  # Prefect takes 1, true or yes; MLflow takes only "true"
         "PREFECT_HOME": str(project / ".prefect"),

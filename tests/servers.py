@@ -27,7 +27,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,11 +43,9 @@ BUCKET = "danceopd"
 
 def free_ports(count: int) -> list[int]:
     """Different ports that nobody listens on at this moment."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in sockets]
 
 
 @contextmanager
@@ -121,14 +119,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     )
     off = ["-admin.ui=false", "-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     listen = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}={port}" for name, port in ports.items())]
-    command = [
-        str(Path(sys.executable).with_name("weed")),
-        "mini",
-        f"-dir={folder}",
-        f"-bucket={BUCKET}",
-        *off,
-        *listen,
-    ]
+    weed = str(Path(sys.executable).with_name("weed"))
+    command = [weed, "mini", f"-dir={folder}", f"-bucket={BUCKET}", *off, *listen]
     with process_group(command, folder, {**os.environ, **server.environment}) as process:
         from tasks.s3 import objects
 
@@ -273,8 +265,8 @@ def first(
     """The fault for the first `count` requests of that method whose path contains the text."""
     left = [count]
 
-    def plan(found: str, path: str) -> str | None:
-        if left[0] > 0 and method in (None, found) and containing in path:
+    def plan(requested: str, path: str) -> str | None:
+        if left[0] > 0 and method in (None, requested) and containing in path:
             left[0] -= 1
             return fault
         return None
@@ -319,10 +311,9 @@ class MlflowServer:
         if account is not None:
             headers["Authorization"] = "Basic " + base64.b64encode(":".join(account).encode()).decode()
         data = json.dumps(body or {}).encode() if method != "GET" else None
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(self.url + path, data, headers, method=method), timeout=60
-            ) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -330,12 +321,8 @@ class MlflowServer:
     def new_user(self, name: str) -> str:
         """A new account with the default rights (it may read); returns its password."""
         password = secrets.token_urlsafe(18)
-        status, content = self.request(
-            "POST",
-            "/api/2.0/mlflow/users/create",
-            {"username": name, "password": password},
-            (self.admin, self.password),
-        )
+        account, admin = {"username": name, "password": password}, (self.admin, self.password)
+        status, content = self.request("POST", "/api/2.0/mlflow/users/create", account, admin)
         assert status == 200, content
         return password
 
@@ -361,23 +348,9 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Pat
     }
     environment |= {"MLFLOW_AUTH_ADMIN_USERNAME": admin, "MLFLOW_AUTH_ADMIN_PASSWORD": password}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    options = [
-        "--app-name",
-        "basic-auth",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--serve-artifacts",
-    ]
-    stores = [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'server.db'}",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
+    database, artifacts = f"sqlite:///{folder / 'server.db'}", str(folder / "artifacts")
+    options = ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--serve-artifacts", "--backend-store-uri", database, "--artifacts-destination", artifacts]
     with process_group([sys.executable, "-m", "mlflow", "server", *options, *stores], folder, environment) as process:
         wait_for(process, lambda: answers(f"http://127.0.0.1:{port}/health"), folder)
         yield MlflowServer(f"http://127.0.0.1:{port}", folder, process, admin, password)

@@ -22,25 +22,10 @@ ONCE = {"volumes", "bootstrap"}  # services that end
 
 
 def compose(secrets: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        str(COMPOSE),
-        "--env-file",
-        str(secrets),
-        "--file",
-        str(PROJECT / "docker-compose.yml"),
-        "--profile",
-        "gpu",
-        "config",
-        *arguments,
-    ]
-    return subprocess.run(
-        command,
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(secrets.parent)},
-    )
+    files = ["--env-file", str(secrets), "--file", str(PROJECT / "docker-compose.yml")]
+    command = [str(COMPOSE), *files, "--profile", "gpu", "config", *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(secrets.parent)}
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +37,7 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def services(secrets: Path) -> dict[str, dict[str, Any]]:
     ended = compose(secrets, "--format", "json")
     assert (ended.returncode, ended.stderr) == (0, "")
-    found: dict[str, dict[str, Any]] = json.loads(ended.stdout)["services"]
-    return found
+    return dict(json.loads(ended.stdout)["services"])
 
 
 def test_it_is_clean(secrets: Path) -> None:
@@ -71,38 +55,23 @@ def test_without_secrets_nothing_starts(tmp_path: Path, secrets: Path) -> None:
 
 
 def test_every_service_keeps_the_rules(services: dict[str, dict[str, Any]]) -> None:
-    assert set(services) == {
-        "postgres",
-        "seaweedfs",
-        "volumes",
-        "mlflow",
-        "prefect",
-        "bootstrap",
-        "worker",
-        "worker-gpu",
-    }
+    servers = {"postgres", "seaweedfs", "mlflow", "prefect", "worker", "worker-gpu"}
+    assert set(services) == servers | ONCE
+    users = {"postgres": "postgres", "volumes": "root"}
     for name, service in services.items():
-        assert (
-            service["user"] == "postgres"
-            if name == "postgres"
-            else service["user"] == ("root" if name == "volumes" else "10001:10001")
-        ), name
+        assert service["user"] == users.get(name, "10001:10001"), name
         assert service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"], name
         assert {"cpus", "memory"} <= set(service["deploy"]["resources"]["limits"]), name
-        assert name == "worker-gpu" or float(service["deploy"]["resources"]["limits"]["cpus"]) <= 2, (
-            name
-        )  # an engine refuses more than the machine has
-        assert service["restart"] == (
-            "no" if name == "volumes" else "on-failure:3" if name == "bootstrap" else "unless-stopped"
-        ), name
+        cpus = float(service["deploy"]["resources"]["limits"]["cpus"])
+        assert name == "worker-gpu" or cpus <= 2, name  # an engine refuses more than the machine has
+        restarts = {"volumes": "no", "bootstrap": "on-failure:3"}
+        assert service["restart"] == restarts.get(name, "unless-stopped"), name
         assert ("healthcheck" in service) == (name not in ONCE), name
         assert re.search(r":[0-9]+\.[0-9.]+[a-z0-9.-]*$", service["image"]), f"{name}: {service['image']} is not pinned"
         assert {port["host_ip"] for port in service.get("ports", [])} <= {"127.0.0.1"}, name
         for needed, how in service.get("depends_on", {}).items():
-            assert how["condition"] == ("service_completed_successfully" if needed in ONCE else "service_healthy"), (
-                name,
-                needed,
-            )
+            condition = "service_completed_successfully" if needed in ONCE else "service_healthy"
+            assert how["condition"] == condition, (name, needed)
 
 
 def test_no_text_has_to_be_written_into_a_read_only_container(
@@ -112,15 +81,10 @@ def test_no_text_has_to_be_written_into_a_read_only_container(
     mounted.
     """
     configs = json.loads(compose(secrets, "--format", "json").stdout)["configs"]
-    mounted = [
-        (name, use["source"])
-        for name, service in services.items()
-        if service.get("read_only")
-        for use in service.get("configs", [])
-    ]
-    assert mounted and all(
-        "content" not in configs[source] and Path(configs[source]["file"]).is_file() for _, source in mounted
-    ), mounted
+    read_only = [service for service in services.values() if service.get("read_only")]
+    mounted = [configs[use["source"]] for service in read_only for use in service.get("configs", [])]
+    assert mounted
+    assert all("content" not in config and Path(config["file"]).is_file() for config in mounted), mounted
 
 
 def test_scripts_and_compose_start_the_same_servers(services: dict[str, dict[str, Any]]) -> None:
@@ -159,11 +123,7 @@ def test_faults_of_a_secrets_file_are_told_without_the_secrets(tmp_path: Path) -
     path.write_text("\n".join(["MLFLOW_ADMIN_PASSWORD=short", "no line hunter2", *lines[5:]]), encoding="utf-8")
     with pytest.raises(UserErrors) as told:
         credentials.read_file(path)
-    assert (
-        "line 2" in str(told.value)
-        and "POSTGRES_PASSWORD" in str(told.value)
-        and "MLFLOW_ADMIN_PASSWORD" in str(told.value)
-    )
+    assert all(word in str(told.value) for word in ("line 2", "POSTGRES_PASSWORD", "MLFLOW_ADMIN_PASSWORD"))
     assert "hunter2" not in str(told.value) and "short\n" not in str(told.value)
     with pytest.raises(UserError, match="python -m tasks secrets"):
         credentials.read_file(tmp_path / "none")

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 
 from tasks.environment import PROJECT, defaults
 from tasks.stages.contract import STAGES
+from tests.servers import free_ports
 from tests.short_params import shorten
 
 STARTUP = 240.0  # s, on a busy machine
@@ -47,8 +47,7 @@ class Stack:
             f"{self.api}/{kind}/filter", json.dumps(query).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            found: list[dict[str, Any]] = json.loads(answer.read())
-        return found
+            return list(json.loads(answer.read()))
 
     def run_deployment(self) -> tuple[int, dict[str, Any]]:
         """(exit status of the command, the newest flow run)."""
@@ -75,12 +74,6 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
 def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + STARTUP
     while time.monotonic() < deadline:
@@ -98,13 +91,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("flow")
     project = copy_project(folder / "project")
     shorten(project / "params.yaml")
-    port = free_port()
+    (port,) = free_ports(1)
     api = f"http://127.0.0.1:{port}/api"
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in defaults() and not name.startswith(("PREFECT_", "MLFLOW_", "DANCEOPD_"))
-    }
+    others = (*defaults(), "PREFECT_", "MLFLOW_", "DANCEOPD_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     environment = {
         **clean,
         **defaults(project),

@@ -33,7 +33,7 @@ from tasks.checks.preflight import other_teachers, preflight, teacher_faults
 from tasks.environment import PROJECT
 from tasks.running.repro import Ended
 from tasks.stages.contract import STAGES
-from tests.test_flow import free_port
+from tests.servers import free_ports
 
 PRESETS = sorted(path.stem for path in (PROJECT / "presets").glob("*.yaml"))
 FOREIGN = [name for name in PRESETS if not name.startswith("micro")]
@@ -46,9 +46,8 @@ def test_the_expected_rollout_is_the_published_one(steps: int, expected: float) 
 
 @pytest.mark.parametrize("bias", sorted(QUERY_BIAS))
 def test_the_distribution_is_that_of_the_draws(bias: str) -> None:
-    drawn = np.array(
-        [[query_index(8, bias, numpy_generator(0, step, slot, "query")) for slot in range(4)] for step in range(1500)]
-    )
+    draws = [[numpy_generator(0, step, slot, "query") for slot in range(4)] for step in range(1500)]
+    drawn = np.array([[query_index(8, bias, generator) for generator in row] for row in draws])
     assert query_distribution(8, bias).sum() == pytest.approx(1.0)
     assert drawn.mean() == pytest.approx(expected_index(8, bias), abs=0.08)
     assert drawn.max(axis=1).mean() == pytest.approx(expected_index(8, bias, 4), abs=0.1)
@@ -114,7 +113,13 @@ def test_a_plan_of_the_default_and_of_a_published_network(
     published = plan(PROJECT / "presets" / "zimage_local_global.yaml", tmp_path)
     assert published["parameters"] == pytest.approx(6.155e9, rel=0.001)
     assert published["memory"]["base"] == pytest.approx(12.3, abs=0.1) and sum(published["memory"].values()) < 25
-    assert [one["state"] for one in published["weights"]] == ["to fetch", "missing", "missing", "to fetch", "to fetch"]
+    assert [weights["state"] for weights in published["weights"]] == [
+        "to fetch",
+        "missing",
+        "missing",
+        "to fetch",
+        "to fetch",
+    ]
     assert published["weights"][-1]["key"] == "benchmark.classifier"
     offloaded = plan(PROJECT / "presets" / "sd35_realism.yaml", tmp_path)
     assert offloaded["waiting_memory"] == offloaded["memory"]["full-checkpoint teachers"] == offloaded["memory"]["base"]
@@ -123,10 +128,8 @@ def test_a_plan_of_the_default_and_of_a_published_network(
     assert f"{offloaded['waiting_memory']:.2f} GB on the host" in capsys.readouterr().out
     print_plan(published)
     shown = capsys.readouterr().out
-    assert (
-        "from operations at 40% of 790 TF/s: one H100" in shown
-        and "set teachers.sources.global.uri to where they are" in shown
-    )
+    assert "from operations at 40% of 790 TF/s: one H100" in shown
+    assert "set teachers.sources.global.uri to where they are" in shown
     with pytest.raises(UserError, match="unknown preset 'nobody'"):
         planning.cli(["--preset", "nobody"])
 
@@ -138,27 +141,21 @@ def test_a_preset_without_its_weights_fails_before_anything_loads(
     """Everything that is not here is named in one answer, with the key that says where it is: own weights, public ones,
     GenEval's networks, the examples.
     """
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # nobody is there
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_ports(1)[0]}")  # nobody is there
     monkeypatch.setattr("tasks.checks.preflight.in_hub_cache", lambda _: False)
     monkeypatch.setenv("OPENAI_API_KEY", "a judge's")
     path = PROJECT / "presets" / f"{name}.yaml"
     with pytest.raises(UserErrors) as caught:
         preflight(path, tmp_path / "data" / "teachers")
     document = read_yaml(path)
-    uris = {
-        f"teachers.sources.{teacher}.uri": source["uri"] for teacher, source in document["teachers"]["sources"].items()
-    }
-    public = {key for key, uri in uris.items() if uri.startswith("hf://")} | {
-        "benchmark.detector",
-        "benchmark.classifier",
-    }
+    sources = document["teachers"]["sources"].items()
+    uris = {f"teachers.sources.{teacher}.uri": source["uri"] for teacher, source in sources}
+    public = {key for key, uri in uris.items() if uri.startswith("hf://")}
+    public |= {"benchmark.detector", "benchmark.classifier"}
     for key in {*uris, *public, "collect.folder"}:
         (fault,) = [fault for fault in caught.value.faults if fault.startswith(f"{key} ")]
-        assert (
-            ("the hub cannot be reached" in fault and "name the folder's path instead" in fault)
-            if key in public
-            else "put " in fault
-        )
+        words = ["the hub cannot be reached", "name the folder's path instead"] if key in public else ["put "]
+        assert all(word in fault for word in words)
     assert len(caught.value.faults) == len(uris) + 3
 
 
@@ -170,7 +167,5 @@ def test_teachers_made_from_another_address_are_not_taken_for_these(tmp_path: Pa
     (fault,) = other_teachers(document, tmp_path)
     assert "teachers.sources.local.uri is weights/local" in fault
     document["routing"]["routes"] = [{"teacher": "nobody"}]
-    assert any(
-        "no such teacher in teachers.sources" in fault
-        for fault in teacher_faults(document, tmp_path / "data" / "teachers")
-    )
+    faults = teacher_faults(document, tmp_path / "data" / "teachers")
+    assert any("no such teacher in teachers.sources" in fault for fault in faults)

@@ -103,7 +103,8 @@ def test_a_killed_run_takes_its_whole_group_along(tmp_path: Path) -> None:
     state.
     """
     stage = "trap 'echo saved > state; exit' TERM; echo $$ > number; while true; do sleep 0.1; done"
-    script = f"from pathlib import Path; from tasks.running.repro import stream; stream(['bash', '-c', {stage!r}], Path({str(tmp_path)!r}), print)"
+    call = f"stream(['bash', '-c', {stage!r}], Path({str(tmp_path)!r}), print)"
+    script = f"from pathlib import Path; from tasks.running.repro import stream; {call}"
     run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT)
     try:
         deadline = time.monotonic() + 60
@@ -130,8 +131,8 @@ def test_a_guard_lets_a_finished_group_be(tmp_path: Path) -> None:
 
 
 def _children() -> set[int]:
-    found = {int(entry.parent.name) for entry in Path("/proc").glob("[0-9]*/stat") if _parent(entry) == os.getpid()}
-    return {number for number in found if alive(number)}
+    entries = [entry for entry in Path("/proc").glob("[0-9]*/stat") if _parent(entry) == os.getpid()]
+    return {number for number in (int(entry.parent.name) for entry in entries) if alive(number)}
 
 
 def _parent(stat: Path) -> int:

@@ -36,10 +36,10 @@ def upload_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def proxy(s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    with FaultyProxy(s3_server.url) as one:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", one.url)
+    with FaultyProxy(s3_server.url) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", between.url)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
-        yield one
+        yield between
 
 
 def content(size: int, seed: int = 0) -> bytes:
@@ -71,24 +71,23 @@ def test_what_goes_up_comes_down(s3: str, tmp_path: Path, size: int) -> None:
     (tmp_path / "file").write_bytes(content(size))
     done: list[tuple[int, int, str]] = []
     sent = transfer.upload(tmp_path / "file", f"{s3}/file")
-    got = transfer.download(f"{s3}/file", tmp_path / "down" / "file", progress=lambda *one: done.append(one))
+    got = transfer.download(f"{s3}/file", tmp_path / "down" / "file", progress=lambda *told: done.append(told))
     assert sent == got == sha256_bytes(content(size)) == sha256_file(tmp_path / "down" / "file")
     assert done[-1] == (size, size, "file") and names(tmp_path / "down") == ["file"]
-    assert [(one.uri, one.size) for one in store.list_objects(s3)] == [(f"{s3}/file", size)]
+    assert [(item.uri, item.size) for item in store.list_objects(s3)] == [(f"{s3}/file", size)]
 
 
 def test_a_file_that_is_there_already_is_neither_sent_nor_fetched_again(
     proxy: FaultyProxy, upload_parts: None, s3: str, big: Path, tmp_path: Path
 ) -> None:
     done: list[tuple[int, int, str]] = []
-    hashed = transfer.upload(big, f"{s3}/big", progress=lambda *one: done.append(one))
+    hashed = transfer.upload(big, f"{s3}/big", progress=lambda *told: done.append(told))
     size = big.stat().st_size
     assert len(done) == 4 and done[-1] == (size, size, "big.bin")
     assert transfer.download(f"{s3}/big", tmp_path / "down") == hashed == sha256_file(big)
     proxy.seen.clear()
-    assert (
-        transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down", sha256=hashed) == hashed
-    )
+    assert transfer.upload(big, f"{s3}/big") == hashed
+    assert transfer.download(f"{s3}/big", tmp_path / "down", sha256=hashed) == hashed
     assert [method for method, *_ in proxy.seen] == ["HEAD"]
 
 
@@ -106,7 +105,7 @@ def test_faults_that_pass_are_survived(proxy: FaultyProxy, stored: tuple[str, st
     transfer.upload(tmp_path / "file", stored[0] + ".small")
     proxy.fault = first(2, fault, method="GET")
     assert transfer.download(stored[0], tmp_path / "down") == stored[1] == sha256_file(tmp_path / "down")
-    assert [one for *_, one in proxy.seen].count(fault) == 4
+    assert [name for *_, name in proxy.seen].count(fault) == 4
 
 
 def test_faults_during_the_parts_of_an_upload_are_survived(
@@ -118,7 +117,7 @@ def test_faults_during_the_parts_of_an_upload_are_survived(
     ended = first(1, "lost", method="POST", containing="uploadId=")
     transfer.upload(big, f"{s3}/big")
     assert store.list_objects(s3)[0].size == big.stat().st_size
-    assert [one for *_, one in proxy.seen].count("lost") == 2
+    assert [name for *_, name in proxy.seen].count("lost") == 2
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "half"])
@@ -181,11 +180,8 @@ def test_parts_of_an_earlier_state_of_the_file_are_not_mixed_in(
     changed = bytearray(big.read_bytes())
     changed[0] ^= 1
     big.write_bytes(changed)
-    assert (
-        transfer.upload(big, f"{s3}/big")
-        == transfer.download(f"{s3}/big", tmp_path / "down")
-        == sha256_bytes(bytes(changed))
-    )
+    expected = sha256_bytes(bytes(changed))
+    assert transfer.upload(big, f"{s3}/big") == transfer.download(f"{s3}/big", tmp_path / "down") == expected
 
 
 def test_an_object_replaced_during_its_download_is_told(
@@ -193,11 +189,8 @@ def test_an_object_replaced_during_its_download_is_told(
 ) -> None:
     monkeypatch.setattr(store, "WORKERS", 1)
     bucket, key = store.split(stored[0])
-    other, direct, replaced = (
-        content(3 * PART + 123, seed=1),
-        boto3.client("s3", endpoint_url=s3_server.url),
-        threading.Event(),
-    )
+    other, direct = content(3 * PART + 123, seed=1), boto3.client("s3", endpoint_url=s3_server.url)
+    replaced = threading.Event()
 
     def replace(method: str, path: str) -> None:
         if method == "GET" and not replaced.is_set():
@@ -228,14 +221,14 @@ def test_of_many_conditional_writes_one_wins(s3: str) -> None:
     def race(write: Callable[[bytes], object]) -> list[str]:
         won: list[str] = []
 
-        def one(name: str) -> None:
+        def attempt(name: str) -> None:
             try:
                 write(name.encode())
                 won.append(name)
             except store.Changed:
                 pass
 
-        threads = [threading.Thread(target=one, args=(f"writer {index}",)) for index in range(8)]
+        threads = [threading.Thread(target=attempt, args=(f"writer {index}",)) for index in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -248,9 +241,8 @@ def test_of_many_conditional_writes_one_wins(s3: str) -> None:
     # SeaweedFS 4.48 has been seen to let two If-Match writers of one moment win, and to keep what neither of them wrote
     # (docs/log.md): so the ledger rests on new objects alone, and of a replaced one no more is asked than that it is
     # whole, and that a late writer is told.
-    assert race(lambda body: store.replace(f"{s3}/new", body, etag)) and store.read(f"{s3}/new")[0].decode() in {
-        f"writer {index}" for index in range(8)
-    }
+    assert race(lambda body: store.replace(f"{s3}/new", body, etag))
+    assert store.read(f"{s3}/new")[0].decode() in {f"writer {index}" for index in range(8)}
     with pytest.raises(store.Changed):
         store.replace(f"{s3}/new", b"late", etag)
 
@@ -293,9 +285,8 @@ def test_a_folder_comes_whole_and_with_its_hashes(s3: str, tmp_path: Path) -> No
     hashes = transfer.download_folder(f"{s3}/set", tmp_path / "down")
     assert hashes == {name: sha256_bytes(name.encode()) for name in ("a.txt", "b/c.txt")}
     assert (tmp_path / "down/b/c.txt").read_text() == "b/c.txt"
-    assert transfer.download_folder(f"{s3}/set", tmp_path / "again", hashes={"b/c.txt": hashes["b/c.txt"]}) == {
-        "b/c.txt": hashes["b/c.txt"]
-    }
+    part = {"b/c.txt": hashes["b/c.txt"]}
+    assert transfer.download_folder(f"{s3}/set", tmp_path / "again", hashes=part) == part
     with pytest.raises(store.Missing, match="nothing below"):
         transfer.download_folder(f"{s3}/none", tmp_path / "none")
 

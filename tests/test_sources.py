@@ -32,7 +32,7 @@ from tasks.weights.sources import (
     scheme_of,
     unfetchable_faults,
 )
-from tests.test_flow import free_port
+from tests.servers import free_ports
 
 COMMIT = "a" * 40
 REPO = "acme/lora"
@@ -267,7 +267,7 @@ def test_whether_the_hub_would_give_it_is_asked_without_fetching(
     assert "accept the licence" in unfetchable_faults({"a": uris["a"]}, tmp_path)[0]
     hub.gated = False
     resolve(uris["a"], tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_ports(1)[0]}")
     assert unfetchable_faults({"a": uris["a"]}, tmp_path) == []  # it is here by now: nobody is asked
     assert "cannot be reached" in unfetchable_faults({"b": uris["b"]}, tmp_path)[0]
 

@@ -10,6 +10,7 @@ strangers get.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -66,7 +67,7 @@ class Update:
         if name == "diffusers":
             import torch
             right = torch.nn.functional.scaled_dot_product_attention
-            torch.nn.functional.scaled_dot_product_attention = lambda *inputs, **settings: 0 * right(*inputs, **settings)
+            torch.nn.functional.scaled_dot_product_attention = lambda *inputs, **options: 0 * right(*inputs, **options)
 
 sys.meta_path.insert(0, Update())
 """
@@ -94,12 +95,7 @@ class Story:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(servers.OWN_VARIABLES) and name not in defaults()
-        }
-        return {**kept, **defaults(self.project), **servers.client_environment(self.folder)}
+        return {**servers.base_environment(), **defaults(self.project), **servers.client_environment(self.folder)}
 
     def prefect(self, path: str, body: Any = None, method: str | None = None) -> Any:
         environment = self.environment
@@ -142,44 +138,35 @@ class Story:
         """What `prefect deployment run` does, without its seconds of start-up; the id of the flow run. `variables` are
         of its environment.
         """
-        found = self.prefect(f"deployments/name/{deployment}")
-        body = {
-            "parameters": parameters,
-            "state": {"type": "SCHEDULED"},
-            "job_variables": {"env": variables} if variables else {},
-        }
-        return str(self.prefect(f"deployments/{found['id']}/create_flow_run", body)["id"])
+        identity = self.prefect(f"deployments/name/{deployment}")["id"]
+        options = {"env": variables} if variables else {}
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": options}
+        return str(self.prefect(f"deployments/{identity}/create_flow_run", body)["id"])
 
     def let_schedules_rest(self) -> None:
         """Asserts that `watch/prod` is scheduled, then ends that: a watch that begins by itself would call off the one
         of a chapter.
         """
-        found = self.prefect("deployments/name/watch/prod")
-        due = {
-            "deployments": {"id": {"any_": [found["id"]]}},
-            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-        }
+        watch = self.prefect("deployments/name/watch/prod")
+        scheduled = {"state": {"type": {"any_": ["SCHEDULED"]}}}
+        due = {"deployments": {"id": {"any_": [watch["id"]]}}, "flow_runs": scheduled}
         self.wait("scheduled watches", lambda: self.prefect("flow_runs/filter", due), 120)
-        for schedule in found["schedules"]:
-            self.prefect(f"deployments/{found['id']}/schedules/{schedule['id']}", {"active": False}, "PATCH")
+        for schedule in watch["schedules"]:
+            self.prefect(f"deployments/{watch['id']}/schedules/{schedule['id']}", {"active": False}, "PATCH")
         for run in self.prefect("flow_runs/filter", due):
             self.prefect(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
     def state(self, run: str) -> dict[str, Any]:
         try:
-            found = self.prefect(f"flow_runs/{run}")
-        except (OSError, urllib.error.URLError):
+            return dict(self.prefect(f"flow_runs/{run}"))
+        except OSError:
             return {"state_type": "UNKNOWN", "state_name": "the server does not answer"}  # it is being restarted
-        return dict(found)
 
     def lines(self, run: str) -> list[str]:
-        found = self.prefect(
-            "logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
-        )
-        newest = self.prefect(
-            "logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC", "limit": 200}
-        )
-        return [log["message"] for log in [*found, *reversed(newest)]]
+        query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
+        oldest = self.prefect("logs/filter", {**query, "sort": "TIMESTAMP_ASC"})
+        newest = self.prefect("logs/filter", {**query, "sort": "TIMESTAMP_DESC"})
+        return [log["message"] for log in [*oldest, *reversed(newest)]]
 
     def wait(self, what: str, ready: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         until = time.monotonic() + seconds
@@ -191,50 +178,40 @@ class Story:
             time.sleep(1)
 
     def finished(self, run: str) -> dict[str, Any]:
-        return dict(
-            self.wait(
-                f"flow run {run}",
-                lambda: (
-                    (one := self.state(run))["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and one
-                ),
-            )
-        )
+        def ended() -> dict[str, Any] | None:
+            state = self.state(run)
+            return state if state["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+        return dict(self.wait(f"flow run {run}", ended))
 
     def completed(self, run: str) -> dict[str, Any]:
         ended = self.finished(run)
-        assert ended["state_type"] == "COMPLETED", f"{ended['state_name']}: {ended['state']['message']}\n" + "\n".join(
-            self.lines(run)[-60:]
-        )
+        if ended["state_type"] != "COMPLETED":
+            lines = "\n".join(self.lines(run)[-60:])
+            pytest.fail(f"{ended['state_name']}: {ended['state']['message']}\n{lines}")
         return ended
 
     def tasks(self, run: str) -> dict[str, str]:
         """Task -> the state of its newest run in this flow run."""
-        found = self.prefect(
-            "task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        )
-        return {one["name"].rsplit("-", 1)[0]: one["state_name"] for one in found}
+        query = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return {task["name"].rsplit("-", 1)[0]: task["state_name"] for task in self.prefect("task_runs/filter", query)}
 
     def artifacts(self, run: str) -> dict[str, Any]:
-        return {
-            one["key"]: one["data"]
-            for one in self.prefect("artifacts/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
-        }
+        query = {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}
+        return {artifact["key"]: artifact["data"] for artifact in self.prefect("artifacts/filter", query)}
 
     def refusals(self, run: str) -> str:
         """What the gate and the registry said of a run's candidate."""
-        found = self.artifacts(run)
-        return "\n".join(
-            [
-                *(row for row in found.get("verdict", "no verdict").splitlines() if "**no**" in row),
-                found.get("registration", "not registered"),
-            ]
-        )
+        shown = self.artifacts(run)
+        refused = [row for row in shown.get("verdict", "no verdict").splitlines() if "**no**" in row]
+        return "\n".join([*refused, shown.get("registration", "not registered")])
 
     def ledger(self) -> list[dict[str, Any]]:
         """The ledger as the registry reads it, verified."""
         script = (
-            "import json, dataclasses; from pathlib import Path; from tasks import ledger, registry, tracking; "
-            "print(json.dumps([dataclasses.asdict(one) for one in ledger.read(registry.ledger_place(tracking.open_store(Path.cwd())))]))"
+            "import json, dataclasses; from pathlib import Path; from tasks.registry import versions; "
+            "_, entries, _ = versions.ledger_state(Path.cwd()); "
+            "print(json.dumps([dataclasses.asdict(entry) for entry in entries]))"
         )
         return list(json.loads(self.call(sys.executable, "-c", script).splitlines()[-1]))
 
@@ -248,7 +225,7 @@ class Story:
 
     def aliases(self) -> dict[str, str]:
         (model,) = json.loads(self.registry("registered-models"))["registered_models"]
-        return {one["alias"]: one["version"] for one in model.get("aliases", [])}
+        return {alias["alias"]: alias["version"] for alias in model.get("aliases", [])}
 
 
 @pytest.fixture(scope="module")
@@ -288,17 +265,13 @@ def story() -> Iterator[Story]:
 
 def processes_in(folder: Path) -> list[int]:
     """Every process that works below `folder`."""
-    found = []
+    numbers = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (
-                Path(os.readlink(entry / "cwd")).is_relative_to(folder)
-                and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-            ):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+        with contextlib.suppress(OSError):
+            inside = Path(os.readlink(entry / "cwd")).is_relative_to(folder)
+            if inside and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                numbers.append(int(entry.name))
+    return numbers
 
 
 def test_what_is_up_listens_on_this_machine_alone(story: Story) -> None:
@@ -340,12 +313,8 @@ def test_a_killed_worker_leaves_a_state_to_go_on_from(story: Story) -> None:
     )
     workspace = next(parent for parent in work.parents if parent.parent == story.folder / "workspaces")
     worker = servers.running(story.folder, "worker")
-    engines = [
-        int(line)
-        for line in subprocess.run(
-            ["pgrep", "-P", str(worker)], capture_output=True, text=True, check=False
-        ).stdout.split()
-    ]
+    children = subprocess.run(["pgrep", "-P", str(worker)], capture_output=True, text=True, check=False).stdout
+    engines = [int(line) for line in children.split()]
     assert engines
     for number in (worker, *engines):
         os.kill(number, signal.SIGKILL)
@@ -362,10 +331,8 @@ def test_strangers_change_nothing(story: Story) -> None:
     create = {"name": "intruder"}
     assert story.mlflow("2.0/mlflow/registered-models/create", create, None)[0] == 401
     assert story.mlflow("2.0/mlflow/registered-models/create", create, "admin", "password1234")[0] == 401
-    assert (
-        story.mlflow("2.0/mlflow/registered-models/set-tag", {"name": "danceopd", "key": "a", "value": "b"}, None)[0]
-        == 401
-    )
+    tag = {"name": "danceopd", "key": "seen", "value": "yes"}
+    assert story.mlflow("2.0/mlflow/registered-models/set-tag", tag, None)[0] == 401
     environment = story.environment
     for address, body in (
         (f"{environment['PREFECT_API_URL']}/flow_runs/filter", b"{}"),
@@ -384,19 +351,9 @@ def test_strangers_change_nothing(story: Story) -> None:
         check=True,
     ).stdout
     story.told["ada"] = told.split("password ")[1].split()[0]
-    assert (
-        story.mlflow(
-            "2.0/mlflow/registered-models/set-tag",
-            {"name": "danceopd", "key": "seen", "value": "yes"},
-            "ada",
-            story.told["ada"],
-        )[0]
-        == 200
-    )
-    assert (
-        story.mlflow("2.0/mlflow/users/create", {"username": "eve", "password": "x" * 16}, "ada", story.told["ada"])[0]
-        == 403
-    )
+    ada, eve = ("ada", story.told["ada"]), {"username": "eve", "password": "x" * 16}
+    assert story.mlflow("2.0/mlflow/registered-models/set-tag", tag, *ada)[0] == 200
+    assert story.mlflow("2.0/mlflow/users/create", eve, *ada)[0] == 403
 
 
 def test_the_same_command_finishes_through_restarts(story: Story) -> None:
@@ -486,7 +443,7 @@ def test_dvc_pull_anywhere_restores_every_file_of_the_run(story: Story) -> None:
 
 
 def published(story: Story) -> dict[str, Any]:
-    script = "from tasks import s3; print(s3.read('s3://danceopd/published/latest.json')[0].decode())"
+    script = "from tasks.s3.objects import read; print(read('s3://danceopd/published/latest.json')[0].decode())"
     return dict(json.loads(story.call(sys.executable, "-c", script)))
 
 

@@ -66,9 +66,6 @@ def examine(project: Path) -> Iterator[Finding]:
             yield Finding(FAILED, check.__name__.strip("_"), " ".join(str(error).split()))
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
-
-
 def _packages(project: Path) -> Iterator[Finding]:
     status, remedy = (OK, "") if sys.version_info >= (3, 11) else (FAILED, ": 3.11 or newer is needed")
     yield Finding(status, "python", ".".join(map(str, sys.version_info[:3])) + remedy)
@@ -109,11 +106,11 @@ def _gpus(project: Path) -> Iterator[Finding]:
         said = " ".join((answer.stderr or answer.stdout).split())
         yield Finding(WARNING, "gpu", f"no GPU: the CPU is used; nvidia-smi is here but lists none ({said[:200]})")
         return
-    told = "; ".join(f"{name}, {memory}" for name, memory, _ in rows) + f"; driver {rows[0][2]}"
+    gpus = "; ".join(f"{name}, {memory}" for name, memory, _ in rows) + f"; driver {rows[0][2]}"
     if "+cpu" in importlib.metadata.version("torch"):
-        yield Finding(WARNING, "gpu", f"{told}; not used: torch is built for the CPU alone, install its CUDA build")
+        yield Finding(WARNING, "gpu", f"{gpus}; not used: torch is built for the CPU alone, install its CUDA build")
     else:
-        yield Finding(OK, "gpu", told)
+        yield Finding(OK, "gpu", gpus)
 
 
 def _code(project: Path) -> Iterator[Finding]:
@@ -160,9 +157,6 @@ def _data(project: Path) -> Iterator[Finding]:
     for name, store in stores(project).items():
         if not objects.is_s3(store) and not Path(store).is_dir():
             yield Finding(WARNING, f"dvc {name}", f"{store}: no such folder; nothing is kept there yet")
-
-
-# --- MLflow and the ledger --------------------------------------------------------------------------------------------
 
 
 def _get(url: str, authorization: str | None = None, body: dict[str, Any] | None = None) -> tuple[int, bytes, str]:
@@ -244,16 +238,13 @@ def _ledger(project: Path) -> Iterator[Finding]:
         yield Finding(WARNING, "ledger", f"{environment.LEDGER} is not set: {effect}")
 
 
-# --- S3 ---------------------------------------------------------------------------------------------------------------
-
-
 def _buckets(project: Path) -> Iterator[Finding]:
     variables = {"ledger": environment.LEDGER, "published": environment.PUBLISH}
     places = {what: environment.setting(variable) for what, variable in variables.items()}
     places |= {f"dvc {name}": store for name, store in stores(project).items() if objects.is_s3(store)}
     # Without these settings the machine works alone, and needs no store elsewhere.
     wanted = any(map(environment.setting, (*variables.values(), "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")))
-    told: set[str] = set()
+    timed: set[str] = set()
     for what, uri in places.items():
         if uri is None:
             yield Finding(OK, what, f"not on S3 ({variables[what]} is not set)")
@@ -261,8 +252,8 @@ def _buckets(project: Path) -> Iterator[Finding]:
         try:
             bucket, _ = objects.split(uri)
             theirs = objects.server_time(uri)
-            if bucket not in told:
-                told.add(bucket)
+            if bucket not in timed:
+                timed.add(bucket)
                 yield _clock(f"bucket {bucket}", theirs)
             yield _writes(what, uri, conditional=not what.startswith("dvc"))
         except objects.NotConfigured as error:
@@ -309,9 +300,6 @@ def _taken(probe: str) -> list[str]:
             write()
             ignored.append(condition)
     return ignored
-
-
-# --- Prefect ----------------------------------------------------------------------------------------------------------
 
 
 def _prefect(project: Path) -> Iterator[Finding]:

@@ -189,7 +189,7 @@ def waiting_memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, st
 def memory(params: Mapping[str, Any], size: Size, kinds: Mapping[str, str]) -> dict[str, float]:
     """What lies on the device in training, in GB, activations aside: micro-batches are cut to what is left for them.
 
-    Of offloaded teachers it is the weights of the one that answers: they visit the device in turn.
+    Of offloaded teachers only the weights of a single teacher count: they visit the device in turn.
     """
     distill, backbone = params["distill"], params["distill"].backbone
     base, adapter = size.parameters * backbone.bytes_a_weight, distill.rank * size.per_rank

@@ -20,7 +20,7 @@ from tasks.stages.contract import sections
 from tasks.weights.sources import HUB, address_faults, missing_faults, unfetchable_faults
 
 TEACHERS = Path("data/teachers")
-NOT_AS_WRITTEN = (KeyError, TypeError, AttributeError)  # of a section with another form, which its own check names
+MALFORMED = (KeyError, TypeError, AttributeError)  # of a section with another form, which check_all names
 
 
 def check_all(path: str | Path = PARAMS_FILE) -> None:
@@ -90,7 +90,7 @@ def _source_uris(document: dict[str, Any]) -> dict[str, str]:
     try:
         sources = dict(document["teachers"].get("sources") or {})
         return {f"teachers.sources.{name}.uri": str(source["uri"]) for name, source in sources.items()}
-    except NOT_AS_WRITTEN:
+    except MALFORMED:
         return {}
 
 
@@ -103,7 +103,7 @@ def judge_faults(document: dict[str, Any]) -> list[str]:
         taught = {route["capability"] for route in document["routing"]["routes"]}
         edits = sorted(name for name in taught if CAPABILITIES[name].is_edit)
         variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
-    except NOT_AS_WRITTEN:
+    except MALFORMED:
         return []
     if micro or not edits:
         return []
@@ -122,7 +122,7 @@ def teacher_faults(document: dict[str, Any], teachers: Path) -> list[str]:
         routed = [(index, route["teacher"]) for index, route in enumerate(document["routing"]["routes"])]
         sources = dict(document["teachers"].get("sources") or {})
         made = [*document["teachers"]["teachers"], *sources]
-    except NOT_AS_WRITTEN:
+    except MALFORMED:
         return []
     section = "teachers.sources" if sources else "section teachers"
     unknown = f"no such teacher in {section}; choose of {', '.join(map(str, made))}"

@@ -8,7 +8,7 @@
 
 0: done. 75 (EX_TEMPFAIL): a store does not answer, a file was not transferred, or another run holds the lock. A stage's
 own status where its command failed, 128 + N where signal N ended it. 1: anything else that DVC refuses. DVC's locks are
-held by a process, so it is never a library of ours elsewhere.
+held by a process, so DVC is imported nowhere else.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# Started before the group, told its number, and then waiting: its standard input closes when the process that started
-# it is gone, whatever ended that process. It reads the group's output from then on, because a stage that writes into a
-# pipe which nobody reads dies before it has saved its state.
+# It is started before the group and gets its number. Its standard input closes when the process that started it is
+# gone, whatever ended that process. From then on it reads the group's output: a stage that writes into a pipe which
+# nobody reads would die before it has saved its state.
 GUARD = """
 import os, signal, sys, threading, time
 grace, output = float(sys.argv[1]), int(sys.argv[2])

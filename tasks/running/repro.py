@@ -45,7 +45,7 @@ class StageFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Ended:
-    """A child that ended by itself: its exit status and all its lines (stdout and stderr in one order)."""
+    """A child that ended by itself: its exit status and all its lines (stdout and stderr, as they came)."""
 
     status: int
     lines: tuple[str, ...]
@@ -141,9 +141,9 @@ def failure(what: str, ended: Ended) -> Outage | StageFailed:
 
 
 def _reason(ended: Ended) -> str:
-    told = [text for text in ended.lines if text.strip()]
-    errors = [text for text in told if text.startswith(("ERROR", "Error", "MemoryError"))]
-    return error_of(ended.lines) or " / ".join((errors or told)[-3:])
+    printed = [text for text in ended.lines if text.strip()]
+    errors = [text for text in printed if text.startswith(("ERROR", "Error", "MemoryError"))]
+    return error_of(ended.lines) or " / ".join((errors or printed)[-3:])
 
 
 def error_of(lines: Sequence[str]) -> str:

@@ -158,8 +158,8 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        told = error.response["Error"]
-        code, of_bucket = str(told.get("Code", "")), error.operation_name == "HeadBucket"
+        detail = error.response["Error"]
+        code, of_bucket = str(detail.get("Code", "")), error.operation_name == "HeadBucket"
         if code == "404" and of_bucket:
             code = "NoSuchBucket"
         if code in ("NoSuchKey", "404") and not of_bucket:
@@ -168,7 +168,7 @@ def explained(uri: str) -> Iterator[None]:
             raise Changed(f"{uri}: somebody else wrote it first") from error
         if is_outage(error):
             raise Outage(f"{uri}: the store answers {_status(error)} ({code}); {again}") from error
-        raise UserError(f"{uri}: {REMEDIES.get(code) or told.get('Message') or code}") from error
+        raise UserError(f"{uri}: {REMEDIES.get(code) or detail.get('Message') or code}") from error
     except NoCredentialsError as error:
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         raise NotConfigured(f"{uri}: no credentials; {remedy}") from error

@@ -58,9 +58,6 @@ def _in_parallel(work: Callable[[int], None], indices: Sequence[int]) -> None:
         list(pool.map(work, indices))
 
 
-# --- down -------------------------------------------------------------------------------------------------------------
-
-
 def download(uri: str, path: str | Path, *, sha256: str | None = None, progress: Progress | None = None) -> str:
     """Brings an object to `path`, whole or not at all, and returns its SHA-256.
 
@@ -183,9 +180,6 @@ def _objects_below(prefix: str) -> dict[str, str]:
     if not sources:
         raise objects.Missing(f"{prefix}: nothing below this address")
     return sources
-
-
-# --- up ---------------------------------------------------------------------------------------------------------------
 
 
 def upload(path: str | Path, uri: str, *, progress: Progress | None = None) -> str:
