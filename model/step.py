@@ -6,11 +6,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec
+from typing import Annotated, ParamSpec
 
 import torch
 
+from data.bounds import Above, Count, Decay, NotNegative, OneOf, Positive
 from data.errors import UserError
+from model.compute.optimizer import OPTIMIZERS, SCHEDULES
+from model.rollout import QUERY_BIAS
 from model.route import Route
 
 P = ParamSpec("P")
@@ -19,31 +22,37 @@ ROUTING = ("hard", "soft")
 
 
 @dataclass(frozen=True)
-class LoopParams:
+class LoopNumbers:
     """Numbers of one distillation. `rollout_steps` is N of the student's Euler grid, `query` the bias of the query
     index.
 
-    `states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data.
-    `routing`: "hard" takes one teacher a step, "soft" the mean of all.
     `max_gradient_norm`: a larger norm (before clipping) stops the run as one that is not finite does; 0 sets no bound.
     `held_out`: the last so many rows of every bucket are not trained on.
     """
 
-    steps: int
-    batch: int
-    learning_rate: float
-    optimizer: str
-    schedule: str
-    warmup: int
-    decay_from: float
-    ema: float
-    clip: float
-    max_gradient_norm: float
-    rollout_steps: int
-    query: str
+    held_out: Count
+    steps: Positive
+    batch: Positive
+    learning_rate: Above
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)]
+    schedule: Annotated[str, OneOf(SCHEDULES)]
+    warmup: Count
+    decay_from: NotNegative
+    ema: Decay
+    clip: Above
+    max_gradient_norm: NotNegative
+    rollout_steps: Positive
+    query: Annotated[str, OneOf(QUERY_BIAS)]
+
+
+@dataclass(frozen=True)
+class LoopParams(LoopNumbers):
+    """`states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data. `routing`: "hard"
+    takes one teacher a step, "soft" the mean of all.
+    """
+
     states: str
     routing: str
-    held_out: int
 
 
 @dataclass(frozen=True)

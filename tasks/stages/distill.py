@@ -16,8 +16,9 @@ from model.route import router
 from model.setup import setup_of
 from model.step import ROUTING, STATES, LoopParams
 from tasks.params.sections import RoutingParams
+from tasks.training.metrics import write_table
 from tasks.training.processes import in_processes, this_process
-from tasks.training.run import SHARED_BASE, TrainingParams, run_training, write_steps
+from tasks.training.run import COLUMNS, SHARED_BASE, STEPS, TrainingParams, run_training
 from tasks.training.states import facts_of
 
 QueryStates = Literal[1, 2, 4, 8, 16]  # K, the ablation's values
@@ -103,5 +104,5 @@ def _untrained(student: Student, record: dict[str, Any], out: Path) -> dict[str,
     if this_process().rank == 0:
         with atomic_folder(out) as folder:
             save_student(folder, student, record)
-            write_steps(folder / "steps.csv", [])
+            write_table(folder / STEPS, COLUMNS, [])
     return {"steps": 0, "trainable parameters": sum(parameter.numel() for parameter in student.parameters.values())}

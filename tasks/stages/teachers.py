@@ -7,7 +7,6 @@ running the stage.
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import torch
 
 from data.bounds import Count, NotNegative, OneOf, Positive
 from data.errors import UserError
-from data.files import atomic_file, atomic_folder, digest, sha256_file
+from data.files import atomic_folder, digest, sha256_file
 from data.microworld import World, example, render
 from data.progress import progress
 from data.randomness import numpy_generator
@@ -33,7 +32,7 @@ from model.networks.network import add_adapter
 from model.networks.teachers import BASE, save_teacher, weights_file
 from model.pixels import as_images
 from tasks.params.sections import BackboneParams
-from tasks.training.metrics import RUNS
+from tasks.training.metrics import RUNS, write_table
 from tasks.weights.assembly import SourceParams, assemble, source_faults
 
 NOTED = 50  # steps between two rows of training.csv
@@ -231,10 +230,7 @@ def _make(name: str, world: World, params: Params) -> None:
     base_sha256 = None if name == BASE else sha256_file(weights_file(base, "base"))
     with atomic_folder(params.finished(name)) as folder:
         save_teacher(folder, backbone, backbone.network, **facts, base_sha256=base_sha256)
-        with atomic_file(folder / "training.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["teacher", "step", "loss", "gradient_norm"])
-            writer.writeheader()
-            writer.writerows(curve)
+        write_table(folder / "training.csv", ("teacher", "step", "loss", "gradient_norm"), curve)
 
 
 def teachers(params: Params, *, out: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import read_json, write_text
+from data.files import atomic_file, read_json, write_text
 
 RUNS = Path("runs")
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
@@ -50,6 +51,14 @@ class Metrics:
             lines = [json.dumps({"name": name, "step": step, "value": value}) for name, value in values.items()]
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file with a header."""
+    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

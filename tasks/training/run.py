@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data.bounds import Above, Count, Decay, NotNegative, OneOf, Positive
 from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest
 from data.progress import progress
 from model.backbones import TRANSFORMER
 from model.checkpoint import Ema, load_training, save_state, training_tensors
 from model.compute.execution import Execution, blocks_of, device_of, fit, moved, prepare_networks, recompute_blocks
-from model.compute.optimizer import OPTIMIZERS, SCHEDULES, Optimizers, build_optimizer
+from model.compute.optimizer import Optimizers, build_optimizer
 from model.compute.parallel import World, shard_frozen, shared
 from model.compute.settings import ExecutionParams
 from model.distill import distill
@@ -30,15 +28,15 @@ from model.instruments import gradient_cosines, held_out_gaps, held_out_pictures
 from model.methods.danceopd import accumulate
 from model.networks.student import save_student
 from model.pixels import as_pictures
-from model.rollout import QUERY_BIAS
 from model.setup import Accumulate, Setup
-from model.step import LoopParams, NotFinite, Step
+from model.step import LoopNumbers, LoopParams, NotFinite, Step
 from tasks.params.sections import BackboneParams
-from tasks.training.metrics import METRICS, SHARES, SPEED, Metrics, state_folder
+from tasks.training.metrics import METRICS, SHARES, SPEED, Metrics, state_folder, write_table
 from tasks.training.numbers import step_metrics, step_speed, summary
 from tasks.training.processes import this_process
 from tasks.training.states import Watch, save_samples, state_to_start_from
 
+STEPS = "steps.csv"
 COLUMNS = ("step", "route", "loss", "t", "gradient_norm", "learning_rate", "evaluations", "floor")
 VALIDATION = "validation"  # folder of the pictures
 SHARED_BASE = "spreads a frozen base that teachers and student share; set trainable: adapter and start: base"
@@ -46,40 +44,20 @@ PICTURES = 4  # examples a capability
 
 
 @dataclass(frozen=True)
-class TrainingParams(Watch):
-    """What the sections `distill` and `absorb` share: `Watch`, and the loop's numbers (model.step.LoopParams)."""
+class TrainingParams(LoopNumbers, Watch):
+    """What the sections `distill` and `absorb` share: `Watch`, and the loop's numbers."""
 
     backbone: BackboneParams
     execution: ExecutionParams
     seed: int
-    held_out: Count
-    steps: Positive
-    batch: Positive
-    learning_rate: Above
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)]
-    schedule: Annotated[str, OneOf(SCHEDULES)]
-    warmup: Count
-    decay_from: NotNegative
-    ema: Decay
-    clip: Above
-    max_gradient_norm: NotNegative
-    rollout_steps: Positive
-    query: Annotated[str, OneOf(QUERY_BIAS)]
 
     def loop_with(self, states: str, routing: str) -> LoopParams:
-        numbers: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in fields(LoopParams)}
-        return LoopParams(**{**numbers, "states": states, "routing": routing})
+        numbers: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LoopNumbers)}
+        return LoopParams(**numbers, states=states, routing=routing)
 
     def parts_to_load(self) -> tuple[str, ...]:
         """The base's parts that a training reads: the VAE only where pictures are wanted."""
         return (*TRANSFORMER, "vae") if self.validate_every else TRANSFORMER
-
-
-def write_steps(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @contextmanager
@@ -335,7 +313,7 @@ class _Training:
         with atomic_folder(out) as folder:
             origin = {"origin": history.origin} if history.origin else {}
             save_student(folder, student, {**record, **extra, **origin})
-            write_steps(folder / "steps.csv", history.rows)
+            write_table(folder / STEPS, COLUMNS, history.rows)
             shutil.copyfile(self.metrics.path, folder / METRICS)
             if (self.state / VALIDATION).is_dir():
                 shutil.copytree(self.state / VALIDATION, folder / VALIDATION)
