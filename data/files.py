@@ -27,7 +27,8 @@ def explain(error: OSError, path: Path) -> UserError:
     return UserError(f"{path}: {error.strerror or error}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to the file, or the names in the folder, is on the disk afterwards."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,9 +47,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise explain(error, path) from error
     finally:
@@ -68,7 +69,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync(file)
         if path.exists():
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             os.replace(path, old)
@@ -76,7 +77,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise explain(error, path) from error
     finally:
