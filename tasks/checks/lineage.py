@@ -52,9 +52,7 @@ class Line:
 
 
 def stores(project: Path) -> dict[str, str]:
-    """The cache (as `cache`) and every remote in .dvc/config and .dvc/config.local by name -> folder or s3:// address;
-    other kinds are left out.
-    """
+    """`cache`, and each remote in .dvc/config and .dvc/config.local by name -> folder or s3:// address; no others."""
     urls = {"cache": str(project / ".dvc" / "cache")}
     for name in ("config", "config.local"):
         parser = configparser.ConfigParser(interpolation=None)
@@ -76,9 +74,7 @@ class Contents:
         self.listed: dict[str, set[str]] = {}
 
     def find(self, md5: str) -> str | None:
-        """The store that holds the object; None when none does. A file in a folder is hashed again: `altered` says that
-        it is not what its name says.
-        """
+        """The store that has the object, or None; with `altered` when a file's content is not what its name says."""
         for store in self.stores:
             if objects.is_s3(store):
                 prefix = objects.join(store, "files", "md5", md5[:2]) + "/"
@@ -148,9 +144,7 @@ def _revision(folder: Path, sha: str) -> str:
 
 
 def lineage(project: Path, reference: str) -> tuple[str, list[Line]]:
-    """(version, lines) of a registered version. Raises UserError when there is no such version or a store cannot be
-    read.
-    """
+    """(version, lines). Raises UserError when there is no such version or a store cannot be read."""
     project = Path(project).resolve()
     known = versions.facts(project, reference)
     return str(known["version"]), list(_lines(project, known))
@@ -183,9 +177,7 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
 
 
 def _teachers(tags: dict[str, str], contents: Contents) -> Iterator[Line]:
-    """Each teacher's weights, by their hash, in the folder that DVC keeps under dvc.teachers.md5: the record says which
-    file, the listing that it is there.
-    """
+    """Weights by their hash: the tag says which file, dvc.teachers.md5's listing that it is there."""
     listing = contents.listing(tags["dvc.teachers.md5"]) if tags.get("dvc.teachers.md5") else {}
     for name, value in sorted(files.hashes_of("teacher", tags).items()):
         place = None
@@ -211,9 +203,7 @@ def _weights(tags: dict[str, str], faults: list[str], run: str) -> Iterator[Line
 
 
 def _environment(folder: Path | None, sha: str, value: str, prefix: str) -> str | None:
-    """The lock of the environment, as it was at that revision. `prefix`: of the project's paths in that git folder; in
-    a bare one "./" means nothing.
-    """
+    """The environment's lock at that revision. `prefix`: "./" for the project's paths, nothing in a bare folder."""
     if folder is None or not value:
         return None
     for name in LOCK_FILES:
@@ -225,15 +215,14 @@ def _environment(folder: Path | None, sha: str, value: str, prefix: str) -> str 
 
 def versions_with(project: Path, part: str) -> list[tuple[str, str, str]]:
     """(version, key, value) of every tag of a digest or revision that starts with `part`."""
-    tags = versions.all_tags(project)
-    rows = [(version, key, value) for version, known in tags.items() for key, value in sorted(known.items())]
-    return [(version, key, value) for version, key, value in rows if value.startswith(part)]
+    with versions.opened(project) as store:
+        known = versions.versions_of(store)
+    rows = [(version.number, key, value) for version in known for key, value in sorted(version.tags.items())]
+    return [row for row in rows if row[2].startswith(part)]
 
 
 def cli(argv: Sequence[str]) -> int:
-    """Prints a version's lineage, or the versions that have a digest in theirs. Returns 1 when something is missing, or
-    no version has it.
-    """
+    """Prints a lineage, or the versions that have a digest in theirs. Returns 1 when anything is missing."""
     text = "Where a version comes from, verified; or which versions come from a digest."
     parser = argparse.ArgumentParser("python -m tasks lineage", description=text)
     model = f"models:/{versions.MODEL}"

@@ -55,7 +55,7 @@ def rescore(
         "student": read_json(checkpoint / RECORD)["sha256"],
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
     }
-    statistics = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
+    statistics: dict[str, Any] = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scores = score_field(
@@ -100,9 +100,7 @@ def registered_scorecard(project: Path, version: Version, folder: Path) -> dict[
 
 
 def drifted(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Metrics whose new mean lies outside the interval it was registered with, or is missing: [{"metric", "registered",
-    "low", "high", "now"}].
-    """
+    """Metrics whose new mean is missing or outside its registered interval, with registered, low, high, now."""
     rows = []
     for path, metric in before["metrics"].items():
         now = gate.finite((after["metrics"].get(path) or {}).get("mean"))

@@ -31,14 +31,11 @@ class OtherFiles(UserErrors, Refusal):
 def weight_hashes(folder: Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file of a checkpoint folder.
 
-    Raises UserErrors when it is missing, holds no readable safetensors, or holds a file of another kind (a pickle could
-    carry code).
+    Raises UserErrors when it holds no readable safetensors, or a file of another kind (a pickle could carry code).
     """
     from safetensors import SafetensorError, safe_open
 
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint folder; run the absorb stage first")
-    files = _files(folder)
+    files = _files(folder)  # none of a folder that is not there
     allowed = ", ".join(CHECKPOINT_SUFFIXES)
     faults = [f"{name}: only {allowed} files belong in a checkpoint" for name in files if not is_allowed(name)]
     weights = {name: path for name, path in files.items() if name.endswith(WEIGHTS)}

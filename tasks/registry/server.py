@@ -120,9 +120,7 @@ def explained(uri: str) -> Iterator[None]:
 
 @contextmanager
 def locked(project: Path) -> Iterator[None]:
-    """Held by one process of this project at a time, while it makes the database or moves aliases. The kernel frees it
-    when its holder dies.
-    """
+    """One process of this project at a time, to make the database or move aliases; freed when its holder dies."""
     path = Path(project).resolve() / FOLDER / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,9 +124,7 @@ def _interrupted(store: Store, experiment_id: str, identity: str) -> Any:
 
 
 def param_text(value: Any) -> str:
-    """A text as it is, anything else as JSON; its digest and length where MLflow would cut it (the whole of it is in
-    the params.yaml artifact).
-    """
+    """A text, or JSON; digest and length of what MLflow would cut (the whole is in the params.yaml artifact)."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= LONGEST_PARAM else f"sha256:{sha256_bytes(text.encode())} ({len(text)} characters)"
 
@@ -197,9 +195,7 @@ def log_steps(tracked: Run, stage: str, path: Path) -> None:
 
 
 def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | None = None) -> None:
-    """Each metric path's mean under its own name (of the logged model too, if given). Intervals are in the
-    scorecard.json artifact.
-    """
+    """Each metric path's mean, of the logged model too; intervals are in the scorecard.json artifact."""
     means = {path: metric.get("mean") for path, metric in scorecard["metrics"].items()}
     _log_metrics(tracked, [(path, float(mean), 0) for path, mean in means.items() if mean is not None], model_id)
 

@@ -195,9 +195,7 @@ def _copy_to_registry(store: server.Store, entries: Sequence[ledger.Entry]) -> l
 
 
 def reconcile(project: Path) -> list[str]:
-    """Lets aliases and review tags follow the ledger (after a crash, or when an alias was moved in the web page);
-    returns the changes, in words.
-    """
+    """As `follow`: after a crash, or when an alias was moved in the web page."""
     with opened(project) as store:
         return follow(store)
 
@@ -210,9 +208,7 @@ def ledger_state(project: Path) -> tuple[ledger.Place, list[ledger.Entry], bool]
 
 
 def try_to_write(project: Path) -> None:
-    """A tag of no meaning on the experiment, and on the registered model where there is one. Raises UserError when the
-    account may not write.
-    """
+    """Tags of no meaning on experiment and model (if any). Raises UserError when the account may not write."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with opened(project) as store:
         experiment = store.client.get_experiment_by_name(server.EXPERIMENT)
@@ -249,9 +245,7 @@ def champion(project: Path) -> dict[str, Any] | None:
 
 
 def judged_file(store: server.Store, version: Version, name: str, folder: Path) -> Path:
-    """A file that is kept with the version's run, brought into `folder` unless it is there. Raises UserError when it is
-    not the file that was judged.
-    """
+    """A file of the version's run, fetched unless it is there. Raises UserError unless it is the file judged."""
     path = folder / Path(name).name
     expected = version.tags.get(f"{path.name}.sha256")
     if expected is None:
@@ -269,9 +263,7 @@ def judged_file(store: server.Store, version: Version, name: str, folder: Path) 
 
 
 def _report_page(store: server.Store, run_id: str) -> str | None:
-    """The address of a run's report page: in MLflow's pages where there is a server, else the file's; None where it is
-    kept elsewhere.
-    """
+    """The address of a run's report page: MLflow's, else the file's; None where it is kept elsewhere."""
     run = store.client.get_run(run_id).info
     if address := server.for_browsers(store.uri):
         return f"{address}/{report_artifacts(run.experiment_id, run_id)}/report.html"
@@ -331,9 +323,7 @@ def _resolve(store: server.Store, reference: str, aliases: Mapping[str, str | No
 
 
 def require(project: Path, reference: str) -> Version:
-    """The version by `models:/danceopd/3`, `models:/danceopd@champion`, `@champion` or `3`. Raises UserError, NoVersion
-    when there is none.
-    """
+    """By `models:/danceopd/3`, `models:/danceopd@champion`, `@champion` or `3`. Raises UserError (NoVersion)."""
     with opened(project) as store:
         return _resolve(store, reference, aliases_of(store))
 
@@ -372,16 +362,8 @@ def facts(project: Path, reference: str) -> dict[str, Any]:
         return {**where, "entries": decisions, "artifacts": artifacts, "weights": faults}
 
 
-def all_tags(project: Path) -> dict[str, Mapping[str, str]]:
-    """Version -> its tags, for the way back from a digest."""
-    with opened(project) as store:
-        return {version.number: version.tags for version in versions_of(store)}
-
-
 def download(project: Path, number: str, folder: Path) -> None:
-    """Writes the files of a registered version into the new `folder`, each one compared with the hash it was judged
-    under. Raises UserErrors otherwise.
-    """
+    """Writes the version's files into the new `folder`. Raises UserErrors unless all are those judged."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with opened(project) as store, tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         fetched, _ = files.fetch_weights(store, get_version(store, number), Path(temporary))
@@ -389,9 +371,7 @@ def download(project: Path, number: str, folder: Path) -> None:
 
 
 def require_clean(version: Version) -> None:
-    """Raises UserError unless the version was made from a commit without changes: what nobody can check out again is
-    not promoted.
-    """
+    """Raises UserError unless the version can be checked out again: made from a commit without changes."""
     if version.tags.get("git.known") != "true" or not version.sha:
         remedy = "run its revision as distill/prod and promote that version"
         raise UserError(f"version {version.number} was made from unknown code; {remedy}")

@@ -11,14 +11,6 @@ LONGEST_DESCRIPTION = 5000  # PostgreSQL's column; SQLite would take more
 Metrics = Mapping[str, Any]  # metric path -> {"mean", "low", "high", ...}
 
 
-def teacher_metrics(validated: Mapping[str, Any]) -> dict[str, Metrics]:
-    """Teacher -> its metrics, from reports/validate.json (`teachers: {NAME: {"metrics": {...}}}`)."""
-    teachers = validated.get("teachers")
-    known = teachers.items() if isinstance(teachers, Mapping) else ()
-    metrics = {name: teacher.get("metrics") for name, teacher in known if isinstance(teacher, Mapping)}
-    return {name: values for name, values in metrics.items() if isinstance(values, Mapping)}
-
-
 def description(
     metrics: Metrics,
     verdict: Mapping[str, Any],

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +54,15 @@ def require_who_and_why(actor: str, reason: str) -> None:
         raise UserError(f"a decision needs {' and '.join(missing)}: who decided, and why, is part of the record")
 
 
+@contextmanager
+def _deciding(project: Path, reviewer: str, reason: str) -> Iterator[tuple[server.Store, list[ledger.Entry]]]:
+    """The open registry and its ledger; a decision that was interrupted is finished first."""
+    require_who_and_why(reviewer, reason)
+    with versions.opened(project) as store:
+        versions.follow(store)
+        yield store, versions.read_ledger(store)
+
+
 def promote(project: Path, number: str, reviewer: str, reason: str) -> dict[str, Any]:
     """Makes a version the champion. Returns {"model", "entry" (the ledger's), "changed" (aliases and tags, in words)}.
 
@@ -60,10 +70,7 @@ def promote(project: Path, number: str, reviewer: str, reason: str) -> dict[str,
     today's, has other weights or scores than were judged, when the reviewer or the account may not decide, or when
     somebody else decided at the same moment.
     """
-    require_who_and_why(reviewer, reason)
-    with versions.opened(project) as store:
-        versions.follow(store)  # a decision that was interrupted is finished first
-        entries = versions.read_ledger(store)
+    with _deciding(project, reviewer, reason) as (store, entries):
         current, _ = versions.state_of(entries)
         version = versions.get_version(store, number)
         if version.number == current:
@@ -80,13 +87,8 @@ def promote(project: Path, number: str, reviewer: str, reason: str) -> dict[str,
 
 
 def rollback(project: Path, reviewer: str, reason: str) -> dict[str, Any]:
-    """Returns to the previous champion; the version rolled back is not kept as `previous`, so rolling back again goes
-    further back. Returns as `promote`.
-    """
-    require_who_and_why(reviewer, reason)
-    with versions.opened(project) as store:
-        versions.follow(store)
-        entries = versions.read_ledger(store)
+    """Returns to the previous champion; rolling back again goes further back. Returns as `promote`."""
+    with _deciding(project, reviewer, reason) as (store, entries):
         current, target = versions.state_of(entries)
         if target is None:
             champion = f"version {current}" if current else "none"
@@ -103,13 +105,8 @@ def rollback(project: Path, reviewer: str, reason: str) -> dict[str, Any]:
 
 
 def reject(project: Path, number: str, reviewer: str, reason: str) -> dict[str, Any]:
-    """Closes a version's review with a no. Returns as `promote`. Raises UserError for the champion (roll back instead)
-    and for a version rejected already.
-    """
-    require_who_and_why(reviewer, reason)
-    with versions.opened(project) as store:
-        versions.follow(store)
-        entries = versions.read_ledger(store)
+    """Closes a version's review with a no. Raises UserError for the champion and for a version rejected before."""
+    with _deciding(project, reviewer, reason) as (store, entries):
         current, previous = versions.state_of(entries)
         number = versions.get_version(store, number).number
         if number == current:
@@ -164,9 +161,7 @@ def _require_right(store: server.Store, reviewer: str) -> None:
 
 
 def _verified_verdict(store: server.Store, version: Version) -> tuple[dict[str, Any], dict[str, str]]:
-    """(verdict, {"verdict": SHA-256 of its file}). It must be the file noted at registration, must have passed, and
-    must be about the scorecard kept beside it.
-    """
+    """(verdict, {"verdict": its SHA-256}): the one registered, passed, about the scorecard kept beside it."""
     tags, name, run_id = version.tags, f"version {version.number}", version.run_id
     if tags.get("gate.status") != "passed" or not run_id:
         status = f"gate.status = {tags.get('gate.status', 'unset')}"
@@ -185,9 +180,7 @@ def _verified_verdict(store: server.Store, version: Version) -> tuple[dict[str, 
 
 
 def _verified_weights(store: server.Store, version: Version, verdict: Mapping[str, Any]) -> str:
-    """Fetches the version's files, which must be those registered and those of the verdict; the digest of their
-    hashes.
-    """
+    """The digest of the hashes of the version's files, which must be those registered and those judged."""
     from tasks.student.opening import CARRIED  # loads torch
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -209,9 +202,7 @@ def _require_fresh(verdict: Mapping[str, Any], version: Version, current: str | 
 
 
 def _decide(store: server.Store, entries: list[ledger.Entry], **decision: Any) -> dict[str, Any]:
-    """Takes the ledger's next entry, then lets the aliases follow. The entry is the decision: it stands even if the
-    aliases cannot follow yet.
-    """
+    """Takes the ledger's next entry, which stands even if the aliases cannot follow it yet."""
     decision |= {key: decision[key].strip() for key in ("actor", "reason")}
     current, _ = versions.state_of(entries)
     now = datetime.now(UTC).isoformat(timespec="seconds")

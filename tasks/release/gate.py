@@ -105,9 +105,7 @@ class Verdict:
 
 
 def finite(value: Any) -> float | None:
-    """The value as a finite Python float; None for anything else (None, NaN, infinity, a text, a bool). NumPy scalars
-    are numbers.
-    """
+    """The value as a finite Python float (NumPy scalars too); None for None, NaN, infinity, a text, a bool."""
     if value is None or isinstance(value, (bool, str, bytes)):
         return None
     try:
@@ -177,9 +175,7 @@ def _compared_things(params: Params) -> list[str]:
 
 
 def _identity(card: Any, name: str) -> str | None:
-    """The digest of a benchmark (its prompts, seeds and rules, and the networks or the judge that scored it) or of the
-    sampling; None when unknown.
-    """
+    """The digest of the sampling, or of a benchmark and the networks or judge that scored it; None if unknown."""
     identities = _mapping(card, "identities")
     value = identities.get(name) if name == "sampling" else _mapping(card, "benchmarks", name).get("digest")
     scored = {key: setting for key, setting in _mapping(identities, name).items() if key in SCORED_WITH}

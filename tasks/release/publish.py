@@ -88,9 +88,7 @@ def _write_once(uri: str, content: bytes) -> None:
 
 
 def _move(uri: str, pointer: dict[str, Any]) -> bool:
-    """Moves the pointer to a later entry of the ledger; False when it stands there already. Of several publishers the
-    publisher of the last decision wins.
-    """
+    """Moves the pointer to a later entry of the ledger, of several the last; False when it stands there already."""
     for _ in range(RACES):
         try:
             content, etag = objects.read(uri)
@@ -156,11 +154,9 @@ def fetch(uri: str, folder: str | Path) -> dict[str, Any]:
 
 
 def cli(argv: Sequence[str]) -> int:
-    """`publish` the champion of the project in the current folder, or `fetch` what is published. UserError is left to
-    the caller to print.
-    """
+    """`publish` the project's champion, or `fetch` what is published. UserError is left to the caller to print."""
     name, *arguments = argv
-    bucket = {"metavar": "s3://BUCKET/PREFIX"}
+    bucket: dict[str, Any] = {"metavar": "s3://BUCKET/PREFIX"}
     if name == "publish":
         parser = argparse.ArgumentParser("python -m tasks publish", description="Publish the champion and point at it.")
         parser.add_argument("--to", **bucket, help=f"where to (default: {environment.PUBLISH})")

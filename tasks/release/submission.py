@@ -10,7 +10,7 @@ is never a version; nor is a candidate whose weights are the champion's.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,51 +21,37 @@ from data.errors import Outage, UserError, UserErrors
 from data.files import digest, link_or_copy, read_json, sha256_file
 from data.yaml_files import read_yaml
 from tasks.registry import files, server, tracking, versions
+from tasks.registry.server import Store
 from tasks.release import card, decisions, gate
 from tasks.release.provenance import CHECKPOINT_FOLDER, DVC_PATHS, SCORECARD_FILE, VALIDATE_FILE, md5_of, provenance
 from tasks.release.review import REVIEW_FILE
 
 STEPS_FILES = {"distill": "checkpoints/student/steps.csv", "absorb": "checkpoints/absorbed/steps.csv"}
+REPORT_FOLDER = "reports/score"
 PICTURES = ("t2i.png", "edits.png", "scorecard.png")  # of the report: shown on the version's page
+JUDGED = (
+    (gate.SCORECARD_RULE, SCORECARD_FILE, "another scorecard"),
+    (gate.WEIGHTS_RULE, CHECKPOINT_FOLDER, "other weights"),
+)
 Promote = Literal["auto", "review"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is submitted, read and checked before anything is sent.
-
-    `base`: name in the artifact -> file of the base that an adapter student lies on. `hashes`: name -> SHA-256 of the
-    checkpoint's and the base's files. `tags`: where it comes from and how the gate judged it.
-    """
+    """What is submitted, read and checked before anything is sent."""
 
     project: Path
     scorecard: dict[str, Any]
     verdict: dict[str, Any]
     validated: dict[str, Any]
-    base: dict[str, Path]
-    hashes: dict[str, str]
-    tags: dict[str, str]
+    base: dict[str, Path]  # name in the artifact -> file, of the base that an adapter student lies on
+    hashes: dict[str, str]  # name -> SHA-256, of the checkpoint's and the base's files
+    tags: dict[str, str]  # where it comes from and how the gate judged it
+    identity: str  # the same for the same weights and verdict
 
     @property
     def passed(self) -> bool:
         return gate.has_passed(self.verdict)
-
-    @property
-    def identity(self) -> str:
-        """The same for the same weights and verdict."""
-        return digest({"weights": self.hashes, "verdict": self.tags["gate.verdict.sha256"]})[:16]
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.project / CHECKPOINT_FOLDER
-
-    @property
-    def report(self) -> Path:
-        return (self.project / gate.SCORES_FILE).parent
-
-    @property
-    def steps(self) -> dict[str, Path]:
-        return {stage: self.project / path for stage, path in STEPS_FILES.items()}
 
 
 def submit_files(project: Path, gate_params: gate.Params, promote: Promote, actor: str, reason: str) -> dict[str, Any]:
@@ -98,45 +84,39 @@ def _checked(project: Path, tags: Mapping[str, str]) -> Candidate:
 
     faults: list[str] = []
 
-    def read(path: Path, key: str = "") -> dict[str, Any]:
+    def read(name: str, key: str) -> dict[str, Any]:
         try:
-            value = read_json(path)
+            value = read_json(project / name)
         except UserError as error:
             faults.append(str(error))
             return {}
-        if not isinstance(value, dict) or (key and key not in value):
-            faults.append(f"{path}: no {key!r} in it; run the stage that makes it again")
+        if not isinstance(value, dict) or key not in value:
+            faults.append(f"{project / name}: no {key!r} in it; run the stage that makes it again")
             return {}
         return value
 
-    card_file, verdict_file, checkpoint = (
-        project / name for name in (SCORECARD_FILE, gate.VERDICT_FILE, CHECKPOINT_FOLDER)
-    )
-    scorecard, verdict = read(card_file, "metrics"), read(verdict_file, "rules")
-    validated = read(project / VALIDATE_FILE)
+    scorecard, verdict = read(SCORECARD_FILE, "metrics"), read(gate.VERDICT_FILE, "rules")
+    validated = read(VALIDATE_FILE, "teachers")
     needed = [project / name for name in ("params.yaml", gate.SCORES_FILE, *STEPS_FILES.values())]
     faults += [f"{path}: no such file or folder" for path in needed if not path.exists()]
-    hashes: dict[str, str] = {}
+    checkpoint, hashes = project / CHECKPOINT_FOLDER, {}
     try:
         hashes = files.weight_hashes(checkpoint)
     except UserErrors as error:
         faults += [f"{checkpoint}: {fault}" for fault in error.faults]
-    except UserError as error:
-        faults.append(str(error))
     if verdict and scorecard:
-        for rule, path, what in (
-            (gate.SCORECARD_RULE, card_file, "another scorecard"),
-            (gate.WEIGHTS_RULE, checkpoint, "other weights"),
-        ):
+        for rule, name, what in JUDGED:
             judged = gate.rule_value(verdict, rule)
-            if judged != md5_of(path):
-                faults.append(f"{verdict_file}: it judged {what} than {path} (MD5 {judged}); run the gate again")
+            if judged != md5_of(project / name):
+                other = f"it judged {what} than {project / name} (MD5 {judged})"
+                faults.append(f"{project / gate.VERDICT_FILE}: {other}; run the gate again")
     if faults:
         raise UserErrors("the candidate cannot be submitted", faults)
     base = opening.carried(project, checkpoint)
     hashes |= {name: sha256_file(path) for name, path in base.items()}
     tags = {**_lineage_tags(project, scorecard), **_verdict_tags(project, verdict), **files.weight_tags(hashes), **tags}
-    return Candidate(project, scorecard, verdict, validated, base, hashes, tags)
+    identity = digest({"weights": hashes, "verdict": tags["gate.verdict.sha256"]})[:16]
+    return Candidate(project, scorecard, verdict, validated, base, hashes, tags, identity)
 
 
 def _lineage_tags(project: Path, scorecard: Mapping[str, Any]) -> dict[str, str]:
@@ -167,9 +147,7 @@ def _verdict_tags(project: Path, verdict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _publish(candidate: Candidate, actor: str, reason: str) -> dict[str, Any]:
-    """Sends the candidate. Every step looks first for what an interrupted submission of the same candidate has left, so
-    that repeating it finishes it.
-    """
+    """Sends the candidate; every step goes on from what an interrupted submission of the same candidate left."""
     tags = candidate.tags
     twin = None
     if candidate.passed:
@@ -191,7 +169,8 @@ def _publish(candidate: Candidate, actor: str, reason: str) -> dict[str, Any]:
             return _outcome(tracked.store, "identical", twin, tracked.run_id, [nothing])
         model_id = _log_model(tracked, candidate)
         tracking.log_scorecard(tracked, candidate.scorecard, model_id)
-        others = {**_compared(tracked.store, tags["gate.champion"]), **card.teacher_metrics(candidate.validated)}
+        teachers = {name: teacher["metrics"] for name, teacher in candidate.validated["teachers"].items()}
+        others = {**_compared(tracked.store, tags["gate.champion"]), **teachers}
         lines = _lineage_lines(tracked, candidate, f"submitted by {actor}: {reason}")
         describe = partial(card.description, candidate.scorecard["metrics"], candidate.verdict, others, lines)
         text = describe()
@@ -207,17 +186,13 @@ def _publish(candidate: Candidate, actor: str, reason: str) -> dict[str, Any]:
     return _outcome(tracked.store, "candidate", number, tracked.run_id)
 
 
-def _outcome(
-    store: server.Store, status: str, number: str | None, run_id: str, reasons: list[str] | None = None
-) -> dict[str, Any]:
+def _outcome(store: Store, status: str, number: str | None, run_id: str, reasons: Sequence[str] = ()) -> dict[str, Any]:
     where = {"run_id": run_id, "tracking_uri": server.without_credentials(store.uri)}
-    return {"model": versions.MODEL, "status": status, "version": number, **where, "reasons": reasons or []}
+    return {"model": versions.MODEL, "status": status, "version": number, **where, "reasons": list(reasons)}
 
 
-def _waiting(store: server.Store, identity: str) -> versions.Version | None:
-    """The version of this candidate (weights and verdict) that waits for its review, with its run finished; None when
-    there is none.
-    """
+def _waiting(store: Store, identity: str) -> versions.Version | None:
+    """The version of this candidate that waits for its review, with its run finished; None when there is none."""
     decided = versions.last_decisions(versions.read_ledger(store))
     same = [version for version in versions.versions_of(store) if version.tags.get(tracking.IDENTITY_TAG) == identity]
     for version in same:
@@ -226,7 +201,7 @@ def _waiting(store: server.Store, identity: str) -> versions.Version | None:
     return None
 
 
-def _equal_champion(store: server.Store, hashes: Mapping[str, str]) -> str | None:
+def _equal_champion(store: Store, hashes: Mapping[str, str]) -> str | None:
     """The champion's version when its weights are these, byte for byte; records and step tables hold times."""
     current, _ = versions.state_of(versions.read_ledger(store))
     if current is None:
@@ -240,13 +215,13 @@ def _log_files(tracked: tracking.Run, candidate: Candidate) -> None:
     """Params, figures and files of the stages, and the digests of data and teachers."""
     project = candidate.project
     tracking.log_params(tracked, read_yaml(project / "params.yaml"))
-    for stage, path in candidate.steps.items():
-        tracking.log_steps(tracked, stage, path)
+    for stage, name in STEPS_FILES.items():
+        tracking.log_steps(tracked, stage, project / name)
     for name in (SCORECARD_FILE, gate.VERDICT_FILE, VALIDATE_FILE, "params.yaml", "dvc.lock"):
         if (project / name).is_file():
             tracking.log_files(tracked, {"": project / name})
-    steps = {f"steps/{stage}": path for stage, path in candidate.steps.items()}
-    tracking.log_files(tracked, {"scores": project / gate.SCORES_FILE, "report": candidate.report, **steps})
+    steps = {f"steps/{stage}": project / name for stage, name in STEPS_FILES.items()}
+    tracking.log_files(tracked, {"scores": project / gate.SCORES_FILE, "report": project / REPORT_FOLDER, **steps})
     if (review := project / REVIEW_FILE).is_file():
         with tempfile.TemporaryDirectory() as temporary:  # beside the report here, not above it
             beside = Path(temporary) / review.name
@@ -273,9 +248,7 @@ def _log_inputs(tracked: tracking.Run, tags: Mapping[str, str]) -> None:
 
 
 def _log_model(tracked: tracking.Run, candidate: Candidate) -> str:
-    """The checkpoint as an MLflow logged model: safetensors and JSON, the base of an adapter student beside it, and a
-    pyfunc that samples it. Returns its id. A half-sent model is marked FAILED.
-    """
+    """The id of the MLflow logged model: checkpoint, its base, a pyfunc. One sent in part is marked FAILED."""
     client = tracked.store.client
     same = client.search_logged_models([tracked.experiment_id], f"source_run_id = '{tracked.run_id}'", max_results=10)
     whole = next((model for model in same if str(model.status) in ("READY", "LoggedModelStatus.READY")), None)
@@ -284,9 +257,10 @@ def _log_model(tracked: tracking.Run, candidate: Candidate) -> str:
     tags = {**files.weight_tags(candidate.hashes), "gate.status": candidate.tags["gate.status"]}
     kind = {"name": "student", "model_type": "diffusion"}
     logged = client.create_logged_model(tracked.experiment_id, **kind, source_run_id=tracked.run_id, tags=tags)
+    checkpoint = candidate.project / CHECKPOINT_FOLDER
     try:
-        client.log_model_artifacts(logged.model_id, str(candidate.checkpoint))
-        with tempfile.TemporaryDirectory(dir=candidate.checkpoint.parent) as temporary:
+        client.log_model_artifacts(logged.model_id, str(checkpoint))
+        with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
             for name, path in candidate.base.items():
                 link_or_copy(path, Path(temporary) / name)
             _write_mlmodel(Path(temporary))
@@ -300,9 +274,7 @@ def _log_model(tracked: tracking.Run, candidate: Candidate) -> str:
 
 
 def _write_mlmodel(folder: Path) -> None:
-    """MLflow's description of the model: a pyfunc whose loader is the project's own module, so that no code and nothing
-    to unpickle travels with it.
-    """
+    """A pyfunc whose loader is the project's module: no code and nothing to unpickle travels with it."""
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -341,7 +313,7 @@ def _version(tracked: tracking.Run, candidate: Candidate, model_id: str, text: s
     return str(client.create_model_version(versions.MODEL, place, tags={**candidate.tags, **tags}, **how).version)
 
 
-def _compared(store: server.Store, number: str) -> dict[str, card.Metrics]:
+def _compared(store: Store, number: str) -> dict[str, card.Metrics]:
     """Title -> metrics of the champion that the verdict compared with."""
     if number == gate.NO_CHAMPION:
         return {"champion (none)": {}}
@@ -363,6 +335,6 @@ def _lineage_lines(tracked: tracking.Run, candidate: Candidate, who: str) -> lis
     if not tracked.store.uri.startswith("http"):
         return [code, line]
     page = versions.report_artifacts(tracked.experiment_id, tracked.run_id)
-    pictures = [name for name in PICTURES if (candidate.report / name).is_file()]
+    pictures = [name for name in PICTURES if (candidate.project / REPORT_FOLDER / name).is_file()]
     shown = [f"![{name}](get-artifact?path=report/{name}&run_uuid={tracked.run_id})" for name in pictures]
     return [code, f"[Report and grids]({page}/report.html)", line, "", *shown]
