@@ -68,8 +68,8 @@ def set_values(path: str | Path, values: Mapping[str, Any]) -> None:
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists stay whole."""
-    if not isinstance(value, dict):
+    """Nested mappings as dotted keys; lists stay whole, an empty section stays as {}."""
+    if not isinstance(value, dict) or (key and not value):
         return {key: value}
     inner = (flatten(part, f"{key}.{name}" if key else str(name)) for name, part in value.items())
     return {name: item for part in inner for name, item in part.items()}

@@ -151,7 +151,7 @@ def test_and_back(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for nonsense in ("abc", "models:/other@champion", "models:/danceopd@champion; ls"):
         with pytest.raises(UserError, match="not a version"):
             lineage.cli([nonsense])
-    with pytest.raises(UserError, match="no version has this alias; aliases: champion"):
+    with pytest.raises(UserError, match="no such alias; have champion"):
         lineage.cli(["@previous"])
     with pytest.raises(UserError, match="no version 7"):
         lineage.cli(["7"])

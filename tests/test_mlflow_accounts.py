@@ -44,9 +44,8 @@ def project(tmp_path: Path, s3: str, mlflow_server: MlflowServer, monkeypatch: p
 def state(project: Path) -> tuple[Any, ...]:
     """All that strangers might change: versions with their tags and texts, aliases, runs with their tags and status."""
     opened = tracking.open_store(project)
-    versions = [
-        (one.version, sorted(one.tags.items()), one.description, one.source) for one in registry.versions_of(opened)
-    ]
+    known = opened.client.search_model_versions(f"name='{registry.MODEL}'")
+    versions = [(one.version, sorted(one.tags.items()), one.description, one.source) for one in known]
     experiment = opened.client.get_experiment_by_name(server.EXPERIMENT)
     runs = [
         (one.info.run_id, one.info.status, sorted(one.data.tags.items()))
@@ -176,21 +175,21 @@ def test_no_secret_is_kept_or_shown(
     done = candidates.submitted(project, promote="auto")
     assert done["tracking_uri"] == mlflow_server.url
     said = str(done) + "".join(capfd.readouterr())
-    program = f"import sys; from tasks import registry, tracking; registry.MODEL = tracking.EXPERIMENT = {registry.MODEL!r}; from tasks.__main__ import main"
-    program += "\nfor name in ('registry', 'doctor', 'publish', 'reconcile', 'review'): main([name])\nmain(['lineage', '1']); main(['promote', '--version', '1',"
-    program += " '--reviewer', 'eve', '--reason', 'again'])"
-    for environment in (
-        {},
-        {"MLFLOW_TRACKING_URI": with_password.replace(mlflow_server.url[-5:], "1")},
-    ):  # the second: a server that is not there
-        ended = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=project,
-            env={**os.environ, **environment, "PYTHONPATH": str(PROJECT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    program = f"""
+import sys
+from tasks.__main__ import main
+from tasks.registry import server, versions
+versions.MODEL = server.EXPERIMENT = {registry.MODEL!r}
+for name in ("registry", "doctor", "publish", "reconcile", "review"):
+    main([name])
+main(["lineage", "1"])
+main(["promote", "--version", "1", "--reviewer", "eve", "--reason", "again"])
+"""
+    absent = {"MLFLOW_TRACKING_URI": with_password.replace(mlflow_server.url[-5:], "1")}  # a server that is not there
+    for settings in ({}, absent):
+        environment = {**os.environ, **settings, "PYTHONPATH": str(PROJECT)}
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
         said += ended.stdout + ended.stderr
     assert "account admin" in said and "is published now" in said  # the commands did their work
     kept = b"".join(

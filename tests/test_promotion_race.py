@@ -19,7 +19,8 @@ PROMOTER = """
 import sys, time
 from pathlib import Path
 from data.errors import UserError
-from tasks import decisions, ledger, registry, tracking
+from tasks.registry import ledger, tracking
+from tasks.release import decisions
 project, version, simultaneous = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "yes"
 tracking.open_store(project)  # the slow imports come before the start
 meet = project / "meet"

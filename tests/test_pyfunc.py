@@ -83,8 +83,8 @@ def test_words_that_mean_nothing_are_refused(project: Path, monkeypatch: pytest.
 def test_the_alias_is_followed_and_its_files_are_verified(project: Path) -> None:
     model = open_model(f"models:/{versions.MODEL}@champion", project)
     assert model.record["rank"] == 5
-    version, hashes = versions.registered(project, f"models:/{versions.MODEL}/1")
-    assert version == "1" and "base/transformer/config.json" in hashes and "adapter_model.safetensors" in hashes
+    version = versions.require(project, f"models:/{versions.MODEL}/1")
+    assert {"base/transformer/config.json", "adapter_model.safetensors"} <= set(version.weights)
     for uri, words in (
         (f"models:/{versions.MODEL}@nobody", "no such alias; have champion"),
         (f"models:/{versions.MODEL}/9", "9"),

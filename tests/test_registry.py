@@ -102,14 +102,8 @@ def test_a_long_description_says_what_it_leaves_out() -> None:
         {"rule": f"floor/{'x' * 60}{index}", "passed": index > 3, "value": 0.5, "bound": 0.4, "reason": "r"}
         for index in range(80)
     ]
-    text = card.description(
-        scorecard(),
-        {"passed": False, "rules": rules},
-        None,
-        {f"teacher {index}": {} for index in range(4)},
-        "origin",
-        None,
-    )
+    others: dict[str, Any] = {title: {} for title in ("champion (none)", *(f"teacher {index}" for index in range(4)))}
+    text = card.description(scorecard()["metrics"], {"passed": False, "rules": rules}, others, ["origin"])
     assert len(text) < card.LONGEST_DESCRIPTION and "more rules are in verdict.json" in text
     assert [f"x{index} | **FAIL**" in text for index in range(4)] == [True] * 4  # failures come first
 

@@ -530,7 +530,7 @@ def test_rollback_and_promotion_by_deployment(story: Story) -> None:
     story.completed(story.run("rollback/prod", reviewer="ada", reason="colours drift on the site"))
     assert story.aliases() == {"champion": "1"} and published(story)["version"] == "1"
     refused = story.finished(story.run("promote/prod", version="99", reviewer="ada", reason="a slip of the finger"))
-    assert refused["state_type"] == "FAILED" and "no such version" in refused["state"]["message"]
+    assert refused["state_type"] == "FAILED" and "has no version" in refused["state"]["message"]
     story.completed(story.run("promote/prod", version="2", reviewer="ada", reason="the site was at fault"))
     assert story.aliases() == {"champion": "2", "previous": "1"} and published(story)["version"] == "2"
     entries = story.ledger()

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from data.errors import Outage, UserError
 from data.files import write_json
+from data.yaml_files import flatten
 from tasks.registry import server, tracking, versions
 
 
@@ -38,7 +39,7 @@ def test_nested_params_get_dotted_names_and_lists_become_json() -> None:
         "on": True,
         "none": None,
     }
-    assert tracking.flatten(params) == {
+    assert {name: tracking.param_text(value) for name, value in flatten(params).items()} == {
         "distill.steps": "300",
         "distill.beta": "[5, 2]",
         "distill.routes": '[{"capability": "t2i"}]',
@@ -47,7 +48,7 @@ def test_nested_params_get_dotted_names_and_lists_become_json() -> None:
         "on": "true",
         "none": "null",
     }
-    assert tracking.flatten({}) == {}
+    assert flatten({}) == {}
 
 
 def test_a_param_too_long_for_mlflow_is_replaced_by_its_digest_not_cut() -> None:
@@ -214,5 +215,6 @@ def test_the_lock_lets_one_in_at_a_time(project: Path) -> None:
 
 def test_importing_tracking_registry_and_gate_does_not_load_mlflow() -> None:
     """The command line and the flow import them at every start; MLflow costs seconds."""
-    code = "import sys, tasks.registry.tracking, tasks.registry.versions, tasks.release.gate; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, tasks.registry.tracking, tasks.registry.versions, tasks.release.gate, tasks.release.decisions"
+    code += "; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

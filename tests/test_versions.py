@@ -34,7 +34,7 @@ def test_versions_are_found_by_number_and_alias(registered: Path) -> None:
     assert (
         versions.find(registered, "7") is None and versions.find(registered, f"models:/{registry.MODEL}@nobody") is None
     )
-    with pytest.raises(UserError, match="no such version"):
+    with pytest.raises(UserError, match="has no version 7"):
         versions.require(registered, "7")
     assert not versions.is_reference("s3://bucket/folder") and not versions.is_reference("models:/other@champion")
 
@@ -72,10 +72,11 @@ def test_the_registered_scorecard_is_the_judged_one(registered: Path, tmp_path: 
 )
 def test_changed_or_unknown_code_is_not_promoted(tags: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        versions.require_clean(versions.Version("3", "run", "a" * 40, {}, tags))
+        versions.require_clean(versions.Version("3", "run", {"git.sha": "a" * 40, **tags}))
+    clean = {"git.known": "true", "git.dirty": "false"}
     with pytest.raises(UserError, match="unknown code"):
-        versions.require_clean(versions.Version("3", "run", None, {}, {"git.known": "true", "git.dirty": "false"}))
-    versions.require_clean(versions.Version("3", "run", "a" * 40, {}, {"git.known": "true", "git.dirty": "false"}))
+        versions.require_clean(versions.Version("3", "run", clean))
+    versions.require_clean(versions.Version("3", "run", {"git.sha": "a" * 40, **clean}))
 
 
 def test_drift_is_a_mean_outside_its_interval() -> None:

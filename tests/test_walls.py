@@ -28,7 +28,7 @@ ALLOWED = {
 EXCEPTIONS = {"benchmarks/speed.py": {"model"}}  # it measures the trainer itself, and knows nothing of stages
 HOMES = {
     "prefect": ("flows/", "tasks/prefect_tasks.py"),
-    "mlflow": ("tasks/registry/", "tasks/release/submission.py", "tasks/release/decisions.py"),
+    "mlflow": ("tasks/registry/", "tasks/release/submission.py"),
     "diffusers": ("model/backbones/", "benchmarks/"),
     "transformers": ("model/backbones/", "benchmarks/"),
     "great_expectations": ("data/curation/expectations.py",),

@@ -1,8 +1,7 @@
 """`python -m tasks rescore`: one checkpoint scored again on the examples and with the noise of the run it came from.
 
 Not a stage: nothing of the pipeline depends on it. The same weights, examples and seeds give the same scores, so a
-difference comes from what changed around
-them: libraries, drivers, hardware, data.
+difference comes from what changed around them: libraries, drivers, hardware, data.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from typing import Any
 from benchmarks.scores.scorecard import ExampleScore, expected_scores, read_scores, write_scorecard
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from data.errors import UserError
-from data.files import atomic_folder, read_json, sha256_file
+from data.files import atomic_folder, read_json
 from data.microworld import MICRO
 from data.progress import progress
 from data.records import read_examples
 from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
 from tasks.params.reading import PARAMS_FILE, load_params
-from tasks.registry import server, tracking
-from tasks.registry.versions import Version
+from tasks.registry.versions import Version, judged_file, opened
 from tasks.release import gate
 from tasks.release.provenance import SCORECARD_FILE
 from tasks.scoring.real import identities_of_scores, scored_examples
@@ -50,13 +48,14 @@ def rescore(
     missing = sorted({route.teacher for route in routes} - reference.keys())
     if missing:
         raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
-    own = {route.capability: reference[route.teacher] for route in routes}
+    of_teachers = {route.capability: reference[route.teacher] for route in routes}
     identities: dict[str, Any] = {
         "base": records[BASE].sha256,
         "teachers": {route.teacher: records[route.teacher].sha256 for route in routes},
         "student": read_json(checkpoint / RECORD)["sha256"],
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
     }
+    statistics: dict[str, Any] = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scores = score_field(
@@ -74,60 +73,38 @@ def rescore(
             )
         if params.benchmark.detector != MICRO:
             identities |= identities_of_scores(scores, evaluation.examples, params.benchmark, params.judge)
-        card = make_scorecard(
-            "rescored",
-            scores,
-            own,
-            expected,
-            identities,
-            seed=params.seed,
-            resamples=params.resamples,
-            confidence=params.confidence,
-        )
+        card = make_scorecard("rescored", scores, of_teachers, expected, identities, **statistics)
         write_scorecard(folder / "scorecard.json", card)
     return {path: metric.mean for path, metric in card.metrics.items()}
 
 
 def cli(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tasks rescore", description="Score one checkpoint again, on this folder's held-out examples."
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FOLDER", help="a student as the stages save it"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where images and scorecard.json go")
+    text = "Score one checkpoint again, on this folder's held-out examples."
+    parser = argparse.ArgumentParser("python -m tasks rescore", description=text)
+    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "FOLDER"}
+    parser.add_argument("--checkpoint", **folder, help="a student as the stages save it")
+    parser.add_argument("--out", **folder, help="where images and scorecard.json go")
     parsed = parser.parse_args(list(argv))
     params = load_params(score.Params, "score", Path(PARAMS_FILE))
-    folders = {"curated": Path("data/curated"), "teachers": Path("data/teachers"), "validated": Path("data/validated")}
-    means = rescore(params, **folders, checkpoint=parsed.checkpoint, out=parsed.out)
-    for path, mean in means.items():
+    folders = {name: Path("data") / name for name in ("curated", "teachers", "validated")}
+    for path, mean in rescore(params, **folders, checkpoint=parsed.checkpoint, out=parsed.out).items():
         print(f"rescore: {path} = {mean:.4g}")
     return 0
 
 
 def registered_scorecard(project: Path, version: Version, folder: Path) -> dict[str, Any]:
-    """The scorecard that the version was judged by. Raises UserError when it is not the one registered."""
-    store = tracking.open_store(project)
-    folder.mkdir(parents=True, exist_ok=True)
-    with server.explained(store.uri):
-        path = tracking.artifact(store, version.run_id, Path(SCORECARD_FILE).name, folder)
-    if sha256_file(path) != version.tags.get("scorecard.json.sha256"):
-        raise UserError(
-            f"version {version.number}: scorecard.json of run {version.run_id} is not the file that was judged"
-        )
-    scorecard: dict[str, Any] = read_json(path)
+    """The scorecard that the version was judged by. Raises UserError when it is not the file registered."""
+    with opened(project) as store:
+        scorecard: dict[str, Any] = read_json(judged_file(store, version, Path(SCORECARD_FILE).name, folder))
     return scorecard
 
 
 def drifted(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Metrics whose new mean lies outside the interval it was registered with, or is missing: [{"metric", "registered",
-    "low", "high", "now"}].
-    """
+    """Metrics whose new mean is missing or outside its registered interval, with registered, low, high, now."""
     rows = []
     for path, metric in before["metrics"].items():
         now = gate.finite((after["metrics"].get(path) or {}).get("mean"))
         if now is None or not metric["low"] <= now <= metric["high"]:
-            rows.append(
-                {"metric": path, "registered": metric["mean"], "low": metric["low"], "high": metric["high"], "now": now}
-            )
+            interval = {"low": metric["low"], "high": metric["high"]}
+            rows.append({"metric": path, "registered": metric["mean"], **interval, "now": now})
     return rows

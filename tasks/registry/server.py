@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import getpass
 import http.client
 import os
 import re
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from data.errors import Outage, UserError, causes
 from data.files import explain
+from tasks.environment import setting
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
 
 EXPERIMENT = "danceopd"
 FOLDER = "mlflow"  # inside the project
@@ -46,56 +47,49 @@ def local_uri(project: Path) -> str:
 
 def tracking_uri(project: Path) -> str:
     """`MLFLOW_TRACKING_URI` if set, else the SQLite file inside the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or local_uri(project)
+    return setting("MLFLOW_TRACKING_URI") or local_uri(project)
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """Raises Outage within seconds when no HTTP server answers at `uri`. Any answer counts, also a refusal."""
-    parts = urllib.parse.urlsplit(uri)
-    where = urllib.parse.urlunsplit(
-        (parts.scheme, parts.netloc.rpartition("@")[2], "", "", "")
-    )  # no credentials in messages
-    remedy = "start the server, or unset MLFLOW_TRACKING_URI to use the store inside the project; no result is lost, run the same command again"
+    where = urlsplit(without_credentials(uri))._replace(path="", fragment="").geturl()
+    remedy = "start the server, or unset MLFLOW_TRACKING_URI to use the store inside the project"
+    again = "no result is lost, run the same command again"
     try:
         with urllib.request.urlopen(f"{where}/health", timeout=PROBE_SECONDS):
             pass
     except urllib.error.HTTPError:
         return
     except (OSError, http.client.HTTPException) as error:
-        raise Outage(
-            f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({getattr(error, 'reason', None) or error}); {remedy}"
-        ) from error
+        cause = getattr(error, "reason", None) or error
+        text = f"MLFLOW_TRACKING_URI = {where}: no MLflow server answers ({cause}); {remedy}; {again}"
+        raise Outage(text) from error
 
 
 def account() -> str:
     """In whose name MLflow is spoken to: the account of the credentials in force, else the system's."""
-    import getpass
-
-    named = (
-        os.environ.get("MLFLOW_TRACKING_USERNAME", "").strip()
-        or urllib.parse.urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).username
-    )
+    in_address = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).username
     try:
-        return named or getpass.getuser()
+        return setting("MLFLOW_TRACKING_USERNAME") or in_address or getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
 
 
 def without_credentials(uri: str) -> str:
     """The address as it may be shown and kept: no user, no password, no query."""
-    parts = urllib.parse.urlsplit(uri)
-    return (
-        uri if uri.startswith("sqlite") else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-    )
+    if uri.startswith("sqlite"):
+        return uri
+    address = urlsplit(uri)
+    return address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
 
 
 def for_browsers(uri: str) -> str | None:
     """The address of MLflow's pages: `DANCEOPD_MLFLOW_URL`, or the server's own; None where there is no server."""
-    address = os.environ.get("DANCEOPD_MLFLOW_URL", "").strip() or uri
+    address = setting("DANCEOPD_MLFLOW_URL") or uri
     return without_credentials(address).rstrip("/") if address.startswith("http") else None
 
 
-def _clean(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, without the credentials that an address in it may carry."""
     return next(iter(re.sub(r"//[^/@\s]+@", "//", str(error)).strip().splitlines()), type(error).__name__)
 
@@ -109,26 +103,24 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        first, where, status = _clean(error), without_credentials(uri), _http_status(error)
+        first, where, status = first_line(error), f"MLflow ({without_credentials(uri)})", _http_status(error)
         if uri.startswith("http") and (status >= 500 or status == 429):
             again = "no result is lost, run the same command again when it is back"
-            raise Outage(f"MLflow ({where}) stopped answering; {again} ({first[:300]})") from error
+            raise Outage(f"{where} stopped answering; {again} ({first[:300]})") from error
         if status == 401:
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of this server"
-            raise UserError(f"MLflow ({where}) does not know {account()!r} or its password; {remedy}") from error
+            raise UserError(f"{where} does not know {account()!r} or its password; {remedy}") from error
         if status == 403:
             remedy = f"ask for the permission EDIT on {EXPERIMENT}"
-            raise UserError(f"MLflow ({where}): the account {account()!r} may not do this; {remedy}") from error
-        raise UserError(f"MLflow ({where}): {first}") from error
+            raise UserError(f"{where}: the account {account()!r} may not do this; {remedy}") from error
+        raise UserError(f"{where}: {first}") from error
     except OSError as error:
         raise explain(error, Path(error.filename or FOLDER)) from error
 
 
 @contextmanager
 def locked(project: Path) -> Iterator[None]:
-    """Held by one process of this project at a time: for creating the database and for moving aliases. Freed by the
-    kernel when its holder dies.
-    """
+    """One process of this project at a time, to make the database or move aliases; freed when its holder dies."""
     path = Path(project).resolve() / FOLDER / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +133,7 @@ def locked(project: Path) -> Iterator[None]:
 
 
 def _http_status(error: BaseException) -> int:
-    """What the server answered; 503 when there was no answer.
+    """What the server answered; 503 when there was no answer, 0 when it was no server's.
 
     MLflow's client wraps what requests raised in a type of its own; where it keeps nothing of it, as of a download that
     was cut off, its code says 500.
@@ -149,9 +141,9 @@ def _http_status(error: BaseException) -> int:
     from mlflow.exceptions import MlflowException, RestException
     from requests.exceptions import RequestException
 
-    for one in causes(error):
-        if isinstance(one, RestException):
-            return one.get_http_status_code()
-        if isinstance(one, RequestException):
-            return 503 if one.response is None else one.response.status_code
+    for cause in causes(error):
+        if isinstance(cause, RestException):
+            return cause.get_http_status_code()
+        if isinstance(cause, RequestException):
+            return 503 if cause.response is None else cause.response.status_code
     return error.get_http_status_code() if isinstance(error, MlflowException) else 0

@@ -26,10 +26,13 @@ import pandas as pd
 
 from data.errors import UserError
 from data.files import sha256_bytes
+from data.yaml_files import flatten
 from tasks.environment import PROXIED
-from tasks.registry.server import EXPERIMENT, FOLDER, Store, _clean, _probe, explained, locked, tracking_uri
+from tasks.registry import server
+from tasks.registry.server import Store
 from tasks.training.metrics import METRICS, speed_file
 
+NamedValue = tuple[str, float, int]  # metric, value, step
 LONGEST_PARAM = 6000  # characters; MLflow cuts longer values without a word
 LONGEST_TAG = 8000
 STEP_COLUMNS = ("step", "route", "loss", "t", "gradient_norm")
@@ -62,25 +65,20 @@ class Run:
 def open_store(project: Path) -> Store:
     """Opens (and the first time creates) the store. Raises Outage within seconds when a server does not answer."""
     project = Path(project).resolve()
-    uri = tracking_uri(project)
+    uri = server.tracking_uri(project)
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
     if uri.startswith("http"):
-        _probe(uri)
+        server.probe(uri)
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with (
-        locked(project),
-        explained(uri),
-    ):  # two processes creating one SQLite database at once would trip over its migrations
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        store = Store(client, uri, project)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(
-                EXPERIMENT, artifact_location=(project / FOLDER / "artifacts").as_uri() if store.is_local else None
-            )
+    with server.locked(project), server.explained(uri):  # two that create one SQLite database disturb each other
+        store = Store(MlflowClient(tracking_uri=uri, registry_uri=uri), uri, project)
+        if store.client.get_experiment_by_name(server.EXPERIMENT) is None:
+            place = (project / server.FOLDER / "artifacts").as_uri() if store.is_local else None
+            store.client.create_experiment(server.EXPERIMENT, artifact_location=place)
     return store
 
 
@@ -95,16 +93,16 @@ def run(project: Path, name: str, tags: Mapping[str, str], identity: str | None 
     from requests.exceptions import RequestException
 
     store = open_store(project)
-    with explained(store.uri):
-        experiment = store.client.get_experiment_by_name(EXPERIMENT)
+    with server.explained(store.uri):
+        experiment = store.client.get_experiment_by_name(server.EXPERIMENT)
         assert experiment is not None  # open_store made it
-        found = _interrupted(store, experiment.experiment_id, identity)
-        if found is None:
+        started = _interrupted(store, experiment.experiment_id, identity) if identity else None
+        if started is None:
             first = {IDENTITY_TAG: identity} if identity else {}
-            found = store.client.create_run(experiment.experiment_id, run_name=name, tags=first)
+            started = store.client.create_run(experiment.experiment_id, run_name=name, tags=first)
         else:
-            store.client.update_run(found.info.run_id, status="RUNNING")
-        tracked = Run(store, found.info.run_id, experiment.experiment_id, int(found.info.start_time))
+            store.client.update_run(started.info.run_id, status="RUNNING")
+        tracked = Run(store, started.info.run_id, experiment.experiment_id, int(started.info.start_time))
         try:
             log_tags(tracked, tags)
             yield tracked
@@ -112,55 +110,31 @@ def run(project: Path, name: str, tags: Mapping[str, str], identity: str | None 
             try:
                 store.client.set_terminated(tracked.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             except (MlflowException, RequestException) as other:  # the first failure is the one to tell
-                logger = logging.getLogger(__name__)
-                logger.warning("run %s: its end is not recorded: %s", tracked.run_id, _clean(other))
+                reason = server.first_line(other)
+                logging.getLogger(__name__).warning("run %s: its end is not recorded: %s", tracked.run_id, reason)
             raise
         store.client.set_terminated(tracked.run_id, "FINISHED")
 
 
-def _interrupted(store: Store, experiment_id: str, identity: str | None) -> Any:
+def _interrupted(store: Store, experiment_id: str, identity: str) -> Any:
     """The newest run about the same thing that did not finish; None when there is none."""
-    if identity is None:
-        return None
-    same = store.client.search_runs(
-        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"]
-    )
-    return next((one for one in same if one.info.status != "FINISHED"), None)
+    same = f"tags.`{IDENTITY_TAG}` = '{identity}'"
+    runs = store.client.search_runs([experiment_id], same, order_by=["attributes.start_time DESC"])
+    return next((run for run in runs if run.info.status != "FINISHED"), None)
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested sections as dotted names; lists as JSON. An empty section stays visible as {}."""
-    if isinstance(value, Mapping) and (value or not prefix):
-        return {
-            name: text
-            for key, inner in value.items()
-            for name, text in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)}
-
-
-def param_text(value: str) -> str:
-    """The value itself, or, where MLflow would cut it, its digest and length (the whole of it is in the params.yaml
-    artifact).
-    """
-    return value if len(value) <= LONGEST_PARAM else f"sha256:{sha256_bytes(value.encode())} ({len(value)} characters)"
-
-
-def _log_metrics(tracked: Run, metrics: Sequence[tuple[str, float, int]], model_id: str | None = None) -> None:
-    """metrics: (name, value, step)."""
-    from mlflow.entities import Metric
-
-    run = {"model_id": model_id, "run_id": tracked.run_id}
-    found = [Metric(name, value, tracked.started, step, **run) for name, value, step in metrics]
-    tracked.store.client.log_batch(tracked.run_id, metrics=found)
+def param_text(value: Any) -> str:
+    """A text, or JSON; digest and length of what MLflow would cut (the whole is in the params.yaml artifact)."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= LONGEST_PARAM else f"sha256:{sha256_bytes(text.encode())} ({len(text)} characters)"
 
 
 def log_params(tracked: Run, params: Mapping[str, Any]) -> None:
     """Logs nested params under dotted names."""
     from mlflow.entities import Param
 
-    found = [Param(name, param_text(text)) for name, text in flatten(params).items()]
-    tracked.store.client.log_batch(tracked.run_id, params=found)
+    flat = [Param(name, param_text(value)) for name, value in flatten(params).items()]
+    tracked.store.client.log_batch(tracked.run_id, params=flat)
 
 
 def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
@@ -171,8 +145,8 @@ def log_tags(tracked: Run, tags: Mapping[str, str]) -> None:
     tracked.store.client.log_batch(tracked.run_id, tags=[RunTag(key, text) for key, text in shown.items()])
 
 
-def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
-    """A stage's steps.csv as (name, value, step): STAGE/loss/ROUTE, STAGE/t, STAGE/gradient_norm.
+def step_metrics(stage: str, path: Path) -> list[NamedValue]:
+    """A stage's steps.csv: STAGE/loss/ROUTE, STAGE/t, STAGE/gradient_norm.
 
     A loss that is not a number is kept as NaN. Raises UserError naming the file when it lacks a column or holds
     something else.
@@ -187,33 +161,32 @@ def step_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
         raise UserError(f"{path}: no such file; run the {stage} stage first") from error
     except (ValueError, pd.errors.ParserError) as error:
         raise UserError(f"{path}: not a table of steps ({error}); run the {stage} stage again") from error
-    found: list[tuple[str, float, int]] = []
-    for row in frame.itertuples(index=False):
-        found.append((f"{stage}/loss/{row.route}", float(row.loss), int(row.step)))  # type: ignore[arg-type]
-        for name in ("t", "gradient_norm"):
-            found.append((f"{stage}/{name}", float(getattr(row, name)), int(row.step)))  # type: ignore[arg-type]
-    return found
+    metrics: list[NamedValue] = []
+    for step, route, loss, t, norm in zip(*(frame[column].tolist() for column in STEP_COLUMNS), strict=True):
+        values = {f"loss/{route}": loss, "t": t, "gradient_norm": norm}
+        metrics += [(f"{stage}/{name}", value, step) for name, value in values.items()]
+    return metrics
 
 
-def named_metrics(stage: str, path: Path) -> list[tuple[str, float, int]]:
-    """A stage's metrics.jsonl or speed.jsonl as (name, value, step): STAGE/loss/local_edit/t3, STAGE/held_out_gap, ...
+def named_metrics(stage: str, path: Path) -> list[NamedValue]:
+    """A stage's metrics.jsonl or speed.jsonl: STAGE/loss/local_edit/t3, STAGE/held_out_gap, ...
 
     Empty where there is no such file. Raises UserError naming the line of one that is damaged.
     """
     if not path.exists():
         return []
-    found = []
+    metrics = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             values = json.loads(line)
-            found.append((f"{stage}/{values['name']}", float(values["value"]), int(values["step"])))
+            metrics.append((f"{stage}/{values['name']}", float(values["value"]), int(values["step"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a metric ({error}); run the {stage} stage again") from error
-    return found
+    return metrics
 
 
 def log_steps(tracked: Run, stage: str, path: Path) -> None:
-    """Publishes a stage's steps.csv, the metrics and validation pictures beside it, and, where it ran here, its speed."""
+    """Publishes a stage's steps.csv, its metrics and validation pictures and, where it ran here, its speed."""
     metrics = [*step_metrics(stage, path), *named_metrics(stage, path.with_name(METRICS))]
     speed = speed_file(tracked.store.project, path.parent)
     _log_metrics(tracked, metrics + (named_metrics(stage, speed) if speed else []))
@@ -222,16 +195,23 @@ def log_steps(tracked: Run, stage: str, path: Path) -> None:
 
 
 def log_scorecard(tracked: Run, scorecard: Mapping[str, Any], model_id: str | None = None) -> None:
-    """Each metric path's mean under its own name (of the logged model too, if given). Intervals are in the
-    scorecard.json artifact.
-    """
+    """Each metric path's mean, of the logged model too; intervals are in the scorecard.json artifact."""
     means = {path: metric.get("mean") for path, metric in scorecard["metrics"].items()}
     _log_metrics(tracked, [(path, float(mean), 0) for path, mean in means.items() if mean is not None], model_id)
 
 
+def _log_metrics(tracked: Run, metrics: Sequence[NamedValue], model_id: str | None = None) -> None:
+    from mlflow.entities import Metric
+
+    run = {"model_id": model_id, "run_id": tracked.run_id}
+    values = [Metric(name, value, tracked.started, step, **run) for name, value, step in metrics]
+    tracked.store.client.log_batch(tracked.run_id, metrics=values)
+
+
 def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
-    """Artifact folder ("" is the top) -> a file, or a folder whose content is published. What does not exist is a
-    UserError, named before anything is sent.
+    """Artifact folder ("" is the top) -> a file, or a folder whose content is published.
+
+    Raises UserError, before anything is sent, naming all that do not exist.
     """
     missing = [str(path) for path in files.values() if not path.exists()]
     if missing:
@@ -244,9 +224,9 @@ def log_files(tracked: Run, files: Mapping[str, Path]) -> None:
 def artifact(store: Store, run_id: str, name: str, folder: Path) -> Path:
     """A file that was kept with a run, brought into `folder`. Raises UserError when the run has none of that name.
 
-    That is asked first: of a download that fails, MLflow's client does not tell whether the file or the server is away.
+    The list is asked first: when a download fails, MLflow's client does not tell whether file or server is missing.
     """
     top = Path(name).parent.as_posix()
-    if name not in {found.path for found in store.client.list_artifacts(run_id, None if top == "." else top)}:
+    if name not in {item.path for item in store.client.list_artifacts(run_id, None if top == "." else top)}:
         raise UserError(f"MLflow run {run_id} has no {name}; submit the candidate again")
     return Path(store.client.download_artifacts(run_id, name, str(folder)))

@@ -8,85 +8,68 @@ from typing import Any
 from tasks.release import gate
 
 LONGEST_DESCRIPTION = 5000  # PostgreSQL's column; SQLite would take more
-
-
-def _number(metric: Mapping[str, Any] | None) -> str:
-    mean = gate.finite((metric or {}).get("mean"))
-    if mean is None:
-        return "-"
-    low, high = gate.finite((metric or {}).get("low")), gate.finite((metric or {}).get("high"))
-    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def teacher_metrics(validated: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Teacher -> metric path -> metric, from reports/validate.json (`teachers: {NAME: {"metrics": {...}}}`)."""
-    teachers = validated.get("teachers")
-    found = (
-        {name: one.get("metrics") for name, one in teachers.items() if isinstance(one, Mapping)}
-        if isinstance(teachers, Mapping)
-        else {}
-    )
-    return {name: metrics for name, metrics in found.items() if isinstance(metrics, Mapping)}
-
-
-def _cell(text: Any) -> str:
-    return str(text).replace("|", "/").replace("\n", " ")
+Metrics = Mapping[str, Any]  # metric path -> {"mean", "low", "high", ...}
 
 
 def description(
-    scorecard: Mapping[str, Any],
+    metrics: Metrics,
     verdict: Mapping[str, Any],
-    compared: tuple[str, Mapping[str, Any]] | None,
-    teachers: Mapping[str, Mapping[str, Any]],
-    origin: str,
-    version: str | None,
-    lineage: Sequence[str] = (),
+    others: Mapping[str, Metrics],
+    lineage: Sequence[str],
+    version: str | None = None,
 ) -> str:
     """Markdown that a reviewer can decide from, under 5000 characters: how to decide, scores with intervals, the
     verdict's rules, where the grids are.
 
-    compared: (version, metrics) of the champion. teachers: name -> metrics. version: None while its number is unknown.
-    lineage: lines about data, teachers and files. Rows and rules that do not fit are counted, never dropped in silence.
+    metrics: the candidate's. others: column title -> metrics, of the champion and the teachers. lineage: a line about
+    the code, then those about data, teachers, files. version: None while its number is unknown. Rows and rules that do
+    not fit are counted, never dropped in silence.
     """
-    kept = sum(rule["passed"] for rule in verdict["rules"])
+    rules, passed = sorted(verdict["rules"], key=lambda rule: rule["passed"]), gate.has_passed(verdict)
     command = f"`python -m tasks promote --version {version or 'N'} --reviewer NAME --reason TEXT`"
     here = "Decide here: set the tags `review.by`, `review.reason` and then `review.status` = `approved` or `rejected`."
     registered = f"{here} Or promote with {command}; refuse: the same with `reject`; undo: `python -m tasks rollback`."
     pictures = ["", *(line for line in lineage if line.startswith("!["))]  # below the tables: figures decide
-    head = [
-        f"**Gate: {'passed' if gate.has_passed(verdict) else 'refused'}**, {kept} of {len(verdict['rules'])} rules. {origin}",
+    kept = f"{sum(rule['passed'] for rule in rules)} of {len(rules)} rules"
+    text = [
+        f"**Gate: {'passed' if passed else 'refused'}**, {kept}. {lineage[0]}",
         "",
-        registered if gate.has_passed(verdict) else "Refused: kept as a run, registered as no version.",
+        registered if passed else "Refused: kept as a run, registered as no version.",
         "Sample grids and the report page: the source run's artifacts, folder `report`.",
-        *(line for line in lineage if line and line not in pictures),
+        *(line for line in lineage[1:] if line and line not in pictures),
         "",
     ]
-    metrics = scorecard["metrics"]
-    order = [path for path in gate.PATHS if path in metrics] + sorted(
-        path for path in metrics if path not in gate.PATHS
-    )
-    order.sort(
-        key=lambda path: not path.startswith("retention/") and path.partition("/")[2] not in gate.HEADLINES.values()
-    )  # what decides comes first
-    titles = ["metric", "candidate", f"champion (v{compared[0]})" if compared else "champion (none)", *teachers]
-    table = ["| " + " | ".join(map(_cell, titles)) + " |", "|---" * len(titles) + "|"]
-    for path in order:
-        others = [compared[1] if compared else {}, *teachers.values()]
-        table.append(
-            "| " + " | ".join([path, _number(metrics[path]), *(_number(other.get(path)) for other in others)]) + " |"
-        )
-    rules = ["", "| rule | outcome | value | bound |", "|---|---|---|---|"]
-    for rule in sorted(verdict["rules"], key=lambda rule: rule["passed"]):
-        shown = [
-            f"{value:.4g}" if isinstance(value, float) else _cell("-" if value is None else value)[:12]
-            for value in (rule["value"], rule["bound"])
-        ]
-        rules.append(f"| {rule['rule']} | {'pass' if rule['passed'] else '**FAIL**'} | {shown[0]} | {shown[1]} |")
-    text = head
-    for block, name in ((table, "metrics are in scorecard.json"), (rules, "rules are in verdict.json")):
+    known = [path for path in gate.PATHS if path in metrics]
+    paths = sorted([*known, *sorted(metrics.keys() - set(known))], key=lambda path: not _decides(path))
+    table = [_row("metric", "candidate", *others), "|---" * (2 + len(others)) + "|"]
+    table += [_row(path, *(_number(column.get(path)) for column in (metrics, *others.values()))) for path in paths]
+    outcomes = ["", "| rule | outcome | value | bound |", "|---|---|---|---|"]
+    for rule in rules:
+        shown = (_short(rule["value"]), _short(rule["bound"]))
+        outcomes.append(_row(rule["rule"], "pass" if rule["passed"] else "**FAIL**", *shown))
+    for block, rest in ((table, "metrics are in scorecard.json"), (outcomes, "rules are in verdict.json")):
         for index, line in enumerate(block):
             if len("\n".join([*text, line, *pictures])) > LONGEST_DESCRIPTION - 200:
-                text = [*text, "", f"({len(block) - index} more {name})", ""]
+                text += ["", f"({len(block) - index} more {rest})", ""]
                 break
-            text = [*text, line]
+            text.append(line)
     return "\n".join([*text, *pictures])[: LONGEST_DESCRIPTION - 1]
+
+
+def _decides(path: str) -> bool:
+    return path.startswith("retention/") or path.partition("/")[2] in gate.HEADLINES.values()
+
+
+def _row(*cells: Any) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else ("-" if value is None else str(value))[:12]
+
+
+def _number(metric: Mapping[str, Any] | None) -> str:
+    mean, low, high = (gate.finite((metric or {}).get(key)) for key in ("mean", "low", "high"))
+    if mean is None:
+        return "-"
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"

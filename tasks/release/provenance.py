@@ -32,43 +32,37 @@ GENERATED = ("reports/", "dvc.lock")  # written by the run itself: a difference 
 LOCK_FILES = ("requirements.lock", "uv.lock")
 
 
-def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["git", "-C", str(project), *arguments], capture_output=True, text=True, check=False, timeout=60
-    )
-
-
 def git_state(project: Path) -> dict[str, Any]:
     """{"git.known", "git.sha", "git.dirty", "git.changed", "git.reason"}.
 
     Only a revision that contains the project counts: a folder that merely lies inside somebody's repository (its
     params.yaml is not tracked) is unknown.
     """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(project), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
     unknown: dict[str, Any] = {"git.known": False, "git.sha": None, "git.dirty": None, "git.changed": []}
     try:
-        head = _git(project, "rev-parse", "--verify", "HEAD")
-        tracked = _git(project, "ls-files", "--error-unmatch", "params.yaml")
-        prefix = _git(project, "rev-parse", "--show-prefix").stdout.strip()
-        status = _git(project, "status", "--porcelain=v1", "-z", "--untracked-files=no", "--", ".")
+        head = git("rev-parse", "--verify", "HEAD")
+        tracked = git("ls-files", "--error-unmatch", "params.yaml")
+        prefix = git("rev-parse", "--show-prefix").stdout.strip()
+        status = git("status", "--porcelain=v1", "-z", "--untracked-files=no", "--", ".")
     except (OSError, subprocess.TimeoutExpired) as error:
         return {**unknown, "git.reason": f"git cannot be run: {error}"}
-    for asked in (head, tracked, status):
-        if asked.returncode != 0:
-            return {**unknown, "git.reason": (asked.stderr.strip().splitlines() or ["git failed"])[0]}
-    changed, fields = [], iter(status.stdout.split("\0"))
+    for answer in (head, tracked, status):
+        if answer.returncode != 0:
+            return {**unknown, "git.reason": (answer.stderr.strip().splitlines() or ["git failed"])[0]}
+    names, fields = [], iter(status.stdout.split("\0"))
     for field in fields:
         if field:
-            changed.append(field[3:].removeprefix(prefix))
+            names.append(field[3:].removeprefix(prefix))
             if field[0] in "RC":
                 next(fields, None)  # the name before the rename
-    changed = sorted(name for name in changed if not name.startswith(GENERATED))
-    return {
-        "git.known": True,
-        "git.sha": head.stdout.strip(),
-        "git.dirty": bool(changed),
-        "git.changed": changed,
-        "git.reason": "",
-    }
+    changed = sorted(name for name in names if not name.startswith(GENERATED))
+    known = {"git.known": True, "git.sha": head.stdout.strip(), "git.dirty": bool(changed)}
+    return {**known, "git.changed": changed, "git.reason": ""}
 
 
 def md5_of(path: Path) -> str | None:
@@ -87,14 +81,14 @@ def md5_of(path: Path) -> str | None:
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def _recorded(lock: Mapping[str, Any]) -> dict[str, set[str]]:
-    """Path -> the digests that dvc.lock holds for it, over all stages' deps and outs."""
-    found: dict[str, set[str]] = {}
+def _recorded(lock: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> the digest that dvc.lock holds for it, over all stages' deps and outs; several are joined."""
+    digests: dict[str, set[str]] = {}
     for stage in (lock.get("stages") or {}).values():
         for item in [*(stage.get("deps") or []), *(stage.get("outs") or [])]:
             if item.get("md5"):
-                found.setdefault(str(item["path"]).rstrip("/"), set()).add(item["md5"])
-    return found
+                digests.setdefault(str(item["path"]).rstrip("/"), set()).add(item["md5"])
+    return {path: " / ".join(sorted(several)) for path, several in digests.items()}
 
 
 def provenance(project: Path) -> dict[str, Any]:
@@ -104,23 +98,18 @@ def provenance(project: Path) -> dict[str, Any]:
     A value is None where there is nothing to read. Where stages disagree on a path (one is out of date) their digests
     are joined: equal to none of them. Raises UserError for a damaged dvc.lock.
     """
-    project = Path(project)
-    lock_path = project / "dvc.lock"
+    lock, params = project / "dvc.lock", project / "params.yaml"
     try:
-        lock = read_yaml(lock_path) if lock_path.is_file() else {}
+        recorded = _recorded(read_yaml(lock)) if lock.is_file() else {}
     except UserError as error:
         raise UserError(f"{error}; restore it with git checkout dvc.lock, or delete it and run dvc repro") from error
-    recorded = {path: " / ".join(sorted(digests)) for path, digests in _recorded(lock).items()}
-    env_lock = next((project / name for name in LOCK_FILES if (project / name).is_file()), None)
-    params = project / "params.yaml"
+    environment = next((project / name for name in LOCK_FILES if (project / name).is_file()), None)
+    files = (SCORECARD_FILE, VALIDATE_FILE, CHECKPOINT_FOLDER)
     return {
         **git_state(project),
-        "dvc.lock.sha256": sha256_file(lock_path) if lock_path.is_file() else None,
+        "dvc.lock.sha256": sha256_file(lock) if lock.is_file() else None,
         **{f"dvc.{name}.md5": recorded.get(path) for name, path in DVC_PATHS.items()},
         "params.sha256": sha256_file(params) if params.is_file() else None,
-        "env.lock.sha256": sha256_file(env_lock) if env_lock else None,
-        "files": {
-            path: {"now": md5_of(project / path), "recorded": recorded.get(path)}
-            for path in (SCORECARD_FILE, VALIDATE_FILE, CHECKPOINT_FOLDER)
-        },
+        "env.lock.sha256": sha256_file(environment) if environment else None,
+        "files": {path: {"now": md5_of(project / path), "recorded": recorded.get(path)} for path in files},
     }

@@ -2,8 +2,7 @@
 and one pointer to what is current.
 
     publish(project) -> {"version", "prefix", "manifest", "ledger", "changed"}    # the champion, to DANCEOPD_PUBLISH
-    fetch(uri, folder) -> manifest                                                # what a machine that serves the model
-calls
+    fetch(uri, folder) -> manifest                                                # for a machine that serves the model
 
     PREFIX/versions/3-6f1c0a94b2/transformer/...   never written twice
     PREFIX/versions/3-6f1c0a94b2/manifest.json     written last: without it the version does not exist
@@ -27,8 +26,7 @@ from data.errors import UserError, UserErrors
 from data.files import digest, sha256_bytes
 from data.progress import callback
 from tasks import environment
-from tasks.registry import files as registry_files
-from tasks.registry import versions
+from tasks.registry import files, versions
 from tasks.s3 import objects, transfer
 
 LATEST, MANIFEST = "latest.json", "manifest.json"
@@ -54,41 +52,25 @@ def publish(project: Path, to: str | None = None) -> dict[str, Any]:
     """
     uri = to or destination()
     if uri is None:
-        raise UserError(
-            f"{environment.PUBLISH} is not set; set it to s3://BUCKET/PREFIX, where promoted versions are to be published"
-        )
+        remedy = "set it to s3://BUCKET/PREFIX, where promoted versions are to be published"
+        raise UserError(f"{environment.PUBLISH} is not set; {remedy}")
     with tempfile.TemporaryDirectory() as temporary:
         promoted = versions.champion_files(project, Path(temporary))
         prefix = f"versions/{promoted['version']}-{digest(promoted['hashes'])[:10]}"
         report = callback("publish")
-        files = []
+        sent = []
         for name, sha256 in promoted["hashes"].items():
             path = promoted["folder"] / name
             if transfer.upload(path, objects.join(uri, prefix, name), progress=report) != sha256:
                 raise UserError(f"{name}: it changed while it was published; run the same command again")
-            files.append({"path": name, "sha256": sha256, "size": path.stat().st_size})
-    manifest = {
-        "format": FORMAT,
-        "model": versions.MODEL,
-        "version": promoted["version"],
-        "files": files,
-        "lineage": promoted["lineage"],
-    }
-    content = _json(manifest)
-    _write_once(objects.join(uri, prefix, MANIFEST), content)
-    pointer = {
-        "format": FORMAT,
-        "version": promoted["version"],
-        "prefix": prefix,
-        "manifest": sha256_bytes(content),
-        "ledger": promoted["ledger"],
-    }
+            sent.append({"path": name, "sha256": sha256, "size": path.stat().st_size})
+    what = {"format": FORMAT, "version": promoted["version"]}
+    manifest = _json({**what, "model": versions.MODEL, "files": sent, "lineage": promoted["lineage"]})
+    _write_once(objects.join(uri, prefix, MANIFEST), manifest)
+    pointer = {**what, "prefix": prefix, "manifest": sha256_bytes(manifest), "ledger": promoted["ledger"]}
     changed = _move(objects.join(uri, LATEST), pointer)
-    return {
-        **{key: pointer[key] for key in ("version", "prefix", "manifest", "ledger")},
-        "changed": changed,
-        "uri": uri,
-    }
+    del pointer["format"]
+    return {**pointer, "changed": changed, "uri": uri}
 
 
 def _json(value: Any) -> bytes:
@@ -101,26 +83,22 @@ def _write_once(uri: str, content: bytes) -> None:
         objects.put_new(uri, content)
     except objects.Changed as error:
         if objects.read(uri)[0] != content:
-            raise UserError(
-                f"{uri}: another manifest was published for this version; look at both, then remove the wrong version's folder"
-            ) from error
+            remedy = "look at both, then remove the wrong version's folder"
+            raise UserError(f"{uri}: another manifest was published for this version; {remedy}") from error
 
 
 def _move(uri: str, pointer: dict[str, Any]) -> bool:
-    """Moves the pointer to a later entry of the ledger; False when it stands there already. Of several publishers the
-    one of the last decision wins.
-    """
+    """Moves the pointer to a later entry of the ledger, of several the last; False when it stands there already."""
     for _ in range(RACES):
         try:
             content, etag = objects.read(uri)
             current = _pointer(uri, content)
-            if current["ledger"] == pointer["ledger"] and {**current, "time": None} == {**pointer, "time": None}:
+            if {**current, "time": None} == {**pointer, "time": None}:
                 return False
             if current["ledger"] >= pointer["ledger"]:
                 later = f"version {current['version']} (ledger entry {current['ledger']}) is published already"
-                raise UserError(
-                    f"{uri}: {later}, a later decision than entry {pointer['ledger']}; look at python -m tasks registry"
-                )
+                remedy = "look at python -m tasks registry"
+                raise UserError(f"{uri}: {later}, a later decision than entry {pointer['ledger']}; {remedy}")
         except objects.Missing:
             etag = None
         moved = _json({**pointer, "time": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -136,24 +114,22 @@ def _move(uri: str, pointer: dict[str, Any]) -> bool:
 
 
 def _pointer(uri: str, content: bytes) -> dict[str, Any]:
+    fault = f"{uri}: not a pointer to a published version"
     try:
         value = json.loads(content)
-        named = re.fullmatch(r"versions/[A-Za-z0-9-]+", value["prefix"]) and re.fullmatch(
-            r"[0-9a-f]{64}", value["manifest"]
-        )
-        fits = named and isinstance(value["ledger"], int)
+        prefix = re.fullmatch(r"versions/[A-Za-z0-9-]+", value["prefix"])
+        manifest = re.fullmatch(r"[0-9a-f]{64}", value["manifest"])
+        fits = prefix and manifest and isinstance(value["ledger"], int)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{uri}: not a pointer to a published version ({error!r}); publish the champion again"
-        ) from error
+        raise UserError(f"{fault} ({error!r}); publish the champion again") from error
     if not fits:
-        raise UserError(f"{uri}: not a pointer to a published version; publish the champion again")
+        raise UserError(f"{fault}; publish the champion again")
     return dict(value)
 
 
 def fetch(uri: str, folder: str | Path) -> dict[str, Any]:
-    """Brings what is published now into `folder`/PREFIX (a version's own) and returns its manifest with "folder" added;
-    a file that is there already is kept.
+    """Brings what is published now into a folder of its version below `folder` and returns its manifest with "folder"
+    added; a file that is there already is kept.
 
     Raises UserError(s) when the manifest is not the one that the pointer names, names a file outside the folder, or a
     file is not the one it names.
@@ -162,17 +138,15 @@ def fetch(uri: str, folder: str | Path) -> dict[str, Any]:
     where = objects.join(uri, pointer["prefix"])
     content, _ = objects.read(objects.join(where, MANIFEST))
     if sha256_bytes(content) != pointer["manifest"]:
-        raise UserError(
-            f"{where}/{MANIFEST}: not the one that {LATEST} names; it was changed after it was published: publish the champion again"
-        )
+        cause = "it was changed after it was published: publish the champion again"
+        raise UserError(f"{where}/{MANIFEST}: not the one that {LATEST} names; {cause}")
     try:
         manifest = json.loads(content)
-        hashes = {str(one["path"]): str(one["sha256"]) for one in manifest["files"]}
+        hashes = {str(file["path"]): str(file["sha256"]) for file in manifest["files"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}/{MANIFEST}: not a manifest ({error!r})") from error
-    allowed = registry_files.CHECKPOINT_SUFFIXES
-    faults = [f"{name}: only {', '.join(allowed)} files are loaded" for name in hashes if not name.endswith(allowed)]
-    if faults:
+    allowed = ", ".join(files.CHECKPOINT_SUFFIXES)
+    if faults := [f"{name}: only {allowed} files are loaded" for name in hashes if not files.is_allowed(name)]:
         raise UserErrors(f"{where}: cannot be fetched", faults)
     target = Path(folder) / pointer["prefix"].removeprefix("versions/")
     transfer.download_folder(where, target, hashes=hashes, progress=callback("fetch"))
@@ -180,35 +154,26 @@ def fetch(uri: str, folder: str | Path) -> dict[str, Any]:
 
 
 def cli(argv: Sequence[str]) -> int:
-    """`publish` the champion of the project in the current folder, or `fetch` what is published. UserError is left to
-    the caller to print.
-    """
-    parser = argparse.ArgumentParser(prog="python -m tasks", description="Published versions.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    sent = commands.add_parser(
-        "publish", help="publish the champion", description="Publish the champion and point at it."
-    )
-    sent.add_argument("--to", metavar="s3://BUCKET/PREFIX", help=f"where to (default: {environment.PUBLISH})")
-    got = commands.add_parser(
-        "fetch", help="fetch what is published", description="Fetch what is published now, every file verified."
-    )
-    got.add_argument(
-        "--from", dest="source", metavar="s3://BUCKET/PREFIX", help=f"where from (default: {environment.PUBLISH})"
-    )
-    got.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    options = parser.parse_args(list(argv))
-    if options.command == "publish":
-        done = publish(Path.cwd(), options.to)
+    """`publish` the project's champion, or `fetch` what is published. UserError is left to the caller to print."""
+    name, *arguments = argv
+    bucket: dict[str, Any] = {"metavar": "s3://BUCKET/PREFIX"}
+    if name == "publish":
+        parser = argparse.ArgumentParser("python -m tasks publish", description="Publish the champion and point at it.")
+        parser.add_argument("--to", **bucket, help=f"where to (default: {environment.PUBLISH})")
+        done = publish(Path.cwd(), parser.parse_args(arguments).to)
         words = "is published now" if done["changed"] else "was published already"
-        print(
-            f"version {done['version']} {words}: {done['uri']}/{done['prefix']} (manifest {done['manifest'][:12]}, ledger entry {done['ledger']:06d})"
-        )
+        where = f"{done['uri']}/{done['prefix']} (manifest {done['manifest'][:12]}, ledger entry {done['ledger']:06d})"
+        print(f"version {done['version']} {words}: {where}")
         return 0
+    text = "Fetch what is published now, every file verified."
+    parser = argparse.ArgumentParser("python -m tasks fetch", description=text)
+    parser.add_argument("--from", dest="source", **bucket, help=f"where from (default: {environment.PUBLISH})")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    options = parser.parse_args(arguments)
     source = options.source or destination()
     if source is None:
-        raise UserError(
-            f"--from is missing and {environment.PUBLISH} is not set; name where the versions are published"
-        )
+        remedy = "name where the versions are published"
+        raise UserError(f"--from is missing and {environment.PUBLISH} is not set; {remedy}")
     manifest = fetch(source, options.out)
     print(f"version {manifest['version']}: {len(manifest['files'])} files in {manifest['folder']}")
     return 0

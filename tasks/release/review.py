@@ -21,20 +21,20 @@ PAGE_FILE, REVIEW_FILE = "reports/score/report.html", "reports/review.html"
 
 
 def write_review(project: Path, params: Params, champion: Mapping[str, Any] | None) -> Path | None:
-    """Writes the page and returns its path; removes an older one and returns None where there is no champion or no
+    """Writes the page and returns its path; removes an older page and returns None where there is no champion or no
     report page.
 
     `champion` is `tasks.registry.versions.champion`'s. Raises UserError for an unreadable scorecard, or a page of an
     older version.
     """
-    page = project / PAGE_FILE
+    page, review = project / PAGE_FILE, project / REVIEW_FILE
     if champion is None or not page.is_file():
-        (project / REVIEW_FILE).unlink(missing_ok=True)
+        review.unlink(missing_ok=True)
         return None
     candidate = read_json(project / SCORECARD_FILE)
     cards = Scorecard.from_json(candidate), Scorecard.from_json(champion["scorecard"])
     comparison = paired_with(project, params, candidate, champion)
     version, champion_page = str(champion.get("version", "unknown")), champion.get("page")
     text = add_champion(page.read_text(encoding="utf-8"), *cards, version, comparison, "score/", champion_page)
-    write_text(project / REVIEW_FILE, text)
-    return project / REVIEW_FILE
+    write_text(review, text)
+    return review

@@ -200,7 +200,8 @@ def _registered(uri: str, project: Path) -> Source:
     """A registered version as it is now; its hashes are the tags that it was judged under."""
     from tasks.registry import versions
 
-    version, hashes = versions.registered(project, uri)
+    registered = versions.require(project, uri)
+    version, hashes = registered.number, registered.weights
     sha256 = folder_sha256(hashes)
     place, staged = project / CACHE / sha256, project / CACHE / f"incoming-{sha256[:16]}"
     with _disk(place):
@@ -354,7 +355,7 @@ def _fetch_registered(uri: str, staged: Path, project: Path, revision: str) -> t
     from tasks.registry import versions
 
     shutil.rmtree(staged)
-    version = revision or versions.registered(project, uri)[0]
+    version = revision or versions.require(project, uri).number
     versions.download(project, version, staged)
     return staged, version
 
