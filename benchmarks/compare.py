@@ -17,10 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.scores.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
+from benchmarks.scores.scorecard import Scorecard, check_same_evaluator, read_scorecard
 from data.errors import UserError
 from data.files import write_text
-from data.records import GEDIT_CATEGORIES
+from data.records import GEDIT_CATEGORIES, HEADLINES
 from data.yaml_files import read_yaml
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
@@ -54,9 +54,9 @@ def overall_of_counts(correct: Sequence[int], sizes: Sequence[int]) -> float:
 def columns_of(paper: Mapping[str, Any]) -> list[str]:
     """The table's columns, in the paper's order: each benchmark's average, then its tasks."""
     return [
-        MACRO["gedit"],
+        HEADLINES["gedit"],
         *(f"gedit/{name}" for name in paper["gedit"]["tasks"]),
-        MACRO["geneval"],
+        HEADLINES["geneval"],
         *(f"geneval/{name}" for name in paper["geneval"]["tasks"]),
     ]
 
@@ -75,13 +75,13 @@ def paper_rows(paper: Mapping[str, Any]) -> list[Row]:
             errors = {name: math.sqrt(share * (1.0 - share) / sizes[name]) for name, share in shares.items()}
             values |= {f"geneval/{name}": Value(share, errors[name]) for name, share in shares.items()}
             error = math.sqrt(sum(value**2 for value in errors.values())) / len(errors)
-            values[MACRO["geneval"]] = Value(overall_of_counts(geneval["correct"], list(sizes.values())), error)
+            values[HEADLINES["geneval"]] = Value(overall_of_counts(geneval["correct"], list(sizes.values())), error)
         elif geneval:
-            values[MACRO["geneval"]] = Value(geneval["overall"])
+            values[HEADLINES["geneval"]] = Value(geneval["overall"])
         if "scores" in gedit:
             values |= {f"gedit/{name}": Value(score) for name, score in zip(tasks, gedit["scores"], strict=True)}
         if gedit:
-            values[MACRO["gedit"]] = Value(gedit["average"])
+            values[HEADLINES["gedit"]] = Value(gedit["average"])
         rows.append(Row(f"paper, {row['name']}", values))
     return rows
 
@@ -97,7 +97,7 @@ def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
         values |= {path: Value(metric.mean, metric.stderr) for path, metric in known.items()}
         if len(known) == len(tasks):
             error = math.sqrt(sum(metric.stderr**2 for metric in known.values())) / len(known)
-            values[MACRO[benchmark]] = Value(sum(metric.mean for metric in known.values()) / len(known), error)
+            values[HEADLINES[benchmark]] = Value(sum(metric.mean for metric in known.values()) / len(known), error)
     return Row(name, values)
 
 
@@ -162,7 +162,7 @@ def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
     if missing:
         found.append(f"GEdit categories: {missing} were not scored, so there is no average over the paper's six")
     if extra:
-        own = f"the scorecard's own average is {card.metrics[MACRO['gedit']].mean:.3f}"
+        own = f"the scorecard's own average is {card.metrics[HEADLINES['gedit']].mean:.3f}"
         found.append(
             f"GEdit categories: {len(mine)}, the paper {len(theirs['tasks'])}; the table averages over the paper's, {own}"
         )
@@ -230,7 +230,7 @@ def render(
             name: cells for key in columns for name, cells in ((key, means[key]), (f"{key} stderr", errors[key]))
         }
         return pd.DataFrame(numbers, index=names).to_csv() + "".join(f"# {line}\n" for line in (intro, *remarks))
-    averages = {MACRO["gedit"]: "GEdit avg", MACRO["geneval"]: "GenEval"}
+    averages = {HEADLINES["gedit"]: "GEdit avg", HEADLINES["geneval"]: "GenEval"}
     heads = {column: averages.get(column, column.split("/")[1]) for column in columns}
     cells = {column: [_text(row.values.get(column), column) for row in rows] for column in columns}
     table = pd.DataFrame(cells, index=names)

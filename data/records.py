@@ -28,14 +28,31 @@ class Capability:
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 LOCAL_EDITS = ("subject-add", "subject-remove", "subject-replace", "color_alter")
 GLOBAL_EDITS = ("background_change", "style_change")
+EDITS = LOCAL_EDITS + GLOBAL_EDITS
+CATEGORIES = GENEVAL_TAGS + EDITS
+BUCKETS = ("t2i", "local_edit", "global_edit")  # the capabilities of an example; "edit" is a union, for routes alone
 CAPABILITIES: dict[str, Capability] = {
     "t2i": Capability("t2i", "geneval", GENEVAL_TAGS, is_edit=False),
     "local_edit": Capability("local_edit", "gedit", LOCAL_EDITS, is_edit=True),
     "global_edit": Capability("global_edit", "gedit", GLOBAL_EDITS, is_edit=True),
-    "edit": Capability("edit", "gedit", LOCAL_EDITS + GLOBAL_EDITS, is_edit=True),  # the union of both edit buckets
+    "edit": Capability("edit", "gedit", EDITS, is_edit=True),
 }
 CapabilityName = Annotated[str, OneOf(CAPABILITIES)]
 SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark's rows are summarised: the path of its macro average, the value that is averaged, its highest."""
+
+    headline: str
+    value: str
+    highest: float
+
+
+BENCHMARKS = {"geneval": Benchmark("geneval/overall", "correct", 1.0), "gedit": Benchmark("gedit/average", "O", 10.0)}
+HEADLINES = {name: benchmark.headline for name, benchmark in BENCHMARKS.items()}
+RETENTION = "retention/"  # before a capability: the path of the student's mean over its teacher's
 
 
 @dataclass(frozen=True)

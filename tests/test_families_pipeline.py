@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.params import BenchmarkParams
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import Example, read_examples, write_examples
@@ -39,7 +40,6 @@ from model.route import Route, Router
 from tasks.checks.plan import Size, memory, waiting_memory
 from tasks.params.sections import (
     BackboneParams,
-    BenchmarkParams,
     PretrainedParams,
     RoutingParams,
     SamplingParams,

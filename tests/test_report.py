@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.geneval.confusion import color_confusion, count_confusion
+from benchmarks.geneval.confusion import color_confusion, confusions, count_confusion
 from benchmarks.geneval.prompts import official_records
 from benchmarks.geneval.rules import Detection, verdict
 from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot
@@ -308,7 +308,7 @@ def test_colours_are_confused_as_the_verdict_saw_them():
 
 def test_the_confusions_stand_on_the_page_and_lead_to_an_image(results):
     records = {f"c{index}": {"include": [{"class": "circle", "count": 1, "color": "red"}]} for index in range(12)}
-    text = page(results, records=records)
+    text = page(results, confusions=confusions(results[2], records))
     assert "Which colour" in text and "How many things" not in text
     assert re.search(r'<td class="hit"><a href="#e0">8</a></td>', text) and re.search(
         r'<td class="miss"><a href="#e\d+">4</a></td>', text

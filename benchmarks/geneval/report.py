@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.geneval.confusion import confusions
 from benchmarks.geneval.run import SCORECARD_FILE, VERDICT
 from benchmarks.scores.scorecard import (
-    MACRO,
     SCORES_FILE,
     ExampleScore,
     Scorecard,
@@ -26,6 +26,7 @@ from benchmarks.scores.scorecard import (
 from benchmarks.scores.statistics import Comparison, holm
 from data.errors import UserError
 from data.files import write_text
+from data.records import HEADLINES
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.txt"
 PER_CATEGORY = 6  # best and worst images that the page shows of a task
@@ -55,7 +56,7 @@ def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
     """p by metric path: the macro average is the declared question and keeps its own, the categories are adjusted
     together (Holm).
     """
-    primary = {path: one.p for path, one in comparisons.items() if path in MACRO.values()}
+    primary = {path: one.p for path, one in comparisons.items() if path in HEADLINES.values()}
     return {**primary, **holm({path: one.p for path, one in comparisons.items() if path not in primary})}
 
 
@@ -139,12 +140,13 @@ def _page(folder: Path, cards: Mapping[str, Scorecard], scores: Sequence[Example
     from benchmarks.scores.page import Report, write_report
 
     rows = {row["filename"]: row for row in read_official_rows(folder / RESULTS_FILE)}
+    records = {score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores}
     report = Report(
         cards=cards,
         scores=scores,
         folder=images,
         prompts={score.example_id: rows[score.image]["prompt"] for score in scores},
-        records={score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores},
+        confusions=confusions(scores, records),
         per_category=PER_CATEGORY,
         files=[str(folder / SCORES_FILE)],
     )

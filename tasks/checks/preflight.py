@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scorers import entries
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import CAPABILITIES
@@ -60,15 +61,12 @@ def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
 
 
 def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
-    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images; the micro
-    world's detector needs none.
-    """
-    from data.microworld import MICRO
-
-    benchmark, found = document.get("benchmark"), {}
-    for key in ("detector", "classifier"):
-        name = str(benchmark.get(key) or "") if isinstance(benchmark, dict) else ""
-        if name and name != MICRO:
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images."""
+    section, found = document.get("benchmark"), {}
+    benchmark = section if isinstance(section, dict) else {}
+    for key in (key for entry in entries(str(benchmark.get("detector"))) for key in entry.networks):
+        name = str(benchmark.get(key) or "")
+        if name:
             here = (project / name).is_dir() or _in_hub_cache(name)
             found[f"benchmark.{key}"] = (
                 name,
@@ -113,10 +111,8 @@ def _source_uris(document: dict[str, Any]) -> dict[str, str]:
 
 def judge_faults(document: dict[str, Any]) -> list[str]:
     """A judge that the routes will need, and that is not named or whose key is not in the environment."""
-    from data.microworld import MICRO  # here, as it loads pandas
-
     try:
-        judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
+        judge, asks = document["judge"], any(entry.asks for entry in entries(str(document["benchmark"]["detector"])))
         edits = sorted(
             {
                 route["capability"]
@@ -127,7 +123,7 @@ def judge_faults(document: dict[str, Any]) -> list[str]:
         variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
     except (KeyError, TypeError):
         return []  # the sections' own checks name what is wrong with them
-    if micro or not edits:
+    if not asks or not edits:
         return []
     if judge["kind"] == "none":
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.records import HEADLINES
 from tasks.release import gate
 
 LONGEST_DESCRIPTION = 5000  # PostgreSQL's column; SQLite would take more
@@ -66,7 +67,7 @@ def description(
         path for path in metrics if path not in gate.PATHS
     )
     order.sort(
-        key=lambda path: not path.startswith("retention/") and path.partition("/")[2] not in gate.HEADLINES.values()
+        key=lambda path: not path.startswith("retention/") and path not in HEADLINES.values()
     )  # what decides comes first
     titles = ["metric", "candidate", f"champion (v{compared[0]})" if compared else "champion (none)", *teachers]
     table = ["| " + " | ".join(map(_cell, titles)) + " |", "|---" * len(titles) + "|"]

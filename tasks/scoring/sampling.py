@@ -1,6 +1,4 @@
-"""From examples to images: what a field makes of the evaluation set, one image per (prompt, k), each from a seed of its
-own.
-"""
+"""From examples to scored images: what a field makes of the evaluation set, each image from its own seed."""
 
 from __future__ import annotations
 
@@ -13,11 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.micro import score_images
-from benchmarks.scores.scorecard import ExampleScore
+from benchmarks.scores.scorecard import ExampleScore, read_scores
+from benchmarks.scores.scorer import DrawnImage, Scorer
 from data.errors import UserError
 from data.images import read_picture
-from data.microworld import MICRO, World
 from data.progress import Advance
 from data.records import CAPABILITIES, Example
 from model.backbones import Backbone
@@ -25,14 +22,15 @@ from model.drawing import as_pictures, encode_sources, network_device, picture_b
 from model.fields.base import VelocityField, condition_of
 from model.fields.guided import Guided
 from model.rollout import euler_grid, sample
-from tasks.params.sections import BenchmarkParams, JudgeParams, SamplingParams
-from tasks.scoring.real import score_drawn
+from model.route import Route
+from tasks.params.sections import SamplingParams
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out examples with the pictures that belong to them, all (H, W, 3) uint8: an edit's source by example id,
-    every target. `folder` has the files.
+    """Held-out examples with their pictures, (H, W, 3) uint8: sources of edits by example id, and targets.
+
+    `folder` holds the files.
     """
 
     examples: tuple[Example, ...]
@@ -59,52 +57,48 @@ def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
 
 
 def image_seed(example: Example, k: int, seed: int) -> int:
-    """The seed of one image: from benchmark, example, sample number and base seed alone, so that two models start from
-    the same noise.
-    """
+    """An image's seed: of benchmark, example, sample number and base seed alone, so two models share their noise."""
     suite = CAPABILITIES[example.capability].benchmark
     return int.from_bytes(hashlib.sha256(f"{suite}|{example.id}|{k}|{seed}".encode()).digest()[:8], "big") >> 1
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What all models of a stage share: how their images are drawn, the folder that holds them, and who scores them."""
+
+    backbone: Backbone
+    sampling: SamplingParams
+    scorer: Scorer
+    folder: Path
+    advance: Advance
+
+
 @torch.no_grad()
 def score_field(
-    field: VelocityField,
-    backbone: Backbone,
-    world: World,
-    evaluation: EvaluationSet,
-    params: SamplingParams,
-    *,
-    model: str,
-    scale: float,
-    folder: Path,
-    advance: Advance,
-    benchmark: BenchmarkParams,
-    judge: JudgeParams,
+    field: VelocityField, evaluation: EvaluationSet, scoring: Scoring, *, model: str, scale: float
 ) -> list[ExampleScore]:
-    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores
-    them: pictures of the micro world by its parser and judge, others as `tasks.scoring.real` says.
-
-    The batch size changes nothing but speed.
+    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and has them
+    scored. The batch size changes nothing but speed.
     """
-    if benchmark.detector != MICRO:
-        batches = draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder)
-        return score_drawn(
-            batches, benchmark, judge, model=model, folder=folder, curated=evaluation.folder, advance=advance
-        )
-    scores: list[ExampleScore] = []
-    for drawn in draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder):
-        scores += score_images(
-            world,
-            drawn.examples,
-            drawn.pictures,
-            model=model,
-            paths=drawn.paths,
-            seeds=drawn.seeds,
-            k=drawn.k,
-            sources=evaluation.sources,
-        )
-        advance(len(drawn.examples))
-    return scores
+    drawn: list[DrawnImage] = []
+    how = {"model": model, "scale": scale, "folder": scoring.folder}
+    for batch in draw_field(field, scoring.backbone, evaluation, scoring.sampling, **how):
+        for example, path, seed, k in zip(batch.examples, batch.paths, batch.seeds, batch.k, strict=True):
+            source = evaluation.folder / example.source if example.source else None
+            drawn.append(DrawnImage(model, example, k, seed, path, scoring.folder / path, source))
+        scoring.advance(len(batch.examples))
+    return scoring.scorer.score(drawn)
+
+
+def reference_scores(validated: Path, routes: Sequence[Route]) -> dict[str, list[ExampleScore]]:
+    """Model -> its rows, as stage `validate` wrote them. Raises UserError where a teacher of a route has none."""
+    rows: dict[str, list[ExampleScore]] = {}
+    for row in read_scores(validated):
+        rows.setdefault(row.model, []).append(row)
+    missing = sorted({route.teacher for route in routes} - rows.keys())
+    if missing:
+        raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
+    return rows
 
 
 @dataclass(frozen=True)
