@@ -3,8 +3,7 @@ that reads pixels and asks no model.
 
 The judge answers on GEdit's scale (0 to 10): SC1 the share of the edit's predicates that hold, all of them false in the
 source; SC2 how much else stayed; PQ1 how much of the foreground is a thing; PQ2 how near the palette the pixels are. An
-unedited copy earns SC1 = 0 and SC2 = 10, the ground truth 10 everywhere.
-"""
+unedited copy earns SC1 = 0 and SC2 = 10, the ground truth 10 everywhere."""
 
 from __future__ import annotations
 
@@ -144,8 +143,7 @@ def judge_edit(world: World, record: Mapping[str, Any], source_image: np.ndarray
     """Judges an edited picture against its record (as `data.microworld.edit_example` makes it); both pictures (size,
     size, 3) uint8.
 
-    Raises UserError for a record without the keys that its category needs, or for a picture of another size or type.
-    """
+    Raises UserError for a record without the keys that its category needs, or for a picture of another size or type."""
     check_image(world, source_image)
     check_image(world, image)
     try:
@@ -207,8 +205,7 @@ class MicroScorer(Scorer):
     def controls(self, targets: Sequence[DrawnImage], seed: int) -> list[ExampleScore]:
         """Shuffled targets are dealt round a seeded random circle, so that none meets its own example.
 
-        Raises UserError for a category with a single example.
-        """
+        Raises UserError for a category with a single example."""
         givers = dict(enumerate(targets))
         for category in dict.fromkeys(target.example.category for target in targets):
             members = [place for place, target in enumerate(targets) if target.example.category == category]

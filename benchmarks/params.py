@@ -15,8 +15,7 @@ class BenchmarkParams:
 
     `detector` "micro" parses the micro world's pictures; anything else is GenEval's Mask2Former (a folder, or a name on
     the hub), and `classifier` the CLIP that tells colours. `batch` images pass them together on `device`, in `workers`
-    processes of this machine or those of the dask `scheduler`.
-    """
+    processes of this machine or those of the dask `scheduler`."""
 
     detector: str
     classifier: str
@@ -35,8 +34,7 @@ class RequestParams:
     """Key `judge.request`: the request besides text and images; all of it may move a score.
 
     `seed` null sends none; `resize` acts on the images ("match-source": the edited one to its source's size, "area512":
-    both to the area of 512 x 512 px); `extra` are further fields of the request's body.
-    """
+    both to the area of 512 x 512 px); `extra` are further fields of the request's body."""
 
     temperature: NotNegative
     seed: int | None
@@ -53,8 +51,7 @@ class ServerParams:
     """Key `judge.server`: how an OpenAI-compatible endpoint is reached.
 
     `key_variable` names the environment variable with the key ("": none is needed), `provider` who serves the model
-    ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin in a minute (0: no limit).
-    """
+    ("": the base URL's host). Waits in seconds; `per_minute` limits requests that begin in a minute (0: no limit)."""
 
     base_url: str
     key_variable: str
@@ -76,8 +73,7 @@ class JudgeParams:
     outside `categories` (none named: all), are left out. An image gets `repeats` judgements. `concurrency` questions
     are under way at once, asked by `workers` processes of this machine or by those of benchmark.scheduler. `retry`
     names statuses whose questions a later run asks again. `prices` are per million prompt and completion tokens; a run
-    estimated above `highest_price` does not begin.
-    """
+    estimated above `highest_price` does not begin."""
 
     kind: Literal["none", "endpoint", "local"]
     model: str

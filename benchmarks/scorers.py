@@ -1,7 +1,6 @@
 """Which scorers there are, and those that sections `benchmark` and `judge` of params.yaml choose.
 
-Importing this module loads neither networks nor pandas.
-"""
+Importing this module loads neither networks nor pandas."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
         Example(f"{index:05d}", "eval", "t2i", record["tag"], draw("colors", index)[0]["prompt"], record=record)
         for index, record in enumerate(wanted)
     )
-    scorer, evaluation = scorer_of(benchmark, NOBODY, WORLD), EvaluationSet(examples, {}, {}, tmp_path)
+    scorer, evaluation = scorer_of(benchmark, NOBODY, WORLD), EvaluationSet(examples, {}, tmp_path)
     sampling = SamplingParams(steps=2, guidance=1.0, images_per_prompt=2, seed=0, batch=5)
     backbone, fields = load_teachers(teachers, [BASE])
     advanced: list[int] = []

@@ -2,8 +2,7 @@
 
 Every figure is a link to the images that earned it, as far as their rows are given, worst first. Images are embedded:
 small ones as they are, larger ones as thumbnails; the browser draws only what is in view, so that a page of thousands
-opens at once. Here the values are prepared; the markup stands in `templates/`.
-"""
+opens at once. Here the values are prepared; the markup stands in `templates/`."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import base64
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -43,17 +42,15 @@ class Report:
     scores: Sequence[ExampleScore]  # the candidate's rows
     prompts: Mapping[str, str]  # of every example id
     folder: Path  # what `ExampleScore.image` is relative to
-    # example id -> (caption, file) of images beside the candidate's; the one captioned "source" stands there everywhere
+    # example id -> (caption, file) of images beside the candidate's; one captioned "source" stands there everywhere
     images: Mapping[str, Sequence[tuple[str, Path]]] = field(default_factory=dict)
     title: str = "Scores of the distilled student"
     per_category: int = 2  # worst and best images
     files: Sequence[str] = ()  # the scores files of all models
     # what was asked against what was detected: {"title", "columns", "rows": {asked: {column: places in `scores`}}}
     confusions: Sequence[Mapping[str, Any]] = ()
-    others: Mapping[str, tuple[Path, Sequence[ExampleScore]]] = field(
-        default_factory=dict
-    )  # whose images are shown too
-    pages: Mapping[str, str] = field(default_factory=dict)  # of models that have their own: the address
+    # further models of `cards` whose images are shown: their folder and rows
+    others: Mapping[str, tuple[Path, Sequence[ExampleScore]]] = field(default_factory=dict)
     # paired differences: {"a", "b", "path", "difference", "low", "high", "p", "n", "discordant"}
     comparisons: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()  # sentences below the headline
@@ -74,8 +71,7 @@ def _uri(kind: str, content: bytes) -> str:
 def thumbnail(file: Path, longest: int) -> Thumbnail:
     """An image as a data URI, at most `longest` px on its longest side.
 
-    Raises UserError for a missing or unreadable file.
-    """
+    Raises UserError for a missing or unreadable file."""
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
@@ -96,10 +92,7 @@ def thumbnail(file: Path, longest: int) -> Thumbnail:
     return Thumbnail(_uri("webp", buffer.getvalue()), False)
 
 
-Thumbnails = Mapping[tuple[Path, int], Thumbnail]  # by file and longest side
-
-
-def _thumbnails(files: Iterable[tuple[Path, int]]) -> Thumbnails:
+def _thumbnails(files: Iterable[tuple[Path, int]]) -> dict[tuple[Path, int], Thumbnail]:
     """Every (file, longest side) once, several at a time: decoding leaves the interpreter free."""
     wanted = list(dict.fromkeys(files))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -109,62 +102,28 @@ def _thumbnails(files: Iterable[tuple[Path, int]]) -> Thumbnails:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
-
-
 def _digits(path: str) -> int:
     return 2 if path.startswith("gedit/") else 3
 
 
-class _Places:
-    """Where on the page (or on another page) the images behind a figure stand."""
+def _anchor(model: int, category: str) -> str:
+    return f"m{model}-{re.sub(r'[^A-Za-z0-9]+', '-', category).strip('-')}"
 
-    def __init__(self, models: Mapping[str, Iterable[str]], pages: Mapping[str, str]) -> None:
-        self._shown = {name: list(dict.fromkeys(categories)) for name, categories in models.items()}
-        self._pages = pages
 
-    def anchor(self, model: str, category: str) -> str:
-        return f"m{list(self._shown).index(model)}-{_slug(category)}"
-
-    def link(self, model: str, path: str) -> str | None:
-        """The address of the images behind a model's metric; None where no row is at hand."""
-        benchmark, _, name = path.partition("/")
-        wanted = {name}
-        if path.startswith(RETENTION):
-            wanted = set(CAPABILITIES[name].categories) if name in CAPABILITIES else set()
-        elif path in HEADLINES.values():
-            wanted = {category for category, of in BENCHMARK_OF.items() if of == benchmark}
-        first = next((category for category in self._shown.get(model, ()) if category in wanted), None)
-        return self._pages.get(model) if first is None else f"#{self.anchor(model, first)}"
+def _link(model: int, categories: Collection[str], path: str) -> str | None:
+    """The address of the images behind a metric of the page's model of that number, which has images of `categories`;
+    None where there is no image."""
+    benchmark, _, name = path.partition("/")
+    behind = {name}
+    if path.startswith(RETENTION):
+        behind = set(CAPABILITIES[name].categories) if name in CAPABILITIES else set()
+    elif path in HEADLINES.values():
+        behind = {category for category, of in BENCHMARK_OF.items() if of == benchmark}
+    return next((f"#{_anchor(model, category)}" for category in categories if category in behind), None)
 
 
 def _cell(card: Scorecard, path: str, address: str | None) -> dict[str, Any]:
     return {"metric": card.metrics.get(path), "digits": _digits(path), "address": address}
-
-
-def _table(cards: Mapping[str, Scorecard], paths: Sequence[str], places: _Places) -> dict[str, Any]:
-    """Models down, metrics across; the first model is the candidate."""
-    rows = {name: [_cell(card, path, places.link(name, path)) for path in paths] for name, card in cards.items()}
-    return {"paths": paths, "rows": rows}
-
-
-def _bars(cards: Mapping[str, Scorecard], path: str, places: _Places) -> dict[str, Any]:
-    """A metric of every model as a bar with its interval; lengths in px of the drawing."""
-    known = [
-        (name, color, card.metrics[path])
-        for (name, card), color in zip(cards.items(), cycle(COLORS))
-        if path in card.metrics
-    ]
-    benchmark = BENCHMARKS.get(path.partition("/")[0])
-    highest = max(benchmark.highest if benchmark else 1.0, *(metric.high for _, _, metric in known))
-    scale, bars = (BAR_RIGHT - BAR_LEFT) / highest, []
-    for line, (name, color, metric) in enumerate(known):
-        low, high, end = (BAR_LEFT + max(0.0, value) * scale for value in (metric.low, metric.high, metric.mean))
-        shape = {"top": line * BAR_LINE + 3, "color": color, "low": low, "high": high, "end": end}
-        bars.append({"name": name, "mean": metric.mean, "address": places.link(name, path), **shape})
-    frame = {"left": BAR_LEFT, "right": BAR_RIGHT, "height": len(bars) * BAR_LINE}
-    return {"path": path, "digits": _digits(path), "bars": bars, **frame}
 
 
 def _difference(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,8 +157,7 @@ def _has_image(score: ExampleScore) -> bool:
 def extremes(scores: Sequence[ExampleScore], count: int) -> tuple[list[ExampleScore], list[ExampleScore]]:
     """The `count` worst and best rows of a category, no row in both, and no row of the highest score among the worst.
 
-    Ties go by id, so the choice does not depend on the rows' order.
-    """
+    Ties go by id, so the choice does not depend on the rows' order."""
     ordered = sorted(scores, key=lambda score: (_share(score), score.key))
     worst = [score for score in ordered[: min(count, (len(ordered) + 1) // 2)] if _share(score) < 1.0]
     best = [score for score in reversed(ordered) if score not in worst][:count]
@@ -234,7 +192,6 @@ class _Page:
             if not self.drawn or count + len(scores) <= MOST_IMAGES:
                 self.drawn.append(name)
                 count += len(scores)
-        self.places = _Places(self.groups, report.pages)
         shown = [(example, *pair) for example, pairs in report.images.items() for pair in pairs]
         self.sources = {example: file for example, caption, file in shown if caption == "source"}
         self.chosen = {
@@ -242,6 +199,33 @@ class _Page:
             for category, members in self.groups[self.name].items()
         }
         self.thumbnails = _thumbnails(self._wanted())
+
+    def link(self, model: str, path: str) -> str | None:
+        """The address of the images behind a model's metric; None where no row is at hand."""
+        number = list(self.groups).index(model) if model in self.groups else 0
+        return _link(number, self.groups.get(model, ()), path)
+
+    def table(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Models down, metrics across; the first model is the candidate."""
+        cards = self.report.cards.items()
+        return {
+            "paths": paths,
+            "rows": {name: [_cell(card, path, self.link(name, path)) for path in paths] for name, card in cards},
+        }
+
+    def bars(self, path: str) -> dict[str, Any]:
+        """A metric of every model as a bar with its interval; lengths in px of the drawing."""
+        models = [(name, card.metrics.get(path)) for name, card in self.report.cards.items()]
+        known = [(name, color, metric) for (name, metric), color in zip(models, cycle(COLORS)) if metric]
+        benchmark = BENCHMARKS.get(path.partition("/")[0])
+        highest = max(benchmark.highest if benchmark else 1.0, *(metric.high for _, _, metric in known))
+        scale, bars = (BAR_RIGHT - BAR_LEFT) / highest, []
+        for line, (name, color, metric) in enumerate(known):
+            low, high, end = (BAR_LEFT + max(0.0, value) * scale for value in (metric.low, metric.high, metric.mean))
+            shape = {"top": line * BAR_LINE + 3, "color": color, "low": low, "high": high, "end": end}
+            bars.append({"name": name, "mean": metric.mean, "address": self.link(name, path), **shape})
+        frame = {"left": BAR_LEFT, "right": BAR_RIGHT, "height": len(bars) * BAR_LINE}
+        return {"path": path, "digits": _digits(path), "bars": bars, **frame}
 
     def _beside(self, score: ExampleScore) -> list[tuple[str, Path]]:
         """(caption, file) of the images of a row among the worst and best."""
@@ -298,13 +282,13 @@ class _Page:
     def everything(self) -> dict[str, list[dict[str, Any]]]:
         """Model -> its categories with all of their rows, worst first."""
         shown: dict[str, list[dict[str, Any]]] = {}
-        for model, groups in self.groups.items():
+        for number, (model, groups) in enumerate(self.groups.items()):
             kind = "all" if model == self.name else "all few" if model in self.drawn else "links"
             shown[model] = []
             for category, members in groups.items():
                 worst_first = sorted(members, key=lambda pair: (_share(pair[1]), pair[0]))
                 entries = [self._entry(model, place, score) for place, score in worst_first]
-                anchor = self.places.anchor(model, category)
+                anchor = _anchor(number, category)
                 shown[model].append({"category": category, "anchor": anchor, "kind": kind, "entries": entries})
         return shown
 
@@ -313,18 +297,13 @@ class _Page:
         place_of = {score.key: place for place, score in enumerate(self.ordered)}
         places = [place_of[score.key] for score in self.report.scores]
 
-        def cell(asked: str, column: str, members: Sequence[int]) -> dict[str, Any]:
-            mark = "zero" if not members else "hit" if column == asked else "miss"
-            return {"members": sorted(places[index] for index in members), "mark": mark}
+        def cells(asked: str, row: Mapping[str, Sequence[int]], columns: Sequence[str]) -> list[dict[str, Any]]:
+            marks = ["zero" if not row.get(name) else "hit" if name == asked else "miss" for name in columns]
+            members = [sorted(places[index] for index in row.get(name, ())) for name in columns]
+            return [{"members": shown, "mark": mark} for shown, mark in zip(members, marks, strict=True)]
 
         return [
-            {
-                **table,
-                "rows": {
-                    asked: [cell(asked, column, row.get(column, ())) for column in table["columns"]]
-                    for asked, row in table["rows"].items()
-                },
-            }
+            {**table, "rows": {asked: cells(asked, row, table["columns"]) for asked, row in table["rows"].items()}}
             for table in self.report.confusions
         ]
 
@@ -351,9 +330,9 @@ def write_report(path_html: str | Path, report: Report) -> None:
         report=report,
         title=report.title,
         candidate=candidate.model,
-        headline=_table(cards, first, page.places),
-        figures=_table(cards, paths, page.places),
-        bars=[_bars(cards, path, page.places) for path in paths],
+        headline=page.table(first),
+        figures=page.table(paths),
+        bars=[page.bars(path) for path in paths],
         differences=[row for row in differences if row["path"] in headlines],
         differences_by_category=[row for row in differences if row["path"] not in headlines],
         confusions=page.confusions(),
@@ -382,15 +361,13 @@ def add_champion(
     `comparison` maps a metric path to the paired difference {"difference", "low", "high", "p", "n"}; None where the two
     were not scored on the same images. `folder` is where the page's files lie as seen from the new page's place
     ("score/"); `champion_page` the address of the champion's page, where the images behind its figures are. Raises
-    UserError for a page without a place for the section.
-    """
+    UserError for a page without a place for the section."""
     if CHAMPION not in page:
         raise UserError("the report page has no place for the champion; run the score stage again")
-    # the candidate is the page's first model
-    places = _Places({"": [category for category in BENCHMARK_OF if f'id="m0-{_slug(category)}"' in page]}, {})
+    shown = [category for category in BENCHMARK_OF if f'id="{_anchor(0, category)}"' in page]  # 0 is the candidate
     lines = []
     for path in (path for path in candidate.metrics if path in champion.metrics):
-        row, address = (comparison or {}).get(path), places.link("", path)
+        row, address = (comparison or {}).get(path), _link(0, shown, path)
         theirs = _cell(champion, path, _within(champion_page, address))
         difference = _difference({"path": path, **row}) if row else None
         lines.append((path, path in HEADLINES.values(), _cell(candidate, path, address), theirs, difference))

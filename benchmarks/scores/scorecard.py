@@ -2,8 +2,7 @@
 apart.
 
 The micro world and the real benchmarks pass through here alike. A set that is incomplete, repeated or mixed is refused:
-a mean over it would look like any other.
-"""
+a mean over it would look like any other."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ Expected = Mapping[str, set[Key]]  # category -> every image that must be scored
 class ExampleScore:
     """One image's values with the image that earned them.
 
-    `values` maps a metric to a number: {"correct"} for GenEval, {"O", "sc", "pq", "exact"} for GEdit.
-    """
+    `values` maps a metric to a number: {"correct"} for GenEval, {"O", "sc", "pq", "exact"} for GEdit."""
 
     model: str
     benchmark: str  # "geneval" or "gedit"
@@ -203,8 +201,7 @@ def check_complete(scores: Sequence[ExampleScore], expected: Expected, *, allow_
     """Raises UserErrors unless the rows are one model's, one for each expected (category, id, k) and no other, with
     usable values.
 
-    Fewer than MINIMUM_COVERAGE of a category with a score are a fault unless `allow_partial`; none at all always is.
-    """
+    Fewer than MINIMUM_COVERAGE of a category with a score are a fault unless `allow_partial`; none at all always is."""
     unknown = [name for name in expected if name not in BENCHMARK_OF]
     faults = [f"category {name!r} is unknown; choose of {sorted(BENCHMARK_OF)}" for name in unknown]
     models = sorted({score.model for score in scores})
@@ -267,8 +264,7 @@ def summarise(
 ) -> dict[str, Metric]:
     """metric path -> Metric for the categories of `expected`: geneval in [0, 1], gedit in [0, 10]; n counts prompts.
 
-    Raises UserErrors for a set that is incomplete, repeated or mixed.
-    """
+    Raises UserErrors for a set that is incomplete, repeated or mixed."""
     check_complete(scores, expected, allow_partial=allow_partial)
     groups, metrics = _groups(scores, expected), {}
     for path, (category, *others) in _paths(expected).items():
@@ -305,8 +301,7 @@ def scorecard(
 
     `teacher_scores` maps a capability to its teacher's rows on the same examples (rows of other categories are
     ignored). Raises UserErrors for an incomplete, repeated or mixed set, of the student or a teacher; UserError for an
-    unknown capability or one of which nothing is expected.
-    """
+    unknown capability or one of which nothing is expected."""
     metrics = summarise(scores, expected=expected, **how)
     for capability, rows in teacher_scores.items():
         if capability not in CAPABILITIES:
@@ -328,8 +323,7 @@ def compare(
     """metric path -> model a minus model b, paired by (example id, k).
 
     Raises UserErrors when either set is incomplete, repeated or mixed; UserError when both models' images of one
-    (example id, k) came from different seeds.
-    """
+    (example id, k) came from different seeds."""
     check_complete(a_scores, expected)
     check_complete(b_scores, expected)
     seeds = {(score.category, score.key): score.seed for score in a_scores}
@@ -371,8 +365,7 @@ def over_trainings(
 ) -> dict[str, Metric]:
     """metric path -> Metric over several trainings of one recipe, each scored on the whole set.
 
-    Raises UserErrors for an incomplete set, UserError for fewer than three trainings.
-    """
+    Raises UserErrors for an incomplete set, UserError for fewer than three trainings."""
     for scores in trainings:
         check_complete(scores, expected)
     return {

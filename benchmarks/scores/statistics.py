@@ -5,8 +5,7 @@ Groups map a category to one value a prompt, (n,) float. A macro average weighs 
 is stratified by category. Random numbers come from PCG64, addressed by seed and purpose: equal input gives equal
 output. Methods: E. B. Wilson 1927 (binary proportions), B. Efron (percentile bootstrap, with T. Hesterberg's correction
 for small n), Q. McNemar 1947 (exact form), S. Holm 1979, A. Owen 2007, E. Miller 2024, "Adding Error Bars to Evals"
-(clusters, paired differences).
-"""
+(clusters, paired differences)."""
 
 from __future__ import annotations
 
@@ -121,8 +120,7 @@ def _interval(groups: Groups, how: Bootstrap) -> tuple[float, float]:
 def category_metric(values: np.ndarray, *, category: str, binary: bool, **how: Unpack[Bootstrap]) -> Metric:
     """One category. `binary`: every value is one image's 0 or 1, and the interval is Wilson's instead of a bootstrap's.
 
-    Raises UserError as `check_groups` does.
-    """
+    Raises UserError as `check_groups` does."""
     metric = macro_metric({category: values}, **how)
     if not binary:
         return metric
@@ -133,8 +131,7 @@ def category_metric(values: np.ndarray, *, category: str, binary: bool, **how: U
 def macro_metric(groups: Groups, **how: Unpack[Bootstrap]) -> Metric:
     """The unweighted mean of the categories' means, with a bootstrap stratified by category.
 
-    Raises UserError as `check_groups` does.
-    """
+    Raises UserError as `check_groups` does."""
     check_groups(groups)
     return Metric(macro_mean(groups), standard_error(groups), *_interval(groups, how), _count(groups))
 
@@ -184,8 +181,7 @@ def compare_paired(a: Groups, b: Groups, *, binary: bool, **how: Unpack[Bootstra
     """a minus b with a stratified paired bootstrap's interval; row i of a category is one prompt and noise in both.
 
     p is McNemar's for one category of single binary images, and a stratified sign-flip permutation's otherwise. Raises
-    UserError for unpaired groups.
-    """
+    UserError for unpaired groups."""
     _check_pairs(a, b)
     differences = {category: a[category] - b[category] for category in a}
     pooled = np.concatenate(list(differences.values()))
@@ -224,8 +220,7 @@ def over_training_seeds(groups: Sequence[Groups], **how: Unpack[Bootstrap]) -> M
     since S of them vary less than their population, and one of the prompts. With few trainings percentiles are too
     narrow, so the interval is Student's, with the degrees of freedom of the two parts together (Welch and
     Satterthwaite). It is somewhat conservative: what trainings and prompts do only together is counted in both parts. n
-    counts prompts. Raises UserError for fewer than three trainings, or other prompts in one of them.
-    """
+    counts prompts. Raises UserError for fewer than three trainings, or other prompts in one of them."""
     count, resamples = len(groups), how["resamples"]
     if count < 3:
         needs = "three or more are needed to tell how far trainings differ"

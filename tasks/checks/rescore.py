@@ -13,13 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scorers import scorer_of
 from benchmarks.scores.scorecard import expected_scores, write_scorecard
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from data.errors import UserError
 from data.files import atomic_folder, read_json, sha256_file
 from data.progress import progress
-from data.records import read_examples
 from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
 from tasks.params.reading import PARAMS_FILE, load_params
@@ -27,7 +25,7 @@ from tasks.registry import server, tracking
 from tasks.registry.versions import Version
 from tasks.release import gate
 from tasks.release.provenance import SCORECARD_FILE
-from tasks.scoring.sampling import Scoring, evaluation_set, reference_scores, score_field
+from tasks.scoring.sampling import Scoring, reference_scores, score_field, to_score
 from tasks.stages import score
 
 
@@ -41,8 +39,7 @@ def rescore(
     routes, records = params.routing.routes, read_records(teachers)
     loading = params.backbone.loading()
     student = load_student(checkpoint, load_base(teachers, **loading), records[BASE].sha256)
-    scorer = scorer_of(params.benchmark, params.judge, params.world.world())
-    evaluation = evaluation_set([example for example in read_examples(curated) if scorer.judges(example)], curated)
+    scorer, evaluation = to_score(params, curated)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
     reference = reference_scores(validated, routes)
     own = {route.capability: reference[route.teacher] for route in routes}

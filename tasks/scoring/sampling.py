@@ -11,36 +11,58 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.params import BenchmarkParams, JudgeParams
+from benchmarks.scorers import scorer_of
 from benchmarks.scores.scorecard import ExampleScore, read_scores
 from benchmarks.scores.scorer import DrawnImage, Scorer
+from benchmarks.scores.statistics import Bootstrap
+from data.bounds import Positive, Share
 from data.errors import UserError
 from data.images import read_picture
 from data.progress import Advance
-from data.records import CAPABILITIES, Example
+from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import Backbone
 from model.drawing import as_pictures, encode_sources, network_device, picture_bucket
 from model.fields.base import VelocityField, condition_of
 from model.fields.guided import Guided
 from model.rollout import euler_grid, sample
 from model.route import Route
-from tasks.params.sections import SamplingParams
+from tasks.params.sections import BackboneParams, RoutingParams, SamplingParams, WorldParams
+
+
+@dataclass(frozen=True)
+class ScoringParams:
+    """Keys of every stage that scores. `resamples` and `confidence` are of the bootstrap intervals."""
+
+    world: WorldParams
+    backbone: BackboneParams
+    sampling: SamplingParams
+    routing: RoutingParams
+    benchmark: BenchmarkParams
+    judge: JudgeParams
+    seed: int
+    resamples: Positive
+    confidence: Share
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        return {"seed": self.seed, "resamples": self.resamples, "confidence": self.confidence}
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out examples with their pictures, (H, W, 3) uint8: sources of edits by example id, and targets.
-
-    `folder` holds the files.
-    """
+    """Held-out examples, and by example id the pictures (H, W, 3) uint8 that are edited; `folder` holds the files."""
 
     examples: tuple[Example, ...]
     sources: dict[str, np.ndarray]
-    targets: dict[str, np.ndarray]
     folder: Path
 
     def only(self, capability: str) -> EvaluationSet:
         categories = CAPABILITIES[capability].categories
         return replace(self, examples=tuple(example for example in self.examples if example.category in categories))
+
+    def source_file(self, example: Example) -> Path | None:
+        return self.folder / example.source if example.source else None
 
 
 def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
@@ -48,12 +70,14 @@ def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
     chosen = tuple(example for example in examples if example.split == "eval")
     if not chosen:
         raise UserError(f"{curated}: no example of the eval split; nothing can be scored")
-    return EvaluationSet(
-        chosen,
-        {example.id: read_picture(curated / example.source) for example in chosen if example.source},
-        {example.id: read_picture(curated / example.target) for example in chosen if example.target},
-        curated,
-    )
+    sources = {example.id: read_picture(curated / example.source) for example in chosen if example.source}
+    return EvaluationSet(chosen, sources, curated)
+
+
+def to_score(params: ScoringParams, curated: Path) -> tuple[Scorer, EvaluationSet]:
+    """Who scores, and the examples of the eval split that it judges."""
+    scorer = scorer_of(params.benchmark, params.judge, params.world.world())
+    return scorer, evaluation_set([example for example in read_examples(curated) if scorer.judges(example)], curated)
 
 
 def image_seed(example: Example, k: int, seed: int) -> int:
@@ -78,13 +102,12 @@ def score_field(
     field: VelocityField, evaluation: EvaluationSet, scoring: Scoring, *, model: str, scale: float
 ) -> list[ExampleScore]:
     """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and has them
-    scored. The batch size changes nothing but speed.
-    """
+    scored. The batch size changes nothing but speed."""
     drawn: list[DrawnImage] = []
     how = {"model": model, "scale": scale, "folder": scoring.folder}
     for batch in draw_field(field, scoring.backbone, evaluation, scoring.sampling, **how):
         for example, path, seed, k in zip(batch.examples, batch.paths, batch.seeds, batch.k, strict=True):
-            source = evaluation.folder / example.source if example.source else None
+            source = evaluation.source_file(example)
             drawn.append(DrawnImage(model, example, k, seed, path, scoring.folder / path, source))
         scoring.advance(len(batch.examples))
     return scoring.scorer.score(drawn)
@@ -104,8 +127,7 @@ def reference_scores(validated: Path, routes: Sequence[Route]) -> dict[str, list
 @dataclass(frozen=True)
 class Drawn:
     """One batch of images: pictures (H, W, 3) uint8, their files relative to the folder, and what each was drawn
-    from.
-    """
+    from."""
 
     examples: list[Example]
     pictures: list[np.ndarray]
@@ -127,8 +149,7 @@ def draw_field(
 ) -> Iterator[Drawn]:
     """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the
     usual square, edits in their sources' bucket. A batch holds one kind and one size; its size changes nothing but
-    speed.
-    """
+    speed."""
     grid = euler_grid(params.steps, float(backbone.scheduler["shift"]))
     (folder / "images" / model).mkdir(parents=True, exist_ok=True)
     for (edits, size), jobs in _jobs(backbone, evaluation, params.images_per_prompt).items():

@@ -1,6 +1,5 @@
 """Stage `score`: how good the student is on held-out examples, before and after absorbing guidance, beside its teachers
-and the ends of the scale.
-"""
+and the ends of the scale."""
 
 from __future__ import annotations
 
@@ -10,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.params import BenchmarkParams, JudgeParams
-from benchmarks.scorers import scorer_of
 from benchmarks.scores import figures
 from benchmarks.scores.page import Report, write_report
 from benchmarks.scores.scorecard import (
@@ -25,42 +22,26 @@ from benchmarks.scores.scorecard import (
 )
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from benchmarks.scores.scorer import CONTROLS, Scorer
-from benchmarks.scores.statistics import Bootstrap, Metric
-from data.bounds import Positive, Share
+from benchmarks.scores.statistics import Metric
+from data.bounds import Positive
 from data.files import atomic_folder, read_json, write_json
 from data.images import read_picture
 from data.progress import progress
-from data.records import CAPABILITIES, HEADLINES, RETENTION, Example, read_examples
+from data.records import CAPABILITIES, HEADLINES, RETENTION, Example
 from model.backbones import TRANSFORMER
 from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
-from tasks.params.sections import BackboneParams, RoutingParams, SamplingParams, WorldParams
-from tasks.scoring.sampling import EvaluationSet, Scoring, evaluation_set, reference_scores, score_field
+from tasks.scoring.sampling import EvaluationSet, Scoring, ScoringParams, reference_scores, score_field, to_score
 
 CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
 Rows = dict[str, list[ExampleScore]]  # by model
 
 
 @dataclass(frozen=True)
-class Params:
-    """Section `score`. `resamples` and `confidence` of the bootstrap intervals; `shown`: examples a category in grids
-    and report.
-    """
+class Params(ScoringParams):
+    """Section `score`. `shown`: examples a category in grids and report."""
 
-    world: WorldParams
-    backbone: BackboneParams
-    sampling: SamplingParams
-    routing: RoutingParams
-    benchmark: BenchmarkParams
-    judge: JudgeParams
-    seed: int
-    resamples: Positive
-    confidence: Share
     shown: Positive
-
-    @property
-    def bootstrap(self) -> Bootstrap:
-        return {"seed": self.seed, "resamples": self.resamples, "confidence": self.confidence}
 
 
 @dataclass(frozen=True)
@@ -101,16 +82,14 @@ def score(
     """Writes `scorecard` (the absorbed student's), `metrics` (its headline figures, a small file each) and `out`.
 
     `out` holds every image with its score, report.html, grids, the curves of both trainings, all models' scorecards and
-    their comparisons.
-    """
+    their comparisons."""
     loading, base = params.backbone.loading(), read_records(teachers)[BASE].sha256
     backbone = load_base(teachers, **loading)
     distilled, candidate = (
         load_student(folder, load_base(teachers, need=TRANSFORMER, **loading), base).field
         for folder in (student, absorbed)
     )
-    scorer = scorer_of(params.benchmark, params.judge, params.world.world())
-    evaluation = evaluation_set([example for example in read_examples(curated) if scorer.judges(example)], curated)
+    scorer, evaluation = to_score(params, curated)
     scorer.check(evaluation.examples)
     results = Results(params, scorer, evaluation, {}, reference_scores(validated, params.routing.routes))
     models = {
@@ -144,8 +123,7 @@ def write_metrics(out: Path, card: Scorecard, base: Scorecard | None) -> dict[st
     retentions.
 
     A file a figure, because DVC prints a row a file and a column a key: {"mean", "low", "high", "n"}, and "base", the
-    base's mean, where the base was scored on the same benchmark. Four decimals.
-    """
+    base's mean, where the base was scored on the same benchmark. Four decimals."""
     names = {path: benchmark for benchmark, path in HEADLINES.items()}
     names |= {path: path.replace("/", "_") for path in card.metrics if path.startswith(RETENTION)}
     headline = {path: metric for path, metric in card.metrics.items() if path in names}
@@ -188,8 +166,7 @@ def _cards(results: Results, teachers: Path, absorbed: Path) -> dict[str, Scorec
 
 def _comparisons(results: Results) -> list[dict[str, Any]]:
     """Paired differences, on equal prompts and equal noise: what absorbing guidance cost, and what distilling did to
-    T2I.
-    """
+    T2I."""
     models = {**results.reference, **results.scores}
     t2i = {name: keys for name, keys in results.expected.items() if name in CAPABILITIES["t2i"].categories}
     pairs = (

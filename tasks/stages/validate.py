@@ -1,33 +1,27 @@
 """Stage `validate`: may these teachers be distilled? Scores each on its own capability and on the others', and stops
-the pipeline with every fault named.
-"""
+the pipeline with every fault named."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.params import BenchmarkParams, JudgeParams
-from benchmarks.scorers import scorer_of
 from benchmarks.scores.scorecard import ExampleScore, expected_scores, summarise, write_scores
 from benchmarks.scores.scorer import DrawnImage
-from data.bounds import Positive, Share
 from data.errors import UserError, UserErrors
 from data.files import atomic_folder, write_json
 from data.progress import progress
-from data.records import CAPABILITIES, HEADLINES, read_examples
+from data.records import CAPABILITIES, HEADLINES
 from model.backbones import Backbone
 from model.drawing import encode_sources, network_device, picture_bucket
 from model.fields.base import VelocityField, condition_of
 from model.networks.teachers import BASE, TeacherRecord, compatibility_faults, file_faults, load_teachers, read_records
 from model.randomness import noise_for
-from tasks.params.sections import BackboneParams, RoutingParams, SamplingParams, WorldParams
-from tasks.scoring.sampling import EvaluationSet, Scoring, draw_field, evaluation_set, score_field
+from tasks.scoring.sampling import EvaluationSet, Scoring, ScoringParams, draw_field, score_field, to_score
 
 GUIDED = "base_guided"
 FINITE = 8  # examples a teacher's velocity is tried on
@@ -35,20 +29,10 @@ PREVIEWS = 4  # images that a teacher draws where nothing scores them
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(ScoringParams):
     """Section `validate`. `floors`: teacher -> the least macro score on its own categories (base: guided, on GenEval's
-    0..1; editors: 0..10).
-    """
+    0..1; editors: 0..10)."""
 
-    world: WorldParams
-    backbone: BackboneParams
-    sampling: SamplingParams
-    routing: RoutingParams
-    benchmark: BenchmarkParams
-    judge: JudgeParams
-    seed: int
-    resamples: Positive
-    confidence: Share
     floors: dict[str, float]
 
 
@@ -147,12 +131,9 @@ def _finite_faults(teacher: Teacher, backbone: Backbone, evaluation: EvaluationS
 def _preview(teacher: Teacher, evaluation: EvaluationSet, scoring: Scoring) -> None:
     """A few images of the teacher's own capability, for people to look at."""
     own, sampling = evaluation.only(teacher.capability), scoring.sampling
-    few, how = replace(own, examples=own.examples[:PREVIEWS]), replace(sampling, images_per_prompt=1)
-    scale = sampling.guidance if teacher.name == BASE else 1.0
-    for _ in draw_field(
-        teacher.field, scoring.backbone, few, how, model=teacher.name, scale=scale, folder=scoring.folder
-    ):
-        pass
+    few, sampling = replace(own, examples=own.examples[:PREVIEWS]), replace(sampling, images_per_prompt=1)
+    how = {"model": teacher.name, "scale": sampling.guidance if teacher.name == BASE else 1.0, "folder": scoring.folder}
+    list(draw_field(teacher.field, scoring.backbone, few, sampling, **how))
     scoring.advance(PREVIEWS)
 
 
@@ -161,16 +142,15 @@ def _test(
 ) -> tuple[list[ExampleScore], dict[str, Any], list[str]]:
     """The teacher's rows, its metrics on all categories and on its own ("own"), and why it must not be distilled."""
     name, capability, samples = teacher.name, teacher.capability, params.sampling.images_per_prompt
-    numbers: Any = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     rows = judged = score_field(teacher.field, evaluation, scoring, model=name, scale=1.0)
     if name == BASE:
         t2i, scale = evaluation.only("t2i"), params.sampling.guidance
         judged = score_field(teacher.field, t2i, scoring, model=GUIDED, scale=scale)
-    metrics = summarise(rows, expected=expected_scores(evaluation.examples, samples), **numbers)
+    metrics = summarise(rows, expected=expected_scores(evaluation.examples, samples), **params.bootstrap)
     categories, path = CAPABILITIES[capability].categories, HEADLINES[CAPABILITIES[capability].benchmark]
     expected = expected_scores(evaluation.only(capability).examples, samples)
     own, unguided = (
-        summarise([row for row in of if row.category in categories], expected=expected, **numbers)[path]
+        summarise([row for row in of if row.category in categories], expected=expected, **params.bootstrap)[path]
         for of in (judged, rows)
     )
     faults, floor = [], params.floors.get(name)
@@ -198,12 +178,12 @@ def _facts(params: Params, teacher: Teacher) -> dict[str, Any]:
 
 def _targets(evaluation: EvaluationSet, seed: int) -> list[DrawnImage]:
     """Every known target as if it had been drawn for its example."""
-    folder, targets = evaluation.folder, []
-    for example in evaluation.examples:
-        if example.target:
-            source = folder / example.source if example.source else None
-            targets.append(DrawnImage("", example, 0, seed, example.target, folder / example.target, source))
-    return targets
+    folder, source = evaluation.folder, evaluation.source_file
+    return [
+        DrawnImage("", example, 0, seed, example.target, folder / example.target, source(example))
+        for example in evaluation.examples
+        if example.target
+    ]
 
 
 def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report: Path) -> dict[str, Any]:
@@ -211,11 +191,9 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     teacher must not be distilled.
 
     Sections `benchmark` and `judge` say who scores. Where that scorer cannot read pictures of the base's size (the
-    micro world's detector), the teachers' velocities are tried and a few images drawn.
-    """
+    micro world's detector), the teachers' velocities are tried and a few images drawn."""
     backbone, team = _load(params, teachers, report)
-    scorer = scorer_of(params.benchmark, params.judge, params.world.world())
-    evaluation = evaluation_set([example for example in read_examples(curated) if scorer.judges(example)], curated)
+    scorer, evaluation = to_score(params, curated)
     scored = scorer.edge in (None, _edge(backbone))
     faults = _faults(params, backbone, team, evaluation, None if scored else scorer.edge, teachers)
     scorer.check(evaluation.examples)
@@ -223,7 +201,7 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     images = len(team) * len(evaluation.examples) + len(evaluation.only("t2i").examples)
     total = images * params.sampling.images_per_prompt if scored else len(team) * PREVIEWS
     summary: dict[str, Any] = {}
-    tested: dict[str, Mapping[str, Any]] = {}
+    tested: dict[str, dict[str, Any]] = {}
     scores: list[ExampleScore] = []
     with atomic_folder(out) as folder, progress("validate: images", total) as advance:
         scoring = Scoring(backbone, params.sampling, scorer, folder, advance)
