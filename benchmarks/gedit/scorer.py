@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pandas as pd
+
 from benchmarks.gedit.judging import MadeEdit
 from benchmarks.gedit.rows import EditTask
 from benchmarks.gedit.rules import LANGUAGES
@@ -20,24 +22,12 @@ from benchmarks.judge.wording import Wording, load_wording
 from benchmarks.params import BenchmarkParams, JudgeParams
 from benchmarks.scores.scorecard import HIGHEST, ExampleScore
 from benchmarks.scores.scorer import DrawnImage, Scorer
-from data.errors import UserError
+from data.errors import UserError, UserErrors
 from data.files import digest, sha256_file
 from data.records import CAPABILITIES, Example
 
 STORE = Path("runs/judgements")  # outside every out, as DVC removes those before a stage runs
 LANGUAGE = "instruction_language"  # where an edit's record names it; otherwise it is English
-
-
-def _place(example: Example) -> str:
-    return f"{example.origin or 'examples'}, row {example.row}"
-
-
-def _language(example: Example) -> str:
-    """Raises UserError for a language that GEdit-Bench does not have."""
-    language = str(example.record.get(LANGUAGE, LANGUAGES[0]))
-    if language not in LANGUAGES:
-        raise UserError(f"{_place(example)}: record.{LANGUAGE} = {language!r}; choose one of {list(LANGUAGES)}")
-    return language
 
 
 @dataclass(frozen=True)
@@ -72,12 +62,16 @@ class GeditScorer(Scorer):
         return Access(self._settings, Endpoint(**{name: server[name] for name in server if name != "provider"}))
 
     def judges(self, example: Example) -> bool:
-        """Edits in the judge's language and, where section `judge` lists categories, of these."""
-        return (
-            CAPABILITIES[example.capability].is_edit
-            and (not self.judge.categories or example.category in self.judge.categories)
-            and _language(example) == self.judge.language
-        )
+        """Edits in the judge's language and, where section `judge` lists categories, of these. Raises UserError for a
+        language that GEdit-Bench does not have."""
+        listed = not self.judge.categories or example.category in self.judge.categories
+        if not CAPABILITIES[example.capability].is_edit or not listed:
+            return False
+        language = str(example.record.get(LANGUAGE, LANGUAGES[0]))
+        if language not in LANGUAGES:
+            fault = f"record.{LANGUAGE} = {language!r}; choose one of {list(LANGUAGES)}"
+            raise UserError(f"{example.origin or 'examples'}, row {example.row}: {fault}")
+        return language == self.judge.language
 
     def check(self, examples: Sequence[Example]) -> None:
         if self.judge.kind == "none":
@@ -85,9 +79,9 @@ class GeditScorer(Scorer):
             advice = "name a judge there (endpoint or local), or keep edits out of the eval split"
             fault = f"there are edits to score ({categories}), which a detector cannot judge"
             raise UserError(f"judge.kind = none, but {fault}: {advice}")
-        missing = next((example for example in examples if example.source is None), None)
+        missing = [f"{x.origin or 'examples'}, row {x.row}" for x in examples if x.source is None]
         if missing:
-            raise UserError(f"{_place(missing)}: an edit without a source image cannot be judged")
+            raise UserErrors("an edit without a source image cannot be judged:", missing)
         self._access.check()
         answered_by(STORE, self._settings, self._wording)
 
@@ -140,20 +134,12 @@ class GeditScorer(Scorer):
         who = f"{judge['answered_by'] or judge['model']} ({judge['kind']}, {judge['provider']})"
         how = f"wording {judge['wording']['name']}, language {about['language']}"
         notes = [f"Edits: judge {who}, {how}, {about['repeats']} judgement(s) an image."]
-        groups: dict[str, list[ExampleScore]] = {}
-        for score in scores:
-            if score.benchmark == "gedit":
-                groups.setdefault(score.category, []).append(score)
-        failed = [score for rows in groups.values() for score in rows if score.status != "ok"]
+        rows = [score for score in scores if score.benchmark == "gedit"]
+        failed = sorted(Counter((row.category, row.status) for row in rows if row.status != "ok").items())
         if failed:
-
-            def average(least: float) -> float:
-                """The macro average of O, had every image without a score earned `least`."""
-                means = [sum(row.values.get("O", least) for row in rows) / len(rows) for rows in groups.values()]
-                return sum(means) / len(means)
-
-            counts = sorted(Counter((score.category, score.status) for score in failed).items())
-            left = ", ".join(f"{count} {status} in {category}" for (category, status), count in counts)
-            bounds = f"the average would be {average(0.0):.2f} or {average(HIGHEST):.2f}"
+            table = pd.DataFrame([(row.category, row.primary) for row in rows], columns=["category", "O"])
+            low, high = (table.fillna(least).groupby("category")["O"].mean().mean() for least in (0.0, HIGHEST))
+            left = ", ".join(f"{count} {status} in {category}" for (category, status), count in failed)
+            bounds = f"the average would be {low:.2f} or {high:.2f}"
             notes.append(f"Without a score: {left}. Had these images earned 0 or 10, {bounds}.")
         return notes
