@@ -102,10 +102,6 @@ def _thumbnails(files: Iterable[tuple[Path, int]]) -> dict[tuple[Path, int], Thu
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _digits(path: str) -> int:
-    return 2 if path.startswith("gedit/") else 3
-
-
 def _anchor(model: int, category: str) -> str:
     return f"m{model}-{re.sub(r'[^A-Za-z0-9]+', '-', category).strip('-')}"
 
@@ -120,16 +116,6 @@ def _link(model: int, categories: Collection[str], path: str) -> str | None:
     elif path in HEADLINES.values():
         behind = {category for category, of in BENCHMARK_OF.items() if of == benchmark}
     return next((f"#{_anchor(model, category)}" for category in categories if category in behind), None)
-
-
-def _cell(card: Scorecard, path: str, address: str | None) -> dict[str, Any]:
-    return {"metric": card.metrics.get(path), "digits": _digits(path), "address": address}
-
-
-def _difference(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A paired difference; its mark says whether it excludes 0."""
-    mark = "good" if row["low"] > 0 else "bad" if row["high"] < 0 else ""
-    return {**row, "digits": _digits(row["path"]), "mark": mark}
 
 
 # --- rows and their images --------------------------------------------------------------------------------------------
@@ -205,14 +191,6 @@ class _Page:
         number = list(self.groups).index(model) if model in self.groups else 0
         return _link(number, self.groups.get(model, ()), path)
 
-    def table(self, paths: Sequence[str]) -> dict[str, Any]:
-        """Models down, metrics across; the first model is the candidate."""
-        cards = self.report.cards.items()
-        return {
-            "paths": paths,
-            "rows": {name: [_cell(card, path, self.link(name, path)) for path in paths] for name, card in cards},
-        }
-
     def bars(self, path: str) -> dict[str, Any]:
         """A metric of every model as a bar with its interval; lengths in px of the drawing."""
         models = [(name, card.metrics.get(path)) for name, card in self.report.cards.items()]
@@ -225,7 +203,7 @@ class _Page:
             shape = {"top": line * BAR_LINE + 3, "color": color, "low": low, "high": high, "end": end}
             bars.append({"name": name, "mean": metric.mean, "address": self.link(name, path), **shape})
         frame = {"left": BAR_LEFT, "right": BAR_RIGHT, "height": len(bars) * BAR_LINE}
-        return {"path": path, "digits": _digits(path), "bars": bars, **frame}
+        return {"path": path, "bars": bars, **frame}
 
     def _beside(self, score: ExampleScore) -> list[tuple[str, Path]]:
         """(caption, file) of the images of a row among the worst and best."""
@@ -323,18 +301,18 @@ def write_report(path_html: str | Path, report: Report) -> None:
     page = _Page(Path(path_html), report)
     paths, candidate, headlines = all_paths(cards), cards[page.name], HEADLINES.values()
     first = [path for path in paths if path in headlines] + [path for path in paths if path.startswith(RETENTION)]
-    differences = [_difference(row) for row in report.comparisons]
     facts = {**{f"benchmark {name}": value for name, value in candidate.benchmarks.items()}, **candidate.identities}
     text = render(
         "benchmarks/report.html.j2",
         report=report,
         title=report.title,
         candidate=candidate.model,
-        headline=page.table(first),
-        figures=page.table(paths),
+        headline=first,
+        paths=paths,
+        link=page.link,
         bars=[page.bars(path) for path in paths],
-        differences=[row for row in differences if row["path"] in headlines],
-        differences_by_category=[row for row in differences if row["path"] not in headlines],
+        differences=[row for row in report.comparisons if row["path"] in headlines],
+        differences_by_category=[row for row in report.comparisons if row["path"] not in headlines],
         confusions=page.confusions(),
         examples=page.examples(),
         everything=page.everything(),
@@ -365,17 +343,20 @@ def add_champion(
     if CHAMPION not in page:
         raise UserError("the report page has no place for the champion; run the score stage again")
     shown = [category for category in BENCHMARK_OF if f'id="{_anchor(0, category)}"' in page]  # 0 is the candidate
-    lines = []
-    for path in (path for path in candidate.metrics if path in champion.metrics):
-        row, address = (comparison or {}).get(path), _link(0, shown, path)
-        theirs = _cell(champion, path, _within(champion_page, address))
-        difference = _difference({"path": path, **row}) if row else None
-        lines.append((path, path in HEADLINES.values(), _cell(candidate, path, address), theirs, difference))
-    section = render("benchmarks/champion.html.j2", version=version, lines=lines, paired=bool(comparison))
+    addresses = {path: _link(0, shown, path) for path in candidate.metrics if path in champion.metrics}
+    # MLflow's pages have no anchors; on others of this kind the candidate comes first, too
+    outer = {
+        path: f"{champion_page}{'' if '#' in (champion_page or '') else address or ''}"
+        for path, address in addresses.items()
+    }
+    section = render(
+        "benchmarks/champion.html.j2",
+        version=version,
+        cards=(candidate, champion),
+        addresses=addresses,
+        outer=outer if champion_page else {},
+        differences=comparison or {},
+        headlines=HEADLINES.values(),
+    )
     moved = re.sub(r'href="(?!#|[a-z]+:)', f'href="{folder}', page)
     return moved.replace(CHAMPION, section, 1)
-
-
-def _within(page: str | None, anchor: str | None) -> str | None:
-    """The anchor on another page of this kind, where the candidate comes first too; MLflow's pages have no anchors."""
-    return page if page is None or anchor is None or "#" in page else page + anchor
