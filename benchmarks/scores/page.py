@@ -172,12 +172,14 @@ class _Page:
         self.rows = {self.name: (report.folder, report.scores), **others}
         self.groups = {name: _grouped(scores) for name, (_, scores) in self.rows.items()}
         self.ordered = [score for members in self.groups[self.name].values() for _, score in members]
-        self.drawn: list[str] = []  # models whose images stand on the page itself: always the candidate's
-        count = 0
-        for name, (_, scores) in self.rows.items():
-            if not self.drawn or count + len(scores) <= MOST_IMAGES:
-                self.drawn.append(name)
-                count += len(scores)
+        self.drawn, self.left_out = [self.name], list[str]()  # models whose images the page holds, and others
+        count = len(report.scores)
+        for name, (_, scores) in others.items():
+            if count + len(scores) > MOST_IMAGES:
+                self.left_out.append(name)
+                continue
+            self.drawn.append(name)
+            count += len(scores)
         shown = [(example, *pair) for example, pairs in report.images.items() for pair in pairs]
         self.sources = {example: file for example, caption, file in shown if caption == "source"}
         self.chosen = {
@@ -259,15 +261,14 @@ class _Page:
 
     def everything(self) -> dict[str, list[dict[str, Any]]]:
         """Model -> its categories with all of their rows, worst first."""
-        shown: dict[str, list[dict[str, Any]]] = {}
+        shown: dict[str, list[dict[str, Any]]] = {model: [] for model in self.groups}
         for number, (model, groups) in enumerate(self.groups.items()):
             kind = "all" if model == self.name else "all few" if model in self.drawn else "links"
-            shown[model] = []
             for category, members in groups.items():
                 worst_first = sorted(members, key=lambda pair: (_share(pair[1]), pair[0]))
                 entries = [self._entry(model, place, score) for place, score in worst_first]
-                anchor = _anchor(number, category)
-                shown[model].append({"category": category, "anchor": anchor, "kind": kind, "entries": entries})
+                about = {"category": category, "anchor": _anchor(number, category), "kind": kind}
+                shown[model].append({**about, "entries": entries})
         return shown
 
     def confusions(self) -> list[dict[str, Any]]:
@@ -304,22 +305,19 @@ def write_report(path_html: str | Path, report: Report) -> None:
     facts = {**{f"benchmark {name}": value for name, value in candidate.benchmarks.items()}, **candidate.identities}
     text = render(
         "benchmarks/report.html.j2",
+        page=page,
         report=report,
         title=report.title,
         candidate=candidate.model,
         headline=first,
         paths=paths,
-        link=page.link,
-        bars=[page.bars(path) for path in paths],
         differences=[row for row in report.comparisons if row["path"] in headlines],
         differences_by_category=[row for row in report.comparisons if row["path"] not in headlines],
         confusions=page.confusions(),
         examples=page.examples(),
-        everything=page.everything(),
-        left_out=[model for model in page.rows if model not in page.drawn],
         most_images=MOST_IMAGES,
         facts=facts,
-        rows=[(score, _values(score), report.prompts[score.example_id]) for score in page.ordered],
+        rows=[(score, _values(score)) for score in page.ordered],
     )
     write_text(path_html, text)
 
@@ -344,19 +342,14 @@ def add_champion(
         raise UserError("the report page has no place for the champion; run the score stage again")
     shown = [category for category in BENCHMARK_OF if f'id="{_anchor(0, category)}"' in page]  # 0 is the candidate
     addresses = {path: _link(0, shown, path) for path in candidate.metrics if path in champion.metrics}
-    # MLflow's pages have no anchors; on others of this kind the candidate comes first, too
-    outer = {
-        path: f"{champion_page}{'' if '#' in (champion_page or '') else address or ''}"
-        for path, address in addresses.items()
+    values = {
+        "version": version,
+        "cards": (candidate, champion),
+        "addresses": addresses,
+        "champion_page": champion_page,
     }
     section = render(
-        "benchmarks/champion.html.j2",
-        version=version,
-        cards=(candidate, champion),
-        addresses=addresses,
-        outer=outer if champion_page else {},
-        differences=comparison or {},
-        headlines=HEADLINES.values(),
+        "benchmarks/champion.html.j2", **values, differences=comparison or {}, headlines=HEADLINES.values()
     )
     moved = re.sub(r'href="(?!#|[a-z]+:)', f'href="{folder}', page)
     return moved.replace(CHAMPION, section, 1)
