@@ -85,7 +85,7 @@ class Panel:
             scorer.check(share)
 
     def score(self, drawn: Sequence[DrawnImage]) -> list[ExampleScore]:
-        rows = {}
+        rows: dict[tuple[str, int], ExampleScore] = {}
         for scorer, share in self._shares([image.example for image in drawn]):
             ids = {example.id for example in share}
             rows |= {row.key: row for row in scorer.score([image for image in drawn if image.example.id in ids])}

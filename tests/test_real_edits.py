@@ -177,7 +177,8 @@ def test_a_killed_validation_ends_as_an_unbroken_one_and_asks_nothing_twice(home
                 hold.wait(300)
 
         server.before = stop_at_the_fifth
-        code = f"from tests.test_real_edits import *; run_validate(Path({str(root)!r}), Path({str(tmp_path / 'killed')!r}), judge_params({server.url!r}))"
+        call = f"run_validate(Path({str(root)!r}), Path({str(tmp_path / 'killed')!r}), judge_params({server.url!r}))"
+        code = f"from tests.test_real_edits import *; {call}"
         child = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=PROJECT,
@@ -402,10 +403,8 @@ def test_the_report_says_what_has_no_score_and_how_far_that_could_move_the_avera
     scorer = GeditScorer(BenchmarkParams("x", "", "cpu", 1, 1, ""), judge_params("http://127.0.0.1:9/v1"))
     first, second = scorer.notes(rows, {"gedit": about})
     assert first.startswith("Edits: judge j (endpoint, p)") and "3 judgement(s)" in first
-    assert (
-        second
-        == "Without a score: 1 refused in subject-add. Had these images earned 0 or 10, the average would be 6.25 or 7.50."
-    )
+    bounds = "Had these images earned 0 or 10, the average would be 6.25 or 7.50."
+    assert second == f"Without a score: 1 refused in subject-add. {bounds}"
     assert scorer.notes(rows, {}) == []
 
 

@@ -19,8 +19,8 @@ from data.files import atomic_file
 from data.records import BENCHMARKS, RETENTION
 
 STRIPS_A_LINE = 2
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # told apart without red and green
-COLORS += ("#d55e00", "#8c8c8c", "#4d4d4d", "#f0e442", "#661100")
+# told apart without red and green
+COLORS = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #8c8c8c #4d4d4d #f0e442 #661100".split()
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -87,7 +87,7 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
     """A PNG of every metric of every model with its interval, one panel a benchmark.
 
     Raises UserError when there is no metric at all."""
-    groups: dict[str, list[str]] = {f"{benchmark}/": [] for benchmark in BENCHMARKS} | {RETENTION: []}
+    groups: dict[str, list[str]] = {prefix: [] for prefix in (*(f"{name}/" for name in BENCHMARKS), RETENTION)}
     for metric in all_paths(scorecards):
         groups.setdefault(f"{metric.partition('/')[0]}/", []).append(metric)
     panels = [panel for panel in groups.values() if panel]

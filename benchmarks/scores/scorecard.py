@@ -158,15 +158,12 @@ def _row_fault(score: ExampleScore, benchmark: str) -> str | None:
         return f"benchmark = {score.benchmark!r}, but the category belongs to {benchmark!r}"
     if score.status not in STATUSES:
         return f"status = {score.status!r}; choose one of {list(STATUSES)}"
-    if score.status != "ok":
-        return (
-            f"status = {score.status!r} but values {score.values}; a failed judgement has none"
-            if score.values
-            else None
-        )
+    if score.status != "ok" and score.values:
+        return f"status = {score.status!r} but values {score.values}; a failed judgement has none"
     name, highest = BENCHMARKS[benchmark].value, BENCHMARKS[benchmark].highest
-    value = score.values.get(name)
-    return None if 0.0 <= score.primary <= highest else f"{name} = {value}; a number from 0 to {highest:g} is needed"
+    if score.status == "ok" and not 0.0 <= score.primary <= highest:
+        return f"{name} = {score.values.get(name)}; a number from 0 to {highest:g} is needed"
+    return None
 
 
 def _category_faults(
@@ -174,20 +171,15 @@ def _category_faults(
 ) -> list[str]:
     """Faults of the rows of one category; `check_complete` says which."""
     counts = Counter(score.key for score in members)
-    missing, extra = wanted - counts.keys(), counts.keys() - wanted
-    repeated = {key for key, count in counts.items() if count > 1}
+    wrong = {
+        f"of {len(wanted)} images are missing": wanted - counts.keys(),
+        "images are not part of the set": counts.keys() - wanted,
+        "images are scored more than once": {key for key, count in counts.items() if count > 1},
+    }
     faults = [] if wanted else ["nothing is expected; leave the category out or give it examples"]
-    if missing:
-        faults.append(f"{len(missing)} of {len(wanted)} images are missing: {_some(missing)}")
-    if extra:
-        faults.append(f"{len(extra)} images are not part of the set: {_some(extra)}")
-    if repeated:
-        faults.append(f"{len(repeated)} images are scored more than once: {_some(repeated)}")
-    broken = [
-        f"{score.example_id} (k={score.k}): {fault}"
-        for score in members
-        if (fault := _row_fault(score, BENCHMARK_OF.get(category, score.benchmark)))
-    ]
+    faults += [f"{len(keys)} {text}: {_some(keys)}" for text, keys in wrong.items() if keys]
+    rows = [(score, _row_fault(score, BENCHMARK_OF.get(category, score.benchmark))) for score in members]
+    broken = [f"{score.example_id} (k={score.k}): {fault}" for score, fault in rows if fault]
     faults += broken[:3] + ([f"{len(broken) - 3} more rows with such faults"] if len(broken) > 3 else [])
     failed = Counter(score.status for score in members if score.status != "ok")
     highest = len(members) - 1 if allow_partial else (1.0 - MINIMUM_COVERAGE) * len(members)

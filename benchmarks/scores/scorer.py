@@ -44,6 +44,7 @@ class Scorer(Protocol):
 
     def check(self, examples: Sequence[Example]) -> None:
         """Raises UserError(s), before anything is drawn, for what it would miss when it scores these examples."""
+        return
 
     def score(self, drawn: Sequence[DrawnImage]) -> list[ExampleScore]:
         """A row an image of one model, in order; an image that could not be judged has a row with its status."""

@@ -36,7 +36,8 @@ class Metric:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Metric:
         """Raises KeyError, TypeError or ValueError for a missing key or what is no number."""
-        return cls(*(float(value[name]) for name in ("mean", "stderr", "low", "high")), int(value["n"]))
+        mean, stderr, low, high = (float(value[name]) for name in ("mean", "stderr", "low", "high"))
+        return cls(mean, stderr, low, high, int(value["n"]))
 
 
 @dataclass(frozen=True)

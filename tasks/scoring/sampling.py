@@ -104,8 +104,8 @@ def score_field(
     """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and has them
     scored. The batch size changes nothing but speed."""
     drawn: list[DrawnImage] = []
-    how = {"model": model, "scale": scale, "folder": scoring.folder}
-    for batch in draw_field(field, scoring.backbone, evaluation, scoring.sampling, **how):
+    what = (field, scoring.backbone, evaluation, scoring.sampling)
+    for batch in draw_field(*what, model=model, scale=scale, folder=scoring.folder):
         for example, path, seed, k in zip(batch.examples, batch.paths, batch.seeds, batch.k, strict=True):
             source = evaluation.source_file(example)
             drawn.append(DrawnImage(model, example, k, seed, path, scoring.folder / path, source))

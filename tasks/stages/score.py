@@ -83,15 +83,15 @@ def score(
 
     `out` holds every image with its score, report.html, grids, the curves of both trainings, all models' scorecards and
     their comparisons."""
+    scorer, evaluation = to_score(params, curated)
+    scorer.check(evaluation.examples)
+    results = Results(params, scorer, evaluation, {}, reference_scores(validated, params.routing.routes))
     loading, base = params.backbone.loading(), read_records(teachers)[BASE].sha256
     backbone = load_base(teachers, **loading)
     distilled, candidate = (
         load_student(folder, load_base(teachers, need=TRANSFORMER, **loading), base).field
         for folder in (student, absorbed)
     )
-    scorer, evaluation = to_score(params, curated)
-    scorer.check(evaluation.examples)
-    results = Results(params, scorer, evaluation, {}, reference_scores(validated, params.routing.routes))
     models = {
         DISTILLED: (distilled, 1.0),
         DISTILLED_GUIDED: (distilled, params.sampling.guidance),
@@ -227,8 +227,8 @@ def _write_report(
         teacher = results.teacher_of[example.category]
         source = [("source", curated / example.source)] if example.source else []
         beside[example.id] = [*source, (f"teacher {teacher}", _image(validated, teacher, example))]
-    others = {name: (folder, rows) for name, rows in results.scores.items()}
-    others |= {name: (curated if name in CONTROLS else validated, rows) for name, rows in results.reference.items()}
+    others = {name: (folder, scores) for name, scores in results.scores.items()}
+    others |= {name: (curated if name in CONTROLS else validated, scores) for name, scores in results.reference.items()}
     report = Report(
         cards=cards,
         scores=rows,

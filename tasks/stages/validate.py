@@ -132,8 +132,9 @@ def _preview(teacher: Teacher, evaluation: EvaluationSet, scoring: Scoring) -> N
     """A few images of the teacher's own capability, for people to look at."""
     own, sampling = evaluation.only(teacher.capability), scoring.sampling
     few, sampling = replace(own, examples=own.examples[:PREVIEWS]), replace(sampling, images_per_prompt=1)
-    how = {"model": teacher.name, "scale": sampling.guidance if teacher.name == BASE else 1.0, "folder": scoring.folder}
-    list(draw_field(teacher.field, scoring.backbone, few, sampling, **how))
+    scale = sampling.guidance if teacher.name == BASE else 1.0
+    what = (teacher.field, scoring.backbone, few, sampling)
+    list(draw_field(*what, model=teacher.name, scale=scale, folder=scoring.folder))
     scoring.advance(PREVIEWS)
 
 
