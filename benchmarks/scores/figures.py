@@ -20,7 +20,8 @@ from data.records import BENCHMARKS, RETENTION
 
 STRIPS_A_LINE = 2
 # told apart without red and green
-COLORS = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #8c8c8c #4d4d4d #f0e442 #661100".split()
+COLORS: tuple[str, ...] = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+COLORS += ("#d55e00", "#8c8c8c", "#4d4d4d", "#f0e442", "#661100")
 
 
 def _save(figure: Figure, path: str | Path) -> None:
