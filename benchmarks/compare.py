@@ -16,9 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.scores.scorecard import MACRO, Scorecard, check_same_evaluator, read_scorecard
+from benchmarks.scores.scorecard import Scorecard, check_same_evaluator, read_scorecard
 from data.files import write_text
-from data.records import GEDIT_CATEGORIES
+from data.records import GEDIT_CATEGORIES, HEADLINES
 from data.yaml_files import read_yaml
 
 BENCHMARKS = ("gedit", "geneval")  # in the order of the paper's columns
@@ -54,7 +54,7 @@ def _paths(benchmark: str, paper: Mapping[str, Any]) -> list[str]:
 
 def columns_of(paper: Mapping[str, Any]) -> list[str]:
     """The table's columns, in the paper's order: each benchmark's average, then its tasks."""
-    return [column for benchmark in BENCHMARKS for column in (MACRO[benchmark], *_paths(benchmark, paper))]
+    return [column for benchmark in BENCHMARKS for column in (HEADLINES[benchmark], *_paths(benchmark, paper))]
 
 
 def _error_of_mean(errors: Sequence[float]) -> float:
@@ -74,13 +74,13 @@ def paper_rows(paper: Mapping[str, Any]) -> list[Row]:
             errors = [math.sqrt(share * (1.0 - share) / size) for share, size in zip(shares, sizes, strict=True)]
             values |= dict(zip(_paths("geneval", paper), map(Value, shares, errors), strict=True))
             overall = overall_of_counts(geneval["correct"], sizes)
-            values[MACRO["geneval"]] = Value(overall, _error_of_mean(errors))
+            values[HEADLINES["geneval"]] = Value(overall, _error_of_mean(errors))
         elif geneval:
-            values[MACRO["geneval"]] = Value(geneval["overall"])
+            values[HEADLINES["geneval"]] = Value(geneval["overall"])
         if "scores" in gedit:
             values |= dict(zip(_paths("gedit", paper), map(Value, gedit["scores"]), strict=True))
         if gedit:
-            values[MACRO["gedit"]] = Value(gedit["average"])
+            values[HEADLINES["gedit"]] = Value(gedit["average"])
         rows.append(Row(f"paper, {row['name']}", values))
     return rows
 
@@ -95,7 +95,7 @@ def scorecard_row(name: str, card: Scorecard, paper: Mapping[str, Any]) -> Row:
         values |= {path: Value(metric.mean, metric.stderr) for path, metric in known.items()}
         if len(known) == len(paths):
             mean = sum(metric.mean for metric in known.values()) / len(known)
-            values[MACRO[benchmark]] = Value(mean, _error_of_mean([metric.stderr for metric in known.values()]))
+            values[HEADLINES[benchmark]] = Value(mean, _error_of_mean([metric.stderr for metric in known.values()]))
     return Row(name, values)
 
 
@@ -149,7 +149,7 @@ def _gedit_differences(card: Scorecard, paper: Mapping[str, Any]) -> list[str]:
     if missing := [task for task in tasks if task not in scored]:
         notes.append(f"GEdit categories: {missing} were not scored, so there is no average over the paper's six")
     if set(scored) - set(tasks):
-        average = f"the scorecard's own average is {card.metrics[MACRO['gedit']].mean:.3f}"
+        average = f"the scorecard's own average is {card.metrics[HEADLINES['gedit']].mean:.3f}"
         counts = f"{len(scored)}, the paper {len(tasks)}"
         notes.append(f"GEdit categories: {counts}; the table averages over the paper's, {average}")
     if sizes != tasks:
@@ -200,7 +200,7 @@ def render(
                 cells[name] = [getattr(row.values.get(column), field, None) for row in rows]
         return pd.DataFrame(cells, index=names).to_csv() + "".join(f"# {line}\n" for line in (intro, *remarks))
     table = pd.DataFrame({column: [_text(row.values.get(column), column) for row in rows] for column in columns}, names)
-    averages = {MACRO["gedit"]: "GEdit avg", MACRO["geneval"]: "GenEval"}
+    averages = {HEADLINES["gedit"]: "GEdit avg", HEADLINES["geneval"]: "GenEval"}
     heads = {column: averages.get(column, column.split("/")[1]) for column in columns}
     bullets = [f"- {remark}" for remark in remarks]
     if style == "markdown":

@@ -3,8 +3,7 @@ that reads pixels and asks no model.
 
 The judge answers on GEdit's scale (0 to 10): SC1 the share of the edit's predicates that hold, all of them false in the
 source; SC2 how much else stayed; PQ1 how much of the foreground is a thing; PQ2 how near the palette the pixels are. An
-unedited copy earns SC1 = 0 and SC2 = 10, the ground truth 10 everywhere.
-"""
+unedited copy earns SC1 = 0 and SC2 = 10, the ground truth 10 everywhere."""
 
 from __future__ import annotations
 
@@ -15,22 +14,24 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gedit.rules import overall
+from benchmarks.geneval.confusion import confusions
 from benchmarks.geneval.rules import OFFICIAL, Detection, verdict
 from benchmarks.geneval.shapes import Detections, check_image, detect
 from benchmarks.scores.scorecard import ExampleScore
-from data.errors import UserError, UserErrors
+from benchmarks.scores.scorer import CONTROLS, DrawnImage, Scorer
+from data.errors import UserError
+from data.images import read_picture
 from data.microworld import Scene, World, render
 from data.randomness import numpy_generator
-from data.records import CAPABILITIES, GLOBAL_EDITS, LOCAL_EDITS, Example
+from data.records import CAPABILITIES, EDITS, Example
 
 INVISIBLE = 4.0  # levels of 255 by which a pixel may differ from the source and still be unchanged
-# mean visible change outside the edited place, in levels, that earns SC2 = 0; losing one other thing costs half of it
-# or more
+# mean visible change outside the edited place, in levels, that earns SC2 = 0; the loss of another thing costs half
 OVER_EDITED = 12.0
-CONTROLS = ("ground_truth", "shuffled")  # the ends of the scale, whose images are the examples' own targets
 SAME_PLACE = 0.3  # box IoU from which a replacement stands where the old thing stood
 
-Predicates = list[tuple[str, bool]]  # what the edit asks for, and whether it holds
+Predicates = list[tuple[str, bool]]  # a property that the edit must bring about, and whether the picture has it
+Layout = Mapping[int, tuple[str, str]]  # cell -> (shape, colour)
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,11 @@ def _box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height)
 
 
-def _layout_f1(found: Mapping[int, tuple[str, str]], wanted: Mapping[int, tuple[str, str]]) -> float:
-    """F1 of things matched by place, shape and colour. A cell holds one thing, so the optimal matching is cell by
-    cell.
-    """
-    if not found and not wanted:
+def _layout_f1(drawn: Layout, wanted: Layout) -> float:
+    """F1 of things matched by place, shape and colour. A cell holds one thing, so they are matched cell by cell."""
+    if not drawn and not wanted:
         return 1.0
-    return 2.0 * sum(found.get(cell) == look for cell, look in wanted.items()) / (len(found) + len(wanted))
+    return 2.0 * sum(drawn.get(cell) == look for cell, look in wanted.items()) / (len(drawn) + len(wanted))
 
 
 def _preservation(world: World, source_image: np.ndarray, image: np.ndarray, edited: int) -> float:
@@ -84,27 +83,17 @@ def _preservation(world: World, source_image: np.ndarray, image: np.ndarray, edi
     return 10.0 * float(np.clip(1.0 - change[outside].mean() / OVER_EDITED, 0.0, 1.0))
 
 
-def _thing_in(found: Detections, cell: int) -> Detection | None:
+def _thing_in(parse: Detections, cell: int) -> Detection | None:
     """The confident thing in a cell, if any."""
-    return next(
-        (
-            thing
-            for index, thing in zip(found.cells, found.things, strict=True)
-            if index == cell and thing.score > OFFICIAL.score
-        ),
-        None,
-    )
+    things = zip(parse.cells, parse.things, strict=True)
+    return next((thing for place, thing in things if place == cell and thing.score > OFFICIAL.score), None)
 
 
-def _added(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
-    """The new thing may land in any free cell; the best one found is judged, anything else that appeared counts as
-    over-editing.
-    """
+def _added(before: Detections, after: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
+    """The new thing may land in any free cell: the best match is judged, and what else appeared is over-editing."""
     new = layout_of(target)[touched]
     taken = set(layout_of(target)) - {touched}
-    free = [
-        (cell, look) for cell, look in found.layout().items() if cell not in taken
-    ]  # most confident first, and max keeps the first of equals
+    free = [(cell, look) for cell, look in after.layout().items() if cell not in taken]  # most confident first
     place, look = max(free, key=lambda item: (item[1][0] == new[0]) + (item[1][1] == new[1]), default=(touched, None))
     return place, [
         ("a new thing stands on free ground", look is not None),
@@ -113,16 +102,16 @@ def _added(before: Detections, found: Detections, target: Scene, touched: int) -
     ]
 
 
-def _removed(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
+def _removed(before: Detections, after: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
     old = before.layout().get(touched)
     return touched, [
-        (f"no {' '.join(reversed(old or ()))} is left", old not in found.layout().values()),
-        ("its place is empty", touched not in found.layout()),
+        (f"no {' '.join(reversed(old or ()))} is left", old not in after.layout().values()),
+        ("its place is empty", touched not in after.layout()),
     ]
 
 
-def _replaced(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
-    old, now, new = _thing_in(before, touched), _thing_in(found, touched), layout_of(target)[touched]
+def _replaced(before: Detections, after: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
+    old, now, new = _thing_in(before, touched), _thing_in(after, touched), layout_of(target)[touched]
     in_place = (
         now is not None and old is not None and now.class_name == new[0] and _box_iou(now.box, old.box) >= SAME_PLACE
     )
@@ -133,16 +122,15 @@ def _replaced(before: Detections, found: Detections, target: Scene, touched: int
     ]
 
 
-def _recolored(before: Detections, found: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
-    now, new = found.layout().get(touched), layout_of(target)[touched]
+def _recolored(before: Detections, after: Detections, target: Scene, touched: int) -> tuple[int, Predicates]:
+    now, new = after.layout().get(touched), layout_of(target)[touched]
     return touched, [
         (f"the thing in its place is {new[1]}", now is not None and now[1] == new[1]),
         (f"a {new[1]} {new[0]} stands in its place", now == new),
     ]
 
 
-# what a local edit did: (parse of the source, parse of the result, target scene, touched cell) -> (the cell that was
-# edited, predicates false in the source)
+# (parse of the source, parse of the result, target scene, touched cell) -> (the edited cell, predicates)
 LOCAL_JUDGES: dict[str, Callable[[Detections, Detections, Scene, int], tuple[int, Predicates]]] = {
     "subject-add": _added,
     "subject-remove": _removed,
@@ -155,132 +143,83 @@ def judge_edit(world: World, record: Mapping[str, Any], source_image: np.ndarray
     """Judges an edited picture against its record (as `data.microworld.edit_example` makes it); both pictures (size,
     size, 3) uint8.
 
-    Raises UserError for a record without the keys that its category needs, or for a picture of another size or type.
-    """
+    Raises UserError for a record without the keys that its category needs, or for a picture of another size or type."""
     check_image(world, source_image)
     check_image(world, image)
     try:
-        category, source, target = (
-            record["category"],
-            Scene.from_json(record["source"]),
-            Scene.from_json(record["target"]),
-        )
+        category = record["category"]
+        source, target = Scene.from_json(record["source"]), Scene.from_json(record["target"])
         touched = int(record["touched"][0]) if category in LOCAL_JUDGES else -1
     except (KeyError, TypeError, IndexError, ValueError) as error:
         needs = "it needs category, source, target and, for local edits, one touched cell"
         raise UserError(f"edit record {record.get('prompt', '')!r}: {error!r}; {needs}") from error
+    if category not in EDITS:
+        fault = f"category = {category!r}; choose one of {list(EDITS)}"
+        raise UserError(f"edit record {record.get('prompt', '')!r}: {fault}")
     style = nearest_style(world, source, image) if category == "style_change" else "plain"
-    found = detect(world, image, style)
-    wanted = layout_of(target)
+    parse, wanted = detect(world, image, style), layout_of(target)
     if category in LOCAL_JUDGES:
-        place, predicates = LOCAL_JUDGES[category](detect(world, source_image, source.style), found, target, touched)
+        place, predicates = LOCAL_JUDGES[category](detect(world, source_image, source.style), parse, target, touched)
         if category == "subject-add":
             wanted = {**{cell: look for cell, look in wanted.items() if cell != touched}, place: wanted[touched]}
         sc2 = _preservation(world, source_image, image, place)
-    elif category == "background_change":
-        predicates = [(f"the background is {target.background}", found.background == target.background)]
-        sc2 = 10.0 * _layout_f1(found.layout(), layout_of(source))
-    elif category == "style_change":
-        predicates = [(f"the style is {target.style}", style == target.style)]
-        sc2 = 10.0 * _layout_f1(found.layout(), layout_of(source))
     else:
-        raise UserError(
-            f"edit record {record.get('prompt', '')!r}: category = {category!r}; choose one of {[*LOCAL_EDITS, *GLOBAL_EDITS]}"
-        )
-    exact = found.background == target.background and style == target.style and found.layout() == wanted
+        predicates = [(f"the background is {target.background}", parse.background == target.background)]
+        if category == "style_change":
+            predicates = [(f"the style is {target.style}", style == target.style)]
+        sc2 = 10.0 * _layout_f1(parse.layout(), layout_of(source))
+    exact = parse.background == target.background and style == target.style and parse.layout() == wanted
     sc1 = 10.0 * sum(held for _, held in predicates) / len(predicates)
-    pq1, pq2 = 10.0 * (1.0 - found.unexplained), 10.0 * (1.0 - found.palette_distance)
+    pq1, pq2 = 10.0 * (1.0 - parse.unexplained), 10.0 * (1.0 - parse.palette_distance)
+    levels = {"kept as it was": sc2, "foreground explained": pq1, "palette": pq2}
     reasons = [f"not so: {name}" for name, held in predicates if not held]
-    reasons += [
-        f"{name} = {value:.1f} of 10"
-        for name, value in (("kept as it was", sc2), ("foreground explained", pq1), ("palette", pq2))
-        if value < 9.0
-    ]
+    reasons += [f"{name} = {value:.1f} of 10" for name, value in levels.items() if value < 9.0]
     return EditJudgement(sc1, sc2, pq1, pq2, exact, tuple(reasons))
 
 
-def _score(
-    world: World, example: Example, image: np.ndarray, source: np.ndarray | None
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    if source is None:
-        outcome = verdict(example.record, detect(world, image).by_class())
-        return {"correct": float(outcome.correct)}, outcome.reasons
-    judged = judge_edit(world, example.record, source, image)
-    sc, pq, o = overall((judged.sc1, judged.sc2), (judged.pq1, judged.pq2))
-    return {"O": o, "sc": sc, "pq": pq, "exact": float(judged.exact)}, judged.reasons
+@dataclass(frozen=True)
+class MicroScorer(Scorer):
+    """Scores all examples of the micro world: values {"correct"} for T2I, {"O", "sc", "pq", "exact"} for edits."""
 
+    world: World
 
-def score_images(
-    world: World,
-    examples: Sequence[Example],
-    images: Sequence[np.ndarray],
-    *,
-    model: str,
-    paths: Sequence[str],
-    seeds: Sequence[int],
-    k: Sequence[int],
-    sources: Mapping[str, np.ndarray],
-) -> list[ExampleScore]:
-    """One ExampleScore an image: values {"correct"} for T2I, {"O", "sc", "pq", "exact"} for edits.
+    @property
+    def edge(self) -> int:
+        return self.world.size
 
-    `images[i]`, (size, size, 3) uint8, was made for `examples[i]` as its `k[i]`-th sample from `seeds[i]` and lies at
-    `paths[i]`; `sources` holds every edit's source image by example id. Raises UserError(s) for lists of unequal
-    length, a missing source, or a malformed record.
-    """
-    lengths = {"examples": len(examples), "images": len(images), "paths": len(paths), "seeds": len(seeds), "k": len(k)}
-    if len(set(lengths.values())) > 1:
-        raise UserError(f"scores of {model}: lists of unequal length {lengths}; give one entry an image")
-    missing = sorted(
-        {example.id for example in examples if CAPABILITIES[example.capability].is_edit and example.id not in sources}
-    )
-    if missing:
-        raise UserErrors(f"scores of {model}: {len(missing)} edits without a source image:", missing[:5])
-    scores = []
-    for example, image, path, seed, index in zip(examples, images, paths, seeds, k, strict=True):
-        capability = CAPABILITIES[example.capability]
-        values, reasons = _score(world, example, image, sources[example.id] if capability.is_edit else None)
-        scores.append(
-            ExampleScore(model, capability.benchmark, example.category, example.id, index, seed, values, reasons, path)
+    def score(self, drawn: Sequence[DrawnImage]) -> list[ExampleScore]:
+        """Raises UserError for a picture of another size, an edit without a source, or a malformed record."""
+        return [self._score(image) for image in drawn]
+
+    def _score(self, image: DrawnImage) -> ExampleScore:
+        example, picture = image.example, read_picture(image.file)
+        if not CAPABILITIES[example.capability].is_edit:
+            outcome = verdict(example.record, detect(self.world, picture).by_class())
+            return image.score({"correct": float(outcome.correct)}, outcome.reasons)
+        if image.source is None:
+            raise UserError(f"{example.id}: an edit without a source image cannot be judged")
+        judged = judge_edit(self.world, example.record, read_picture(image.source), picture)
+        sc, pq, o = overall((judged.sc1, judged.sc2), (judged.pq1, judged.pq2))
+        return image.score({"O": o, "sc": sc, "pq": pq, "exact": float(judged.exact)}, judged.reasons)
+
+    def controls(self, targets: Sequence[DrawnImage], seed: int) -> list[ExampleScore]:
+        """Shuffled targets are dealt round a seeded random circle, so that none meets its own example.
+
+        Raises UserError for a category with a single example."""
+        givers = dict(enumerate(targets))
+        for category in dict.fromkeys(target.example.category for target in targets):
+            members = [place for place, target in enumerate(targets) if target.example.category == category]
+            if len(members) < 2:
+                advice = "score two or more of every category"
+                raise UserError(f"shuffled floor: {category} has a single example; {advice}")
+            order = numpy_generator(seed, 0, 0, f"shuffled/{category}").permutation(len(members))
+            circle = [members[int(place)] for place in order]
+            givers |= {taker: targets[giver] for taker, giver in zip(circle, circle[1:] + circle[:1], strict=True)}
+        truth, shuffled = CONTROLS
+        dealt = [replace(targets[place], image=giver.image, file=giver.file) for place, giver in sorted(givers.items())]
+        return self.score(
+            [replace(target, model=truth) for target in targets] + [replace(target, model=shuffled) for target in dealt]
         )
-    return scores
 
-
-def controls(
-    world: World,
-    examples: Sequence[Example],
-    targets: Sequence[np.ndarray],
-    *,
-    paths: Sequence[str],
-    sources: Mapping[str, np.ndarray],
-    seed: int,
-) -> dict[str, list[ExampleScore]]:
-    """The ends of the scale: "ground_truth" scores every target image against its own example, "shuffled" against
-    another example of the same category.
-
-    `targets[i]` (size, size, 3) uint8 at `paths[i]` is the target of `examples[i]`. Shuffled targets are dealt round a
-    seeded random circle, so that none meets its own example. Raises UserError for a category with a single example.
-    """
-    donor = list(range(len(examples)))
-    for category in dict.fromkeys(example.category for example in examples):
-        members = [index for index, example in enumerate(examples) if example.category == category]
-        if len(members) < 2:
-            raise UserError(f"shuffled floor: {category} has a single example; score two or more of every category")
-        circle = [
-            members[int(i)] for i in numpy_generator(seed, 0, 0, f"shuffled/{category}").permutation(len(members))
-        ]
-        for taker, giver in zip(circle, circle[1:] + circle[:1], strict=True):
-            donor[taker] = giver
-    orders = dict(zip(CONTROLS, (list(range(len(examples))), donor), strict=True))
-    return {
-        model: score_images(
-            world,
-            examples,
-            [targets[index] for index in order],
-            model=model,
-            paths=[paths[index] for index in order],
-            seeds=[seed] * len(examples),
-            k=[0] * len(examples),
-            sources=sources,
-        )
-        for model, order in orders.items()
-    }
+    def confusions(self, scores: Sequence[ExampleScore], examples: Sequence[Example]) -> list[dict[str, Any]]:
+        return confusions(scores, {example.id: example.record for example in examples})

@@ -40,6 +40,20 @@ SPLITS = ("train", "eval")
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark's rows are summarised: the path of its macro average, the value that is averaged, its highest."""
+
+    headline: str
+    value: str
+    highest: float
+
+
+BENCHMARKS = {"geneval": Benchmark("geneval/overall", "correct", 1.0), "gedit": Benchmark("gedit/average", "O", 10.0)}
+HEADLINES = {name: benchmark.headline for name, benchmark in BENCHMARKS.items()}
+RETENTION = "retention/"  # before a capability: the path of the student's mean over its teacher's
+
+
+@dataclass(frozen=True)
 class Example:
     """One curated row. Image paths are relative to the curated folder."""
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data.files import read_json
+from data.records import HEADLINES
 
 LOG_WIDTH = 150  # columns where no terminal says otherwise
-HEADLINES = ("geneval/overall", "gedit/average")
 PLACES = {
     "report": "reports/score/report.html",
     "images": "reports/score",
@@ -56,8 +56,10 @@ def _scores(scorecard: dict[str, Any], others: dict[str, Means]) -> Table:
     table.add_column("metric")
     for column in ("student", "interval", "n", *others):
         table.add_column(column, justify="right")
-    for path in sorted(metrics, key=lambda path: (path not in HEADLINES, not path.startswith("retention/"), path)):
-        metric, name = metrics[path], Text(path, style="bold" if path in HEADLINES else "")
+    for path in sorted(
+        metrics, key=lambda path: (path not in HEADLINES.values(), not path.startswith("retention/"), path)
+    ):
+        metric, name = metrics[path], Text(path, style="bold" if path in HEADLINES.values() else "")
         interval = f"{_number(metric['low'])} to {_number(metric['high'])}"
         beside = [_number(means.get(path)) for means in others.values()]
         table.add_row(name, _number(metric["mean"]), interval, str(metric["n"]), *beside)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.params import BenchmarkParams
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.microworld import World
@@ -39,7 +40,7 @@ from model.rollout import euler_grid, roll_out_to_query
 from model.route import Route, Router
 from model.setup import Setup
 from tasks.checks.plan import Size, memory, waiting_memory
-from tasks.params.sections import BackboneParams, BenchmarkParams, PretrainedParams, RoutingParams, SamplingParams
+from tasks.params.sections import BackboneParams, PretrainedParams, RoutingParams, SamplingParams
 from tasks.scoring.sampling import draw_field, evaluation_set
 from tasks.stages import absorb as absorbing
 from tasks.stages import distill as distilling

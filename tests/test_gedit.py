@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.gedit.rules import Sample, aggregate, overall
-from benchmarks.micro import controls, judge_edit, nearest_style, score_images
+from benchmarks.micro import MicroScorer, judge_edit, nearest_style
 from benchmarks.scores.scorecard import STATUSES
+from benchmarks.scores.scorer import CONTROLS, DrawnImage
 from data.errors import UserError, UserErrors
-from data.microworld import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, Thing, World, edit_example, render, t2i_example
+from data.microworld import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, Thing, World, edit_example, render
+from data.microworld import example as example_of
 from data.randomness import numpy_generator
-from data.records import GENEVAL_TAGS, GLOBAL_EDITS, LOCAL_EDITS, Example
+from data.records import BUCKETS, CAPABILITIES, EDITS, GENEVAL_TAGS, Example
 
 WORLD = World()
-EDITS = LOCAL_EDITS + GLOBAL_EDITS
 
 
 def sample(name: str, category: str, sc: float, pq: float) -> Sample:
@@ -248,74 +250,50 @@ def test_records_without_what_they_need_are_named():
 # --- from records to rows ---------------------------------------------------------------------------------------------
 
 
-def evaluation_set(count: int = 8):
-    """(examples, target images, source images by id)."""
-    examples, targets, sources = [], [], {}
+@pytest.fixture
+def targets(tmp_path):
+    """Eight examples a category, each with its target as if a model had drawn it."""
+    drawn = []
     for category in (*GENEVAL_TAGS, *EDITS):
         rng = numpy_generator(1, 0, 0, category)
-        for index in range(count):
-            name = f"{category}-{index}"
-            capability = (
-                "t2i" if category in GENEVAL_TAGS else "local_edit" if category in LOCAL_EDITS else "global_edit"
-            )
-            if capability == "t2i":
-                record, target = t2i_example(WORLD, rng, category, "eval")
-            else:
-                record, source, target = edit_example(WORLD, rng, category, "eval")
-                sources[name] = render(WORLD, source)
-            examples.append(Example(name, "eval", capability, category, record["prompt"], record=record))
-            targets.append(render(WORLD, target))
-    return examples, targets, sources
+        for index in range(8):
+            capability = next(name for name in BUCKETS if category in CAPABILITIES[name].categories)
+            record, source, target = example_of(WORLD, rng, category, "eval")
+            example = Example(f"{category}-{index}", "eval", capability, category, record["prompt"], record=record)
+            files = [tmp_path / f"{example.id}{part}.png" for part in ("", "-source")]
+            for scene, file in zip((target, source), files, strict=True):
+                if scene is not None:
+                    Image.fromarray(render(WORLD, scene)).save(file)
+            drawn.append(DrawnImage("m", example, 0, 7, files[0].name, files[0], files[1] if source else None))
+    return drawn
 
 
-def test_the_controls_are_the_ends_of_the_scale():
-    examples, targets, sources = evaluation_set()
-    paths = [f"{example.id}.png" for example in examples]
-    rows = controls(WORLD, examples, targets, paths=paths, sources=sources, seed=0)
-    assert {score.model for score in rows["ground_truth"]} == {"ground_truth"} and {
-        score.model for score in rows["shuffled"]
-    } == {"shuffled"}
-    for score in rows["ground_truth"]:
+def test_the_controls_are_the_ends_of_the_scale(targets):
+    scorer = MicroScorer(WORLD)
+    rows = scorer.controls(targets, seed=0)
+    truth, shuffled = ([row for row in rows if row.model == name] for name in CONTROLS)
+    assert len(truth) == len(shuffled) == len(targets) and len(rows) == 2 * len(targets)
+    for score in truth:
         assert score.values == (
             {"correct": 1.0} if score.benchmark == "geneval" else {"O": 10.0, "sc": 10.0, "pq": 10.0, "exact": 1.0}
         )
         assert score.image == f"{score.example_id}.png"
-    for score in rows["shuffled"]:
+    for score in shuffled:
         assert score.image != f"{score.example_id}.png" and score.image.startswith(score.category)
-    assert np.mean([score.values["correct"] for score in rows["shuffled"] if score.benchmark == "geneval"]) < 0.35
-    assert np.mean([score.values["O"] for score in rows["shuffled"] if score.benchmark == "gedit"]) < 1.5
-    assert controls(WORLD, examples, targets, paths=paths, sources=sources, seed=0) == rows
-    assert controls(WORLD, examples, targets, paths=paths, sources=sources, seed=1)["shuffled"] != rows["shuffled"]
+    assert np.mean([score.values["correct"] for score in shuffled if score.benchmark == "geneval"]) < 0.35
+    assert np.mean([score.values["O"] for score in shuffled if score.benchmark == "gedit"]) < 1.5
+    assert scorer.controls(targets, seed=0) == rows != scorer.controls(targets, seed=1)
+    with pytest.raises(UserError, match="single_object has a single example"):
+        scorer.controls(targets[:1], seed=0)
 
 
-def test_a_row_says_what_was_scored():
-    examples, targets, sources = evaluation_set(1)
-    (row,) = score_images(
-        WORLD, examples[-1:], targets[-1:], model="m", paths=["a.png"], seeds=[7], k=[3], sources=sources
-    )
-    assert (row.model, row.benchmark, row.category, row.example_id, row.k, row.seed, row.image, row.status) == (
-        "m",
-        "gedit",
-        examples[-1].category,
-        examples[-1].id,
-        3,
-        7,
-        "a.png",
-        "ok",
-    )
-
-
-def test_wrong_lists_are_refused():
-    examples, targets, sources = evaluation_set(1)
-    many = len(examples)
-    with pytest.raises(UserError, match="unequal length"):
-        score_images(
-            WORLD, examples, targets[1:], model="m", paths=[""] * many, seeds=[0] * many, k=[0] * many, sources=sources
-        )
-    with pytest.raises(UserErrors, match="6 edits without a source"):
-        score_images(WORLD, examples, targets, model="m", paths=[""] * many, seeds=[0] * many, k=[0] * many, sources={})
-    with pytest.raises(UserError, match="single example"):
-        controls(WORLD, examples, targets, paths=[""] * many, sources=sources, seed=0)
+def test_a_row_says_what_was_scored(targets):
+    drawn = replace(targets[-1], k=3, image="a.png")
+    (row,) = MicroScorer(WORLD).score([drawn])
+    about = ("m", "gedit", drawn.example.category, drawn.example.id, 3, 7, "a.png", "ok")
+    assert (row.model, row.benchmark, row.category, row.example_id, row.k, row.seed, row.image, row.status) == about
+    with pytest.raises(UserError, match=f"{drawn.example.id}: an edit without a source image"):
+        MicroScorer(WORLD).score([replace(drawn, source=None)])
 
 
 def test_a_smaller_world_is_judged_as_well():

@@ -20,24 +20,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.gedit.scorer import GeditScorer
 from benchmarks.judge.access import name_of_local
+from benchmarks.params import BenchmarkParams, JudgeParams, RequestParams, ServerParams
+from benchmarks.scorers import scorer_of
 from benchmarks.scores.scorecard import ExampleScore, read_scorecard, read_scores
 from data.errors import UserError, UserErrors
-from data.records import read_examples, write_examples
+from data.records import Example, read_examples, write_examples
 from model.route import Route
 from tasks.checks import rescore
 from tasks.checks.preflight import judge_faults
 from tasks.environment import PROJECT
 from tasks.params.reading import faults_of
-from tasks.params.sections import (
-    BenchmarkParams,
-    JudgeParams,
-    RequestParams,
-    RoutingParams,
-    SamplingParams,
-    ServerParams,
-)
-from tasks.scoring.real import check_judgeable, notes_of_scores, scored_examples
+from tasks.params.sections import RoutingParams, SamplingParams
 from tasks.stages import absorb as absorbing
 from tasks.stages import distill as distilling
 from tasks.stages import encode as encoding
@@ -182,7 +177,8 @@ def test_a_killed_validation_ends_as_an_unbroken_one_and_asks_nothing_twice(home
                 hold.wait(300)
 
         server.before = stop_at_the_fifth
-        code = f"from tests.test_real_edits import *; run_validate(Path({str(root)!r}), Path({str(tmp_path / 'killed')!r}), judge_params({server.url!r}))"
+        call = f"run_validate(Path({str(root)!r}), Path({str(tmp_path / 'killed')!r}), judge_params({server.url!r}))"
+        code = f"from tests.test_real_edits import *; {call}"
         child = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=PROJECT,
@@ -378,17 +374,19 @@ def test_language_and_categories_choose_what_is_judged(home: Home) -> None:
     edit, drawn = (next(one for one in examples if one.capability == kind) for kind in ("local_edit", "t2i"))
     chinese = replace(edit, id="cn", record={"instruction_language": "cn"})
     benchmark, judge = benchmark_of(home.curated.parent), judge_params("http://127.0.0.1:9/v1")
-    assert scored_examples([drawn, edit, chinese], benchmark, judge) == [drawn, edit]
-    assert scored_examples([drawn, edit, chinese], benchmark, replace(judge, language="cn")) == [drawn, chinese]
-    assert scored_examples([drawn, edit, chinese], benchmark, replace(judge, categories=("color_alter",))) == [drawn]
-    assert scored_examples([drawn, edit, chinese], replace(benchmark, detector="micro"), judge) == [
-        drawn,
-        edit,
-        chinese,
-    ]
+
+    def judged(detector: str = benchmark.detector, **changes: Any) -> list[Example]:
+        scorer = scorer_of(replace(benchmark, detector=detector), replace(judge, **changes), WORLD.world())
+        return [example for example in (drawn, edit, chinese) if scorer.judges(example)]
+
+    assert judged() == [drawn, edit]
+    assert judged(language="cn") == [drawn, chinese]
+    assert judged(categories=("color_alter",)) == [drawn]
+    assert judged("micro") == [drawn, edit, chinese]
     with pytest.raises(UserError, match=r"record\.instruction_language = 'zh'; choose one of \['en', 'cn'\]"):
-        scored_examples([replace(edit, record={"instruction_language": "zh"})], benchmark, judge)
-    check_judgeable([drawn], benchmark, replace(judge, kind="none"))  # nobody judges where nothing is edited
+        GeditScorer(benchmark, judge).judges(replace(edit, record={"instruction_language": "zh"}))
+    nobody = scorer_of(benchmark, replace(judge, kind="none"), WORLD.world())
+    nobody.check([drawn])  # nobody judges where nothing is edited
 
 
 def test_the_report_says_what_has_no_score_and_how_far_that_could_move_the_average() -> None:
@@ -402,13 +400,12 @@ def test_the_report_says_what_has_no_score_and_how_far_that_could_move_the_avera
         "language": "en",
         "repeats": 3,
     }
-    first, second = notes_of_scores(rows, {"gedit": about})
+    scorer = GeditScorer(BenchmarkParams("x", "", "cpu", 1, 1, ""), judge_params("http://127.0.0.1:9/v1"))
+    first, second = scorer.notes(rows, {"gedit": about})
     assert first.startswith("Edits: judge j (endpoint, p)") and "3 judgement(s)" in first
-    assert (
-        second
-        == "Without a score: 1 refused in subject-add. Had these images earned 0 or 10, the average would be 6.25 or 7.50."
-    )
-    assert notes_of_scores(rows, {}) == []
+    bounds = "Had these images earned 0 or 10, the average would be 6.25 or 7.50."
+    assert second == f"Without a score: 1 refused in subject-add. {bounds}"
+    assert scorer.notes(rows, {}) == []
 
 
 def test_faults_of_the_judge_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.geneval.confusion import color_confusion, count_confusion
+from benchmarks.geneval.confusion import color_confusion, confusions, count_confusion
 from benchmarks.geneval.prompts import official_records
 from benchmarks.geneval.rules import Detection, verdict
 from benchmarks.scores.figures import edit_strips, sample_grid, scorecard_plot
@@ -108,11 +108,8 @@ def anchored(text: str) -> dict[str, str]:
 
 def test_every_figure_leads_to_the_images_that_earned_it(results):
     folder, cards, scores, _ = results
-    text = page(
-        results,
-        others={name: (folder, [replace(score, model=name) for score in scores]) for name in ("base", "shuffled")},
-        pages={"local teacher": "l.html"},
-    )
+    others = {name: (folder, [replace(score, model=name) for score in scores]) for name in ("base", "shuffled")}
+    text = page(results, others=others)
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids)) and {link[1:] for link in re.findall(r'href="(#[^"]*)"', text)} <= set(ids)
     parts, rows_of = anchored(text), {}
@@ -134,7 +131,7 @@ def test_every_figure_leads_to_the_images_that_earned_it(results):
         ):
             (target,) = re.findall(r'href="#([^"]*)"', rows_of[name][path])
             assert parts[target].count('<div class="one"') == 12 and f"{name}, {category}</h4>" in parts[target]
-    assert 'href="l.html"' in text and "href" not in rows_of["ground_truth"]["geneval/colors"]
+    assert "href" not in rows_of["ground_truth"]["geneval/colors"]
     first = parts[re.findall(r'href="#([^"]*)"', rows_of["student"]["gedit/subject-add"])[0]]
     values = [float(value) for value in re.findall(r'<b class="[a-z]*">([0-9.]+)</b>', first)]
     assert values == sorted(score.values["O"] for score in scores if score.category == "subject-add")  # worst first
@@ -308,7 +305,7 @@ def test_colours_are_confused_as_the_verdict_saw_them():
 
 def test_the_confusions_stand_on_the_page_and_lead_to_an_image(results):
     records = {f"c{index}": {"include": [{"class": "circle", "count": 1, "color": "red"}]} for index in range(12)}
-    text = page(results, records=records)
+    text = page(results, confusions=confusions(results[2], records))
     assert "Which colour" in text and "How many things" not in text
     assert re.search(r'<td class="hit"><a href="#e0">8</a></td>', text) and re.search(
         r'<td class="miss"><a href="#e\d+">4</a></td>', text

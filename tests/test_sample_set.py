@@ -15,14 +15,15 @@ import torch
 
 from benchmarks.geneval.images import image_path, image_seed, read_images
 from benchmarks.geneval.prompts import as_jsonl, official_records
+from benchmarks.params import BenchmarkParams
+from benchmarks.scorers import scorer_of
 from benchmarks.scores.scorecard import read_scores
 from data.errors import UserError
 from data.records import Example
 from model.networks.teachers import BASE, load_teachers
 from tasks.__main__ import main
-from tasks.params.sections import BenchmarkParams, SamplingParams
-from tasks.scoring import real
-from tasks.scoring.sampling import EvaluationSet, score_field
+from tasks.params.sections import SamplingParams
+from tasks.scoring.sampling import EvaluationSet, Scoring, score_field
 from tasks.scoring.sampling import image_seed as example_seed
 from tests.tiny import NOBODY, WORLD, draw, save_teachers
 from tests.tiny_evaluator import tiny_clip, tiny_mask2former
@@ -219,7 +220,7 @@ def test_generate_detect_and_verdict_of_a_model(teachers: Path, tmp_path: Path) 
 
 
 def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real, "STORE", tmp_path / "store")
+    monkeypatch.setattr("benchmarks.geneval.scorer.STORE", tmp_path / "store")
     monkeypatch.setattr("benchmarks.geneval.detector.SHORT_SIDE", 64)
     tiny_mask2former(tmp_path / "detector")
     tiny_clip(tmp_path / "classifier")
@@ -231,26 +232,15 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
         Example(f"{index:05d}", "eval", "t2i", record["tag"], draw("colors", index)[0]["prompt"], record=record)
         for index, record in enumerate(wanted)
     )
-    evaluation = EvaluationSet(examples, {}, {}, tmp_path)
+    scorer, evaluation = scorer_of(benchmark, NOBODY, WORLD), EvaluationSet(examples, {}, tmp_path)
     sampling = SamplingParams(steps=2, guidance=1.0, images_per_prompt=2, seed=0, batch=5)
     backbone, fields = load_teachers(teachers, [BASE])
     advanced: list[int] = []
 
     def rows() -> list[Any]:
         with torch.no_grad():
-            return score_field(
-                fields[BASE],
-                backbone,
-                WORLD,
-                evaluation,
-                sampling,
-                model="m",
-                scale=1.0,
-                folder=tmp_path,
-                advance=lambda n=1, **_: advanced.append(n),
-                benchmark=benchmark,
-                judge=NOBODY,
-            )
+            scoring = Scoring(backbone, sampling, scorer, tmp_path, lambda n=1, **_: advanced.append(n))
+            return score_field(fields[BASE], evaluation, scoring, model="m", scale=1.0)
 
     scores = rows()
     assert [(score.example_id, score.k, score.seed) for score in scores] == [
@@ -261,7 +251,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     assert all((tmp_path / score.image).exists() for score in scores)
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # a stage that runs again looks at nothing twice
     assert rows() == scores
-    identity = real.identities_of_scores(scores, examples, benchmark, NOBODY)["geneval"]["evaluator"]
+    identity = scorer.identity(scores, examples)["geneval"]["evaluator"]
     assert identity["detector"]["architecture"] == "mask2former" and identity["classifier"]["architecture"] == "clip"
     with pytest.raises(UserError, match="no such folder"):
-        real.check_judgeable(examples, replace(benchmark, detector="gone"), NOBODY)
+        scorer_of(replace(benchmark, detector="gone"), NOBODY, WORLD).check(examples)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.params import JudgeParams
 from data.files import write_json
 from data.microworld import World, example, render
 from data.randomness import numpy_generator
@@ -29,7 +30,7 @@ from model.randomness import noise_for, torch_generator
 from model.step import LoopParams
 from tasks.environment import PROJECT
 from tasks.params.reading import PARAMS_FILE, fill_section
-from tasks.params.sections import BackboneParams, JudgeParams, MicroParams
+from tasks.params.sections import BackboneParams, MicroParams
 from tasks.stages import encode as encoding
 
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))

@@ -24,7 +24,7 @@ from benchmarks.judge.access import Access, name_of_local
 from benchmarks.judge.protocol import IMAGE_FORMATS, JUDGES, RESIZES, JudgeSettings, read_rgb
 from benchmarks.judge.wording import load_wording
 from benchmarks.scores.scorecard import STATUSES, write_scorecard, write_scores
-from benchmarks.steps import SAMPLER, Options, Step, run_step, sample, setting
+from benchmarks.steps import SAMPLER, Options, run_step, sample, setting
 from benchmarks.store import shard_of
 from data.errors import UserError
 from data.files import atomic_file, write_json
@@ -145,7 +145,7 @@ def _prompts(given: Namespace) -> None:
     """Print the set's rows as JSON Lines, and on stderr how many there are of each category."""
     tasks = _tasks(given, Path("."))
     for task in tasks:
-        row = {"key": task.key, "instruction_language": task.language, "task_type": task.category}
+        row: dict[str, Any] = {"key": task.key, "instruction_language": task.language, "task_type": task.category}
         row |= {"instruction": task.instruction, "intersection_exist": task.intersection, "source": str(task.source)}
         print(json.dumps(row, ensure_ascii=False))
     for (language, category), count in sorted(Counter((task.language, task.category) for task in tasks).items()):
@@ -240,12 +240,12 @@ REPORT: Options = {
 }
 ANCHORS: Options = {"--to": NEEDED, "--count": setting(44, "spread over the categories")}
 STEPS = {
-    "prompts": Step(_prompts, "print the set's rows and their counts", TASKS),
-    "generate": Step(_generate, "edit the set's images with a model", {**TASKS, **IMAGES, **SAMPLER}),
-    "judge": Step(_judge, "ask a judge about every edited image", {**TASKS, **IMAGES, **JUDGE, **SERVER, **RUN}),
-    "verdict": Step(_verdict, "raw replies to scores, columns and a scorecard", COLUMN),
-    "report": Step(_report, "one HTML page", {**COLUMN, **REPORT}),
-    "anchors": Step(_anchors, "freeze a set by which the judge's drift is measured", {**JUDGED, **ANCHORS}),
+    "prompts": (_prompts, TASKS),
+    "generate": (_generate, {**TASKS, **IMAGES, **SAMPLER}),
+    "judge": (_judge, {**TASKS, **IMAGES, **JUDGE, **SERVER, **RUN}),
+    "verdict": (_verdict, COLUMN),
+    "report": (_report, {**COLUMN, **REPORT}),
+    "anchors": (_anchors, {**JUDGED, **ANCHORS}),
 }
 
 

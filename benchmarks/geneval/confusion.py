@@ -49,3 +49,12 @@ def color_confusion(scores: Sequence[ExampleScore], records: Records) -> Confusi
                     seen = _matches(SEEN, reasons)
                     _put(table, color, seen[0] if seen else NOTHING if reasons else color, place)
     return dict(sorted(table.items()))
+
+
+def confusions(scores: Sequence[ExampleScore], records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tables that the report shows, where they have rows: {"title", "columns": detected, "rows": Confusion}."""
+    counts, colors = count_confusion(scores, records), color_confusion(scores, records)
+    numbers = sorted({name for row in counts.values() for name in row}, key=int)
+    names = [*colors, *sorted({name for row in colors.values() for name in row} - colors.keys())]
+    tables = (("How many things", numbers, counts), ("Which colour", names, colors))
+    return [{"title": title, "columns": columns, "rows": rows} for title, columns, rows in tables if rows]

@@ -10,12 +10,14 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.geneval.confusion import confusions
 from benchmarks.geneval.run import RESULTS_FILE, SCORECARD_FILE, VERDICT, read_official_rows
 from benchmarks.scores import scorecard
 from benchmarks.scores.scorecard import ExampleScore, Scorecard
 from benchmarks.scores.statistics import Comparison, holm
 from data.errors import UserError
 from data.files import write_text
+from data.records import HEADLINES
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.txt"
 PER_CATEGORY = 6  # best and worst images that the page shows of a task
@@ -45,7 +47,7 @@ def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, float]:
     """p by metric path: the macro average is the declared question and keeps its p, the categories are adjusted
     together (Holm)."""
     p = {path: comparison.p for path, comparison in comparisons.items()}
-    return {**p, **holm({path: value for path, value in p.items() if path not in scorecard.MACRO.values()})}
+    return {**p, **holm({path: value for path, value in p.items() if path not in HEADLINES.values()})}
 
 
 def _table(cards: Mapping[str, Scorecard]) -> str:
@@ -111,12 +113,13 @@ def _page(folder: Path, cards: Mapping[str, Scorecard], scores: Sequence[Example
     from benchmarks.scores.page import Report, write_report
 
     rows = {row["filename"]: row for row in read_official_rows(folder / RESULTS_FILE)}
+    records = {score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores}
     report = Report(
         cards=cards,
         scores=scores,
         folder=images,
         prompts={score.example_id: rows[score.image]["prompt"] for score in scores},
-        records={score.example_id: json.loads(rows[score.image]["metadata"]) for score in scores},
+        confusions=confusions(scores, records),
         per_category=PER_CATEGORY,
         files=[str(folder / scorecard.SCORES_FILE)],
     )

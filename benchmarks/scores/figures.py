@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.scores.scorecard import Scorecard, all_paths
 from data.errors import UserError
 from data.files import atomic_file
+from data.records import BENCHMARKS, RETENTION
 
 STRIPS_A_LINE = 2
+# told apart without red and green
+COLORS: tuple[str, ...] = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+COLORS += ("#d55e00", "#8c8c8c", "#4d4d4d", "#f0e442", "#661100")
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -24,19 +30,17 @@ def _save(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
 
 
-def _wrap(text: str, width: int) -> str:
-    """Breaks a title at spaces into lines of at most `width` characters where words allow."""
-    lines = [""]
-    for word in text.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
-    return "\n".join(line for line in lines if line)
+def _bare(axes: Axes, title: str) -> None:
+    """A plot from 0 up without a frame at its top and right."""
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_ylim(bottom=0.0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def sample_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: str | Path, columns: int = 6) -> None:
     """A PNG sheet of images (H, W, 3) uint8 with their titles.
 
-    Raises UserError for none, or another number of titles.
-    """
+    Raises UserError for none, or another number of titles."""
     if not images or len(images) != len(titles):
         given = f"{len(images)} images with {len(titles)} titles"
         raise UserError(f"{path}: {given}; give one title an image and at least one image")
@@ -47,7 +51,7 @@ def sample_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: str |
         axes.set_axis_off()
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(_wrap(title, 24), fontsize=7)
+        axes.set_title(textwrap.fill(title, 24, break_long_words=False, break_on_hyphens=False), fontsize=7)
     _save(figure, path)
 
 
@@ -60,8 +64,7 @@ def edit_strips(
 ) -> None:
     """A PNG sheet with two edits a line: source, teacher, student, each (H, W, 3) uint8, under the instruction.
 
-    Raises UserError for unequal or empty lists.
-    """
+    Raises UserError for unequal or empty lists."""
     lengths = {"sources": len(sources), "teachers": len(teachers), "students": len(students), "prompts": len(prompts)}
     if len(set(lengths.values())) > 1 or not prompts:
         raise UserError(f"{path}: lists of lengths {lengths}; give one of each an edit and at least one edit")
@@ -70,16 +73,12 @@ def edit_strips(
     grid = figure.subplots(lines, 3 * STRIPS_A_LINE, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for place, prompt in enumerate(prompts):
-        line, first = divmod(place, STRIPS_A_LINE)
-        row = grid[line, 3 * first : 3 * first + 3]
-        for axes, name, image in zip(
-            row, ("source", "teacher", "student"), (sources[place], teachers[place], students[place]), strict=True
-        ):
+    edits = zip(grid.reshape(-1, 3), prompts, zip(sources, teachers, students, strict=True), strict=False)
+    for row, prompt, images in edits:
+        for axes, name, image in zip(row, ("source", "teacher", "student"), images, strict=True):
             axes.set_axis_on()
             axes.imshow(image, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             axes.set_xlabel(name, fontsize=7)
         row[1].set_title(prompt, fontsize=8)
     _save(figure, path)
@@ -88,37 +87,30 @@ def edit_strips(
 def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> None:
     """A PNG of every metric of every model with its interval, one panel a benchmark.
 
-    Raises UserError when there is no metric at all.
-    """
-    paths = all_paths(scorecards)
-    panels = [[path for path in paths if path.startswith(f"{kind}/")] for kind in ("geneval", "gedit", "retention")]
-    panels = [panel for panel in panels if panel]
+    Raises UserError when there is no metric at all."""
+    groups: dict[str, list[str]] = {prefix: [] for prefix in (*(f"{name}/" for name in BENCHMARKS), RETENTION)}
+    for metric in all_paths(scorecards):
+        groups.setdefault(f"{metric.partition('/')[0]}/", []).append(metric)
+    panels = [panel for panel in groups.values() if panel]
     if not panels:
         raise UserError(f"{path}: no metric to draw; pass at least one scorecard with metrics")
     figure = Figure(figsize=(10, 3.4 * len(panels)), layout="constrained")
     color_of = {name: COLORS[index % len(COLORS)] for index, name in enumerate(scorecards)}
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
-        present = {
-            name: card.metrics for name, card in scorecards.items() if any(metric in card.metrics for metric in panel)
-        }
+        present = {name: card.metrics for name, card in scorecards.items() if not card.metrics.keys().isdisjoint(panel)}
         width = min(0.3, 0.8 / len(present))
         for index, (name, metrics) in enumerate(present.items()):
             known = [(place, metrics[metric]) for place, metric in enumerate(panel) if metric in metrics]
             x = np.array([place for place, _ in known]) + (index - (len(present) - 1) / 2) * width
-            means = np.array([metric.mean for _, metric in known])
-            spread = np.array([[metric.mean - metric.low, metric.high - metric.mean] for _, metric in known]).T.clip(
-                min=0.0
-            )
-            whiskers = {"yerr": spread, "error_kw": {"elinewidth": 0.8, "capsize": 1.5}}
+            means = [metric.mean for _, metric in known]
+            spread = np.array([(metric.mean - metric.low, metric.high - metric.mean) for _, metric in known])
+            whiskers = {"yerr": spread.T.clip(min=0.0), "error_kw": {"elinewidth": 0.8, "capsize": 1.5}}
             axes.bar(x, means, width, label=name, color=color_of[name], **whiskers)
         axes.set_xticks(range(len(panel)), [metric.split("/")[1].replace("_", "_\n") for metric in panel], fontsize=8)
-        axes.set_title(f"{panel[0].split('/')[0]} (mean and interval)", fontsize=9, loc="left")
-        axes.set_ylim(bottom=0.0)
         axes.set_xlim(-0.6, len(panel) - 0.4)
-        axes.spines[["top", "right"]].set_visible(False)
-    entries = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+        _bare(axes, f"{panel[0].split('/')[0]} (mean and interval)")
+    handles = [axes.get_legend_handles_labels() for axes in figure.axes]
+    entries = {label: bars for pair in handles for bars, label in zip(*pair, strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(6, len(entries)), fontsize=8)
     _save(figure, path)
 
@@ -127,8 +119,7 @@ def training_curves(steps: Mapping[str, Path], path: str | Path) -> None:
     """A PNG of the loss and the gradient norm by step of several trainings, with their running means over a twentieth.
 
     `steps` maps a training to its steps.csv (columns step, loss, gradient_norm); without steps its panels are empty.
-    Raises UserError for a missing file.
-    """
+    Raises UserError for a missing file."""
     missing = [str(file) for file in steps.values() if not file.is_file()]
     if missing:
         raise UserError(f"{path}: no {', '.join(missing)}; run the stage that trains it again")
@@ -141,21 +132,5 @@ def training_curves(steps: Mapping[str, Path], path: str | Path) -> None:
             mean = table[column].rolling(max(1, len(table) // 20), min_periods=1).mean()
             axes.plot(table["step"], table[column], color=COLORS[4], linewidth=0.6)
             axes.plot(table["step"], mean, color=COLORS[0], linewidth=1.5)
-            axes.set_title(f"{name}, {label} by step (thick: running mean)", fontsize=9, loc="left")
-            axes.set_ylim(bottom=0.0)
-            axes.spines[["top", "right"]].set_visible(False)
+            _bare(axes, f"{name}, {label} by step (thick: running mean)")
     _save(figure, path)
-
-
-COLORS = (  # tell apart without red and green
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#d55e00",
-    "#8c8c8c",
-    "#4d4d4d",
-    "#f0e442",
-    "#661100",
-)

@@ -1,9 +1,8 @@
-"""What a reviewer reads: one HTML page that needs nothing beside it.
+"""What a reviewer reads: one HTML page that needs no other file.
 
-Every figure on the page is a link to the images that earned it, as far as their rows are given, worst first. Images
-are embedded: small ones as they are, larger ones as thumbnails; the browser draws only what is in view, so that a page
-of thousands opens at once. Here the values are prepared; the markup stands in `templates/`.
-"""
+Every figure is a link to the images that earned it, as far as their rows are given, worst first. Images are embedded:
+small ones as they are, larger ones as thumbnails; the browser draws only what is in view, so that a page of thousands
+opens at once. Here the values are prepared; the markup stands in `templates/`."""
 
 from __future__ import annotations
 
@@ -14,19 +13,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from PIL import Image
 
-from benchmarks.geneval.confusion import Confusion, color_confusion, count_confusion
 from benchmarks.scores.figures import COLORS
-from benchmarks.scores.scorecard import BENCHMARK_OF, MACRO, PRIMARY, ExampleScore, Scorecard, all_paths
+from benchmarks.scores.scorecard import BENCHMARK_OF, ExampleScore, Scorecard, all_paths
 from data.errors import UserError
 from data.files import explain, write_text
 from data.pages import render
-from data.records import CAPABILITIES
+from data.records import BENCHMARKS, CAPABILITIES, HEADLINES, RETENTION
 
 THUMBNAIL, CLOSE_UP = 112, 320  # px, longest side: among all images, and among the worst and best
 CHAMPION = "<!-- champion -->"  # where `add_champion` puts its section; the template writes it
@@ -37,31 +36,24 @@ BAR_LEFT, BAR_RIGHT, BAR_LINE = 108, 272, 18  # px of the bars' drawing: where t
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows.
+    """What a page shows."""
 
-    `cards` maps a name to its scorecard: the candidate first, then champion, teachers, base, the ends of the scale.
-    `scores` are the candidate's rows; `prompts` holds the prompt of every example id; `folder` is what
-    `ExampleScore.image` is relative to. `images` maps an example id to (caption, file) pairs to show beside the
-    candidate's image, of which the one captioned "source" stands beside it everywhere. `files` names the scores files
-    of all models. `records` holds GenEval's records for the confusion tables. `others` maps further models of `cards`
-    to (folder, rows) whose images are shown, too; `pages` maps models to the address of a page of their own.
-    `comparisons` are paired differences ({"a", "b", "path", "difference", "low", "high", "p", "n", "discordant"});
-    `notes` are sentences below the headline.
-    """
-
-    cards: Mapping[str, Scorecard]
-    scores: Sequence[ExampleScore]
-    prompts: Mapping[str, str]
-    folder: Path
+    cards: Mapping[str, Scorecard]  # by name: the candidate first, then teachers, base, the ends of the scale
+    scores: Sequence[ExampleScore]  # the candidate's rows
+    prompts: Mapping[str, str]  # of every example id
+    folder: Path  # what `ExampleScore.image` is relative to
+    # example id -> (caption, file) of images beside the candidate's; one captioned "source" stands there everywhere
     images: Mapping[str, Sequence[tuple[str, Path]]] = field(default_factory=dict)
     title: str = "Scores of the distilled student"
-    per_category: int = 2
-    files: Sequence[str] = ()
-    records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    per_category: int = 2  # worst and best images
+    files: Sequence[str] = ()  # the scores files of all models
+    # what was asked against what was detected: {"title", "columns", "rows": {asked: {column: places in `scores`}}}
+    confusions: Sequence[Mapping[str, Any]] = ()
+    # further models of `cards` whose images are shown: their folder and rows
     others: Mapping[str, tuple[Path, Sequence[ExampleScore]]] = field(default_factory=dict)
-    pages: Mapping[str, str] = field(default_factory=dict)
+    # paired differences: {"a", "b", "path", "difference", "low", "high", "p", "n", "discordant"}
     comparisons: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # sentences below the headline
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -72,39 +64,35 @@ class Thumbnail(NamedTuple):
     small: bool  # embedded as it is
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such image, though a score names it; run the score stage again") from error
-    except OSError as error:
-        raise explain(error, file) from error
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def thumbnail(file: Path, longest: int) -> Thumbnail:
     """An image as a data URI, at most `longest` px on its longest side.
 
-    Raises UserError for a missing or unreadable file.
-    """
-    content = _read(file)
+    Raises UserError for a missing or unreadable file."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such image, though a score names it; run the score stage again") from error
+    except OSError as error:
+        raise explain(error, file) from error
     kind = {b"\x89PNG": "png", b"\xff\xd8\xff\xe0": "jpeg", b"RIFF": "webp"}.get(content[:4])
     try:
         with Image.open(io.BytesIO(content)) as image:
             if kind and len(content) <= AS_IT_IS and max(image.size) <= longest:
-                return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", True)
+                return Thumbnail(_uri(kind, content), True)
             shown = image.convert("RGB")
             shown.thumbnail((longest, longest), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             shown.save(buffer, format="WEBP", quality=62, method=2)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{file}: not a readable image ({error})") from error
-    return Thumbnail(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", False)
+    return Thumbnail(_uri("webp", buffer.getvalue()), False)
 
 
-Thumbnails = Mapping[tuple[Path, int], Thumbnail]  # by file and longest side
-
-
-def _thumbnails(files: Iterable[tuple[Path, int]]) -> Thumbnails:
+def _thumbnails(files: Iterable[tuple[Path, int]]) -> dict[tuple[Path, int], Thumbnail]:
     """Every (file, longest side) once, several at a time: decoding leaves the interpreter free."""
     wanted = list(dict.fromkeys(files))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -114,84 +102,20 @@ def _thumbnails(files: Iterable[tuple[Path, int]]) -> Thumbnails:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+def _anchor(model: int, category: str) -> str:
+    return f"m{model}-{re.sub(r'[^A-Za-z0-9]+', '-', category).strip('-')}"
 
 
-def _digits(path: str) -> int:
-    return 2 if path.startswith("gedit/") else 3
-
-
-class _Places:
-    """Where on the page (or on another page) the images behind a figure stand."""
-
-    def __init__(self, models: Mapping[str, Iterable[str]], pages: Mapping[str, str]) -> None:
-        self._shown = {name: list(dict.fromkeys(categories)) for name, categories in models.items()}
-        self._pages = pages
-
-    def anchor(self, model: str, category: str) -> str:
-        return f"m{list(self._shown).index(model)}-{_slug(category)}"
-
-    def link(self, model: str, path: str) -> str | None:
-        """The address of the images behind a model's metric; None where no row is at hand."""
-        benchmark, _, name = path.partition("/")
-        wanted: Collection[str] = [name]
-        if benchmark == "retention":
-            wanted = CAPABILITIES[name].categories if name in CAPABILITIES else ()
-        elif path in MACRO.values():
-            wanted = [category for category, of in BENCHMARK_OF.items() if of == benchmark]
-        first = next((category for category in self._shown.get(model, ()) if category in wanted), None)
-        return self._pages.get(model) if first is None else f"#{self.anchor(model, first)}"
-
-
-def _cell(card: Scorecard, path: str, address: str | None) -> dict[str, Any]:
-    return {"metric": card.metrics.get(path), "digits": _digits(path), "address": address}
-
-
-def _table(cards: Mapping[str, Scorecard], paths: Sequence[str], places: _Places) -> dict[str, Any]:
-    """Models down, metrics across; the first model is the candidate."""
-    rows = {name: [_cell(card, path, places.link(name, path)) for path in paths] for name, card in cards.items()}
-    return {"paths": paths, "rows": rows}
-
-
-def _bars(cards: Mapping[str, Scorecard], path: str, places: _Places) -> dict[str, Any]:
-    """A metric of every model as a bar with its interval; lengths in px of the drawing."""
-    known = {
-        name: (place, card.metrics[path]) for place, (name, card) in enumerate(cards.items()) if path in card.metrics
-    }
-    highest = PRIMARY.get(path.split("/")[0], ("", 1.0))[1]
-    scale = (BAR_RIGHT - BAR_LEFT) / max(highest, *(metric.high for _, metric in known.values()))
-    bars = []
-    for line, (name, (place, metric)) in enumerate(known.items()):
-        low, high, end = (BAR_LEFT + max(0.0, value) * scale for value in (metric.low, metric.high, metric.mean))
-        shape = {"top": line * BAR_LINE + 3, "color": COLORS[place % len(COLORS)], "low": low, "high": high, "end": end}
-        bars.append({"name": name, "mean": metric.mean, "address": places.link(name, path), **shape})
-    frame = {"left": BAR_LEFT, "right": BAR_RIGHT, "height": len(bars) * BAR_LINE}
-    return {"path": path, "digits": _digits(path), "bars": bars, **frame}
-
-
-def _difference(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A paired difference; its mark says whether it excludes 0."""
-    return {
-        **row,
-        "digits": _digits(row["path"]),
-        "mark": "good" if row["low"] > 0 else "bad" if row["high"] < 0 else "",
-    }
-
-
-def _confusion(title: str, table: Confusion, numbers: bool) -> dict[str, Any]:
-    """Asked down, detected across; every number leads to the first of its images."""
-    detected = {name for row in table.values() for name in row}
-    columns = sorted(detected, key=int) if numbers else [*table, *sorted(detected - table.keys())]
-    rows = {
-        name: [
-            {"members": members, "mark": "zero" if not members else "hit" if column == name else "miss"}
-            for column in columns
-            for members in [row.get(column, [])]
-        ]
-        for name, row in table.items()
-    }
-    return {"title": title, "columns": columns, "rows": rows}
+def _link(model: int, categories: Collection[str], path: str) -> str | None:
+    """The address of the images behind a metric of the page's model of that number, which has images of `categories`;
+    None where there is no image."""
+    benchmark, _, name = path.partition("/")
+    behind = {name}
+    if path.startswith(RETENTION):
+        behind = set(CAPABILITIES[name].categories) if name in CAPABILITIES else set()
+    elif path in HEADLINES.values():
+        behind = {category for category, of in BENCHMARK_OF.items() if of == benchmark}
+    return next((f"#{_anchor(model, category)}" for category in categories if category in behind), None)
 
 
 # --- rows and their images --------------------------------------------------------------------------------------------
@@ -201,15 +125,15 @@ def _values(score: ExampleScore) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in score.values.items()) or score.status
 
 
-def _primary(score: ExampleScore) -> float:
-    """0 is the lowest score, 1 the highest; a failed judgement comes before the worst score."""
-    name, highest = PRIMARY[score.benchmark]
-    return score.values.get(name, -highest) / highest
+def _share(score: ExampleScore) -> float:
+    """0 is the lowest score, 1 the highest; -1 is a failed judgement, which comes before the worst score."""
+    benchmark = BENCHMARKS[score.benchmark]
+    return score.values.get(benchmark.value, -benchmark.highest) / benchmark.highest
 
 
 def failed(score: ExampleScore) -> bool:
     """Whether a row counts as a failure: it has no score, or at most half of the highest."""
-    return _primary(score) <= 0.5
+    return _share(score) <= 0.5
 
 
 def _has_image(score: ExampleScore) -> bool:
@@ -219,22 +143,20 @@ def _has_image(score: ExampleScore) -> bool:
 def extremes(scores: Sequence[ExampleScore], count: int) -> tuple[list[ExampleScore], list[ExampleScore]]:
     """The `count` worst and best rows of a category, no row in both, and no row of the highest score among the worst.
 
-    Ties go by id, so the choice does not depend on the rows' order.
-    """
-    ordered = sorted(scores, key=lambda score: (_primary(score), score.example_id, score.k))
-    worst = [score for score in ordered[: min(count, (len(ordered) + 1) // 2)] if _primary(score) < 1.0]
+    Ties go by id, so the choice does not depend on the rows' order."""
+    ordered = sorted(scores, key=lambda score: (_share(score), score.key))
+    worst = [score for score in ordered[: min(count, (len(ordered) + 1) // 2)] if _share(score) < 1.0]
     best = [score for score in reversed(ordered) if score not in worst][:count]
     return worst, best
 
 
-def _in_order(scores: Sequence[ExampleScore]) -> list[ExampleScore]:
-    categories = list(BENCHMARK_OF)
-    return sorted(scores, key=lambda score: (categories.index(score.category), score.example_id, score.k))
+Groups = dict[str, list[tuple[int, ExampleScore]]]  # category -> (place among all rows, row)
 
 
-def _by_category(ordered: Sequence[ExampleScore]) -> dict[str, list[tuple[int, ExampleScore]]]:
-    """Category -> (place among all rows, row)."""
-    groups: dict[str, list[tuple[int, ExampleScore]]] = {}
+def _grouped(scores: Iterable[ExampleScore]) -> Groups:
+    """Rows by category, in the benchmarks' order, then by example and sample."""
+    categories, groups = list(BENCHMARK_OF), Groups()
+    ordered = sorted(scores, key=lambda score: (categories.index(score.category), score.key))
     for place, score in enumerate(ordered):
         groups.setdefault(score.category, []).append((place, score))
     return groups
@@ -247,68 +169,88 @@ class _Page:
         self.report, self.path = report, path
         self.name = next(iter(report.cards))
         others = {name: rows for name, rows in report.others.items() if name in report.cards and name != self.name}
-        models = {self.name: (report.folder, report.scores), **others}
-        self.rows = {name: (folder, _in_order(scores)) for name, (folder, scores) in models.items()}
-        self.drawn: list[str] = []  # models whose images stand on the page itself: always the candidate's
-        count = 0
-        for name, (_, scores) in self.rows.items():
-            if not self.drawn or count + len(scores) <= MOST_IMAGES:
-                self.drawn.append(name)
-                count += len(scores)
-        self.places = _Places(
-            {name: [row.category for row in rows] for name, (_, rows) in self.rows.items()}, report.pages
-        )
-        pairs = {example: dict(shown) for example, shown in report.images.items()}
-        self.sources = {example: shown["source"] for example, shown in pairs.items() if "source" in shown}
-        self.groups = _by_category(self.rows[self.name][1])
+        self.rows = {self.name: (report.folder, report.scores), **others}
+        self.groups = {name: _grouped(scores) for name, (_, scores) in self.rows.items()}
+        self.ordered = [score for members in self.groups[self.name].values() for _, score in members]
+        self.drawn, self.left_out = [self.name], list[str]()  # models whose images the page holds, and others
+        count = len(report.scores)
+        for name, (_, scores) in others.items():
+            if count + len(scores) > MOST_IMAGES:
+                self.left_out.append(name)
+                continue
+            self.drawn.append(name)
+            count += len(scores)
+        shown = [(example, *pair) for example, pairs in report.images.items() for pair in pairs]
+        self.sources = {example: file for example, caption, file in shown if caption == "source"}
         self.chosen = {
             category: extremes([score for _, score in members], report.per_category)
-            for category, members in self.groups.items()
+            for category, members in self.groups[self.name].items()
         }
         self.thumbnails = _thumbnails(self._wanted())
 
+    def link(self, model: str, path: str) -> str | None:
+        """The address of the images behind a model's metric; None where no row is at hand."""
+        number = list(self.groups).index(model) if model in self.groups else 0
+        return _link(number, self.groups.get(model, ()), path)
+
+    def bars(self, path: str) -> dict[str, Any]:
+        """A metric of every model as a bar with its interval; lengths in px of the drawing."""
+        models = [(name, card.metrics.get(path)) for name, card in self.report.cards.items()]
+        known = [(name, color, metric) for (name, metric), color in zip(models, cycle(COLORS)) if metric]
+        benchmark = BENCHMARKS.get(path.partition("/")[0])
+        highest = max(benchmark.highest if benchmark else 1.0, *(metric.high for _, _, metric in known))
+        scale, bars = (BAR_RIGHT - BAR_LEFT) / highest, []
+        for line, (name, color, metric) in enumerate(known):
+            low, high, end = (BAR_LEFT + max(0.0, value) * scale for value in (metric.low, metric.high, metric.mean))
+            shape = {"top": line * BAR_LINE + 3, "color": color, "low": low, "high": high, "end": end}
+            bars.append({"name": name, "mean": metric.mean, "address": self.link(name, path), **shape})
+        frame = {"left": BAR_LEFT, "right": BAR_RIGHT, "height": len(bars) * BAR_LINE}
+        return {"path": path, "bars": bars, **frame}
+
+    def _beside(self, score: ExampleScore) -> list[tuple[str, Path]]:
+        """(caption, file) of the images of a row among the worst and best."""
+        made = [(score.model, self.report.folder / score.image)] if _has_image(score) else []
+        return [*self.report.images.get(score.example_id, ()), *made]
+
     def _wanted(self) -> Iterable[tuple[Path, int]]:
+        """Every image of the page with its longest side."""
         for score in (score for pair in self.chosen.values() for scores in pair for score in scores):
-            yield from ((file, CLOSE_UP) for _, file in self.report.images.get(score.example_id, ()))
-            if _has_image(score):
-                yield self.report.folder / score.image, CLOSE_UP
-        for name in self.drawn:
-            folder, scores = self.rows[name]
+            yield from ((file, CLOSE_UP) for _, file in self._beside(score))
+        for folder, scores in (self.rows[name] for name in self.drawn):
             yield from ((folder / score.image, THUMBNAIL) for score in scores if _has_image(score))
         scored = {score.example_id for score in self.report.scores}
         yield from ((file, THUMBNAIL) for example, file in self.sources.items() if example in scored)
 
     def _card(self, place: int, score: ExampleScore, kind: str) -> dict[str, Any]:
         """A row among the worst and best: with its image and what stands beside it, large."""
-        beside = list(self.report.images.get(score.example_id, ()))
-        beside += [(score.model, self.report.folder / score.image)] if _has_image(score) else []
-        pictures = [(self.thumbnails[file, CLOSE_UP], caption) for caption, file in beside]
-        kind = "failure" if failed(score) else kind
-        text = {"prompt": self.report.prompts[score.example_id], "values": _values(score)}
-        return {"score": score, "kind": kind, "place": place, "pictures": pictures, **text}
+        return {
+            "score": score,
+            "kind": "failure" if failed(score) else kind,
+            "place": place,
+            "pictures": [(self.thumbnails[file, CLOSE_UP], caption) for caption, file in self._beside(score)],
+            "prompt": self.report.prompts[score.example_id],
+            "values": _values(score),
+        }
 
     def examples(self) -> list[dict[str, Any]]:
         """Each category's failures in number, and its worst and best rows."""
-        found = []
-        for category, members in self.groups.items():
-            place_of = {(score.example_id, score.k): place for place, score in members}
-            cards = [
-                self._card(place_of[score.example_id, score.k], score, kind)
-                for kind, scores in zip(("lowest", "best"), self.chosen[category], strict=True)
-                for score in scores
-            ]
+        shown = []
+        for category, members in self.groups[self.name].items():
+            place_of = {score.key: place for place, score in members}
+            kinds = zip(("lowest", "best"), self.chosen[category], strict=True)
+            cards = [self._card(place_of[score.key], score, kind) for kind, scores in kinds for score in scores]
             failures = sum(failed(score) for _, score in members)
-            found.append({"category": category, "failures": failures, "count": len(members), "cards": cards})
-        return found
+            shown.append({"category": category, "failures": failures, "count": len(members), "cards": cards})
+        return shown
 
     def _entry(self, model: str, place: int, score: ExampleScore) -> dict[str, Any]:
-        """A row among all: its value and its image; the candidate's with what was asked, and an edit's source."""
-        share, folder, candidate = _primary(score), self.rows[model][0], model == self.name
-        image = folder / score.image if _has_image(score) else None
+        """A row among all: its value and its image; the candidate's with its prompt, and an edit's source."""
+        candidate = model == self.name
+        image = self.rows[model][0] / score.image if _has_image(score) else None
         source = self.sources.get(score.example_id) if candidate else None
         return {
-            "value": f"{score.values[PRIMARY[score.benchmark][0]]:.3g}" if score.status == "ok" else score.status,
-            "mark": "good" if share >= 0.9 else "bad" if failed(score) else "",
+            "value": f"{score.primary:.3g}" if score.status == "ok" else score.status,
+            "mark": "good" if _share(score) >= 0.9 else "bad" if failed(score) else "",
             "address": quote(os.path.relpath(image, self.path.parent)) if image else None,
             "image": self.thumbnails[image, THUMBNAIL] if image and model in self.drawn else None,
             "source": self.thumbnails[source, THUMBNAIL] if source else None,
@@ -319,22 +261,30 @@ class _Page:
 
     def everything(self) -> dict[str, list[dict[str, Any]]]:
         """Model -> its categories with all of their rows, worst first."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for model, (_, scores) in self.rows.items():
+        shown: dict[str, list[dict[str, Any]]] = {model: [] for model in self.groups}
+        for number, (model, groups) in enumerate(self.groups.items()):
             kind = "all" if model == self.name else "all few" if model in self.drawn else "links"
-            found[model] = []
-            for category, members in _by_category(scores).items():
-                worst_first = sorted(members, key=lambda pair: (_primary(pair[1]), pair[0]))
+            for category, members in groups.items():
+                worst_first = sorted(members, key=lambda pair: (_share(pair[1]), pair[0]))
                 entries = [self._entry(model, place, score) for place, score in worst_first]
-                anchor = self.places.anchor(model, category)
-                found[model].append({"category": category, "anchor": anchor, "kind": kind, "entries": entries})
-        return found
+                about = {"category": category, "anchor": _anchor(number, category), "kind": kind}
+                shown[model].append({**about, "entries": entries})
+        return shown
 
     def confusions(self) -> list[dict[str, Any]]:
-        ordered, records = self.rows[self.name][1], self.report.records
-        counts = _confusion("How many things", count_confusion(ordered, records), True)
-        colors = _confusion("Which colour", color_confusion(ordered, records), False)
-        return [table for table in (counts, colors) if table["rows"]]
+        """Asked down, detected across; every number leads to the first of its images."""
+        place_of = {score.key: place for place, score in enumerate(self.ordered)}
+        places = [place_of[score.key] for score in self.report.scores]
+
+        def cells(asked: str, row: Mapping[str, Sequence[int]], columns: Sequence[str]) -> list[dict[str, Any]]:
+            marks = ["zero" if not row.get(name) else "hit" if name == asked else "miss" for name in columns]
+            members = [sorted(places[index] for index in row.get(name, ())) for name in columns]
+            return [{"members": shown, "mark": mark} for shown, mark in zip(members, marks, strict=True)]
+
+        return [
+            {**table, "rows": {asked: cells(asked, row, table["columns"]) for asked, row in table["rows"].items()}}
+            for table in self.report.confusions
+        ]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -350,28 +300,24 @@ def write_report(path_html: str | Path, report: Report) -> None:
         few = f"{len(unknown)} scored examples have no prompt, e.g. {unknown[:3]}"
         raise UserError(f"{path_html}: {few}; pass the examples that were scored")
     page = _Page(Path(path_html), report)
-    paths, candidate = all_paths(cards), cards[page.name]
-    macros = [path for path in paths if path in MACRO.values()]
-    headline = macros + [path for path in paths if path.startswith("retention/")]
-    differences = [_difference(row) for row in report.comparisons]
+    paths, candidate, headlines = all_paths(cards), cards[page.name], HEADLINES.values()
+    first = [path for path in paths if path in headlines] + [path for path in paths if path.startswith(RETENTION)]
     facts = {**{f"benchmark {name}": value for name, value in candidate.benchmarks.items()}, **candidate.identities}
     text = render(
         "benchmarks/report.html.j2",
+        page=page,
         report=report,
         title=report.title,
         candidate=candidate.model,
-        headline=_table(cards, headline, page.places),
-        figures=_table(cards, paths, page.places),
-        bars=[_bars(cards, path, page.places) for path in paths],
-        differences=[row for row in differences if row["path"] in MACRO.values()],
-        differences_by_category=[row for row in differences if row["path"] not in MACRO.values()],
+        headline=first,
+        paths=paths,
+        differences=[row for row in report.comparisons if row["path"] in headlines],
+        differences_by_category=[row for row in report.comparisons if row["path"] not in headlines],
         confusions=page.confusions(),
         examples=page.examples(),
-        everything=page.everything(),
-        left_out=[model for model in page.rows if model not in page.drawn],
         most_images=MOST_IMAGES,
         facts=facts,
-        rows=[(score, _values(score), report.prompts[score.example_id]) for score in page.rows[page.name][1]],
+        rows=[(score, _values(score)) for score in page.ordered],
     )
     write_text(path_html, text)
 
@@ -391,24 +337,19 @@ def add_champion(
     `comparison` maps a metric path to the paired difference {"difference", "low", "high", "p", "n"}; None where the two
     were not scored on the same images. `folder` is where the page's files lie as seen from the new page's place
     ("score/"); `champion_page` the address of the champion's page, where the images behind its figures are. Raises
-    UserError for a page without a place for the section.
-    """
+    UserError for a page without a place for the section."""
     if CHAMPION not in page:
         raise UserError("the report page has no place for the champion; run the score stage again")
-    # the candidate is the page's first model
-    places = _Places({"": [category for category in BENCHMARK_OF if f'id="m0-{_slug(category)}"' in page]}, {})
-    lines = []
-    for path in (path for path in candidate.metrics if path in champion.metrics):
-        row, address = (comparison or {}).get(path), places.link("", path)
-        theirs = _cell(champion, path, _within(champion_page, address))
-        difference = _difference({"path": path, **row}) if row else None
-        first = path in MACRO.values()
-        lines.append((path, first, _cell(candidate, path, address), theirs, difference))
-    section = render("benchmarks/champion.html.j2", version=version, lines=lines, paired=bool(comparison))
+    shown = [category for category in BENCHMARK_OF if f'id="{_anchor(0, category)}"' in page]  # 0 is the candidate
+    addresses = {path: _link(0, shown, path) for path in candidate.metrics if path in champion.metrics}
+    values = {
+        "version": version,
+        "cards": (candidate, champion),
+        "addresses": addresses,
+        "champion_page": champion_page,
+    }
+    section = render(
+        "benchmarks/champion.html.j2", **values, differences=comparison or {}, headlines=HEADLINES.values()
+    )
     moved = re.sub(r'href="(?!#|[a-z]+:)', f'href="{folder}', page)
     return moved.replace(CHAMPION, section, 1)
-
-
-def _within(page: str | None, anchor: str | None) -> str | None:
-    """The anchor on another page of this kind, where the candidate comes first too; MLflow's pages have no anchors."""
-    return page if page is None or anchor is None or "#" in page else page + anchor

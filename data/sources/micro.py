@@ -68,7 +68,7 @@ def collect(request: Request, out: Path) -> dict[str, Any]:
             return path
 
         for done, (name, split, capability, record, source, target) in enumerate(draw_examples(request), 1):
-            row = {"id": name, "split": split, "capability": capability}
+            row: dict[str, Any] = {"id": name, "split": split, "capability": capability}
             row |= {"category": record.get("category") or record["tag"], "prompt": record["prompt"], "record": record}
             if source is not None:
                 row["source"] = save(f"{name}-source", source)

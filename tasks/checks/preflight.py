@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scorers import entries
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.records import CAPABILITIES
@@ -55,17 +56,18 @@ def folder_faults(document: dict[str, Any], project: Path) -> list[str]:
 
 
 def evaluators(document: dict[str, Any], project: Path) -> dict[str, tuple[str, str]]:
-    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that judge images."""
-    from data.microworld import MICRO  # here, as it loads pandas
-
-    benchmark, known = document.get("benchmark"), {}
-    for key in ("detector", "classifier"):
-        name = str(benchmark.get(key) or "") if isinstance(benchmark, dict) else ""
-        if name and name != MICRO:
-            on_hub = HUB.fullmatch(f"hf://{name}") is not None
-            here = (project / name).is_dir() or (on_hub and in_hub_cache(name))
-            known[f"benchmark.{key}"] = (name, "here" if here else "to fetch" if on_hub else "missing")
-    return known
+    """The params' key -> (address, "here", "to fetch" or "missing") of the networks that look at the images."""
+    section, found = document.get("benchmark"), {}
+    benchmark = section if isinstance(section, dict) else {}
+    for key in (key for entry in entries(str(benchmark.get("detector"))) for key in entry.networks):
+        name = str(benchmark.get(key) or "")
+        if name:
+            here = (project / name).is_dir() or in_hub_cache(name)
+            found[f"benchmark.{key}"] = (
+                name,
+                "here" if here else "to fetch" if HUB.fullmatch(f"hf://{name}") else "missing",
+            )
+    return found
 
 
 def in_hub_cache(name: str) -> bool:
@@ -96,16 +98,19 @@ def _source_uris(document: dict[str, Any]) -> dict[str, str]:
 
 def judge_faults(document: dict[str, Any]) -> list[str]:
     """A judge that the routes will need, and that is not named or whose key is not in the environment."""
-    from data.microworld import MICRO  # here, as it loads pandas
-
     try:
-        judge, micro = document["judge"], document["benchmark"]["detector"] == MICRO
-        taught = {route["capability"] for route in document["routing"]["routes"]}
-        edits = sorted(name for name in taught if CAPABILITIES[name].is_edit)
+        judge, asks = document["judge"], any(entry.asks for entry in entries(str(document["benchmark"]["detector"])))
+        edits = sorted(
+            {
+                route["capability"]
+                for route in document["routing"]["routes"]
+                if CAPABILITIES[route["capability"]].is_edit
+            }
+        )
         variable = judge["server"]["key_variable"] if judge["kind"] == "endpoint" else ""
-    except MALFORMED:
-        return []
-    if micro or not edits:
+    except (KeyError, TypeError):
+        return []  # the sections' own checks name what is wrong with them
+    if not asks or not edits:
         return []
     if judge["kind"] == "none":
         remedy = "which a detector cannot judge; name an endpoint or a local judge"

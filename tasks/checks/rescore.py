@@ -12,21 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scores.scorecard import ExampleScore, expected_scores, read_scores, write_scorecard
+from benchmarks.scores.scorecard import expected_scores, write_scorecard
 from benchmarks.scores.scorecard import scorecard as make_scorecard
-from data.errors import UserError
 from data.files import atomic_folder, read_json
-from data.microworld import MICRO
 from data.progress import progress
-from data.records import read_examples
 from model.networks.student import RECORD, load_student
 from model.networks.teachers import BASE, load_base, read_records
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.registry.versions import Version, judged_file, opened
 from tasks.release import gate
 from tasks.release.provenance import SCORECARD_FILE
-from tasks.scoring.real import identities_of_scores, scored_examples
-from tasks.scoring.sampling import evaluation_set, score_field
+from tasks.scoring.sampling import Scoring, reference_scores, score_field, to_score
 from tasks.stages import score
 
 
@@ -40,40 +36,22 @@ def rescore(
     routes, records = params.routing.routes, read_records(teachers)
     loading = params.backbone.loading()
     student = load_student(checkpoint, load_base(teachers, **loading), records[BASE].sha256)
-    evaluation = evaluation_set(scored_examples(read_examples(curated), params.benchmark, params.judge), curated)
+    scorer, evaluation = to_score(params, curated)
     expected = expected_scores(evaluation.examples, params.sampling.images_per_prompt)
-    reference: dict[str, list[ExampleScore]] = {}
-    for row in read_scores(validated):
-        reference.setdefault(row.model, []).append(row)
-    missing = sorted({route.teacher for route in routes} - reference.keys())
-    if missing:
-        raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
-    of_teachers = {route.capability: reference[route.teacher] for route in routes}
+    reference = reference_scores(validated, routes)
+    own = {route.capability: reference[route.teacher] for route in routes}
     identities: dict[str, Any] = {
         "base": records[BASE].sha256,
         "teachers": {route.teacher: records[route.teacher].sha256 for route in routes},
         "student": read_json(checkpoint / RECORD)["sha256"],
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
     }
-    statistics: dict[str, Any] = {"seed": params.seed, "resamples": params.resamples, "confidence": params.confidence}
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
-            scores = score_field(
-                student.field,
-                load_base(teachers, **loading),
-                params.world,
-                evaluation,
-                params.sampling,
-                model="rescored",
-                scale=1.0,
-                folder=folder,
-                advance=advance,
-                benchmark=params.benchmark,
-                judge=params.judge,
-            )
-        if params.benchmark.detector != MICRO:
-            identities |= identities_of_scores(scores, evaluation.examples, params.benchmark, params.judge)
-        card = make_scorecard("rescored", scores, of_teachers, expected, identities, **statistics)
+            scoring = Scoring(load_base(teachers, **loading), params.sampling, scorer, folder, advance)
+            scores = score_field(student.field, evaluation, scoring, model="rescored", scale=1.0)
+        identities |= scorer.identity(scores, evaluation.examples)
+        card = make_scorecard("rescored", scores, own, expected, identities, **params.bootstrap)
         write_scorecard(folder / "scorecard.json", card)
     return {path: metric.mean for path, metric in card.metrics.items()}
 

@@ -20,11 +20,10 @@ from benchmarks.scores.scorecard import MINIMUM_COVERAGE, SCORED_WITH, compare, 
 from data.bounds import Count, OneOf, Positive, Share
 from data.errors import UserError
 from data.files import digest, read_json, write_json
-from data.records import CAPABILITIES, CapabilityName
+from data.records import CAPABILITIES, HEADLINES, CapabilityName
 from tasks.registry import versions
 from tasks.release.provenance import CHECKPOINT_FOLDER, SCORECARD_FILE, VALIDATE_FILE, provenance
 
-HEADLINES = {"geneval": "overall", "gedit": "average"}
 NO_CHAMPION = "none"
 # its value is the version that the candidate was compared with: promotion refuses a verdict on any other
 CHAMPION_RULE = "regression/champion"
@@ -39,7 +38,7 @@ def expected_paths(capabilities: Sequence[str]) -> list[str]:
     paths: dict[str, None] = {}
     for name in capabilities:
         capability = CAPABILITIES[name]
-        paths[f"{capability.benchmark}/{HEADLINES[capability.benchmark]}"] = None
+        paths[HEADLINES[capability.benchmark]] = None
         paths.update(dict.fromkeys(f"{capability.benchmark}/{category}" for category in capability.categories))
     paths.update(dict.fromkeys(f"retention/{name}" for name in capabilities))
     return list(paths)
@@ -159,7 +158,7 @@ def _completeness(params: Params, candidate: Mapping[str, Any]) -> Iterator[Rule
     reason = f"incomplete: {'; '.join(faulty)}" if faulty else f"all {len(expected)} metrics are present"
     yield Rule("complete/metrics", not faulty, whole, len(expected), reason)
     for benchmark, least in params.min_prompts.items():
-        path = f"{benchmark}/{HEADLINES[benchmark]}"
+        path = HEADLINES[benchmark]
         if path in expected or path in metrics:
             yield _at_least(f"complete/n/{benchmark}", _number(candidate, path, "n"), least, f"n of {path}")
     for benchmark in HEADLINES:

@@ -1,6 +1,4 @@
-"""From examples to images: what a field makes of the evaluation set, one image per (prompt, k), each from a seed of its
-own.
-"""
+"""From examples to scored images: what a field makes of the evaluation set, each image from its own seed."""
 
 from __future__ import annotations
 
@@ -10,37 +8,59 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from benchmarks.micro import score_images
-from benchmarks.scores.scorecard import ExampleScore
+from benchmarks.params import BenchmarkParams, JudgeParams
+from benchmarks.scorers import scorer_of
+from benchmarks.scores.scorecard import ExampleScore, read_scores
+from benchmarks.scores.scorer import DrawnImage, Scorer
+from benchmarks.scores.statistics import Bootstrap
+from data.bounds import Positive, Share
 from data.errors import UserError
 from data.images import read_picture
-from data.microworld import MICRO, World
+from data.microworld import World
 from data.progress import Advance
-from data.records import CAPABILITIES, Example
+from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import Backbone
 from model.drawing import PictureJob, draw
 from model.networks.network import NetworkField
-from tasks.params.sections import BenchmarkParams, JudgeParams, SamplingParams
-from tasks.scoring.real import score_drawn
+from model.route import Route
+from tasks.params.sections import BackboneParams, RoutingParams, SamplingParams
+
+
+@dataclass(frozen=True)
+class ScoringParams:
+    """Keys of every stage that scores. `resamples` and `confidence` are of the bootstrap intervals."""
+
+    world: World
+    backbone: BackboneParams
+    sampling: SamplingParams
+    routing: RoutingParams
+    benchmark: BenchmarkParams
+    judge: JudgeParams
+    seed: int
+    resamples: Positive
+    confidence: Share
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        return {"seed": self.seed, "resamples": self.resamples, "confidence": self.confidence}
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out examples with the pictures that belong to them, all (H, W, 3) uint8: an edit's source by example id,
-    every target. `folder` has the files.
-    """
+    """Held-out examples, and by example id the pictures (H, W, 3) uint8 that are edited; `folder` holds the files."""
 
     examples: tuple[Example, ...]
     sources: dict[str, np.ndarray]
-    targets: dict[str, np.ndarray]
     folder: Path
 
     def only(self, capability: str) -> EvaluationSet:
         categories = CAPABILITIES[capability].categories
         return replace(self, examples=tuple(example for example in self.examples if example.category in categories))
+
+    def source_file(self, example: Example) -> Path | None:
+        return self.folder / example.source if example.source else None
 
 
 def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
@@ -48,68 +68,63 @@ def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
     chosen = tuple(example for example in examples if example.split == "eval")
     if not chosen:
         raise UserError(f"{curated}: no example of the eval split; nothing can be scored")
-    return EvaluationSet(
-        chosen,
-        {example.id: read_picture(curated / example.source) for example in chosen if example.source},
-        {example.id: read_picture(curated / example.target) for example in chosen if example.target},
-        curated,
-    )
+    sources = {example.id: read_picture(curated / example.source) for example in chosen if example.source}
+    return EvaluationSet(chosen, sources, curated)
+
+
+def to_score(params: ScoringParams, curated: Path) -> tuple[Scorer, EvaluationSet]:
+    """Who scores, and the examples of the eval split that it judges."""
+    scorer = scorer_of(params.benchmark, params.judge, params.world)
+    return scorer, evaluation_set([example for example in read_examples(curated) if scorer.judges(example)], curated)
 
 
 def image_seed(example: Example, k: int, seed: int) -> int:
-    """The seed of one image: from benchmark, example, sample number and base seed alone, so that two models start from
-    the same noise.
-    """
+    """An image's seed: of benchmark, example, sample number and base seed alone, so two models share their noise."""
     suite = CAPABILITIES[example.capability].benchmark
     return int.from_bytes(hashlib.sha256(f"{suite}|{example.id}|{k}|{seed}".encode()).digest()[:8], "big") >> 1
 
 
-@torch.no_grad()
-def score_field(
-    field: NetworkField,
-    backbone: Backbone,
-    world: World,
-    evaluation: EvaluationSet,
-    params: SamplingParams,
-    *,
-    model: str,
-    scale: float,
-    folder: Path,
-    advance: Advance,
-    benchmark: BenchmarkParams,
-    judge: JudgeParams,
-) -> list[ExampleScore]:
-    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and scores
-    them: pictures of the micro world by its parser and judge, others as `tasks.scoring.real` says.
+@dataclass(frozen=True)
+class Scoring:
+    """What all models of a stage share: how their images are drawn, the folder that holds them, and who scores them."""
 
-    The batch size changes nothing but speed.
-    """
-    if benchmark.detector != MICRO:
-        batches = draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder)
-        return score_drawn(
-            batches, benchmark, judge, model=model, folder=folder, curated=evaluation.folder, advance=advance
-        )
-    scores: list[ExampleScore] = []
-    for drawn in draw_field(field, backbone, evaluation, params, model=model, scale=scale, folder=folder):
-        scores += score_images(
-            world,
-            drawn.examples,
-            drawn.pictures,
-            model=model,
-            paths=drawn.paths,
-            seeds=drawn.seeds,
-            k=drawn.k,
-            sources=evaluation.sources,
-        )
-        advance(len(drawn.examples))
-    return scores
+    backbone: Backbone
+    sampling: SamplingParams
+    scorer: Scorer
+    folder: Path
+    advance: Advance
+
+
+def score_field(
+    field: NetworkField, evaluation: EvaluationSet, scoring: Scoring, *, model: str, scale: float
+) -> list[ExampleScore]:
+    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and has them
+    scored. The batch size changes nothing but speed."""
+    drawn: list[DrawnImage] = []
+    what = (field, scoring.backbone, evaluation, scoring.sampling)
+    for batch in draw_field(*what, model=model, scale=scale, folder=scoring.folder):
+        for example, path, seed, k in zip(batch.examples, batch.paths, batch.seeds, batch.k, strict=True):
+            source = evaluation.source_file(example)
+            drawn.append(DrawnImage(model, example, k, seed, path, scoring.folder / path, source))
+        scoring.advance(len(batch.examples))
+    return scoring.scorer.score(drawn)
+
+
+def reference_scores(validated: Path, routes: Sequence[Route]) -> dict[str, list[ExampleScore]]:
+    """Model -> its rows, as stage `validate` wrote them. Raises UserError where a teacher of a route has none."""
+    rows: dict[str, list[ExampleScore]] = {}
+    for row in read_scores(validated):
+        rows.setdefault(row.model, []).append(row)
+    missing = sorted({route.teacher for route in routes} - rows.keys())
+    if missing:
+        raise UserError(f"{validated}: no scores of {missing}; run the validate stage again")
+    return rows
 
 
 @dataclass(frozen=True)
 class Drawn:
     """One batch of images: pictures (H, W, 3) uint8, their files relative to the folder, and what each was drawn
-    from.
-    """
+    from."""
 
     examples: list[Example]
     pictures: list[np.ndarray]

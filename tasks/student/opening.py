@@ -139,7 +139,7 @@ def draw(
         drawing.PictureJob(prompt, seed_of(how.seed, 0, row, PURPOSE), source)
         for row, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
     ]
-    sampler = {"steps": how.steps_of(backbone), "guidance": how.guidance, "resolution": how.resolution or None}
+    sampler: dict[str, Any] = {"steps": how.steps_of(backbone), "guidance": how.guidance, "resolution": how.resolution or None}
     drawn: dict[int, np.ndarray] = {}
     for rows, pictures in drawing.draw(model.student.field, backbone, jobs, batch=batch, **sampler):
         drawn.update(zip(rows, pictures, strict=True))

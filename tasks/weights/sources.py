@@ -159,7 +159,7 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
         try:
             source = _verified(uri, place, entry.get("revision", ""))
         except UserError:
-            source = None
+            source = None  # type: ignore[assignment]
         if source is not None and source.sha256 == entry["sha256"]:
             _expect(source, sha256, "the params say")
             return source
@@ -312,7 +312,7 @@ def _fetch_hub(uri: str, staged: Path, project: Path, revision: str) -> tuple[Pa
         disable_progress_bars()
     info = _ask_hub(match, revision or match["revision"], files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    options = {"revision": str(info.sha), "local_dir": staged, "endpoint": os.environ.get("HF_ENDPOINT") or None}
+    options: dict[str, Any] = {"revision": str(info.sha), "local_dir": staged, "endpoint": os.environ.get("HF_ENDPOINT") or None}
     with _hub_answers(uri, repo):
         is_pipeline = PIPELINE in sizes and not file
         parts = pipeline_parts(read_json(hf_hub_download(repo, PIPELINE, **options))) if is_pipeline else []
