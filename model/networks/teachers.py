@@ -91,7 +91,7 @@ def weights_sha256(folder: Path, kind: str) -> str:
 
 def save_teacher(
     folder: Path, backbone: Backbone, network: Any, *, name: str, capability: str, kind: str, base_sha256: str | None
-) -> TeacherRecord:
+) -> None:
     """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts
     along, in the precision it has.
     """
