@@ -42,9 +42,9 @@ def size_of(picture: np.ndarray) -> Size:
     return picture.shape[1], picture.shape[0]
 
 
-def picture_bucket(backbone: Backbone, source: Size | None, resolution: int | None = None) -> Size:
+def picture_bucket(backbone: Backbone, source: Size | None, resolution: int = 0) -> Size:
     """The size that is drawn: the bucket of a source's aspect, a square without one. `resolution` is the square's edge
-    in px, None the backbone's usual one. Raises UserError as check_sizes.
+    in px, 0 the backbone's usual one. Raises UserError as check_sizes.
     """
     edge = resolution or backbone.latent_shape[1] * backbone.pixels_per_latent
     size = (edge, edge) if source is None else bucket_of(*source, edge, backbone.size_multiple)
@@ -62,7 +62,7 @@ def encode_sources(backbone: Backbone, sources: Sequence[np.ndarray], size: Size
     return backbone.encode_image(as_images(np.stack([fit(source, size) for source in sources])))
 
 
-def deal(backbone: Backbone, sources: Sequence[Size | None], batch: int, resolution: int | None = None) -> list[Batch]:
+def deal(backbone: Backbone, sources: Sequence[Size | None], batch: int, resolution: int = 0) -> list[Batch]:
     """The rows of `sources` (each job's source's size, None for T2I) in batches of at most `batch`, T2I first.
 
     The batches follow from the whole list: in its last bits a picture may depend on the others of its batch. Raises
@@ -87,7 +87,7 @@ def draw(
     batch: int,
     steps: int,
     guidance: float,
-    resolution: int | None = None,
+    resolution: int = 0,
 ) -> Iterator[tuple[tuple[int, ...], list[np.ndarray]]]:
     """Yields (rows of `jobs`, their pictures (H, W, 3) uint8), batch by batch as `deal` makes them.
 

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from data.errors import UserError
 from data.images import encode_png
-from tasks.student.opening import DEFAULTS, Drawing, Model, draw, open_folder
+from tasks.student.opening import DEFAULTS, Drawing, Model, draw, open_model
 from tasks.weights.sources import Source
 
 BATCH = 4
@@ -71,4 +71,4 @@ def png_of(picture: np.ndarray) -> str:
 
 def _load_pyfunc(path: str) -> Sampler:
     """The name that MLflow calls, with the artifact's folder."""
-    return Sampler(open_folder(Source(path, Path(path), "", "", {}), Path.cwd(), device="auto"))
+    return Sampler(open_model(Source(path, Path(path), "", "", {}), Path.cwd(), device="auto"))

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import nn
 
 from data.errors import UserError
-from model.backbones import Backbone
+from model.backbones import Backbone, parts
 from model.checkpoint import read_tensors
 from model.fields.base import Condition, VelocityField
 from model.networks.adapters import Adapter, linear_modules
@@ -114,6 +114,11 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
 def keys_in_file(parameters: Mapping[str, T], name: str) -> dict[str, T]:
     """An adapter's parameters under the keys of its file, which do not name it."""
     return {key.replace(f".{name}.", "."): parameter for key, parameter in parameters.items()}
+
+
+def base_weight(backbone: Backbone) -> torch.Tensor:
+    """The base's first weight, which tells its precision and device."""
+    return next(iter(parts.plain_state(backbone.network).values()))
 
 
 def own_layers(backbone: Backbone) -> set[str]:

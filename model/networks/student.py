@@ -15,10 +15,18 @@ from torch import nn
 
 from data.errors import UserError
 from data.files import read_json, sha256_file, write_json
-from model.backbones import TRANSFORMER, Backbone, load_backbone, parts
+from model.backbones import TRANSFORMER, Backbone, load_backbone
 from model.checkpoint import write_tensors
 from model.networks.adapters import Adapter, concatenated
-from model.networks.network import NetworkField, adapter_of, add_adapter, keys_in_file, load_adapter, own_layers
+from model.networks.network import (
+    NetworkField,
+    adapter_of,
+    add_adapter,
+    base_weight,
+    keys_in_file,
+    load_adapter,
+    own_layers,
+)
 from model.networks.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS
 
 STUDENT = "student"  # the adapter's name
@@ -96,12 +104,8 @@ def _network_with(backbone: Backbone, weights: dict[str, torch.Tensor], dtype: t
     network = type(backbone.network).from_config(dict(backbone.network.config))
     network.load_state_dict(weights)
     network.eval()
-    nn.Module.to(network, _base_weight(backbone).device, dtype)
+    nn.Module.to(network, base_weight(backbone).device, dtype)
     return network
-
-
-def _base_weight(backbone: Backbone) -> torch.Tensor:
-    return next(iter(parts.plain_state(backbone.network).values()))
 
 
 def start_student(
@@ -139,7 +143,7 @@ def start_student(
         adapters = [(adapter_of(network, str(field.adapter)), share) for field in sources]
         return _start_in_adapter(backbone, concatenated(adapters), start, rank, alpha, seed)
     if sources:
-        network = _network_with(backbone, _weights_at(start, base, others), _base_weight(backbone).dtype)
+        network = _network_with(backbone, _weights_at(start, base, others), base_weight(backbone).dtype)
     network.requires_grad_(False)
     return Student(backbone, network, STUDENT, add_adapter(backbone, network, STUDENT, rank, alpha, seed))
 
@@ -219,7 +223,7 @@ def load_student(folder: Path, backbone: Backbone, base_sha256: str, device: tor
     if record["base_sha256"] != base_sha256:
         differs = f"base_sha256 = {record['base_sha256'][:12]}, the teachers' base has {base_sha256[:12]}"
         raise UserError(f"{folder / RECORD}: {differs}; distil again on this base")
-    weight = _base_weight(backbone)
+    weight = base_weight(backbone)
     dtype = weight.dtype if record["adapter"] else torch.float32
     place = device if weight.is_meta else weight.device
     network = backbone.network

@@ -20,7 +20,14 @@ from data.weights import precision_of, read_header
 from model.backbones import Backbone, load_backbone, parts
 from model.checkpoint import write_tensors
 from model.families import FAMILIES
-from model.networks.network import NetworkField, adapter_parameters, add_adapter, keys_in_file, load_adapter
+from model.networks.network import (
+    NetworkField,
+    adapter_parameters,
+    add_adapter,
+    base_weight,
+    keys_in_file,
+    load_adapter,
+)
 
 BASE = "base"
 RECORD = "teacher.json"
@@ -85,7 +92,7 @@ def weights_sha256(folder: Path, kind: str) -> str:
 
 def save_teacher(
     folder: Path, backbone: Backbone, network: Any, *, name: str, capability: str, kind: str, base_sha256: str | None
-) -> TeacherRecord:
+) -> None:
     """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts
     along, in the precision it has.
     """
@@ -114,7 +121,6 @@ def save_teacher(
         alpha=alpha,
     )
     write_json(folder / RECORD, asdict(record))
-    return record
 
 
 def read_records(folder: Path) -> dict[str, TeacherRecord]:
@@ -234,7 +240,7 @@ def _load_full(backbone: Backbone, folder: Path, device: torch.device | str | No
     """A full checkpoint as a frozen network of its own, without the adapters that the base may carry by now: in the
     base's precision, so that student and teacher compute alike, and on its device unless another is named.
     """
-    weight = next(iter(parts.plain_state(backbone.network).values()))
+    weight = base_weight(backbone)
     with torch.device("meta"):
         network = type(backbone.network).from_config(dict(backbone.network.config))
     parts.load_weights(network, weight_files(folder, "full"), weight.dtype, device or weight.device)

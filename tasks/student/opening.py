@@ -88,20 +88,14 @@ def base_of(folder: Path, record: dict[str, Any], project: Path, base: str = "")
 
 
 def open_model(
-    uri: str, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any
+    origin: str | Source, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any
 ) -> Model:
-    """The student behind an address (see tasks/weights/sources.py), verified. `parts`: what is loaded besides the
-    network; `options`: those of `load_backbone`.
+    """The student behind an address (see tasks/weights/sources.py), or at a source that has been resolved, verified.
+    `parts`: what is loaded besides the network; `options`: those of `load_backbone`.
 
     Raises UserError when it is no student of this pipeline, is damaged, or its base is not here.
     """
-    return open_folder(resolve(uri, project, pin=False), project, base=base, parts=parts, **options)
-
-
-def open_folder(
-    source: Source, project: Path, *, base: str = "", parts: Sequence[str] = ("text", "vae"), **options: Any
-) -> Model:
-    """As `open_model`, of a source that has been resolved."""
+    source = origin if isinstance(origin, Source) else resolve(origin, project, pin=False)
     folder = source.path
     if not (folder / RECORD).is_file():
         raise UserError(f"{source.uri}: no {RECORD} in it; expected a student as the distill or absorb stage writes it")
@@ -110,11 +104,11 @@ def open_folder(
         if record.get(name) and options.get(name) is None:
             options[name] = record[name]
     whole = bool(record.get("own_start"))  # a start of its own comes with the student
-    origin = folder if whole else base_of(folder, record, project, base)
-    backbone = load_backbone(origin, need=parts if whole else ("transformer", *parts), **options)
+    pipeline = folder if whole else base_of(folder, record, project, base)
+    backbone = load_backbone(pipeline, need=parts if whole else ("transformer", *parts), **options)
     student = load_student(folder, backbone, str(record.get("base_sha256")), options.get("device", "cpu"))
     student.network.requires_grad_(False)
-    return Model(student, record, origin)
+    return Model(student, record, pipeline)
 
 
 def draw(
@@ -139,7 +133,7 @@ def draw(
         drawing.PictureJob(prompt, seed_of(how.seed, 0, row, PURPOSE), source)
         for row, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
     ]
-    sampler: dict[str, Any] = {"steps": how.steps_of(backbone), "guidance": how.guidance, "resolution": how.resolution or None}
+    sampler: dict[str, Any] = {"steps": how.steps_of(backbone), "guidance": how.guidance, "resolution": how.resolution}
     drawn: dict[int, np.ndarray] = {}
     for rows, pictures in drawing.draw(model.student.field, backbone, jobs, batch=batch, **sampler):
         drawn.update(zip(rows, pictures, strict=True))

@@ -156,14 +156,11 @@ def resolve(uri: str, project: Path, sha256: str = "", *, pin: bool = True) -> S
         return source
     entry = read_lock(project).get(uri, {})
     if place is not None:
-        try:
-            source = _verified(uri, place, entry.get("revision", ""))
-        except UserError:
-            source = None  # type: ignore[assignment]
-        if source is not None and source.sha256 == entry["sha256"]:
-            _expect(source, sha256, "the params say")
-            return source
-        shutil.rmtree(project / CACHE / entry["sha256"])  # damaged since; fetched again, it must be what the lock says
+        intact = _intact(uri, place, entry)
+        if intact is not None:
+            _expect(intact, sha256, "the params say")
+            return intact
+        shutil.rmtree(project / CACHE / entry["sha256"])  # fetched again, it must be what the lock says
     source = _fetched(uri, project, sha256, entry)
     if not entry:
         pinned = {"revision": source.revision, "sha256": source.sha256, "files": source.files}
@@ -243,6 +240,15 @@ def _verified(uri: str, path: Path, revision: str) -> Source:
     return Source(uri, path, weight_file(path), revision, {})
 
 
+def _intact(uri: str, path: Path, entry: Mapping[str, Any]) -> Source | None:
+    """Cached weights, None where they are no longer what the lock names."""
+    try:
+        source = _verified(uri, path, entry.get("revision", ""))
+    except UserError:
+        return None
+    return source if source.sha256 == entry["sha256"] else None
+
+
 def _expect(source: Source, sha256: str, who: str) -> None:
     if sha256 and source.sha256 != sha256:
         remedy = "restore the old bytes, or name the new ones there knowingly"
@@ -312,7 +318,11 @@ def _fetch_hub(uri: str, staged: Path, project: Path, revision: str) -> tuple[Pa
         disable_progress_bars()
     info = _ask_hub(match, revision or match["revision"], files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    options: dict[str, Any] = {"revision": str(info.sha), "local_dir": staged, "endpoint": os.environ.get("HF_ENDPOINT") or None}
+    options: dict[str, Any] = {
+        "revision": str(info.sha),
+        "local_dir": staged,
+        "endpoint": os.environ.get("HF_ENDPOINT") or None,
+    }
     with _hub_answers(uri, repo):
         is_pipeline = PIPELINE in sizes and not file
         parts = pipeline_parts(read_json(hf_hub_download(repo, PIPELINE, **options))) if is_pipeline else []
