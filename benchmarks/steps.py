@@ -14,8 +14,6 @@ from data.commands import overview
 from data.files import write_json
 
 Options = Mapping[str, Mapping[str, Any]]  # flag -> what argparse's add_argument takes
-
-
 # step -> the function that runs it and returns the exit status (None: 0), and its options; the function's docstring is
 # the step's help, the first sentence of it stands in the overview
 Steps = Mapping[str, tuple[Callable[[argparse.Namespace], int | None], Options]]
@@ -37,9 +35,8 @@ def run_step(benchmark: str, steps: Steps, arguments: Sequence[str]) -> int:
     usage = f"python -m benchmarks {benchmark}"
     texts = {key: " ".join((run.__doc__ or "").split()) for key, (run, _) in steps.items()}
     if name not in steps:
-        return overview(
-            f"{usage} STEP", name, {"": {key: text.split(". ")[0].rstrip(".") for key, text in texts.items()}}
-        )
+        sentences = {key: text.split(". ")[0].rstrip(".") for key, text in texts.items()}
+        return overview(f"{usage} STEP", name, {"": sentences})
     run, options = steps[name]
     parser = argparse.ArgumentParser(f"{usage} {name}", description=texts[name])
     for flag, settings in options.items():
