@@ -1,6 +1,5 @@
 """Defends: judgements say what was judged and nothing more: failures are bounds, no question is asked twice, a killed
-run ends as an unbroken one.
-"""
+run ends as an unbroken one."""
 
 from __future__ import annotations
 
@@ -38,8 +37,8 @@ from benchmarks.gedit.verdict import (
     summary,
 )
 from benchmarks.judge.access import Access
-from benchmarks.judge.endpoint import Endpoint, endpoint_judge
-from benchmarks.judge.protocol import Reply, fake_judge
+from benchmarks.judge.endpoint import Endpoint
+from benchmarks.judge.protocol import Reply, fake_judge, prepare_images, read_rgb
 from benchmarks.judge.wording import load_wording
 from benchmarks.scores.scorecard import read_scorecard, read_scores
 from data.errors import UserError, UserErrors
@@ -53,11 +52,12 @@ HOW = {"seed": 0, "resamples": 200, "confidence": 0.95}
 
 
 def rows(count: int = 6) -> list[dict]:
-    found = []
-    for index in range(count):
-        category = ("subject-add", "material_alter")[index % 2]
-        found.append(row(f"k{index}", f"play n{index}", category, intersection=index < 4))
-    return found
+    categories = ("subject-add", "material_alter")
+    return [row(f"k{i}", f"play n{i}", categories[i % 2], intersection=i < 4) for i in range(count)]
+
+
+def graded(first: float, second: float, model: str = "m1") -> Reply:
+    return Reply("ok", json.dumps({"score": [first, second]}), model)
 
 
 def tasks_of(tmp_path: Path, entries: list[dict]):
@@ -75,13 +75,8 @@ def constant(scores: dict[str, float] | None = None):
         with lock:
             asked.append(question.kind)
         value = (scores or {}).get(question.kind, 5.0)
-        return Reply(
-            "ok",
-            json.dumps({"score": [value, 9.0], "reasoning": f"{question.kind} words"}),
-            "m1",
-            "stop",
-            {"prompt_tokens": 10, "completion_tokens": 2},
-        )
+        text = json.dumps({"score": [value, 9.0], "reasoning": f"{question.kind} words"})
+        return Reply("ok", text, "m1", "stop", {"prompt_tokens": 10, "completion_tokens": 2})
 
     return ask, asked
 
@@ -109,25 +104,12 @@ def test_scores_pass_from_the_judge_to_rows_and_scorecard(tmp_path: Path) -> Non
     assert scores[0].reasons == ("semantic [4.0, 9.0]: semantic words", "quality [9.0, 9.0]: quality words")
     assert (tmp_path / "out" / scores[0].image).resolve() == edited_path(tmp_path / "student", tasks[0]).resolve()
     card, _ = column_scorecard(found, "en/full", allow_partial=False, **HOW)
-    assert {path: metric.mean for path, metric in card.metrics.items()} == {
-        "gedit/average": 6.0,
-        "gedit/subject-add": 6.0,
-        "gedit/material_alter": 6.0,
-    }
+    paths = ("gedit/average", "gedit/subject-add", "gedit/material_alter")
+    assert {path: metric.mean for path, metric in card.metrics.items()} == dict.fromkeys(paths, 6.0)
     identity = card.identities["gedit"]
-    assert (
-        card.benchmarks["gedit"]["n"],
-        identity["language"],
-        identity["subset"],
-        identity["set"],
-        identity["repeats"],
-    ) == (6, "en", "full", "custom", 1)
-    assert (identity["coverage"], identity["statuses"], identity["judge"]["answered_by"], identity["images"]) == (
-        1.0,
-        {"ok": 6},
-        "m1",
-        {},
-    )
+    known = {"language": "en", "subset": "full", "set": "custom", "repeats": 1, "coverage": 1.0, "images": {}}
+    assert card.benchmarks["gedit"]["n"] == 6 and known.items() <= identity.items()
+    assert identity["statuses"] == {"ok": 6} and identity["judge"]["answered_by"] == "m1"
     assert identity["judge"]["wording"] == WORDING.identity()
     means = columns(found, allow_partial=False)
     assert list(means) == ["en/full", "en/intersection", "en/paper"]
@@ -138,26 +120,16 @@ def test_the_macro_average_is_not_the_mean_over_samples(tmp_path: Path) -> None:
     entries = [row(f"k{index}", "x", "subject-add" if index < 3 else "tone_transfer") for index in range(5)]
     tasks = tasks_of(tmp_path, entries)
     table = {task.key: float(index) for index, task in enumerate(tasks)}
+    files = {task.key: edited_path(tmp_path / "student", task) for task in tasks}
+    images = {key: prepare_images(None, read_rgb(file), settings())[0] for key, file in files.items()}
 
     def ask(question, turns):
-        value = next(
-            table[task.key]
-            for task in tasks
-            if png(f"edited {task.id}") == question.images[-1] or question.images[-1] == _png_of(task, tmp_path)
-        )
-        return Reply("ok", json.dumps({"score": [value, value]}), "m1")
+        value = next(table[key] for key, image in images.items() if question.images[-1] == image)
+        return graded(value, value)
 
     judge(tmp_path, tasks, ask)
-    found = columns(read_judgements(tmp_path / "out", WORDING), allow_partial=False)["en/full"]
-    assert found.average.overall == pytest.approx((1.0 + 3.5) / 2) and found.average.overall != pytest.approx(
-        np.mean([0, 1, 2, 3, 4])
-    )
-
-
-def _png_of(task, tmp_path: Path) -> bytes:
-    from benchmarks.judge.protocol import prepare_images, read_rgb
-
-    return prepare_images(None, read_rgb(edited_path(tmp_path / "student", task)), settings())[0]
+    average = columns(read_judgements(tmp_path / "out", WORDING), allow_partial=False)["en/full"].average
+    assert average.overall == pytest.approx((1.0 + 3.5) / 2) and average.overall != pytest.approx(np.mean(range(5)))
 
 
 def test_images_that_cannot_be_judged_have_a_status_and_cost_nothing(tmp_path: Path) -> None:
@@ -186,11 +158,7 @@ def test_nothing_is_asked_twice_and_failures_only_on_demand(tmp_path: Path) -> N
 
     def failing(question, turns):
         calls.append(question.text)
-        return (
-            Reply("api_error", "", error="down")
-            if "play n1" in question.text
-            else Reply("ok", '{"score": [5, 5]}', "m1")
-        )
+        return Reply("api_error", "", error="down") if "play n1" in question.text else graded(5, 5)
 
     judge(tmp_path, tasks, failing)
     assert len(calls) == 8
@@ -229,12 +197,10 @@ def test_images_that_a_stage_has_made_are_scored_wherever_they_lie(tmp_path: Pat
     ask, asked = constant({"semantic": 4.0, "quality": 9.0})
     how = {"model": "m", "settings": settings(), "asking": asking(ask)}
     found = score_made(made, tmp_path / "store", **how)
-    assert [(row.example_id, row.k, row.seed, row.image) for row in found] == [
-        (one.task.key, one.k, one.seed, one.image) for one in made
-    ]
-    assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"] and {
-        row.values.get("O") for row in found
-    } == {6.0, None}
+    expected = [(edit.task.key, edit.k, edit.seed, edit.image) for edit in made]
+    assert [(row.example_id, row.k, row.seed, row.image) for row in found] == expected
+    assert [row.status for row in found] == ["ok"] * 4 + ["missing_image", "ok"]
+    assert {row.values.get("O") for row in found} == {6.0, None}
     assert len(asked) == 10 and answered_by(tmp_path / "store", settings()) == "m1"
     assert score_made(made, tmp_path / "store", **how) == found and len(asked) == 10
 
@@ -246,7 +212,7 @@ def test_judges_are_not_mixed(tmp_path: Path) -> None:
         judge(tmp_path, tasks, constant()[0], with_settings=settings(temperature=0.5))
 
     def floating(question, turns):
-        return Reply("ok", '{"score": [5, 5]}', "m1" if "n1" in question.text else "m2")
+        return graded(5, 5, "m1" if "n1" in question.text else "m2")
 
     judge(tmp_path, tasks, floating, out="floating")
     with pytest.raises(UserErrors, match=r"2 models answered: \{'m1': 1, 'm2': 7\}"):
@@ -282,24 +248,15 @@ def test_repeats_are_averaged_and_their_spread_is_known(tmp_path: Path) -> None:
     def noisy(question, turns):
         if question.repeat == 2 and "n1" in question.text:
             return Reply("ok", "no idea")
-        return Reply(
-            "ok",
-            json.dumps({"score": [4.0 + question.repeat, 10]} if question.kind == "semantic" else {"score": [9, 9]}),
-            "m1",
-        )
+        return graded(4.0 + question.repeat, 10) if question.kind == "semantic" else graded(9, 9)
 
     judge(tmp_path, tasks, noisy, with_settings=settings(repeats=3))
     found = read_judgements(tmp_path / "out", WORDING)
     values = [overall((4.0 + repeat, 10), (9, 9))[2] for repeat in range(3)]
-    assert [score.values["O"] for score in rows_of(found)] == pytest.approx(
-        [np.mean(values), np.mean(values[:2]), np.mean(values), np.mean(values)]
-    )
-    noise = repeat_noise(found)
-    assert (
-        noise["samples"] == 3
-        and noise["within"] == pytest.approx(np.std(values, ddof=1))
-        and noise["of_mean"] == pytest.approx(np.std(values, ddof=1))
-    )
+    means = [np.mean(values), np.mean(values[:2]), np.mean(values), np.mean(values)]
+    assert [row.values["O"] for row in rows_of(found)] == pytest.approx(means)
+    noise, spread = repeat_noise(found), pytest.approx(np.std(values, ddof=1))
+    assert (noise["samples"], noise["within"], noise["of_mean"]) == (3, spread, spread)
     assert summary(found, allow_partial=False, **HOW)["failed_questions"] == {"semantic unparseable": 1}
 
 
@@ -316,18 +273,16 @@ def test_the_anchors_show_a_judge_that_has_drifted(tmp_path: Path) -> None:
 
     def kinder(question, turns):
         scores = json.loads(fake_judge()(question, turns).text)["score"]
-        return Reply("ok", json.dumps({"score": [min(10, score + 2) for score in scores]}), "fake")
+        return graded(*(min(10, grade + 2) for grade in scores), "fake")
 
     judge(tmp_path, tasks, kinder, out="kinder", anchors=tmp_path / "anchors")
-    moved = drift(read_judgements(tmp_path / "kinder", WORDING), **HOW)
+    found = read_judgements(tmp_path / "kinder", WORDING)
+    moved = drift(found, **HOW)
     assert moved["difference"] > 1.0 and moved["drifted"] and moved["largest"]
-    assert len(rows_of(read_judgements(tmp_path / "kinder", WORDING))) == 8  # anchors are no samples
-    assert "has drifted: anchors +" in "".join(
-        notes_of(read_judgements(tmp_path / "kinder", WORDING), "en/full", allow_partial=False, **HOW)
-    )
-    judge(
-        tmp_path, tasks, fake_judge(), out="other", anchors=tmp_path / "anchors", with_settings=settings(max_tokens=65)
-    )
+    assert len(rows_of(found)) == 8  # anchors are no samples
+    assert "has drifted: anchors +" in "".join(notes_of(found, "en/full", allow_partial=False, **HOW))
+    other = settings(max_tokens=65)
+    judge(tmp_path, tasks, fake_judge(), out="other", anchors=tmp_path / "anchors", with_settings=other)
     with pytest.raises(UserError, match="frozen with other settings"):
         drift(read_judgements(tmp_path / "other", WORDING), **HOW)
     next((tmp_path / "anchors" / "images").iterdir()).write_bytes(png("exchanged"))
@@ -344,10 +299,8 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
 
     estimate = judge(tmp_path, tasks, None, make_ask=never, only_preview=True, prices=(2.0, 8.0), say=said.append)
     assert (estimate.questions, estimate.answered, estimate.completion_tokens) == (8, 0, 640)
-    text = sum(
-        len(WORDING.text(job.kind, job.entry.instruction))
-        for job in jobs_of(plan(tasks, tmp_path / "student", tmp_path / "out"), 1)
-    )
+    jobs = jobs_of(plan(tasks, tmp_path / "student", tmp_path / "out"), 1)
+    text = sum(len(WORDING.text(job.kind, job.entry.instruction)) for job in jobs)
     assert estimate.prompt_tokens == pytest.approx(text / 4 + 12 * tile_tokens(32, 32), abs=8)
     assert estimate.price == pytest.approx((estimate.prompt_tokens * 2.0 + 640 * 8.0) / 1e6)
     assert "8 questions to ask" in said[0]
@@ -355,19 +308,20 @@ def test_the_price_is_known_before_the_first_question(tmp_path: Path) -> None:
         judge(tmp_path, tasks, None, make_ask=never, highest_price=0.001, prices=(2.0, 8.0))
     order: list[str] = []
     ask, _ = constant()
-    judge(
-        tmp_path, tasks, ask, make_ask=lambda *_: (order.append("asked"), ask)[1], say=lambda line: order.append("said")
-    )
+
+    def opened(*_):
+        order.append("asked")
+        return ask
+
+    judge(tmp_path, tasks, None, make_ask=opened, say=lambda line: order.append("said"))
     assert order[:2] == ["said", "asked"]
 
 
 def test_ten_thousand_judgements_are_averaged_in_seconds() -> None:
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 11, (10_000, 4)).astype(float)
-    samples = [
-        Sample(f"s{index}", GEDIT_CATEGORIES[index % 11], tuple(row[:2]), tuple(row[2:]))
-        for index, row in enumerate(scores)
-    ]
+    names = [(f"s{index}", GEDIT_CATEGORIES[index % 11]) for index in range(len(scores))]
+    samples = [Sample(*name, tuple(row[:2]), tuple(row[2:])) for name, row in zip(names, scores)]
     begun = time.process_time()
     found = aggregate(samples, GEDIT_CATEGORIES)
     assert time.process_time() - begun < 5.0 and found.average.n == 10_000
@@ -390,7 +344,7 @@ def test_other_resizings_are_other_questions(tmp_path: Path) -> None:
 
         def ask(question, turns, seen=seen):
             seen.add(tuple(Image.open(io.BytesIO(image)).size for image in question.images))
-            return Reply("ok", '{"score": [5, 5]}', "m1")
+            return graded(5, 5)
 
         judge(tmp_path, tasks, ask, out=resize, with_settings=settings(resize=resize))
     assert sizes["match-source"] == {((32, 32), (32, 32)), ((32, 32),)}
@@ -427,38 +381,22 @@ def test_a_refused_key_ends_the_run_at_once_and_leaves_nothing_that_was_given_up
     tasks = tasks_of(tmp_path, rows(12))
     halts: list[threading.Event] = []
     with judge_server(scripts) as server:
-        endpoint = Endpoint(server.url, "", 5.0, 4, 60.0, 60.0, 0)
+        access = Access(settings(), Endpoint(server.url, "", 5.0, 4, 60.0, 60.0, 0))
+
+        def opened(halt, processes):
+            halts.append(halt)
+            return access(halt, processes)
+
         with pytest.raises(UserError, match="the key is refused"):
-            judge(
-                tmp_path,
-                tasks,
-                None,
-                make_ask=lambda halt, _: (halts.append(halt), endpoint_judge(settings(), endpoint, halt))[1],
-                concurrency=24,
-            )
+            judge(tmp_path, tasks, None, make_ask=opened, concurrency=24)
     kept = (tmp_path / "out" / "shards" / "0-of-1.jsonl").read_text(encoding="utf-8")
     assert halts[0].is_set() and "api_error" not in kept
 
 
 def command(tmp_path: Path, server: Server, out: str) -> list[str]:
-    return [
-        "judge",
-        "--data",
-        str(tmp_path / "set"),
-        "--custom-set",
-        "--images",
-        str(tmp_path / "student"),
-        "--out",
-        str(tmp_path / out),
-        "--judge-model",
-        "judge",
-        "--base-url",
-        server.url,
-        "--key-variable",
-        "",
-        "--concurrency",
-        "1",
-    ]
+    folders = {"--data": tmp_path / "set", "--images": tmp_path / "student", "--out": tmp_path / out}
+    others = {"--judge-model": "judge", "--base-url": server.url, "--key-variable": "", "--concurrency": 1}
+    return ["judge", "--custom-set", *(str(word) for option in (folders | others).items() for word in option)]
 
 
 FILES = ("summary.json", "scorecard.json", "scores.parquet", "report.html")
@@ -484,11 +422,8 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
                 hold.wait(60)
 
         server.before = stop_at_the_sixth
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", "gedit", *command(tmp_path, server, "killed")],
-            cwd=PROJECT,
-            stdout=subprocess.DEVNULL,
-        )
+        words = [sys.executable, "-m", "benchmarks", "gedit", *command(tmp_path, server, "killed")]
+        child = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL)
         assert reached.wait(120)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
@@ -509,9 +444,8 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_repeats_no_answered_question(t
     killed, unbroken = (finish(tmp_path / name, "--allow-partial") for name in ("killed", "unbroken"))
     assert killed == unbroken
     card = read_scorecard(tmp_path / "killed" / "scorecard.json")
-    assert (
-        card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1} and len(read_scores(tmp_path / "killed")) == 6
-    )
+    assert card.identities["gedit"]["statuses"] == {"ok": 5, "refused": 1}
+    assert len(read_scores(tmp_path / "killed")) == 6
 
 
 def test_any_number_of_workers_gives_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,30 +482,16 @@ def test_workers_of_a_silent_server_give_up_and_keep_what_was_answered(
 
 def test_questions_of_which_none_is_answered_make_no_result(tmp_path: Path) -> None:
     tasks = tasks_of(tmp_path, rows(2))
-    with pytest.raises(
-        UserError, match="none of 4 questions got an answer, the last one: 1 tries, the last one: APIConnectionError"
-    ):
-        judge(
-            tmp_path,
-            tasks,
-            None,
-            make_ask=Access(settings(), Endpoint("http://127.0.0.1:9/v1", "", 5.0, 1, 0.01, 0.01, 0)),
-        )
+    access = Access(settings(), Endpoint("http://127.0.0.1:9/v1", "", 5.0, 1, 0.01, 0.01, 0))
+    fault = "none of 4 questions got an answer, the last one: 1 tries, the last one: APIConnectionError"
+    with pytest.raises(UserError, match=fault):
+        judge(tmp_path, tasks, None, make_ask=access)
 
 
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     tasks_of(tmp_path, rows(2))
-    base = [
-        "judge",
-        "--data",
-        str(tmp_path / "set"),
-        "--images",
-        str(tmp_path / "student"),
-        "--out",
-        str(tmp_path / "o"),
-        "--judge-model",
-        "m",
-    ]
+    folders = {"--data": tmp_path / "set", "--images": tmp_path / "student", "--out": tmp_path / "o"}
+    base = ["judge", "--judge-model", "m", *(str(word) for option in folders.items() for word in option)]
     with pytest.raises(UserErrors, match="not the official GEdit-Bench"):
         cli(base)
     with pytest.raises(SystemExit):

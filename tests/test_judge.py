@@ -1,6 +1,5 @@
 """Defends: a reply is a score only if it plainly is one; every other ends in the right status within a bounded number
-of requests; no key leaks.
-"""
+of requests; no key leaks."""
 
 from __future__ import annotations
 
@@ -91,17 +90,10 @@ def test_anything_else_has_no_score(name: str) -> None:
 
 
 def test_a_refusal_in_words_is_told_from_a_clumsy_answer() -> None:
-    assert declined("I'm sorry, I cannot assist with this request.") and declined(
-        "I am unable to evaluate images of people."
-    )
-    for text in (
-        "",
-        "7",
-        "Sorry, I can't provide details, but I rate it 7 of 10",
-        "[6, 7] sorry, I can't help more",
-        "The edit is fine.",
-    ):
-        assert not declined(text)
+    assert declined("I'm sorry, I cannot assist with this request.")
+    assert declined("I am unable to evaluate images of people.")
+    grades = ("", "7", "Sorry, I can't provide details, but I rate it 7 of 10", "[6, 7] sorry, I can't help more")
+    assert not any(map(declined, (*grades, "The edit is fine.")))
 
 
 def test_an_unusable_reply_is_asked_for_once_more_and_no_more() -> None:
@@ -130,9 +122,8 @@ def test_an_unusable_reply_is_asked_for_once_more_and_no_more() -> None:
 def test_our_wording_names_the_instruction_once_and_the_quality_text_never() -> None:
     wording = load_wording(None)
     assert wording.name == "own" and OWN_SEMANTIC.count(PLACEHOLDER) == 1 and PLACEHOLDER not in OWN_QUALITY
-    assert "remove the {zebra}" in wording.text(SEMANTIC, "remove the {zebra}") and "zebra" not in wording.text(
-        QUALITY, "remove the {zebra}"
-    )
+    semantic, quality = (wording.text(kind, "remove the {zebra}") for kind in (SEMANTIC, QUALITY))
+    assert "remove the {zebra}" in semantic and "zebra" not in quality
 
 
 def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> None:
@@ -143,14 +134,14 @@ def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> Non
     assert settings(wording=custom).identity() != settings().identity()
     upstream = tmp_path / "upstream"
     upstream.mkdir()
-    names = (
-        "_context_no_delimit",
-        "_prompts_0shot_two_image_edit_rule",
-        "_prompts_0shot_tie_rule_SC",
-        "_prompts_0shot_rule_PQ",
-    )
-    parts = [f"{name} = {text!r}\n" for name, text in zip(names, ("A", "B", f"C {PLACEHOLDER}", "D"), strict=True)]
-    (upstream / "vie_prompts.py").write_text("raise SystemExit('never run')\n" + "".join(parts), encoding="utf-8")
+    constants = {
+        "_context_no_delimit": "A",
+        "_prompts_0shot_two_image_edit_rule": "B",
+        "_prompts_0shot_tie_rule_SC": f"C {PLACEHOLDER}",
+        "_prompts_0shot_rule_PQ": "D",
+    }
+    lines = ["raise SystemExit('never run')", *(f"{name} = {text!r}" for name, text in constants.items())]
+    (upstream / "vie_prompts.py").write_text("\n".join(lines), encoding="utf-8")
     found = load_wording(upstream)
     assert (found.semantic, found.quality, found.name) == (f"A\nB\nC {PLACEHOLDER}", "A\nD", "custom")
 
@@ -158,10 +149,8 @@ def test_other_texts_are_read_at_run_time_and_are_another_judge(tmp_path) -> Non
 def test_texts_with_the_upstream_s_digests_are_official(tmp_path, monkeypatch) -> None:
     (tmp_path / "semantic.txt").write_text(f"S {PLACEHOLDER}", encoding="utf-8")
     (tmp_path / "quality.txt").write_text("Q", encoding="utf-8")
-    monkeypatch.setattr(
-        "benchmarks.judge.wording.OFFICIAL",
-        {SEMANTIC: sha256_bytes(f"S {PLACEHOLDER}".encode()), QUALITY: sha256_bytes(b"Q")},
-    )
+    digests = {SEMANTIC: sha256_bytes(f"S {PLACEHOLDER}".encode()), QUALITY: sha256_bytes(b"Q")}
+    monkeypatch.setattr("benchmarks.judge.wording.OFFICIAL", digests)
     assert load_wording(tmp_path).name == "official"
 
 
@@ -254,13 +243,13 @@ def key(monkeypatch) -> str:
 def test_every_fault_ends_in_its_status_within_its_requests(key: str) -> None:
     with judge_server({name: script for name, (script, _, _) in SCRIPTS.items()}) as server:
         patience = {"slow": 0.5, "slow_then_good": 2.0}  # s; the server sleeps for three
-        asks = {
-            name: endpoint_judge(settings(), endpoint(server, timeout_s=patience.get(name, 30.0))) for name in SCRIPTS
-        }
+
+        def ask(name: str) -> list[Reply]:
+            server_of = endpoint(server, timeout_s=patience.get(name, 30.0))
+            return ask_once_or_twice(endpoint_judge(settings(), server_of), semantic(name))
+
         with ThreadPoolExecutor(8) as pool:
-            replies = dict(
-                zip(SCRIPTS, pool.map(lambda name: ask_once_or_twice(asks[name], semantic(name)), SCRIPTS), strict=True)
-            )
+            replies = dict(zip(SCRIPTS, pool.map(ask, SCRIPTS), strict=True))
     for name, (_, status, requests) in SCRIPTS.items():
         found = outcome(replies[name])
         assert (name, found.status, server.calls[name]) == (name, status, requests)
@@ -274,28 +263,18 @@ def test_every_fault_ends_in_its_status_within_its_requests(key: str) -> None:
 
 def test_a_request_says_what_the_settings_say(key: str) -> None:
     with judge_server({}) as server:
-        ask = endpoint_judge(
-            settings(text_first=False, temperature=0.5, seed=7, max_tokens=9, extra={"top_k": 1}), endpoint(server)
-        )
+        changed = settings(text_first=False, temperature=0.5, seed=7, max_tokens=9, extra={"top_k": 1})
+        ask = endpoint_judge(changed, endpoint(server))
         question = Question(SEMANTIC, "Grade: play good", (png("a"), png("b")), "image/png", 2)
         reply = ask(question, [("bad", "again")])
         endpoint_judge(settings(seed=None), endpoint(server))(question, ())
     first, second = server.requests
     assert [part["type"] for part in first["messages"][0]["content"]] == ["image_url", "image_url", "text"]
     assert first["messages"][1:] == [{"role": "assistant", "content": "bad"}, {"role": "user", "content": "again"}]
-    assert (first["temperature"], first["seed"], first["max_tokens"], first["top_k"], first["model"]) == (
-        0.5,
-        9,
-        9,
-        1,
-        "judge",
-    )
+    assert {"temperature": 0.5, "seed": 9, "max_tokens": 9, "top_k": 1, "model": "judge"}.items() <= first.items()
     assert first["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
-    assert "seed" not in second and [part["type"] for part in second["messages"][0]["content"]] == [
-        "text",
-        "image_url",
-        "image_url",
-    ]
+    kinds = [part["type"] for part in second["messages"][0]["content"]]
+    assert "seed" not in second and kinds == ["text", "image_url", "image_url"]
     assert reply.usage == {"prompt_tokens": 100, "completion_tokens": 10}
 
 
@@ -341,13 +320,12 @@ def test_a_key_that_is_not_there_is_named_before_anything_is_asked(monkeypatch) 
 def test_waits_are_the_server_s_or_grow_and_have_a_bound(key: str) -> None:
     waits: list[float] = []
     with judge_server({"broken_inside": ["broken_inside"], "limit": ["limit"]}) as server:
-        ask = endpoint_judge(settings(), endpoint(server, tries=6, wait_s=1.0, longest_wait_s=6.0), sleep=waits.append)
+        patient = endpoint(server, tries=6, wait_s=1.0, longest_wait_s=6.0)
+        ask = endpoint_judge(settings(), patient, sleep=waits.append)
         ask(semantic("broken_inside"), ())
         assert len(waits) == 5 and all(min(2**n / 2, 6.0) <= wait <= min(2**n, 6.0) for n, wait in enumerate(waits))
         again: list[float] = []
-        endpoint_judge(settings(), endpoint(server, tries=6, wait_s=1.0, longest_wait_s=6.0), sleep=again.append)(
-            semantic("broken_inside"), ()
-        )
+        endpoint_judge(settings(), patient, sleep=again.append)(semantic("broken_inside"), ())
         assert again == waits  # the jitter has an address like every other draw
         waits.clear()
         ask(semantic("limit"), ())

@@ -1,6 +1,5 @@
 """Defends: the local judge runs the real Qwen2.5-VL network on what it should see, and a network that has learnt
-nothing earns no score.
-"""
+nothing earns no score."""
 
 from __future__ import annotations
 
@@ -20,15 +19,8 @@ from benchmarks.judge.wording import SEMANTIC
 from data.errors import UserError
 from tests.gedit_sets import png, settings
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = [f"<|{name}|>" for name in NAMES]
 
 
 def byte_letters() -> list[str]:
@@ -124,11 +116,8 @@ def test_a_network_that_has_learnt_nothing_earns_no_score(local: LocalModel) -> 
     ask = local_judge(settings(kind="local", max_tokens=6), local)
     replies = ask_once_or_twice(ask, question())
     assert outcome(replies).status == "unparseable" and outcome(replies).scores == () and len(replies) == 2
-    assert (
-        replies[0].usage["completion_tokens"] <= 6
-        and replies[0].model == local.name
-        and replies[0].finish_reason in ("stop", "length")
-    )
+    assert replies[0].usage["completion_tokens"] <= 6 and replies[0].model == local.name
+    assert replies[0].finish_reason in ("stop", "length")
     assert ask(question(), ()).text == replies[0].text
 
 
@@ -136,17 +125,14 @@ def test_what_the_network_writes_is_what_is_read(local: LocalModel, monkeypatch)
     text = '{"score": [8, 6.5], "reasoning": "héllo"}'
 
     def generate(**inputs):
-        ids = local.tokenizer(text + "<|im_end|>", return_tensors="pt", add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        tokens = local.tokenizer(text + "<|im_end|>", return_tensors="pt", add_special_tokens=False)  # type: ignore
+        ids = tokens["input_ids"]
         return torch.cat([inputs["input_ids"], ids], 1)
 
     monkeypatch.setattr(local.model, "generate", generate)
     reply = local_judge(settings(kind="local"), local)(question(), ())
-    assert (
-        isinstance(reply, Reply)
-        and reply.text == text
-        and reply.finish_reason == "stop"
-        and outcome([reply]).scores == (8.0, 6.5)
-    )
+    assert isinstance(reply, Reply) and (reply.text, reply.finish_reason) == (text, "stop")
+    assert outcome([reply]).scores == (8.0, 6.5)
 
 
 def test_what_is_no_such_checkpoint_is_named(tmp_path: Path, checkpoint: Path, local: LocalModel) -> None:

@@ -44,6 +44,7 @@ def _word(default: str, text: str, **more: Any) -> dict[str, Any]:
 
 FLAG = {"action": "store_true"}
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 NEEDED: dict[str, Any] = {**FOLDER, "required": True}
 TASKS: Options = {
     "--data": {**NEEDED, "help": "GEdit-Bench's Parquet or Arrow files, or a folder with manifest.csv or .jsonl"},
@@ -235,8 +236,8 @@ def _report(given: Namespace) -> None:
 
 
 REPORT: Options = {
-    "--beside": {**FOLDER, "nargs": "*", "default": [], "help": "scorecards of champion, teachers, base"},
-    "--out": {"type": Path, "metavar": "FILE", "help": "default: report.html beside the judgements"},
+    "--beside": {**FILE, "nargs": "*", "default": [], "help": "scorecards of champion, teachers, base"},
+    "--out": {**FILE, "help": "default: report.html beside the judgements"},
 }
 ANCHORS: Options = {"--to": NEEDED, "--count": setting(44, "spread over the categories")}
 STEPS = {

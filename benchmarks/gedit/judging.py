@@ -3,8 +3,7 @@ often the command is run.
 
 A folder of judgements holds `manifest.json` (every sample that is expected, with its images' digests), the settings it
 was made with, and the raw replies in append-only shards. A reply is on the disk before its thread asks the next
-question, so a kill loses no more than the questions that were under way.
-"""
+question, so a kill loses no more than the questions that were under way."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 The hub's schema (stepfun-ai/GEdit-Bench, split `train`): task_type, key, instruction, instruction_language,
 input_image, input_image_raw, Intersection_exist; images are {"bytes", "path"} as the datasets library writes them.
-Nothing is downloaded: get the files with `huggingface-cli download --repo-type dataset`.
-"""
+Nothing is downloaded: get the files with `huggingface-cli download --repo-type dataset`."""
 
 from __future__ import annotations
 
@@ -150,8 +149,7 @@ def load_tasks(path: Path, unpacked: Path) -> list[EditTask]:
 
     `path`: a Parquet or Arrow file, a folder of them (as downloaded from the hub or saved by the datasets library), or
     a manifest (CSV or JSON Lines, or the folder that holds `manifest.csv` or `manifest.jsonl`) with the hub's columns,
-    `input_image` a path relative to it. Raises UserErrors with all faulty rows.
-    """
+    `input_image` a path relative to it. Raises UserErrors with all faulty rows."""
     tasks: list[EditTask] = []
     faults: list[str] = []
     for file in files_of_set(path):

@@ -3,8 +3,7 @@ for the micro judge and real judges alike.
 
 SC = min of the two semantic scores, PQ = min of the two quality scores, O = sqrt(SC * PQ), all on 0 to 10; the average
 weighs categories, not samples (stepfun-ai/Step1X-Edit, GEdit-Bench/calculate_statistics.py). A judge that failed gives
-a status, never a number.
-"""
+a status, never a number."""
 
 from __future__ import annotations
 
@@ -127,8 +126,7 @@ def aggregate(samples: Sequence[Sample], categories: Sequence[str], *, allow_par
     """Means per category and their unweighted average.
 
     Raises UserErrors for malformed or repeated samples, for a category without any score, and, unless `allow_partial`,
-    where fewer than MINIMUM_COVERAGE of a category's samples have one.
-    """
+    where fewer than MINIMUM_COVERAGE of a category's samples have one."""
     groups = {category: [sample for sample in samples if sample.category == category] for category in categories}
     coverage = [_coverage_fault(category, members, allow_partial) for category, members in groups.items()]
     faults = _faults(samples, categories) + [fault for fault in coverage if fault]

@@ -2,8 +2,7 @@
 protocol).
 
 The number of tries, the wait between them and the time for each are bounded. What the server answers after that is the
-reply's status. The key comes from an environment variable and is struck out of every text that is kept.
-"""
+reply's status. The key comes from an environment variable and is struck out of every text that is kept."""
 
 from __future__ import annotations
 
@@ -249,8 +248,7 @@ def endpoint_judge(
     it, is asked without one from then on.
 
     Raises UserError at once for a key variable that is not set; while asking, for a refused key, an unknown model and
-    an account without credit, because no further request could succeed. Every other fault ends as a reply's status.
-    """
+    an account without credit, because no further request could succeed. Every other fault ends as a reply's status."""
     client, pace = _client(settings, endpoint, endpoint.timeout_s, 0), _Pace(endpoint.per_minute)
     halt, no_schema = halt or threading.Event(), threading.Event()
     sleep = sleep or tenacity.sleep_using_event(halt)

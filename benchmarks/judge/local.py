@@ -1,8 +1,7 @@
 """A judge on this machine: Qwen2.5-VL through transformers, greedy, one question at a time.
 
 The chat's frame is the one that the model was trained on; the image processor is the one without torchvision. Greedy
-decoding makes every repeat equal.
-"""
+decoding makes every repeat equal."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 A judge answers two questions on 0 to 10 about an edited image: the semantic one sees source, result and instruction and
 grades success and over-editing; the quality one sees the result alone and grades naturalness and artifacts (the
 protocol of GEdit-Bench: VIEScore's "tie" task, arXiv 2312.14867, as used by stepfun-ai/Step1X-Edit). A reply that
-cannot be read is asked for once more, then it is `unparseable`: no score is ever guessed.
-"""
+cannot be read is asked for once more, then it is `unparseable`: no score is ever guessed."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class JudgeSettings:
     `provider` names who serves the model (providers filter and score differently), `seed` None sends none, `resize`
     acts on the edited image ("match-source": to the source's size, as upstream; "area512": both images to 512 x 512
     pixels in area; "none"). `repeats` asks each question several times, with seed + i. Raises UserErrors for values out
-    of range.
-    """
+    of range."""
 
     kind: Annotated[str, OneOf(JUDGES)]
     model: str
@@ -174,8 +172,7 @@ def parse_reply(text: str) -> Outcome:
     """Reads a judge's text: the last JSON object's `score`, a list of exactly two finite numbers from 0 to 10.
 
     Code fences, prose around the object and trailing commas are tolerated, nothing else: the outcome is then
-    `unparseable` with the fault in words.
-    """
+    `unparseable` with the fault in words."""
     body = last_object(text[:LONGEST_REPLY])
     if body is None:
         return Outcome("unparseable", fault="it holds no complete JSON object")
@@ -254,8 +251,7 @@ def match_source(source_size: tuple[int, int], edited: Image.Image, settings: Ju
 def prepare_images(source: Image.Image | None, edited: Image.Image, settings: JudgeSettings) -> tuple[bytes, ...]:
     """The images of a question, encoded as the judge receives them: (source, edited) or, without a source, (edited,).
 
-    "match-source" needs the source's size: pass what `match_source` returns.
-    """
+    "match-source" needs the source's size: pass what `match_source` returns."""
     images = [edited] if source is None else [source, edited]
     if settings.resize == "area512":
         images = [_to_area(image, 512 * 512) for image in images]

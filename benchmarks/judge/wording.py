@@ -90,8 +90,7 @@ def load_wording(path: str | Path | None) -> Wording:
     """Our texts for None; else those of a folder with `semantic.txt` and `quality.txt`, or of the upstream's
     `vie_prompts.py` (or the folder that holds it). `<instruction>` in the semantic text stands for the instruction.
     They count as "official" when their SHA-256 is the upstream's. Raises UserError(s) for missing files, constants or
-    placeholder.
-    """
+    placeholder."""
     if path is None:
         return Wording(OWN_SEMANTIC, OWN_QUALITY, "own")
     path = Path(path)
