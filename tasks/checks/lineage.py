@@ -16,14 +16,16 @@ import configparser
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data.errors import Outage, UserError
-from data.files import sha256_bytes
-from tasks.registry import files, versions
+from data.errors import Outage, UserError, UserErrors
+from data.files import sha256_bytes, sha256_file
+from tasks.registry import files, tracking, versions
+from tasks.registry.ledger import Entry
+from tasks.registry.server import Store
 from tasks.release.provenance import CHECKPOINT_FOLDER, DVC_PATHS, LOCK_FILES, md5_of
 from tasks.running import workspace
 from tasks.s3 import objects
@@ -144,17 +146,22 @@ def _revision(folder: Path, sha: str) -> str:
 
 
 def lineage(project: Path, reference: str) -> tuple[str, list[Line]]:
-    """(version, lines). Raises UserError when there is no such version or a store cannot be read."""
-    project = Path(project).resolve()
-    known = versions.facts(project, reference)
-    return str(known["version"]), list(_lines(project, known))
+    """(version, lines); champion and previous are the ledger's. Raises UserError when there is no such version or a
+    store cannot be read.
+    """
+    with versions.opened(project) as store, tempfile.TemporaryDirectory() as temporary:
+        entries = versions.read_ledger(store)
+        version = versions.resolve(store, reference, entries)
+        decisions = [entry for entry in entries if entry.version == version.number]
+        return version.number, list(_lines(store, version, decisions, Path(temporary)))
 
 
-def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
-    tags, contents, run = known["tags"], Contents(project), f"run {known['run_id']}"
+def _lines(store: Store, version: versions.Version, decisions: list[Entry], folder: Path) -> Iterator[Line]:
+    project, tags, run = store.project, version.tags, f"run {version.run_id}"
+    contents = Contents(project)
     sha = tags.get("git.sha", "")
-    folder = _with_revision(project, sha) if sha else None
-    yield Line("git.sha", sha or "unversioned", _revision(folder, sha) if folder else None)
+    repository = _with_revision(project, sha) if sha else None
+    yield Line("git.sha", sha or "unversioned", _revision(repository, sha) if repository else None)
     if tags.get("git.dirty") == "true":
         yield Line("git.dirty", "true", None)
     for name, path in DVC_PATHS.items():
@@ -166,17 +173,21 @@ def _lines(project: Path, known: dict[str, Any]) -> Iterator[Line]:
     yield from _teachers(tags, contents)
     for key, name in ARTIFACTS.items():
         value = tags.get(key, "")
-        yield Line(key, value or "not recorded", run if value and known["artifacts"][name] == value else None)
+        try:
+            kept = sha256_file(tracking.artifact(store, version.run_id, name, folder))
+        except UserError:  # the run has none
+            kept = None
+        yield Line(key, value or "not recorded", run if value and kept == value else None)
     value = tags.get("env.lock.sha256", "")
-    place = _environment(folder, sha, value, "./" if folder == project else "")
+    place = _environment(repository, sha, value, "./" if repository == project else "")
     yield Line("env.lock.sha256", value or "not recorded", place)
-    yield from _weights(tags, known["weights"], run)
-    for entry in known["entries"]:
-        what = f"{entry['action']} by {entry['actor']}: {entry['reason']}"
-        yield Line(f"ledger {entry['number']:06d}", what, f"{entry['time']} {entry['hash'][:12]}")
+    yield from _weights(store, version, folder)
+    for entry in decisions:
+        what = f"{entry.action} by {entry.actor}: {entry.reason}"
+        yield Line(f"ledger {entry.number:06d}", what, f"{entry.time} {entry.hash[:12]}")
 
 
-def _teachers(tags: dict[str, str], contents: Contents) -> Iterator[Line]:
+def _teachers(tags: Mapping[str, str], contents: Contents) -> Iterator[Line]:
     """Weights by their hash: the tag says which file, dvc.teachers.md5's listing that it is there."""
     listing = contents.listing(tags["dvc.teachers.md5"]) if tags.get("dvc.teachers.md5") else {}
     for name, value in sorted(files.hashes_of("teacher", tags).items()):
@@ -189,17 +200,22 @@ def _teachers(tags: dict[str, str], contents: Contents) -> Iterator[Line]:
         yield Line(f"teacher.{name}.sha256", value, place)
 
 
-def _weights(tags: dict[str, str], faults: list[str], run: str) -> Iterator[Line]:
+def _weights(store: Store, version: versions.Version, folder: Path) -> Iterator[Line]:
     """The registered files; then what else is wrong with the version's files."""
-    hashes, left = files.hashes_of("weights", tags), list(faults)
+    faults: list[str] = []
+    try:
+        files.fetch_weights(store, version, folder)
+    except UserErrors as error:
+        faults = error.faults
+    hashes = version.weights
     for name, value in sorted(hashes.items()):
-        wrong = [fault for fault in faults if fault.startswith(f"{name}:")]
-        left = [fault for fault in left if fault not in wrong]
-        yield Line(f"weights.{name}.sha256", value, None if wrong else run)
-    if faults and not hashes:
+        wrong = any(fault.startswith(f"{name}:") for fault in faults)
+        yield Line(f"weights.{name}.sha256", value, None if wrong else f"run {version.run_id}")
+    if not hashes:
         yield Line("weights", "not recorded", None)
-    for fault in left:
-        yield Line("weights", fault, None)
+    for fault in faults:
+        if not fault.startswith(tuple(f"{name}:" for name in hashes)):
+            yield Line("weights", fault, None)
 
 
 def _environment(folder: Path | None, sha: str, value: str, prefix: str) -> str | None:

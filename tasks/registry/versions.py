@@ -1,7 +1,7 @@
 """The model registry: versions with their tags and verified files, aliases, and the ledger that the aliases follow.
 
     champion(project) -> dict | None          # {"version", "scorecard", "scores", "run_id", "page"}: for the gate
-    require / find / facts / download(project, "models:/danceopd@champion", ...)
+    require / find / download(project, "models:/danceopd@champion", ...)
     reconcile(project) -> list[str]           # lets the aliases follow the ledger
 
 Candidates come in through tasks/release/submission.py, decisions are taken in tasks/release/decisions.py. A decision is
@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,9 +106,6 @@ def aliases_of(store: server.Store) -> dict[str, str]:
     """Alias -> version; empty before the first submission."""
     model = registered_model(store)
     return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
-
-
-# --- the ledger, and the aliases that follow it -----------------------------------------------------------------------
 
 
 def ledger_place(store: server.Store) -> ledger.Place:
@@ -218,9 +215,6 @@ def try_to_write(project: Path) -> None:
             store.client.set_registered_model_tag(MODEL, "doctor", now)
 
 
-# --- the champion -----------------------------------------------------------------------------------------------------
-
-
 def champion(project: Path) -> dict[str, Any] | None:
     """The champion as the gate needs it: {"version", "scorecard" (dict), "scores" (path of its scores.parquet, or
     None), "run_id", "page" (of its report)}.
@@ -298,9 +292,6 @@ def champion_files(project: Path, folder: Path) -> dict[str, Any]:
         return {"version": number, "folder": fetched, "hashes": hashes, "ledger": entry.number, "lineage": lineage}
 
 
-# --- any version, by reference ----------------------------------------------------------------------------------------
-
-
 def _parse(reference: str) -> re.Match[str] | None:
     number, alias = r"(?P<number>\d+)", r"@(?P<alias>[A-Za-z0-9_-]+)"
     return re.fullmatch(rf"(?:models:/{MODEL}/)?{number}|(?:models:/{MODEL})?{alias}", reference.strip())
@@ -310,22 +301,28 @@ def is_reference(text: str) -> bool:
     return _parse(text) is not None
 
 
-def _resolve(store: server.Store, reference: str, aliases: Mapping[str, str | None]) -> Version:
+def resolve(store: server.Store, reference: str, entries: Sequence[ledger.Entry] | None = None) -> Version:
+    """As `require`; champion and previous are the ledger's, where its entries are given."""
     match = _parse(reference)
     if match is None:
         forms = f"models:/{MODEL}@{CHAMPION}, models:/{MODEL}/3, @{PREVIOUS} or 3"
         raise UserError(f"{reference!r}: not a version; expected {forms}")
-    number = match["number"] or aliases.get(match["alias"])
+    number, alias = match["number"], match["alias"]
     if number is None:
-        have = ", ".join(f"{alias} (version {number})" for alias, number in sorted(aliases.items()) if number)
-        raise NoVersion(f"{reference}: no such alias; have {have or 'none yet'}")
+        aliases: dict[str, str | None] = {**aliases_of(store)}
+        if entries is not None:
+            aliases[CHAMPION], aliases[PREVIOUS] = state_of(entries)
+        number = aliases.get(alias)
+        if number is None:
+            have = ", ".join(f"{name} (version {known})" for name, known in sorted(aliases.items()) if known)
+            raise NoVersion(f"{reference}: no such alias; have {have or 'none yet'}")
     return get_version(store, number)
 
 
 def require(project: Path, reference: str) -> Version:
     """By `models:/danceopd/3`, `models:/danceopd@champion`, `@champion` or `3`. Raises UserError (NoVersion)."""
     with opened(project) as store:
-        return _resolve(store, reference, aliases_of(store))
+        return resolve(store, reference)
 
 
 def find(project: Path, reference: str) -> Version | None:
@@ -334,32 +331,6 @@ def find(project: Path, reference: str) -> Version | None:
         return require(project, reference)
     except NoVersion:
         return None
-
-
-def facts(project: Path, reference: str) -> dict[str, Any]:
-    """What is known of a version: {"version", "run_id", "tags", "entries" (of the ledger, as dicts), "artifacts" (name
-    -> SHA-256 as kept, of the run's small files), "weights" (faults of its files, in words)}.
-
-    reference: as of `require`, but champion and previous are the ledger's. Raises UserError when there is none.
-    """
-    with opened(project) as store, tempfile.TemporaryDirectory() as temporary:
-        entries = read_ledger(store)
-        by_ledger = dict(zip((CHAMPION, PREVIOUS), state_of(entries), strict=True))
-        version = _resolve(store, reference, {**aliases_of(store), **by_ledger})
-        artifacts: dict[str, str | None] = {}
-        for name in ("verdict.json", "scorecard.json", "params.yaml", "dvc.lock"):
-            try:
-                artifacts[name] = sha256_file(tracking.artifact(store, version.run_id, name, Path(temporary)))
-            except UserError:  # the run has none
-                artifacts[name] = None
-        faults: list[str] = []
-        try:
-            files.fetch_weights(store, version, Path(temporary))
-        except UserError as error:
-            faults = error.faults if isinstance(error, UserErrors) else [str(error)]
-        decisions = [asdict(entry) for entry in entries if entry.version == version.number]
-        where = {"version": version.number, "run_id": version.run_id, "tags": dict(version.tags)}
-        return {**where, "entries": decisions, "artifacts": artifacts, "weights": faults}
 
 
 def download(project: Path, number: str, folder: Path) -> None:

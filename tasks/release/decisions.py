@@ -139,9 +139,6 @@ def approve(project: Path, number: str, reviewer: str, reason: str) -> dict[str,
     return {"model": versions.MODEL, "version": version.number, "status": "approved"}
 
 
-# --- what a decision stands on ----------------------------------------------------------------------------------------
-
-
 def _rejection(entries: Sequence[ledger.Entry], number: str | None) -> ledger.Entry | None:
     """The version's last decision, if it is a rejection."""
     decided = versions.last_decisions(entries).get(number or "")
@@ -212,9 +209,6 @@ def _decide(store: server.Store, entries: list[ledger.Entry], **decision: Any) -
     return {"model": versions.MODEL, "entry": asdict(entry), "changed": changed}
 
 
-# --- reviews ----------------------------------------------------------------------------------------------------------
-
-
 def decide_reviews(project: Path) -> list[dict[str, Any]]:
     """Acts on every review that is not in the ledger yet, lowest version first. Returns {"version", "status",
     "message"} of each.
@@ -263,9 +257,6 @@ def _answer(project: Path, version: Version, status: str, message: str) -> None:
             store.client.set_model_version_tag(versions.MODEL, version.number, ANSWER_TAG, answer)
         if status != "incomplete":
             store.client.set_model_version_tag(versions.MODEL, version.number, STATUS_TAG, status)
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def _listing(project: Path) -> list[str]:
