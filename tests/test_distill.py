@@ -358,10 +358,10 @@ def test_the_fast_path_equals_the_plain_one_on_a_network(tiny: Tiny) -> None:
     noise = noise_for(1, 0, range(3), backbone.latent_shape)
     query = roll_out_to_query(fields[BASE], noise, condition, grid, index)
     for row, steps in enumerate(index.tolist()):
-        x, one = noise[row : row + 1].clone(), condition[slice(row, row + 1)]
+        x, single = noise[row : row + 1].clone(), condition[slice(row, row + 1)]
         states = [x.clone()]
         with torch.no_grad():
             for now, after in pairwise(grid):
-                x = x + (after - now) * fields[BASE](x, now.expand(1), one)
+                x = x + (after - now) * fields[BASE](x, now.expand(1), single)
                 states.append(x.clone())
         torch.testing.assert_close(query.x_t[row : row + 1], states[steps], rtol=1e-5, atol=1e-5)

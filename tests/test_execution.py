@@ -54,7 +54,7 @@ PARAMS = loop_params(batch=5, rollout_steps=6, steps=3)
 
 
 def micro_case() -> Case:
-    """As the micro world: all parameters train, teachers are networks of their own, one latent token a cell."""
+    """As the micro world: all parameters train, teachers are networks of their alike, one latent token a cell."""
     return sd3_case("tiny micro", sd3_size(32, 2, 4, 3), 0, 5, None, 6)
 
 
@@ -196,8 +196,8 @@ def test_compiled_rollouts_change_rounding_alone_and_nothing_is_compiled_twice(
         one_step(s, fast, index=index)
     assert counter.frame_count == made
     assert not [key for key, module in s.student.network.named_modules() if "forward" in vars(module)]
-    own = replace(s, teachers=dict.fromkeys(s.teachers, s.student.field))
-    assert torch.equal(one_step(own, fast)[0], torch.zeros(PARAMS.batch))
+    alike = replace(s, teachers=dict.fromkeys(s.teachers, s.student.field))
+    assert torch.equal(one_step(alike, fast)[0], torch.zeros(PARAMS.batch))
 
 
 def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,21 +217,21 @@ def test_in_bf16_equal_weights_give_loss_zero_and_the_rest_is_near() -> None:
         for key, value in s.student.parameters.items():
             if "lora_B" in key:
                 value.zero_()
-    own = replace(s, teachers=dict.fromkeys(s.teachers, s.student.field))
+    alike = replace(s, teachers=dict.fromkeys(s.teachers, s.student.field))
     for execution in (half, replace(half, micro_batch=2)):
-        losses, found = one_step(own, execution)
+        losses, gradient = one_step(alike, execution)
         assert torch.equal(losses, torch.zeros_like(losses)) and all(
-            torch.equal(g, torch.zeros_like(g)) for g in found.values()
+            torch.equal(g, torch.zeros_like(g)) for g in gradient.values()
         )
 
 
 def test_evaluations_are_counted_at_the_networks_and_equal_the_floor() -> None:
     s = prepared("sd3")
     guided: dict[str, VelocityField] = {name: Guided(field, 2.0) for name, field in s.teachers.items()}
-    for teachers, each in ((s.teachers, 1), (guided, 2)):
+    for teachers, cost in ((s.teachers, 1), (guided, 2)):
         execution = replace(WHOLE_BATCH, micro_batch=2, rollout_batch=3, merged=True)
         for step in distill(replace(s, teachers=teachers, execution=execution), *trained(s)):
-            assert step.evaluations == step.floor == sum(step.plan.query) + PARAMS.batch * (1 + each)
+            assert step.evaluations == step.floor == sum(step.plan.query) + PARAMS.batch * (1 + cost)
             s.student.field(
                 torch.zeros(1, 16, 4, 4), torch.ones(1), s.buckets["t2i"].at([0])
             )  # the caller's own question is not the step's
@@ -300,12 +300,12 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
     healthy, late = run(False, None), run(True, None)
     for name, value in healthy[0].student.parameters.items():
         torch.testing.assert_close(value, late[0].student.parameters[name], rtol=1e-5, atol=1e-6)
-    stopped, found = run(True, 2), run(False, 2)
-    assert stopped[3] == 2 and found[3] is None
-    for name, value in found[0].student.parameters.items():  # stopped by hand before the bad step
+    stopped, expected = run(True, 2), run(False, 2)
+    assert stopped[3] == 2 and expected[3] is None
+    for name, value in expected[0].student.parameters.items():  # stopped by hand before the bad step
         torch.testing.assert_close(value, stopped[0].student.parameters[name], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[1].shadow[name], stopped[1].shadow[name], rtol=1e-5, atol=1e-6)
-    for key, state in found[2].tensors().items():
+        torch.testing.assert_close(expected[1].shadow[name], stopped[1].shadow[name], rtol=1e-5, atol=1e-6)
+    for key, state in expected[2].tensors().items():
         torch.testing.assert_close(state, stopped[2].tensors()[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
@@ -353,8 +353,8 @@ def test_what_fits_follows_the_memory_and_recomputes_only_when_it_must() -> None
 def test_faults_of_the_execution_are_named_together() -> None:
     assert faults_of(ExecutionParams(**EXECUTION)) == []
     wrong = {"device": "tpu", "precision": "fp8", "micro_batch": -1, "processes": 0, "attention": "fast"}
-    found = faults_of(ExecutionParams(**{**EXECUTION, **wrong}))
-    assert len(found) == 5 and any("'tpu'" in fault and "cuda" in fault for fault in found)
+    faults = faults_of(ExecutionParams(**{**EXECUTION, **wrong}))
+    assert len(faults) == 5 and any("'tpu'" in fault and "cuda" in fault for fault in faults)
 
 
 def test_instruments_leave_the_run_as_it_was() -> None:

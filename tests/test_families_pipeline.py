@@ -374,7 +374,8 @@ def test_encode_validate_distill_absorb_sample(
     looked = {"validate_every": 2, "held_out": 1}  # whose pictures need the VAE, which training itself does without
     summary = distilling.distill(distil_params(home, **looked), **folders, out=tmp_path / "student")
     assert summary["steps"] == 2
-    fields = (absorbing.Guidance("t2i", 2.0, 1.0), absorbing.Guidance("local_edit", 1.5, 1.0))
+    scales = {"t2i": 2.0, "local_edit": 1.5}
+    fields = tuple(absorbing.Absorbed(capability, {"guidance": scale}, 1.0) for capability, scale in scales.items())
     numbers = {**LOOP, **looked, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 4}
     absorption = absorbing.Params(backbone=home.backbone, fields=fields, **numbers)
     absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")

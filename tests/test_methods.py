@@ -110,11 +110,11 @@ def test_diffusionopd_compares_where_the_student_goes() -> None:
 
 
 def test_several_query_states_are_the_mean_of_their_losses() -> None:
-    one, other = toy(), toy()
-    losses, gradient = step("danceopd", one, 4)
-    alone, single = step("danceopd", other, 1)
+    several, single = toy(), toy()
+    losses, gradient = step("danceopd", several, 4)
+    alone, slope = step("danceopd", single, 1)
     torch.testing.assert_close(losses, alone)  # the gap is the same everywhere
-    assert gradient == pytest.approx(single, rel=1e-5)
+    assert gradient == pytest.approx(slope, rel=1e-5)
     spread, _ = step("danceopd", toy(), 16, field=lambda x, t, condition: t.reshape(-1, 1, 1, 1) * torch.ones_like(x))
     levels = [float((0.2 - level) ** 2) for level in GRID[:-1]]
     assert (

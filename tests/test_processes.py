@@ -123,16 +123,16 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
     expected, numbers = run(ALONE)
     work = []
     for rank in range(size):
-        found, theirs = load_file(tmp_path / f"{rank}.safetensors"), read_json(tmp_path / f"{rank}.json")
+        trained, theirs = load_file(tmp_path / f"{rank}.safetensors"), read_json(tmp_path / f"{rank}.json")
         for name, value in expected.items():
             torch.testing.assert_close(
-                found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+                trained[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
-        for mine, one in zip(theirs[:-1], numbers[:-1], strict=True):
+        for mine, alone in zip(theirs[:-1], numbers[:-1], strict=True):
             assert (
-                mine[2] == mine[3] == one[2] and mine[4] == 1.0
+                mine[2] == mine[3] == alone[2] and mine[4] == 1.0
             )  # counted over all, and asked to stop by one: known to all
-            np.testing.assert_allclose(mine[:2] + mine[5:], one[:2] + one[5:], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(mine[:2] + mine[5:], alone[:2] + alone[5:], rtol=1e-5, atol=1e-6)
         work.append(theirs[-1][0])
     assert sum(work) == numbers[-1][0] and max(work) < 0.75 * sum(work)
 
@@ -171,10 +171,10 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
     expected, whole, held = run(ALONE, execution)
     assert held == whole
     for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
+        trained = load_file(tmp_path / f"{rank}.safetensors")
         for name, value in expected.items():
             torch.testing.assert_close(
-                found[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+                trained[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 

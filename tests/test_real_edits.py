@@ -104,7 +104,7 @@ def students(home: Home) -> dict[str, Path]:
     os.chdir(home.curated.parent)  # states for resuming lie in runs/
     try:
         distilling.distill(distil_params(home, steps=1, routing=ROUTES), **folders, out=home.curated.parent / "student")
-        fields = (absorbing.Guidance("local_edit", 1.5, 1.0),)
+        fields = (absorbing.Absorbed("local_edit", {"guidance": 1.5}, 1.0),)
         absorption = absorbing.Params(
             backbone=home.backbone, fields=fields, steps=1, learning_rate=1e-3, rollout_steps=4, **LOOP
         )

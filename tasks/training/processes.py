@@ -11,12 +11,11 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from model.compute.parallel import ALONE, World, joined
 
 START = "spawn"  # a forked child cannot use CUDA, nor threads that its parent had
 GRACE = 20.0  # s from asking a process to end until it is ended
+ERRORS = {"terminated": Terminated, "outage": Outage, "refused": UserError}  # word of a process -> what it met
 SILENT = ("", None)  # the last word of a process that said nothing
 _here = [ALONE]  # this process's place, set once by `_work`
 
@@ -55,7 +55,15 @@ def in_processes(stage: str, params: Any, paths: dict[str, Path]) -> dict[str, A
             theirs.close()
             pipes.append(ours)
             children.append(child)
-        with _handed_on(children) as asked:
+        asked: list[bool] = []
+
+        def hand_on() -> None:
+            asked.append(True)
+            for child in children:
+                if child.is_alive():
+                    child.terminate()
+
+        with on_sigterm(hand_on):
             _watch(children)
         words = [_last_word(pipe) for pipe in pipes]
     _raise_what_they_met(stage, words, [child.exitcode or 0 for child in children], bool(asked))
@@ -68,7 +76,7 @@ def _raise_what_they_met(stage: str, words: list[tuple[str, Any]], codes: list[i
     said = {word for word, _ in words}
     if asked and not said & {"done", "terminated"}:
         raise Terminated(f"{stage}: stopped by SIGTERM before its first step; the same command starts it again")
-    for word, error in (("terminated", Terminated), ("refused", UserError), ("outage", Outage)):
+    for word, error in ERRORS.items():
         if word in said:
             raise error(next(text for name, text in words if name == word))
     failed = [rank for rank, code in enumerate(codes) if code]
@@ -101,7 +109,7 @@ def _as_module() -> Iterator[None]:
 
 
 def _watch(children: Sequence[SpawnProcess]) -> None:
-    """Until all have ended. The first that fails takes the others along."""
+    """Until all have ended. The first that fails takes the others along; Ctrl-C ends them all."""
     try:
         left = list(children)
         while left:
@@ -124,19 +132,11 @@ def _watch(children: Sequence[SpawnProcess]) -> None:
 
 
 @contextmanager
-def _handed_on(children: Sequence[SpawnProcess]) -> Iterator[list[int]]:
-    """SIGTERM goes to every child, and its number into the list; Ctrl-C reaches them by `_watch` ending them."""
-    asked: list[int] = []
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for child in children:
-            if child.is_alive():
-                child.terminate()
-
-    before = signal.signal(signal.SIGTERM, hand_on)
+def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """Within it SIGTERM calls `act` instead of ending this process."""
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
     try:
-        yield asked
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -175,7 +175,7 @@ def _work(stage: str, params: Any, paths: dict[str, Path], rank: int, meeting: P
 
 def _kind(error: Exception) -> str | None:
     """The word for an error that the stage knows; None for a defect."""
-    for kind, word in ((Terminated, "terminated"), (Outage, "outage"), (UserError, "refused")):
+    for word, kind in ERRORS.items():
         if isinstance(error, kind):
             return word
     # gloo tells a lost peer as a bare RuntimeError, by its text alone.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +32,7 @@ from model.step import LoopNumbers, LoopParams, NotFinite, Step
 from tasks.params.sections import BackboneParams
 from tasks.training.metrics import METRICS, SHARES, SPEED, Metrics, state_folder, write_table
 from tasks.training.numbers import step_metrics, step_speed, summary
-from tasks.training.processes import this_process
+from tasks.training.processes import on_sigterm, this_process
 from tasks.training.states import Watch, save_samples, state_to_start_from
 
 STEPS = "steps.csv"
@@ -58,17 +57,6 @@ class TrainingParams(LoopNumbers, Watch):
     def parts_to_load(self) -> tuple[str, ...]:
         """The base's parts that a training reads: the VAE only where pictures are wanted."""
         return (*TRANSFORMER, "vae") if self.validate_every else TRANSFORMER
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether this process was asked to stop: SIGTERM lets the current step end and its state be saved."""
-    asked: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -156,8 +144,7 @@ def run_training(
     if saved:
         load_training(tensors, student.parameters, ema, optimizers)
         ema.updates, start = saved["updates"], saved["step"]
-        known: dict[str, Any] = {field.name: saved.get(field.name) for field in fields(History)}
-        history = History(**known)
+        history = History(**{field.name: saved[field.name] for field in fields(History)})
         if world.rank == 0:
             state = state_folder(stage, digest(dict(facts)))
             print(f"{stage}: goes on at step {start} of {setup.params.steps} ({state})", flush=True)
@@ -189,13 +176,14 @@ class _Training:
 
     def go(self, compute: Accumulate) -> int:
         """Trains to the end, and returns the number of steps."""
-        with _stop_on_sigterm() as stop:
+        asked: list[bool] = []
+        with on_sigterm(lambda: asked.append(True)):  # the current step ends and its state is saved
             if self.start:  # a state is saved before the student is looked at
                 self._look(self.start)
             if self.history.ended:
                 return self.start
             with _progress(self.stage, self.setup.params.steps - self.start, self.world) as advance:
-                return self._train(advance, stop, compute)
+                return self._train(advance, lambda: bool(asked), compute)
 
     def _train(self, advance: Any, stop: Callable[[], bool], compute: Accumulate) -> int:
         """The loop. `stop` is this process's wish, which nothing here may follow: `Step.stopped` is all processes'."""
