@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import RowFault, UserError, UserErrors
-from data.files import atomic_file
+from data.files import write_text
 
 REQUIRED_COLUMNS = ("capability", "category", "prompt", "split")
 OPTIONAL_COLUMNS = ("id", "source", "target", "record")
@@ -68,7 +68,7 @@ class Manifests:
 
 
 class _ManifestFault(Exception):
-    pass
+    """What is wrong with a manifest's structure; `args` are the faults."""
 
 
 Fields = tuple[int, dict[str, Any] | RowFault]
@@ -226,15 +226,24 @@ def _raw_row(fields: Mapping[str, Any], origin: str, row: int, folder: Path) -> 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _column_faults(header: Sequence[str]) -> Iterator[str]:
-    missing = [column for column in REQUIRED_COLUMNS if column not in header]
-    if missing:
-        yield f"columns {missing} are missing (it has {list(header)})"
+def _read(path: Path) -> tuple[list[str], list[Fields]]:
+    """The columns and the numbered rows of a manifest. Raises _ManifestFault."""
+    try:
+        header, numbered = READERS[path.suffix.lower()](path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _ManifestFault(f"not readable as UTF-8 text ({error})") from error
+    if not numbered:
+        raise _ManifestFault("holds no rows; fill it or remove it")
     absent = [column for column in RAW_COLUMNS if column not in header]
+    missing = [column for column in REQUIRED_COLUMNS if column in absent]
+    faults = [f"columns {missing} are missing (it has {header})"] if missing else []
     for name in header:
         near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if name not in RAW_COLUMNS and near:
-            yield f"unknown column {name!r}: did you mean {near[0]!r}?"
+            faults.append(f"unknown column {name!r}: did you mean {near[0]!r}?")
+    if faults:
+        raise _ManifestFault(*faults)
+    return header, numbered
 
 
 def manifest_paths(folder: str | Path) -> list[Path]:
@@ -262,19 +271,9 @@ def read_manifests(folder: str | Path) -> Manifests:
     root = Path(folder).resolve()
     for path in manifest_paths(folder):
         try:
-            header, numbered = READERS[path.suffix.lower()](path)
+            header, numbered = _read(path)
         except _ManifestFault as error:
-            faults.append(f"{path}: {error}")
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            faults.append(f"{path}: not readable as UTF-8 text ({error})")
-            continue
-        if not numbered:
-            faults.append(f"{path}: holds no rows; fill it or remove it")
-            continue
-        broken = [f"{path}: {fault}" for fault in _column_faults(header)]
-        faults.extend(broken)
-        if broken:
+            faults += [f"{path}: {fault}" for fault in error.args]
             continue
         if others := [name for name in header if name not in RAW_COLUMNS]:
             ignored[path.name] = others
@@ -293,31 +292,13 @@ def read_manifests(folder: str | Path) -> Manifests:
 
 
 def write_manifest(folder: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows (keys of `RAW_COLUMNS`, `record` an object) whole as `folder/name`, in the format of the suffix.
+    """Writes rows (keys of `RAW_COLUMNS`, `record` an object) whole as the JSON Lines file `folder/name`.
 
-    Raises UserError for another suffix or an unknown key.
+    Raises UserError for an unknown key, ValueError for a number that JSON lacks.
     """
-    suffix = Path(name).suffix
     unknown = sorted({key for row in rows for key in row if key not in RAW_COLUMNS})
-    if suffix not in READERS or unknown:
-        fault = f"unknown keys {unknown}" if unknown else f"a manifest ends in one of {', '.join(READERS)}"
-        raise UserError(f"{name}: {fault}")
-    columns = [column for column in RAW_COLUMNS if any(column in row for row in rows)]
-    with atomic_file(Path(folder) / name) as temporary:
-        if suffix == ".jsonl":
-            given = ({column: row[column] for column in columns if row.get(column) is not None} for row in rows)
-            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in given]
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            return
-        flat = [dict(row) for row in rows]
-        for row in flat:
-            if row.get("record") is not None:
-                row["record"] = json.dumps(row["record"], allow_nan=False)
-        if suffix == ".csv":
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(flat)
-        else:
-            table = pa.table({column: pa.array([row.get(column) for row in flat], pa.string()) for column in columns})
-            pq.write_table(table, temporary)
+    if unknown:
+        raise UserError(f"{name}: unknown keys {unknown}")
+    given = ({column: row[column] for column in RAW_COLUMNS if row.get(column) is not None} for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in given]
+    write_text(Path(folder) / name, "".join(line + "\n" for line in lines))

@@ -108,7 +108,7 @@ def user_folder(folder: Path) -> Path:
     row = {"capability": "t2i", "category": "colors", "prompt": "a red circle", "split": "train"}
     write_manifest(
         folder,
-        "mine.csv",
+        "mine.jsonl",
         [
             {**row, "target": "pictures/a.png"},
             {**row, "target": "pictures/gone.png"},
@@ -156,7 +156,7 @@ def test_params_name_their_faults(params: Params, key: str) -> None:
 def test_a_source_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_two(request: Request, out: Path) -> dict[str, int]:
         row = {"capability": "t2i", "category": "colors", "split": "train"}
-        write_manifest(out, "made.csv", [{**row, "prompt": f"prompt {request.seed + i}"} for i in range(2)])
+        write_manifest(out, "made.jsonl", [{**row, "prompt": f"prompt {request.seed + i}"} for i in range(2)])
         return {"rows": 2}
 
     entry = Source(write_two, lambda request: [] if request.seed else ["seed = 0: expected another"])

@@ -477,9 +477,9 @@ def raw_folder(folder: Path) -> Path:
     write_manifest(folder, "a.jsonl", rows)
     write_manifest(
         folder,
-        "b.csv",
+        "b.jsonl",
         [
-            {**edit, "id": "fromcsv", "prompt": "make it blue now", "source": b, "target": a},
+            {**edit, "id": "second", "prompt": "make it blue now", "source": b, "target": a},
             {**edit, "id": "good", "source": b},
         ],
     )
@@ -510,7 +510,7 @@ def test_everything_read_is_kept_or_listed(tmp_path: Path) -> None:
     examples = read_examples(tmp_path / "out")
     with (tmp_path / "out" / "rejected.csv").open(encoding="utf-8", newline="") as file:
         rejected = list(csv.DictReader(file))
-    assert [example.id for example in examples] == ["good", "edit", "scored", "fromcsv"]
+    assert [example.id for example in examples] == ["good", "edit", "scored", "second"]
     assert {line["id"]: line["reason"] for line in rejected} == EXPECTED and all(line["detail"] for line in rejected)
     assert list(rejected[0]) == ["origin", "row", "id", "reason", "detail"]
     assert (summary["rows"], summary["kept"], summary["rejected"]) == (14, len(examples), len(rejected)) and len(
@@ -523,9 +523,9 @@ def test_everything_read_is_kept_or_listed(tmp_path: Path) -> None:
         "train": 1,
         "eval": 1,
     }
-    assert summary["manifests"] == {"a.jsonl": 12, "b.csv": 2}
+    assert summary["manifests"] == {"a.jsonl": 12, "b.jsonl": 2}
     assert calls[-1] == (calls[-1][1], calls[-1][1], "decode")
-    assert examples[3].origin == "b.csv" and examples[3].row == 1 and examples[2].record["tag"] == "colors"
+    assert examples[3].origin == "b.jsonl" and examples[3].row == 1 and examples[2].record["tag"] == "colors"
 
 
 def test_images_are_named_by_their_bytes_and_none_is_left_over(tmp_path: Path) -> None:

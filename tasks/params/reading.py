@@ -45,12 +45,9 @@ def check_sections(classes: Mapping[str, type], path: str | Path = PARAMS_FILE) 
 
     Raises UserErrors with the faults of all sections.
     """
-    document = read_yaml(path)
-    known = [*SHARED, *classes]
+    document, known = read_yaml(path), {**SHARED, **classes}
     faults = [f"{name}: unknown section{_nearest(name, known)}" for name in document if name not in known]
-    for name in SHARED:
-        _shared_section(name, document, faults)
-    for name, cls in classes.items():
+    for name, cls in known.items():
         fill_section(cls, name, document, faults)
     _raise(path, faults)
 
@@ -80,7 +77,7 @@ def faults_of(params: Any) -> list[str]:
 
 def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: list[str]) -> Any:
     """As `load_params`, from a document already read: adds to `faults` (dotted keys), and then returns None."""
-    shared = {name: _shared_section(name, document, faults) for name in shared_fields(cls)}
+    shared = {name: fill_section(shared_cls, name, document, faults) for name, shared_cls in shared_fields(cls).items()}
     names = [name for name in _names_of(cls) if name not in shared]
     if section not in document and names:
         faults.append(f"{section}: the section is missing; it needs the keys {', '.join(names)}")
@@ -88,26 +85,17 @@ def fill_section(cls: type, section: str, document: Mapping[str, Any], faults: l
     return _dataclass(cls, document.get(section, {}), section, faults, given=shared)
 
 
-def _shared_section(name: str, document: Mapping[str, Any], faults: list[str]) -> Any:
-    if name not in document:
-        faults.append(f"{name}: the section is missing; it needs the keys {', '.join(_names_of(SHARED[name]))}")
-        return None
-    return _dataclass(SHARED[name], document[name], name, faults)
-
-
 def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mapping[str, Any] | None = None) -> Any:
     given = given or {}
     before = len(faults)
     names = [name for name in _names_of(cls) if name not in given]
     if not isinstance(value, dict):
-        faults.append(f"{key} = {_shown(value)}: expected a mapping with the keys {', '.join(names)}")
-        return None
-    for name in value:
+        return _refuse(faults, key, value, f"expected a mapping with the keys {', '.join(names)}")
+    for name, item in value.items():
         if name in given:
-            remedy = f"this is the shared top-level section {name!r}; remove it here"
-            faults.append(f"{key}.{name} = {_shown(value[name])}: {remedy}")
+            _refuse(faults, f"{key}.{name}", item, f"this is the shared top-level section {name!r}; remove it here")
         elif name not in names:
-            faults.append(f"{key}.{name} = {_shown(value[name])}: unknown key{_nearest(name, names)}")
+            _refuse(faults, f"{key}.{name}", item, f"unknown key{_nearest(name, names)}")
     hints = typing.get_type_hints(cls, include_extras=True)
     filled = dict(given)
     for name in names:
@@ -118,10 +106,14 @@ def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mappin
     if len(faults) > before or any(section is None for section in given.values()):
         return None
     made = cls(**filled)
-    check = getattr(made, "faults", None)
-    if check is not None:
-        faults.extend(fault if fault.startswith(f"{key}.") else f"{key}.{fault}" for fault in check())
+    if hasattr(made, "faults"):
+        faults.extend(fault if fault.startswith(f"{key}.") else f"{key}.{fault}" for fault in made.faults())
     return made
+
+
+def _refuse(faults: list[str], key: str, value: Any, text: str) -> None:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    faults.append(f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {text}")
 
 
 def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
@@ -133,8 +125,7 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
         if made is None or all(holds(made, rule) for rule in hint.__metadata__):
             return made
         near = _nearest(made, _choices(hint)) if _choices(hint) else ""
-        faults.append(f"{key} = {_shown(value)}: expected {_rules(hint)}{near}")
-        return None
+        return _refuse(faults, key, value, f"expected {_rules(hint)}{near}")
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -147,25 +138,24 @@ def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
             pairs = enumerate(zip(kinds, value, strict=True))
             return origin(_convert(kind, item, f"{key}[{index}]", faults) for index, (kind, item) in pairs)
     elif origin is dict and isinstance(value, dict):
-        for name in value:
+        known = _choices(arguments[0])
+        for name, item in value.items():
             if not isinstance(name, str):
-                faults.append(f"{key}: key {_shown(name)}: expected text; put it in quotes")
-            elif (known := _choices(arguments[0])) and name not in known:
-                faults.append(f"{key}.{name} = {_shown(value[name])}: unknown name{_nearest(name, known)}")
+                faults.append(f"{key}: key {name!r}: expected text; put it in quotes")
+            elif known and name not in known:
+                _refuse(faults, f"{key}.{name}", item, f"unknown name{_nearest(name, known)}")
         return {name: _convert(arguments[1], item, f"{key}.{name}", faults) for name, item in value.items()}
     elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         near = _nearest(value, arguments) if isinstance(value, str) else ""
-        faults.append(f"{key} = {_shown(value)}: expected {_expected(hint)}{near}")
-        return None
+        return _refuse(faults, key, value, f"expected {_expected(hint)}{near}")
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
     elif hint is Any or (isinstance(hint, type) and type(value) is hint):
         return value
-    faults.append(f"{key} = {_shown(value)}: expected {_expected(hint)}")
-    return None
+    return _refuse(faults, key, value, f"expected {_expected(hint)}")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -199,11 +189,6 @@ def _rules(hint: Any) -> str:
 def _choices(hint: Any) -> Collection[str]:
     """The names of a `OneOf`; none for every other type."""
     return next((rule.names for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, OneOf)), ())
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _nearest(name: Any, valid: Iterable[Any]) -> str:
