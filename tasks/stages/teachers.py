@@ -224,7 +224,7 @@ def _make(name: str, world: World, params: Params) -> None:
     teacher, base = params.teachers[name], params.finished(BASE)
     backbone = _new_backbone(world, params) if name == BASE else MicroBackbone.load(base)
     curve = _train(name, backbone, world, params)
-    facts = {"name": name, "capability": teacher.capability, "kind": teacher.kind, "rank": teacher.rank}
+    facts: dict[str, Any] = {"name": name, "capability": teacher.capability, "kind": teacher.kind, "rank": teacher.rank}
     base_sha256 = None if name == BASE else sha256_file(weights_file(base, "base"))
     with atomic_folder(params.finished(name)) as folder:
         save_teacher(folder, backbone, backbone.network, **facts, alpha=teacher.rank, base_sha256=base_sha256)
