@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -90,6 +91,4 @@ def euler_path(
 
 def sample(field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor) -> torch.Tensor:
     """The full Euler rollout: latents (B, C, H, W) at t = 0."""
-    for latents in euler_path(field, noise, condition, grid):
-        pass
-    return latents
+    return deque(euler_path(field, noise, condition, grid), maxlen=1).pop()

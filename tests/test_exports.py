@@ -391,36 +391,11 @@ def test_the_command_line_exports_and_samples_the_micro_student(
 ) -> None:
     monkeypatch.chdir(micro.root)
     assert cli(["--model", "adapter", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
-    assert (
-        sample.cli(
-            [
-                "--model",
-                "whole",
-                "--prompt",
-                "a red circle",
-                "--prompt",
-                "a blue square",
-                "--out",
-                str(tmp_path / "out"),
-                "--steps",
-                "2",
-            ]
-        )
-        == 0
-    )
+    prompts = ["--prompt", "a red circle", "--prompt", "a blue square"]
+    assert sample.cli(["--model", "whole", *prompts, "--out", str(tmp_path / "out"), "--steps", "2"]) == 0
     assert len(read_json(tmp_path / "out" / "samples.json")["images"]) == 2
-    line = [
-        "sample",
-        "--model",
-        "whole",
-        "--prompt",
-        "a red zebra",
-        "--prompt",
-        "a wolf",
-        "--out",
-        str(tmp_path / "grey"),
-    ]
-    assert main(line) == 2
+    unknown = ["--prompt", "a red zebra", "--prompt", "a wolf"]
+    assert main(["sample", "--model", "whole", *unknown, "--out", str(tmp_path / "grey")]) == 2
     said = capsys.readouterr().err
     assert "'zebra' (prompt 'a red zebra')" in said and "'wolf'" in said and "nearest known words" in said
     assert not (tmp_path / "grey").exists()
@@ -432,21 +407,8 @@ def test_the_command_line_exports_and_samples_the_micro_student(
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="this student lies on the base .* which is not here"):
         cli(["--model", "adapter", "--format", "peft", "--out", str(tmp_path / "no")])
-    assert (
-        cli(
-            [
-                "--model",
-                "adapter",
-                "--format",
-                "peft",
-                "--out",
-                str(tmp_path / "peft"),
-                "--base",
-                str(micro.root / "data/teachers/base"),
-            ]
-        )
-        == 0
-    )
+    line = ["--model", "adapter", "--format", "peft", "--out", str(tmp_path / "peft")]
+    assert cli([*line, "--base", str(micro.root / "data/teachers/base")]) == 0
 
 
 # --- teachers that are brought along ----------------------------------------------------------------------------------

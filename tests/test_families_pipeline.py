@@ -55,7 +55,10 @@ RANK, ALPHA = 4, 8
 WORLD = World(("circle", "square"), ("red", "green"), ("white", "gray"), ("plain", "night"), 3, 8)
 MICRO_DETECTOR = BenchmarkParams("micro", "", "cpu", batch=4, workers=1, scheduler="")
 CATEGORIES = {"t2i": "single_object", "local_edit": "subject-add"}
-LONG = "a red circle and a blue square and a green triangle and a yellow cross on a white background and two black circles over it at night"
+LONG = (
+    "a red circle and a blue square and a green triangle and a yellow cross on a white background and two black "
+    "circles over it at night"
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Home:
 
     @property
     def backbone(self) -> BackboneParams:
-        return BackboneParams(self.family, None, PretrainedParams("float32", "cpu", EDGE, MAX_TOKENS, offload=False))  # type: ignore[arg-type]
+        return BackboneParams(self.family, None, PretrainedParams("float32", "cpu", EDGE, MAX_TOKENS, offload=False))
 
 
 SIZES = [(32, 32), (48, 24), (24, 48)]

@@ -203,6 +203,18 @@ def run_stages(project: Path, family: str) -> None:
         assert "Running stage" not in dvc("repro")
 
 
+def save_weights(project: Path, family: str) -> None:
+    """A base, two adapters in different styles, and the networks that look at images."""
+    save_family(project / "weights" / "base", family)
+    backbone = load_backbone(project / "weights" / "base", need=("transformer",))
+    realism, local = (some_adapter(backbone.network, own_layers(backbone), seed=seed) for seed in (1, 2))
+    write_peft(project / "weights" / "realism", realism)
+    (project / "weights" / "local").mkdir()
+    write_comfyui(project / "weights" / "local" / "lora.safetensors", local, family)
+    tiny_mask2former(project / "weights" / "detector")
+    tiny_clip(project / "weights" / "clip")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("family", ["sd3", "zimage"])
@@ -211,17 +223,7 @@ def test_from_weights_of_ones_own_to_a_champion_in_use(
 ) -> None:
     project = copy_project(tmp_path / "project")
     monkeypatch.chdir(project)
-    save_family(project / "weights" / "base", family)
-    backbone = load_backbone(project / "weights" / "base", need=("transformer",))
-    write_peft(project / "weights" / "realism", some_adapter(backbone.network, own_layers(backbone), seed=1))
-    (project / "weights" / "local").mkdir()
-    write_comfyui(
-        project / "weights" / "local" / "lora.safetensors",
-        some_adapter(backbone.network, own_layers(backbone), seed=2),
-        family,
-    )
-    tiny_mask2former(project / "weights" / "detector")
-    tiny_clip(project / "weights" / "clip")
+    save_weights(project, family)
     save_examples(project / "data" / "examples")
 
     with judge_server({}) as server:

@@ -90,21 +90,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                 self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
             elif path.startswith(f"/api/models/{REPO}"):
                 siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in entries]
-                self.reply(
-                    200,
-                    json.dumps({"id": REPO, "sha": state.commit, "siblings": siblings}).encode(),
-                    Content_Type="application/json",
-                )
+                info = {"id": REPO, "sha": state.commit, "siblings": siblings}
+                self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
             elif path.startswith(f"/{REPO}/resolve/{state.commit}/"):
                 name = path.removeprefix(f"/{REPO}/resolve/{state.commit}/")
                 if self.command == "GET":
                     state.requests.append(name)
-                self.reply(
-                    200,
-                    state.files[name],
-                    ETag=f'"{hashlib.sha1(state.files[name]).hexdigest()}"',
-                    X_Repo_Commit=state.commit,
-                )
+                tag = hashlib.sha1(state.files[name]).hexdigest()
+                self.reply(200, state.files[name], ETag=f'"{tag}"', X_Repo_Commit=state.commit)
             else:
                 self.reply(404, b"{}", X_Error_Code="RepoNotFound")
 

@@ -31,14 +31,18 @@ from transformers import (
     T5TokenizerFast,
 )
 
-SENTENCE = "a an the photo image of red green blue yellow circle square triangle cross on over white gray black pink and background make it night two"
+SENTENCE = (
+    "a an the photo image of red green blue yellow circle square triangle cross on over white gray black pink and "
+    "background make it night two"
+)
 WORDS = SENTENCE.split()
 CHANNELS = 4  # latent
 PIXELS = 2  # a latent
 MAX_TOKENS = 24
 SHIFT = 3.0
 CHAT = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 

@@ -22,6 +22,7 @@ from model.backbones import parts
 from model.fields.base import Condition, Prompts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ORIGINAL_NAMES = (  # see Backbone.original_names
     (r"transformer_blocks\.(\d+)\.(attn2?)\.to_([qkv])", r"joint_blocks.\1.x_block.\2.qkv"),
     (r"transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
@@ -45,9 +46,7 @@ class SD3Backbone(parts.PipelineBackbone):
     edit_prompts = False
     blocks: tuple[str, ...] = ("transformer_blocks",)
     modulations: tuple[str, ...] = ("norm1", "norm1_context")
-    adapter_targets: tuple[str, ...] = tuple(
-        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-    )
+    adapter_targets: tuple[str, ...] = ADAPTED
     original_names: tuple[tuple[str, str], ...] = ORIGINAL_NAMES
     comfyui_prefix: str | None = "transformer."
 
