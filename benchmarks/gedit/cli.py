@@ -145,7 +145,7 @@ def _prompts(given: Namespace) -> None:
     """Print the set's rows as JSON Lines, and on stderr how many there are of each category."""
     tasks = _tasks(given, Path("."))
     for task in tasks:
-        row = {"key": task.key, "instruction_language": task.language, "task_type": task.category}
+        row: dict[str, Any] = {"key": task.key, "instruction_language": task.language, "task_type": task.category}
         row |= {"instruction": task.instruction, "intersection_exist": task.intersection, "source": str(task.source)}
         print(json.dumps(row, ensure_ascii=False))
     for (language, category), count in sorted(Counter((task.language, task.category) for task in tasks).items()):
