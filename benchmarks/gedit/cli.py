@@ -17,14 +17,14 @@ from urllib.parse import urlsplit
 from benchmarks.gedit.judging import Asking, judge_folder
 from benchmarks.gedit.price import IMAGE_TOKENS
 from benchmarks.gedit.questions import SUITE, image_seed
-from benchmarks.gedit.rows import EditTask, check_official, edited_path, load_tasks, set_digest, set_kind, source_path
+from benchmarks.gedit.rows import EditTask, check_official, edited_path, load_tasks, set_digest, set_name, source_path
 from benchmarks.gedit.rules import COLUMNS, LANGUAGES
 from benchmarks.gedit.verdict import Judgements, column_scorecard, freeze_anchors, read_judgements, rows_of, summary
 from benchmarks.judge.access import Access, name_of_local
 from benchmarks.judge.protocol import IMAGE_FORMATS, JUDGES, RESIZES, JudgeSettings, read_rgb
 from benchmarks.judge.wording import load_wording
 from benchmarks.scores.scorecard import STATUSES, write_scorecard, write_scores
-from benchmarks.steps import SAMPLER, Options, run_step, sample, setting
+from benchmarks.steps import SAMPLER, Options, Steps, path, run_step, sample, setting
 from benchmarks.store import shard_of
 from data.errors import UserError
 from data.files import atomic_file, write_json
@@ -37,71 +37,65 @@ RETRIED = [status for status in STATUSES if status not in ("ok", "missing_image"
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def _word(default: str, text: str, **more: Any) -> dict[str, Any]:
-    """A text's option, whose help shows the default."""
-    return {"default": default, "help": f"{text} (default: %(default)s)", **more}
+def _choice(default: str, text: str, choices: Sequence[str], **more: Any) -> dict[str, Any]:
+    return {"default": default, "help": f"{text} (default: %(default)s)", "choices": choices, **more}
 
 
 FLAG = {"action": "store_true"}
-FOLDER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
-FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-NEEDED: dict[str, Any] = {**FOLDER, "required": True}
 TASKS: Options = {
-    "--data": {**NEEDED, "help": "GEdit-Bench's Parquet or Arrow files, or a folder with manifest.csv or .jsonl"},
+    "--data": path("GEdit-Bench's Parquet or Arrow files, or a folder with manifest.csv or .jsonl", required=True),
     "--custom-set": {**FLAG, "help": "the set is your own: do not compare its counts with the official ones"},
-    "--language": _word("both", "which rows are taken", choices=[*LANGUAGES, "both"]),
-    "--unpack": {**FOLDER, "help": "where source images out of Parquet or Arrow files go (default: beside the output)"},
+    "--language": _choice("both", "which rows are taken", [*LANGUAGES, "both"]),
+    "--unpack": path("where source images out of Parquet or Arrow files go (default: beside the output)"),
 }
-IMAGES: Options = {"--images": {**NEEDED, "help": "the model's folder, with fullset/TASK_TYPE/LANGUAGE/KEY.png"}}
-WORDING: Options = {
-    "--wording": {"type": Path, "metavar": "PATH", "help": "a folder with other texts than ours, or vie_prompts.py"}
-}
+IMAGES: Options = {"--images": path("the model's folder, with fullset/TASK_TYPE/LANGUAGE/KEY.png", required=True)}
+WORDING: Options = {"--wording": path("a folder with other texts than ours, or the upstream's vie_prompts.py", "PATH")}
 JUDGE: Options = {
-    "--judge": _word("endpoint", "what kind of judge", choices=JUDGES, dest="kind"),
+    "--judge": _choice("endpoint", "what kind of judge", JUDGES, dest="kind"),
     "--judge-model": {
         "required": True,
         "metavar": "NAME",
         "help": "as the server names it; of local, replay: a folder",
     },
-    "--provider": {"help": "who serves it (default: the base URL's host)"},
+    "--provider": {"metavar": "NAME", "help": "who serves it (default: the base URL's host)"},
     **WORDING,
     "--temperature": setting(0.0, "of the judge"),
     "--seed": setting(0, "sent with every question, plus the repeat's number; -1 sends none"),
     "--max-tokens": setting(512, "of a reply"),
     "--images-first": {"action": "store_false", "dest": "text_first", "help": "the images before the text"},
-    "--image-format": _word("png", "of the images sent", choices=IMAGE_FORMATS),
-    "--resize": _word("match-source", "what the images are scaled to", choices=RESIZES),
+    "--image-format": _choice("png", "of the images sent", IMAGE_FORMATS),
+    "--resize": _choice("match-source", "what the images are scaled to", RESIZES),
     "--json-schema": {**FLAG, "help": "ask the server to enforce the reply's form, where it can"},
     "--extra": {"type": json.loads, "default": {}, "metavar": "JSON", "help": "further fields of the request's body"},
     "--repeats": setting(1, "how often each question is asked; 3 shows the judge's noise"),
 }
 SERVER: Options = {
-    "--base-url": _word("https://api.openai.com/v1", "of the server"),
-    "--key-variable": _word("OPENAI_API_KEY", 'environment variable with the key; "" for a server without keys'),
+    "--base-url": setting("https://api.openai.com/v1", "of the server", "URL"),
+    "--key-variable": setting("OPENAI_API_KEY", 'environment variable with the key; "" for a server without', "NAME"),
     "--timeout": setting(120.0, "seconds that a try may take", dest="timeout_s"),
     "--tries": setting(6, "of a request"),
     "--wait": setting(1.0, "seconds before the second try; doubled before each further one", dest="wait_s"),
     "--longest-wait": setting(60.0, "seconds before a try", dest="longest_wait_s"),
     "--per-minute": setting(0, "requests that may begin in a minute; 0: no limit"),
-    "--device": _word("cuda", "of the local judge"),
-    "--dtype": _word("bfloat16", "of the local judge"),
+    "--device": setting("cuda", "of the local judge", "DEVICE"),
+    "--dtype": setting("bfloat16", "of the local judge", "DTYPE"),
 }
 RUN: Options = {
-    "--out": {**NEEDED, "help": "where the judgements are kept"},
+    "--out": path("where the judgements are kept", required=True),
     "--model": {"metavar": "NAME", "help": "the name of what is judged (default: the folder's name)"},
-    "--anchors": {**FOLDER, "help": "a frozen set, judged anew with this run to measure the judge's drift"},
+    "--anchors": path("a frozen set, judged anew with this run to measure the judge's drift"),
     "--retry": {"nargs": "*", "choices": RETRIED, "default": [], "help": "ask again what ended with these statuses"},
     "--concurrency": setting(8, "questions under way at once"),
     "--workers": setting(1, "processes on this machine that ask; they share --concurrency and --per-minute"),
-    "--scheduler": {"default": "", "metavar": "ADDRESS", "help": "a dask scheduler instead, e.g. tcp://127.0.0.1:8786"},
-    "--shard": _word("0/1", "every N-th question, beginning with the I-th", type=shard_of, metavar="I/N"),
-    "--image-tokens": _word("tiles", "how images count in the preview", choices=sorted(IMAGE_TOKENS)),
+    "--scheduler": setting("", "a dask scheduler, e.g. tcp://127.0.0.1:8786, instead of processes here", "ADDRESS"),
+    "--shard": setting("0/1", "every N-th question from the I-th on", "I/N", type=shard_of),
+    "--image-tokens": _choice("tiles", "how images count in the preview", sorted(IMAGE_TOKENS)),
     "--prices": {"type": float, "nargs": 2, "metavar": ("PROMPT", "COMPLETION"), "help": "per million tokens"},
-    "--highest-price": {"type": float, "help": "refuse to begin above it"},
+    "--highest-price": {"type": float, "metavar": "N", "help": "refuse to begin above it"},
     "--preview": {**FLAG, "dest": "only_preview", "help": "say what it would cost, and stop"},
 }
 JUDGED: Options = {
-    "--judgements": {**NEEDED, "help": "what `judge` has written"},
+    "--judgements": path("what `judge` has written", required=True),
     **WORDING,
     "--bootstrap-seed": setting(0, "of the bootstrap and of the choice of anchors"),
 }
@@ -109,9 +103,14 @@ COLUMN: Options = {
     **JUDGED,
     "--resamples": setting(10_000, "of the bootstrap"),
     "--confidence": setting(0.95, "of the intervals"),
-    "--column": _word("en/full", "the scorecard's column", choices=COLUMNS),
+    "--column": _choice("en/full", "the scorecard's column", COLUMNS),
     "--allow-partial": {**FLAG, "help": "give means although fewer than 99 percent of a category have a score"},
 }
+REPORT: Options = {
+    "--beside": path("scorecards of champion, teachers, base", "FILE", nargs="*", default=[]),
+    "--out": path("default: report.html beside the judgements", "FILE"),
+}
+ANCHORS: Options = {"--to": path(required=True), "--count": setting(44, "spread over the categories")}
 
 
 def _made_of(kind: type, given: Namespace, **more: Any) -> Any:
@@ -162,10 +161,10 @@ def _generate(given: Namespace) -> int:
         if not copy.exists():
             with atomic_file(copy) as temporary:
                 read_rgb(task.source).save(temporary, format="PNG")
-        path, source = edited_path(Path("."), task).as_posix(), str(task.source.resolve())
+        files = {"path": edited_path(Path("."), task).as_posix(), "source": str(task.source.resolve())}
         job = {"id": task.id, "prompt": task.instruction, "seed": image_seed(task, given.seed)}
-        jobs.append({**job, "path": path, "source": source})
-    settings = {"suite": SUITE, "prompts": set_digest(tasks), "set": set_kind(tasks), "seed": given.seed}
+        jobs.append({**job, **files})
+    settings = {"suite": SUITE, "prompts": set_digest(tasks), "set": set_name(tasks), "seed": given.seed}
     return sample(given.model, given.images, settings, jobs, given.sampler)
 
 
@@ -235,12 +234,7 @@ def _report(given: Namespace) -> None:
     print(out)
 
 
-REPORT: Options = {
-    "--beside": {**FILE, "nargs": "*", "default": [], "help": "scorecards of champion, teachers, base"},
-    "--out": {**FILE, "help": "default: report.html beside the judgements"},
-}
-ANCHORS: Options = {"--to": NEEDED, "--count": setting(44, "spread over the categories")}
-STEPS = {
+STEPS: Steps = {
     "prompts": (_prompts, TASKS),
     "generate": (_generate, {**TASKS, **IMAGES, **SAMPLER}),
     "judge": (_judge, {**TASKS, **IMAGES, **JUDGE, **SERVER, **RUN}),

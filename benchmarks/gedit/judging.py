@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.gedit import questions
 from benchmarks.gedit.price import Preview, preview
 from benchmarks.gedit.questions import Entry, Job
-from benchmarks.gedit.rows import EditTask, set_digest, set_kind
+from benchmarks.gedit.rows import EditTask, set_digest, set_name
 from benchmarks.judge.protocol import Ask, JudgeSettings, Question, Reply, ask_once_or_twice, outcome, stored_replies
 from benchmarks.parallel import as_they_come
 from benchmarks.store import Shard, claim, open_shard, read_results, shard_name
@@ -182,7 +182,7 @@ def judge_folder(
     `out`. Raises UserError(s) for a folder of judgements made with other settings, a price too high, and whatever ends
     the run (see `benchmarks.judge.endpoint`)."""
     entries = questions.plan(tasks, folder, out)
-    about_set = {"digest": set_digest(tasks), "kind": set_kind(tasks)}
+    about_set = {"digest": set_digest(tasks), "kind": set_name(tasks)}
     made_with = questions.made_with(folder)
     about: dict[str, Any] = {"model": model, "set": about_set, "repeats": settings.repeats, "made_with": made_with}
     if anchors is not None:

@@ -191,7 +191,7 @@ def check_official(tasks: Sequence[EditTask]) -> None:
         raise UserErrors(f"this is not the official GEdit-Bench; {advice}:", faults)
 
 
-def set_kind(tasks: Sequence[EditTask]) -> str:
+def set_name(tasks: Sequence[EditTask]) -> str:
     """ "official" where `check_official` finds no fault, else "custom"."""
     try:
         check_official(tasks)
