@@ -16,16 +16,20 @@ from tasks.params.reading import check_sections, load_params, shared_fields
 from tasks.params.sections import SHARED, SamplingParams
 
 VALID = """
-world: {shapes: [circle, square], colors: [red, green], backgrounds: [white, gray], styles: [plain, night], grid: 3, cell: 8}
+world: {shapes: [circle, square], colors: [red, green], backgrounds: [white, gray], styles: [plain, night], grid: 3,
+  cell: 8}
 backbone: {name: micro, micro: {width: 8, layers: 1, heads: 2, latent_channels: 4}, pretrained: null}
 sampling: {steps: 4, guidance: 1, images_per_prompt: 1, seed: 0, batch: 8}
 routing: {routes: [{capability: t2i, teacher: base, weight: 1}]}
-execution: {device: auto, processes: 1, micro_batch: 0, rollout_batch: 0, precision: fp32, compile: none, attention: auto, checkpointing: auto,
-  merge_rollout: auto, shard_base: false}
+execution: {device: auto, processes: 1, micro_batch: 0, rollout_batch: 0, precision: fp32, compile: none,
+  attention: auto, checkpointing: auto, merge_rollout: auto, shard_base: false}
 benchmark: {detector: micro, classifier: "", device: cpu, batch: 8, workers: 1, scheduler: ""}
-judge: {kind: none, model: "", wording: "", language: en, categories: [], repeats: 1, dtype: bfloat16, concurrency: 8, workers: 1, retry: [api_error],
-  request: {temperature: 0, seed: 0, max_tokens: 512, text_first: true, image_format: png, resize: none, json_schema: false, extra: {}},
-  server: {base_url: "http://127.0.0.1:1/v1", key_variable: "", provider: "", timeout_s: 1, tries: 1, wait_s: 0, longest_wait_s: 0, per_minute: 0},
+judge: {kind: none, model: "", wording: "", language: en, categories: [], repeats: 1, dtype: bfloat16,
+  concurrency: 8, workers: 1, retry: [api_error],
+  request: {temperature: 0, seed: 0, max_tokens: 512, text_first: true, image_format: png, resize: none,
+    json_schema: false, extra: {}},
+  server: {base_url: "http://127.0.0.1:1/v1", key_variable: "", provider: "", timeout_s: 1, tries: 1, wait_s: 0,
+    longest_wait_s: 0, per_minute: 0},
   prices: null, highest_price: null}
 train:
   steps: 2

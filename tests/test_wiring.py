@@ -123,10 +123,8 @@ def test_importing_the_stages_loads_no_client(python: Callable[..., subprocess.C
     diffusers.)
     """
     heavy = ["prefect", "mlflow", "dvc", "great_expectations"]
-    ended = python(
-        "-c",
-        f"import sys, {', '.join(f'tasks.stages.{name}' for name in STAGES)}; print([name for name in {heavy} if name in sys.modules])",
-    )
+    stages = ", ".join(f"tasks.stages.{name}" for name in STAGES)
+    ended = python("-c", f"import sys, {stages}; print([name for name in {heavy} if name in sys.modules])")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip().splitlines()[-1] == "[]"
 
