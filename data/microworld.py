@@ -20,7 +20,6 @@ from data.bounds import OneOf
 from data.errors import UserError
 from data.records import EDITS
 
-MICRO = "micro"  # the detector of the micro world's pictures, which needs no weights
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 225), "yellow": (240, 210, 50)}  # RGB
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (135, 135, 135), "black": (15, 15, 15), "pink": (240, 160, 200)}

@@ -49,14 +49,14 @@ from benchmarks.scores.statistics import Comparison
 from benchmarks.store import open_shard, read_results, shard_files
 from data.errors import UserError, UserErrors
 from data.images import encode_png
-from data.microworld import MICRO, World, render, t2i_example
+from data.microworld import World, render, t2i_example
 from data.randomness import numpy_generator
 from data.records import GENEVAL_TAGS
 from tasks.environment import PROJECT
 from tests.tiny_evaluator import tiny_clip, tiny_mask2former
 
 WORLD = World()
-MICRO_EVALUATOR = Evaluator(MICRO, "", "cpu")
+MICRO_EVALUATOR = Evaluator("micro", "", "cpu")
 HOW: dict[str, Any] = {"model": "candidate", "seed": 0, "resamples": 300, "confidence": 0.95}
 
 
@@ -325,7 +325,7 @@ def test_a_stage_s_own_pictures_get_the_same_verdicts(
     assert [(float(one.correct), one.reasons) for one in found] == [
         (score.values["correct"], score.reasons) for score in scores
     ]
-    assert identity["detector"]["architecture"] == MICRO
+    assert identity["detector"]["architecture"] == "micro"
     monkeypatch.setattr("benchmarks.geneval.run.evaluate", None)  # the second time nothing is looked at
     assert judge_pictures(micro.root, tmp_path / "store", pictures, evaluator)[0] == found
 

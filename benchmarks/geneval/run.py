@@ -8,7 +8,7 @@ with the same bytes as one that was not."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ from benchmarks.scores.scorecard import ExampleScore, Scorecard, scorecard, writ
 from benchmarks.store import SETTINGS_FILE, claim, open_shard, read_results, read_settings, result_key, shard_name
 from data.errors import UserError, UserErrors
 from data.files import digest, read_json, sha256_file, write_json, write_text
-from data.microworld import MICRO, World
+from data.microworld import World
 from data.progress import progress
 
 DETECTIONS, VERDICT = "detections", "verdict"  # folders of results
@@ -77,9 +77,8 @@ class _Batch:
 
 
 def _identity(evaluator: Evaluator) -> Row:
-    if evaluator.detector == MICRO:
-        world = json.loads(json.dumps(asdict(World())))
-        return {"detector": {"architecture": MICRO, "world": world}, "classifier": None}
+    if evaluator.detector in PARSERS:
+        return {"detector": PARSERS[evaluator.detector].identity(), "classifier": None}
     from benchmarks.geneval.colors import classifier_identity
     from benchmarks.geneval.detector import detector_identity
 
@@ -90,10 +89,25 @@ def _identity(evaluator: Evaluator) -> Row:
 _identity_here = lru_cache(maxsize=4)(_identity)  # a worker reads the weights once
 
 
+@dataclass(frozen=True)
+class Parser:
+    """A detector without networks: what results name it, and what it sees in an image (H, W, 3) uint8."""
+
+    identity: Callable[[], Row]
+    parse: Callable[[np.ndarray], Sequence[rules.Detection]]
+
+
+def _micro_identity() -> Row:
+    return {"architecture": "micro", "world": json.loads(json.dumps(asdict(World())))}
+
+
+PARSERS = {"micro": Parser(_micro_identity, lambda image: shapes.detect(World(), image).things)}  # by --detector
+
+
 def evaluator_identity(evaluator: Evaluator, records: Records) -> Row:
     """What every result names. Raises UserError for a model that is not there, or records with colours and no
     classifier."""
-    if evaluator.detector != MICRO and not evaluator.classifier and any(map(color_counts, records)):
+    if evaluator.detector not in PARSERS and not evaluator.classifier and any(map(color_counts, records)):
         advice = f"name the colour classifier too (--classifier, a folder or {rules.CLASSIFIER})"
         raise UserError(f"the prompt set asks for colours: {advice}")
     return _identity(evaluator)
@@ -134,9 +148,9 @@ def _network_detections(batch: _Batch) -> list[list[Row]]:
 def evaluate(batch: _Batch) -> list[Row]:
     """A row an image: {"size": [H, W], "detections": [{"class", "score", "box", "color", "mask"}, ...]}, most
     confident first. Runs in a worker."""
-    if batch.evaluator.detector == MICRO:
-        things = (shapes.detect(World(), image).things for image in batch.images)
-        detections = [[_stored(thing, thing.color) for thing in of_image] for of_image in things]
+    if batch.evaluator.detector in PARSERS:
+        parse = PARSERS[batch.evaluator.detector].parse
+        detections = [[_stored(thing, thing.color) for thing in parse(image)] for image in batch.images]
     elif _identity_here(batch.evaluator) != batch.identity:
         fault = "a worker has other weights than this machine; give all machines the same files"
         raise UserError(f"detector {batch.evaluator.detector}: {fault}")
