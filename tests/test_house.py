@@ -44,7 +44,7 @@ BAD = {
     "a full folder": ({"tasks/__init__.py": "", "tasks/a.py": ""}, "tasks/paths.py is file 3 of 3"),
     "a circle": (
         {"tasks/paths.py": "from tasks.stages import encode"},
-        "tasks.stages.encode -> tasks.paths -> tasks.stages.encode",
+        "tasks.stages.encode -> tasks.paths",
     ),
     "a circle inside a function": (
         {"tasks/paths.py": "def f():\n  from tasks.stages.encode import x"},

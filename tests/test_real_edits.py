@@ -302,7 +302,7 @@ def test_a_judge_that_is_not_there_is_one_message_and_nothing_is_made(
 ) -> None:
     root = home.curated.parent
     drawn: list[int] = []
-    monkeypatch.setattr("tasks.scoring.sampling.sample", lambda *_: drawn.append(1))
+    monkeypatch.setattr("tasks.scoring.sampling.draw", lambda *_, **how: drawn.append(1))
     with pytest.raises(
         UserError, match=r"judge judge: no server answers at http://127\.0\.0\.1:9/v1 .* nothing was asked or drawn"
     ):
@@ -376,7 +376,7 @@ def test_language_and_categories_choose_what_is_judged(home: Home) -> None:
     benchmark, judge = benchmark_of(home.curated.parent), judge_params("http://127.0.0.1:9/v1")
 
     def judged(detector: str = benchmark.detector, **changes: Any) -> list[Example]:
-        scorer = scorer_of(replace(benchmark, detector=detector), replace(judge, **changes), WORLD.world())
+        scorer = scorer_of(replace(benchmark, detector=detector), replace(judge, **changes), WORLD)
         return [example for example in (drawn, edit, chinese) if scorer.judges(example)]
 
     assert judged() == [drawn, edit]
@@ -385,7 +385,7 @@ def test_language_and_categories_choose_what_is_judged(home: Home) -> None:
     assert judged("micro") == [drawn, edit, chinese]
     with pytest.raises(UserError, match=r"record\.instruction_language = 'zh'; choose one of \['en', 'cn'\]"):
         GeditScorer(benchmark, judge).judges(replace(edit, record={"instruction_language": "zh"}))
-    nobody = scorer_of(benchmark, replace(judge, kind="none"), WORLD.world())
+    nobody = scorer_of(benchmark, replace(judge, kind="none"), WORLD)
     nobody.check([drawn])  # nobody judges where nothing is edited
 
 

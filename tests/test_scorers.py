@@ -23,7 +23,7 @@ from data.images import read_picture
 from data.records import CAPABILITIES, Example, read_examples, write_examples
 from model.route import Route
 from tasks.checks.preflight import evaluators, judge_faults
-from tasks.params.sections import BackboneParams, MicroParams, RoutingParams, SamplingParams, WorldParams
+from tasks.params.sections import BackboneParams, MicroParams, RoutingParams, SamplingParams
 from tasks.stages import validate as validating
 from tests.tiny import CHANNELS, HEADS, LAYERS, NOBODY, WIDTH, WORLD, Tiny, build
 
@@ -58,7 +58,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
 
 def validate(tiny: Tiny, out: Path, **floors: float) -> dict[str, Any]:
     params = validating.Params(
-        WorldParams(WORLD.shapes, WORLD.colors, WORLD.backgrounds, WORLD.styles, WORLD.grid, WORLD.cell),
+        WORLD,
         BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None),
         SamplingParams(steps=1, guidance=2.0, images_per_prompt=1, seed=0, batch=16),
         RoutingParams((Route("t2i", "base", 1.0),)),

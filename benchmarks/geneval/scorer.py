@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class GenevalScorer(Scorer):
 
     @property
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.params.detector, self.params.classifier, self.params.device)
+        return Evaluator(**asdict(self.params))
 
     def judges(self, example: Example) -> bool:
         return not CAPABILITIES[example.capability].is_edit
@@ -35,8 +35,7 @@ class GenevalScorer(Scorer):
 
     def score(self, drawn: Sequence[DrawnImage]) -> list[ExampleScore]:
         pictures = [(str(image.file), image.example.record) for image in drawn]
-        how: Any = {"batch": self.params.batch, "workers": self.params.workers, "scheduler": self.params.scheduler}
-        verdicts, _ = judge_pictures(Path(), STORE, pictures, self.evaluator, **how)
+        verdicts, _ = judge_pictures(Path(), STORE, pictures, self.evaluator)
         pairs = zip(drawn, verdicts, strict=True)
         return [image.score({"correct": float(verdict.correct)}, verdict.reasons) for image, verdict in pairs]
 
