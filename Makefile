@@ -73,6 +73,7 @@ stack-down:
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 ui: install

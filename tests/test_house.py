@@ -42,10 +42,7 @@ BAD = {
     ),
     "many arguments": ({"tests/a.py": "def f(a, b=1, *, c): ..."}, "tests/a.py:f has 3"),
     "a full folder": ({"tasks/__init__.py": "", "tasks/a.py": ""}, "tasks/paths.py is file 3 of 3"),
-    "a circle": (
-        {"tasks/paths.py": "from tasks.stages import encode"},
-        "tasks.stages.encode -> tasks.paths",
-    ),
+    "a circle": ({"tasks/paths.py": "from tasks.stages import encode"}, "tasks.stages.encode -> tasks.paths"),
     "a circle inside a function": (
         {"tasks/paths.py": "def f():\n  from tasks.stages.encode import x"},
         "tasks.stages.encode -> tasks.paths",
