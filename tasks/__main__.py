@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from data import commands
@@ -86,7 +87,9 @@ def _run_stage(name: str, arguments: list[str]) -> int:
 def _first_line(name: str) -> str:
     """From the module's text: importing eight stages to list them would take half a minute."""
     path = Path(__file__).with_name("stages") / f"{name}.py"
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    sentence = " ".join(text.split("\n\n")[0].split()).partition(": ")[2].partition(". ")[0]
+    return shorten(sentence.rstrip("."), 106, placeholder=" ...")
 
 
 # --- what is shown and kept -------------------------------------------------------------------------------------------
