@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,6 +132,7 @@ class PipelineBackbone:
     """
 
     network_class: Any
+    load_texts: Callable[[torch.dtype, torch.device | str], Any]  # the text encoders with their tokenizers
     no_pipeline = ""
     latent_shape: tuple[int, int, int]
 
@@ -142,9 +143,6 @@ class PipelineBackbone:
         self.pixels_per_latent = pixels_per_latent
         self.vae: Any = None
         self.texts: Any = None
-
-    def load_texts(self, dtype: torch.dtype, device: torch.device | str) -> Any:
-        raise NotImplementedError
 
     @classmethod
     def load(
