@@ -243,8 +243,7 @@ def _fitted(case: Case, student: Student, bucket: Bucket, device: torch.device) 
 
 def _compile(case: Case, device: torch.device, seed: int) -> float:
     """Seconds of the first rollouts, of many rows and of one, where they are compiled: a kernel made for one row serves
-    no other number.
-    """
+    no other number."""
     if case.execution.compile != "rollout":
         return 0.0
     running = start(case, "fast", device, seed, 0)
@@ -320,8 +319,7 @@ def measure(case: Case, device: torch.device, seed: int, alternations: int) -> d
 
 def _utilization(path: Running, device: torch.device, rate: float, floor: float) -> dict[str, float]:
     """Model FLOPs over the measured rate of a large bf16 matrix product. A step needs the floor's forwards and a
-    backward, which costs one more.
-    """
+    backward, which costs one more."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         path.student.field(*_rows(path.bucket, 1, device))
     size, repeats = 8192, 20

@@ -7,9 +7,9 @@ import hashlib
 import numpy as np
 
 
-def seed_of(seed: int, step: int, slot: int, purpose: str) -> int:
-    """A 63-bit integer that depends on all four and on nothing else (SHA-256, so equal on every machine)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{step}|{slot}|{purpose}".encode()).digest()[:8], "big") >> 1
+def seed_of(*address: int | str) -> int:
+    """A 63-bit integer that depends on the address and on nothing else (SHA-256, so equal on every machine)."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, address)).encode()).digest()[:8], "big") >> 1
 
 
 def numpy_generator(seed: int, step: int, slot: int, purpose: str) -> np.random.Generator:

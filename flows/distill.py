@@ -1,6 +1,5 @@
 """The flow `distill`: the whole job, from examples to a registered version. Run it here with `python -m flows.distill`,
-or as the deployment `distill/prod`.
-"""
+or as the deployment `distill/prod`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """How a run ended, for a person at a terminal: the scorecard beside the teachers, the verdict with every rule, and
-where to look.
-"""
+where to look."""
 
 from __future__ import annotations
 

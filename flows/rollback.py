@@ -1,6 +1,5 @@
 """The flow `rollback`, deployed as `rollback/prod`: back to the previous champion, in the registry and in what is
-published.
-"""
+published."""
 
 from __future__ import annotations
 

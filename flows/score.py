@@ -1,6 +1,5 @@
 """The flow `score`, deployed as `score/prod`: any registered version, or a checkpoint by address, is scored again on
-held-out examples.
-"""
+held-out examples."""
 
 from __future__ import annotations
 

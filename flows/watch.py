@@ -1,6 +1,5 @@
 """The flow `watch`, deployed as `watch/prod` on a schedule: reviews made in MLflow's pages are carried out, and the
-champion is scored again.
-"""
+champion is scored again."""
 
 from __future__ import annotations
 

@@ -46,8 +46,7 @@ def save_state(
     folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any], keep_every: int = 0
 ) -> None:
     """Writes `folder`/step-NNNNNNNN whole or not at all, then drops all but the last two and every `keep_every`-th step
-    (0: none). `record` must be JSON.
-    """
+    (0: none). `record` must be JSON."""
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         write_tensors(temporary / TENSORS, tensors)
         write_json(temporary / RECORD, {**record, "step": step, "sha256": sha256_file(temporary / TENSORS)})

@@ -44,8 +44,7 @@ def size_of(picture: np.ndarray) -> Size:
 
 def picture_bucket(backbone: Backbone, source: Size | None, resolution: int = 0) -> Size:
     """The size that is drawn: the bucket of a source's aspect, a square without one. `resolution` is the square's edge
-    in px, 0 the backbone's usual one. Raises UserError as check_sizes.
-    """
+    in px, 0 the backbone's usual one. Raises UserError as check_sizes."""
     edge = resolution or backbone.latent_shape[1] * backbone.pixels_per_latent
     size = (edge, edge) if source is None else bucket_of(*source, edge, backbone.size_multiple)
     check_sizes(backbone, [size])

@@ -63,8 +63,7 @@ class Bucket:
 
     def targets(self, rows: Sequence[int]) -> torch.Tensor:
         """The clean target latents (B, C, H, W) of rows that share a shape. Raises UserError where the data has
-        none.
-        """
+        none."""
         if self.target is None:
             raise UserError(
                 "states = 'off_policy' needs target images in the data, and this bucket has rows without; "

@@ -37,8 +37,7 @@ def accumulate_plain(
     setup: Setup, teacher: VelocityField, plan: Plan, slots: Sequence[int]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`Accumulate`, on-policy only: one slot after the other, N evaluations of the student for its rollout whatever its
-    query index.
-    """
+    query index."""
     if setup.params.states != "on_policy":
         raise ValueError(f"states = {setup.params.states!r}: the plain path is the on-policy method's")
     losses, field = torch.zeros(len(plan.rows), device=setup.execution.device), setup.student.field

@@ -48,8 +48,7 @@ def euler_grid(steps: int, shift: float = 1.0) -> torch.Tensor:
 
 def query_index(uniform_steps: int, bias: str, rng: np.random.Generator) -> int:
     """j = min(floor(u N), N - 1) with u ~ Beta(a, b) of the named bias; "low" is Beta(5, 2), the low-noise side
-    (DanceOPD).
-    """
+    (DanceOPD)."""
     if bias not in QUERY_BIAS:
         raise UserError(f"query = {bias!r}: choose one of {sorted(QUERY_BIAS)}")
     return min(int(rng.beta(*QUERY_BIAS[bias]) * uniform_steps), uniform_steps - 1)

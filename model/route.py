@@ -1,6 +1,5 @@
 """Which teacher answers for which capability. Hard routing: every optimizer step follows one route, so that no target
-is ever a mixture (DanceOPD, G = 1).
-"""
+is ever a mixture (DanceOPD, G = 1)."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class Router:
 
 def route_faults(routes: Sequence[Route], teachers: Sequence[str] | None = None) -> list[str]:
     """Every fault of a list of routes, in words; empty when there is none. `teachers` None skips the check of their
-    names.
-    """
+    names."""
     faults = [] if routes else ["routes: empty; name at least one capability and its teacher"]
     for index, route in enumerate(routes):
         key = f"routes[{index}]"

@@ -60,8 +60,7 @@ class Setup:
         self, plan: Plan, slots: Sequence[int], size: int, order: Callable[[int], int] | None = None
     ) -> Iterator[Batch]:
         """The slots in batches of at most `size`, all of one latent shape; within a shape sorted by `order` where there
-        is more than one batch.
-        """
+        is more than one batch."""
         shapes = {slot: self.shape_of(plan.route.capability, plan.rows[slot]) for slot in slots}
         for shape in dict.fromkeys(shapes.values()):
             group = [slot for slot in slots if shapes[slot] == shape]

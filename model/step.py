@@ -48,8 +48,7 @@ class LoopNumbers:
 @dataclass(frozen=True)
 class LoopParams(LoopNumbers):
     """`states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data. `routing`: "hard"
-    takes one teacher a step, "soft" the mean of all.
-    """
+    takes one teacher a step, "soft" the mean of all."""
 
     states: str
     routing: str

@@ -1,6 +1,5 @@
 """Defaults of the environment: everything is written inside the project, nothing is reported home. What the user has
-set stays. Prefect, MLflow, DVC and the Hugging Face libraries read these variables once, when they are imported.
-"""
+set stays. Prefect, MLflow, DVC and the Hugging Face libraries read these variables once, when they are imported."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+TEACHERS = Path("data/teachers")  # inside a project: a folder a teacher, the base among them
 
 # Everything else about the servers is in their standard settings: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and
 # _PASSWORD, PREFECT_API_URL, AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, ...

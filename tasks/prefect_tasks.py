@@ -29,8 +29,8 @@ from prefect.runtime import flow_run
 
 from data.errors import Outage, UserError
 from data.files import read_json
-from tasks.checks.preflight import TEACHERS, require_teachers
-from tasks.environment import PROJECT, prepare, setting
+from tasks.checks.preflight import require_teachers
+from tasks.environment import PROJECT, TEACHERS, prepare, setting
 from tasks.registry.server import for_browsers
 from tasks.running import workspace
 from tasks.running.repro import Listener, StageFailed, pull, reproduce, require_success, stream

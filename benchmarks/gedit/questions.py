@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from benchmarks.store import SETTINGS_FILE, read_settings, result_key
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file
 from data.images import ImageFault
+from data.randomness import seed_of
 
 MANIFEST_FILE = "manifest.json"
 ANCHORS_FILE = "anchors.json"
@@ -66,9 +66,8 @@ class Job:
 
 
 def image_seed(task: EditTask, seed: int) -> int:
-    """Of one edited image, from suite, row and base seed alone, so that two models start from the same noise. 63
-    bits."""
-    return int.from_bytes(hashlib.sha256(f"{SUITE}|{task.id}|0|{seed}".encode()).digest()[:8], "big") >> 1
+    """Of an edited image, from suite, row and base seed alone, so that two models start from the same noise."""
+    return seed_of(SUITE, task.id, 0, seed)
 
 
 def made_with(folder: Path) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError, UserErrors
-from data.files import sha256_bytes, write_text
+from data.files import write_text
 from data.images import ImageFault, decode_image
+from data.randomness import seed_of
 
 SUITE = "geneval"
 METADATA_FILE = "metadata.jsonl"
@@ -70,9 +71,8 @@ def image_path(index: int, k: int) -> str:
 
 
 def image_seed(index: int, k: int, seed: int) -> int:
-    """An image's seed, 63 bits, from suite, prompt, sample and base seed alone: two models start from the same noise,
-    two prompts do not."""
-    return int(sha256_bytes(f"{SUITE}|{example_id(index)}|{k}|{seed}".encode())[:16], 16) >> 1
+    """An image's seed, from suite, prompt, sample and base seed alone: two models start from the same noise."""
+    return seed_of(SUITE, example_id(index), k, seed)
 
 
 def write_metadata(root: str | Path, records: Records) -> None:

@@ -36,8 +36,7 @@ TABLE_COLUMNS = [*(name for name in COLUMNS if name != "record"), *COMPUTED.spli
 @dataclass(frozen=True)
 class Outcome:
     """An expectation's result. `rows` counts the rows at fault, `ids` are the first of them; `observed` is the value
-    that an expectation of the whole table saw.
-    """
+    that an expectation of the whole table saw."""
 
     name: str
     meaning: str

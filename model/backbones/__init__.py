@@ -22,8 +22,7 @@ MAX_TOKENS = 256
 
 def check_sizes(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> None:
     """Raises UserError for a picture (width, height in px) that is larger than the network has positions for, or no
-    whole number of its patches.
-    """
+    whole number of its patches."""
     for width, height in sizes:
         size, largest, multiple = f"{width} x {height} px", backbone.largest_edge, backbone.size_multiple
         if max(width, height) > largest:

@@ -31,8 +31,7 @@ PAD, UNKNOWN = 0, 1  # rows of the embedding table
 
 class LinearCodec(nn.Module):
     """Pixels to latents and back by principal components of 8x8x3 patches, partly whitened. Buffers: mean (192), basis
-    (C, 192), scale (C).
-    """
+    (C, 192), scale (C)."""
 
     mean: torch.Tensor
     basis: torch.Tensor

@@ -128,8 +128,7 @@ def load_network(
 
 class PipelineBackbone:
     """What the backbones of published pipelines share; see `Backbone`. A family names `network_class`, reads its
-    network's configuration in `__init__`, and loads its text encoders with `load_texts`.
-    """
+    network's configuration in `__init__`, and loads its text encoders with `load_texts`."""
 
     network_class: Any
     load_texts: Callable[[torch.dtype, torch.device | str], Any]  # the text encoders with their tokenizers

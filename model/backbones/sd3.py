@@ -103,8 +103,7 @@ class SD3Backbone(parts.PipelineBackbone):
 
     def velocity(self, network: Any, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The network's inputs are cast to its own dtype; latents and times stay fp32 outside. Raises UserError for an
-        edit that the network cannot read.
-        """
+        edit that the network cannot read."""
         dtype = network.proj_out.weight.dtype  # of the base: an adapter's weights are fp32 whatever it adapts
         hidden = x_t
         if self.supports_edits:

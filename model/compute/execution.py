@@ -99,8 +99,7 @@ def moved(value: T, device: torch.device) -> T:
 
 def activation_bytes(forward: Callable[[], torch.Tensor], networks: Iterable[nn.Module]) -> int:
     """Bytes that the graph of `forward()` keeps for the backward, parameters aside: counted where autograd saves them,
-    so equal on every machine.
-    """
+    so equal on every machine."""
     own = {parameter.untyped_storage().data_ptr() for network in networks for parameter in network.parameters()}
     kept: dict[int, int] = {}
 

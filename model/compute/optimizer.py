@@ -36,8 +36,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Muon for 2-D parameters; the update is scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rates
-    carry over (Moonshot, arXiv 2502.16982).
-    """
+    carry over (Moonshot, arXiv 2502.16982)."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0

@@ -47,8 +47,7 @@ def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterato
 
 def deal(costs: Sequence[float], size: int) -> list[list[int]]:
     """Slots by rank, so that the sums of their costs are near equal: longest first, each to the rank with the least
-    (Graham's LPT rule). Slots stay sorted.
-    """
+    (Graham's LPT rule). Slots stay sorted."""
     dealt: list[list[int]] = [[] for _ in range(size)]
     sums = [0.0] * size
     for slot in sorted(range(len(costs)), key=lambda slot: (-costs[slot], slot)):

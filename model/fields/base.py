@@ -70,8 +70,7 @@ class Condition:
 
     def to(self, device: torch.device | str) -> Condition:
         """The same on another device. Token counts stay on the CPU: lists of tokens are cut by them, which must not
-        wait for the device.
-        """
+        wait for the device."""
         names = ("embeds", "pooled", "empty_embeds", "empty_pooled", "source")
         return self._changed(names, lambda value: value.to(device, non_blocking=True))
 
@@ -105,8 +104,7 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
 
 class VelocityField(Protocol):
     """Teacher, student, guided field: (x_t (B, C, H, W), t (B,) in [0, 1], condition of B) -> v (B, C, H, W), all
-    float32.
-    """
+    float32."""
 
     @property
     def members(self) -> tuple[VelocityField, ...]:
@@ -134,13 +132,11 @@ def noised(x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Ten
 
 def velocity_mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean over all elements of the squared velocity gap; both (B, C, H, W), returns a scalar (DanceOPD, the
-    distillation loss).
-    """
+    distillation loss)."""
     return (prediction.float() - target.float()).square().mean()
 
 
 def velocity_gaps(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The squared velocity gap of each sample, its mean over channels and pixels: (B, C, H, W) twice -> (B,) fp32.
-    Their mean is `velocity_mse`.
-    """
+    Their mean is `velocity_mse`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

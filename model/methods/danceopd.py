@@ -1,6 +1,5 @@
 """On-policy generative field distillation (DanceOPD, arXiv 2606.27377, algorithm 1): one state of the student's own
-rollout, or K of them, and the mean squared velocity gap to the routed teacher.
-"""
+rollout, or K of them, and the mean squared velocity gap to the routed teacher."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ def roll_out(setup: Setup, plan: Plan, slots: Sequence[int]) -> dict[int, torch.
 
 def ask(setup: Setup, teacher: VelocityField, questions: Iterable[Question]) -> list[torch.Tensor]:
     """What the teacher would do there. All questions at once: switching adapters to and fro costs as much as a small
-    forward.
-    """
+    forward."""
     with torch.no_grad(), setup.precision():
         return [question.put_to(teacher) for question in questions]
 

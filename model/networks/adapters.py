@@ -45,8 +45,7 @@ PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias"
 @dataclass(frozen=True)
 class Adapter:
     """`tensors`: "MODULE.lora_A.weight" (rank, in) and "MODULE.lora_B.weight" (out, rank), for `modules` in sorted
-    order; its delta is alpha / rank * B A.
-    """
+    order; its delta is alpha / rank * B A."""
 
     tensors: dict[str, torch.Tensor]
     modules: tuple[str, ...]
@@ -85,8 +84,7 @@ def fused_names(family: str, modules: Iterable[str]) -> dict[str, list[str]]:
 
 def adapter_file(path: Path) -> Path:
     """The one safetensors file of an adapter given as a folder or a file. Raises UserError when there is none, or more
-    than one to choose from.
-    """
+    than one to choose from."""
     if path.is_file():
         if path.suffix != ".safetensors":
             why = "other formats can carry code: convert it"
@@ -208,8 +206,7 @@ def _coverage_faults(pairs: Layers, modules: Modules) -> list[str]:
 
 def _scales(layers: Layers, config: Mapping[str, Any], origin: str) -> tuple[dict[str, tuple[float, int]], list[str]]:
     """Module -> (alpha, rank), and faults. Alpha is what the keys say, or else LoraConfig's fields (`config`, which
-    come from `origin`), or else the rank, by the libraries' rule.
-    """
+    come from `origin`), or else the rank, by the libraries' rule."""
     ranks = {name: layer["A"].shape[0] for name, layer in layers.items() if "A" in layer and layer["A"].ndim == 2}
     alphas = {
         name: float(layer["alpha"].reshape(-1)[0]) if layer["alpha"].numel() == 1 else float("nan")
@@ -236,8 +233,7 @@ def _scales(layers: Layers, config: Mapping[str, Any], origin: str) -> tuple[dic
 
 def _config(path: Path, file: Path) -> tuple[dict[str, Any], str]:
     """LoraConfig's fields, from the JSON beside the weights (PEFT's, or a record of this pipeline's own) or from the
-    file's header, and where they come from; none where neither names any.
-    """
+    file's header, and where they come from; none where neither names any."""
     folder = file.parent
     if path.is_dir() or file.name == PEFT_WEIGHTS:
         if (folder / PEFT_CONFIG).is_file():
@@ -287,8 +283,7 @@ def _uniform(pairs: Layers, scales: Mapping[str, tuple[float, int]]) -> Adapter:
 
 def concatenated(members: Sequence[tuple[Adapter, float]]) -> Adapter:
     """One adapter whose delta is the weighted sum of the given ones' deltas, exactly: ranks add up, scales go into B,
-    alpha = rank. In fp32.
-    """
+    alpha = rank. In fp32."""
     rank = sum(adapter.rank for adapter, _ in members)
     modules = sorted({name for adapter, _ in members for name in adapter.modules})
     tensors: dict[str, torch.Tensor] = {}

@@ -51,8 +51,7 @@ class NetworkField(VelocityField):
 @contextmanager
 def visiting(network: nn.Module, device: torch.device | None) -> Iterator[None]:
     """The frozen network's tensors on `device` for the length of the block. The copies are dropped, not brought back:
-    nothing in them has changed.
-    """
+    nothing in them has changed."""
     if device is None:
         yield
         return
@@ -79,8 +78,7 @@ def switch_adapter(network: Any, adapter: str | None) -> None:
 
 def _is_switched(network: Any, adapter: str | None) -> bool:
     """Whether nothing is left to switch. Layers are switched together, so the first tells; going through all of them
-    costs as much as a small forward.
-    """
+    costs as much as a small forward."""
     layer = next(module for module in network.modules() if hasattr(module, "lora_A"))
     if adapter is None or layer.disable_adapters:
         return adapter is None and bool(layer.disable_adapters)
@@ -92,8 +90,7 @@ def add_adapter(
     backbone: Backbone, network: Any, name: str, rank: int, alpha: int, seed: int, targets: Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
     """A fresh LoRA adapter on `targets`, or else the backbone's own (its output is zero until trained); returns its
-    named fp32 parameters.
-    """
+    named fp32 parameters."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one base are the design
         torch.manual_seed(seed)

@@ -1,6 +1,5 @@
 """The student: a network that starts from the base, a teacher or their merge, and what of it trains: all parameters, or
-a LoRA adapter on it frozen.
-"""
+a LoRA adapter on it frozen."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ class Student:
 
     def frozen_copy(self) -> NetworkField:
         """The student as it is now, as a field that no longer changes: for an adapter a second one on the same network,
-        else a network of its own.
-        """
+        else a network of its own."""
         if self.adapter is not None:
             config = self.network.peft_config[self.adapter]
             rank, alpha, targets = config.r, config.lora_alpha, sorted(self.layers)

@@ -71,8 +71,7 @@ def weights_file(folder: Path, kind: str) -> Path:
 
 def weight_files(folder: Path, kind: str) -> list[Path]:
     """The files that hold the weights: one, or the shards that an index names (diffusers writes large networks so). A
-    missing one is listed all the same.
-    """
+    missing one is listed all the same."""
     whole = weights_file(folder, kind)
     index = whole.with_name(f"{whole.name}.index.json")
     if whole.exists() or not index.exists():
@@ -94,8 +93,7 @@ def save_teacher(
     folder: Path, backbone: Backbone, network: Any, *, name: str, capability: str, kind: str, base_sha256: str | None
 ) -> None:
     """Writes weights in half precision and the record. `base_sha256` is None for the base, which brings its other parts
-    along, in the precision it has.
-    """
+    along, in the precision it has."""
     file, rank, alpha = weights_file(folder, kind), 0, 0
     if kind == "base":
         backbone.save(folder, network)
@@ -125,8 +123,7 @@ def save_teacher(
 
 def read_records(folder: Path) -> dict[str, TeacherRecord]:
     """Every teacher's record below `folder`, by name. Raises UserErrors for records that are damaged or missing
-    altogether.
-    """
+    altogether."""
     records, faults = _scan(folder)
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
@@ -185,8 +182,7 @@ def compatibility_faults(folder: Path, names: Iterable[str]) -> list[str]:
 
 def _weight_faults(folder: Path, record: TeacherRecord) -> list[str]:
     """What is wrong with one teacher's weights: missing, changed, or other than the record says in precision or rank.
-    The tensors are not loaded.
-    """
+    The tensors are not loaded."""
     try:
         files = weight_files(folder, record.kind)
         missing = [file for file in files if not file.exists()]
@@ -213,8 +209,7 @@ def _weight_faults(folder: Path, record: TeacherRecord) -> list[str]:
 
 def file_faults(folder: Path, names: Iterable[str]) -> list[str]:
     """What came along with the named teachers (text encoders, VAE, tokenizers, scheduler) and is not what their records
-    say. Hashes every file.
-    """
+    say. Hashes every file."""
     records, faults = _scan(folder)[0], []
     for name in dict.fromkeys([BASE, *names]):
         for file, sha256 in (records[name].files if name in records else {}).items():
@@ -228,8 +223,7 @@ def file_faults(folder: Path, names: Iterable[str]) -> list[str]:
 
 def load_base(folder: Path, **options: Any) -> Backbone:
     """The frozen base below the teachers' folder; `options` are those of `load_backbone`. Raises UserErrors when it is
-    missing or damaged.
-    """
+    missing or damaged."""
     faults = compatibility_faults(folder, [])
     if faults:
         raise UserErrors("teachers cannot be used:", faults)
@@ -238,8 +232,7 @@ def load_base(folder: Path, **options: Any) -> Backbone:
 
 def _load_full(backbone: Backbone, folder: Path, device: torch.device | str | None) -> Any:
     """A full checkpoint as a frozen network of its own, without the adapters that the base may carry by now: in the
-    base's precision, so that student and teacher compute alike, and on its device unless another is named.
-    """
+    base's precision, so that student and teacher compute alike, and on its device unless another is named."""
     weight = base_weight(backbone)
     with torch.device("meta"):
         network = type(backbone.network).from_config(dict(backbone.network.config))

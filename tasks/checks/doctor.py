@@ -32,7 +32,7 @@ from typing import Any
 from data.errors import UserError
 from tasks import environment
 from tasks.checks.lineage import stores
-from tasks.checks.preflight import TEACHERS
+from tasks.environment import TEACHERS
 from tasks.registry import server, tracking, versions
 from tasks.release.provenance import git_state
 from tasks.s3 import objects

@@ -147,8 +147,7 @@ def _revision(folder: Path, sha: str) -> str:
 
 def lineage(project: Path, reference: str) -> tuple[str, list[Line]]:
     """(version, lines); champion and previous are the ledger's. Raises UserError when there is no such version or a
-    store cannot be read.
-    """
+    store cannot be read."""
     with versions.opened(project) as store, tempfile.TemporaryDirectory() as temporary:
         entries = versions.read_ledger(store)
         version = versions.resolve(store, reference, entries)

@@ -31,7 +31,8 @@ from model.families import FAMILIES
 from model.fields import composed
 from model.methods import METHODS
 from model.rollout import QUERY_BIAS
-from tasks.checks.preflight import TEACHERS, check_all, evaluators
+from tasks.checks.preflight import check_all, evaluators
+from tasks.environment import TEACHERS
 from tasks.params.presets import preset_file
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.params.sections import SHARED
@@ -50,8 +51,7 @@ ADAM, GRADIENT, VALUE = 8, 4, 4  # bytes of a trained fp32 parameter: two moment
 @dataclass(frozen=True)
 class Work:
     """What a stage runs through the network: evaluations, None where they cannot be known yet; and by capability those
-    that take time, `costs` with what the backwards take. `note` says from what they follow.
-    """
+    that take time, `costs` with what the backwards take. `note` says from what they follow."""
 
     note: str
     evaluations: int | None = 0

@@ -1,6 +1,5 @@
 """Faults that can be known before anything expensive runs: the whole of params.yaml, and the teachers that its routes
-name.
-"""
+name."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from data.files import read_json
 from data.records import CAPABILITIES
 from data.sources import SOURCES
 from data.yaml_files import read_yaml
+from tasks.environment import TEACHERS
 from tasks.params.reading import PARAMS_FILE, check_sections
 from tasks.stages.contract import sections
 from tasks.weights.sources import HUB, address_faults, missing_faults, unfetchable_faults
 
-TEACHERS = Path("data/teachers")
 MALFORMED = (KeyError, TypeError, AttributeError)  # of a section with another form, which check_all names
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from data.errors import UserError
 from data.files import write_text
 from data.yaml_files import flatten, read_yaml
+from tasks.environment import TEACHERS
 from tasks.params.reading import PARAMS_FILE
 
 PRESETS = Path("presets")
@@ -53,7 +54,7 @@ def cli(arguments: Sequence[str]) -> int:
     number = f"{len(changed)} value{'s' if len(changed) != 1 else ''} changed"
     print(f"{parsed.params} is now {source}: {number}. The old file is in git: git diff {parsed.params}")
     document = read_yaml(parsed.params)
-    faults = [*preflight.teacher_faults(document, preflight.TEACHERS), *preflight.folder_faults(document, Path.cwd())]
+    faults = [*preflight.teacher_faults(document, TEACHERS), *preflight.folder_faults(document, Path.cwd())]
     for fault in faults:
         print(f"to do before it runs: {fault}")
     return 0

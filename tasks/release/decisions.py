@@ -147,8 +147,7 @@ def _rejection(entries: Sequence[ledger.Entry], number: str | None) -> ledger.En
 
 def _require_right(store: server.Store, reviewer: str) -> None:
     """The reviewer must be named in DANCEOPD_REVIEWERS, if it is set, and the account must be allowed to change the
-    model: a write of no meaning tries it, since the ledger's entry comes before the aliases.
-    """
+    model: a write of no meaning tries it, since the ledger's entry comes before the aliases."""
     allowed = environment.setting(environment.REVIEWERS)
     names = [name.strip() for name in allowed.split(",")] if allowed else []
     if names and reviewer.strip() not in names:

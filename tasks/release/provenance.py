@@ -16,6 +16,7 @@ from typing import Any
 from data.errors import UserError
 from data.files import sha256_file
 from data.yaml_files import read_yaml
+from tasks.environment import TEACHERS
 
 # What a version stands on, beside its data: their digests are in its lineage, and the gate compares them with dvc.lock.
 SCORECARD_FILE = "reports/scorecard.json"
@@ -24,7 +25,7 @@ CHECKPOINT_FOLDER = "checkpoints/absorbed"
 DVC_PATHS = {
     "curated": "data/curated",
     "encoded": "data/encoded",
-    "teachers": "data/teachers",
+    "teachers": str(TEACHERS),
     "student": "checkpoints/student",
     "absorbed": CHECKPOINT_FOLDER,
 }

@@ -23,7 +23,7 @@ from typing import Any
 from data.errors import TRY_AGAIN, Outage, UserError
 from data.files import read_json
 from data.yaml_files import read_yaml
-from tasks.environment import PROJECT, for_children
+from tasks.environment import PROJECT, TEACHERS, for_children
 from tasks.params.reading import PARAMS_FILE
 from tasks.running.guard import GUARD
 
@@ -163,7 +163,7 @@ def pull(path: str, project: Path, line: Listener) -> None:
     Teachers that the params bring along are no part of dvc.lock until then: they are fetched and checked by their
     stage, which is frozen, and committed.
     """
-    if path == "data/teachers" and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
+    if path == str(TEACHERS) and (read_yaml(project / PARAMS_FILE).get("teachers") or {}).get("sources"):
         require_success(path, stream([sys.executable, "-m", "tasks", "teachers", "--out", path], project, line))
         require_success(path, dvc(project, line, "commit", "teachers"))
         return

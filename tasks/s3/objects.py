@@ -204,8 +204,7 @@ def replace(uri: str, content: bytes, etag: str) -> str:
 
 def _put(uri: str, content: bytes, **condition: str) -> str:
     """A conditional put. When an answer is lost and the request repeated, the store refuses the repetition: the
-    writer's mark on the object tells that it was written here.
-    """
+    writer's mark on the object tells that it was written here."""
     bucket, key = split(uri)
     mark = {"writer": uuid.uuid4().hex}
     try:

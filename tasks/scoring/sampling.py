@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from data.errors import UserError
 from data.images import read_picture
 from data.microworld import World
 from data.progress import Advance
+from data.randomness import seed_of
 from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import Backbone
 from model.drawing import PictureJob, draw
@@ -81,7 +81,7 @@ def to_score(params: ScoringParams, curated: Path) -> tuple[Scorer, EvaluationSe
 def image_seed(example: Example, k: int, seed: int) -> int:
     """An image's seed: of benchmark, example, sample number and base seed alone, so two models share their noise."""
     suite = CAPABILITIES[example.capability].benchmark
-    return int.from_bytes(hashlib.sha256(f"{suite}|{example.id}|{k}|{seed}".encode()).digest()[:8], "big") >> 1
+    return seed_of(suite, example.id, k, seed)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def draw_field(
     folder: Path,
 ) -> Iterator[Drawn]:
     """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the
-    usual square, edits in their sources' bucket. The batch size changes nothing but speed.
-    """
+    usual square, edits in their sources' bucket. The batch size changes nothing but speed."""
     (folder / "images" / model).mkdir(parents=True, exist_ok=True)
     samples = [(example, k) for example in evaluation.examples for k in range(params.images_per_prompt)]
     jobs = [

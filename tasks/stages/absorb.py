@@ -1,6 +1,5 @@
 """Stage `absorb`: classifier-free guidance into the student's own weights. The same loop, its teacher the frozen
-student under the fields named.
-"""
+student under the fields named."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ from tasks.training.states import facts_of
 @dataclass(frozen=True)
 class Absorbed:
     """Examples of `capability` are answered by the frozen student under `field`: entries of model.fields.FIELDS,
-    applied in the order written ({guidance: 2.0}; 1 keeps it as it is). `weight` is the share of the steps.
-    """
+    applied in the order written ({guidance: 2.0}; 1 keeps it as it is). `weight` is the share of the steps."""
 
     capability: CapabilityName
     field: dict[Annotated[str, OneOf(FIELDS)], float]

@@ -62,8 +62,7 @@ class Params(TrainingParams):
 
 def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict[str, Any]:
     """Trains the student and writes it to `out`. Killed, the same command goes on where it last saved. With method
-    "merge" the start is the student.
-    """
+    "merge" the start is the student."""
     if params.execution.processes > this_process().size:
         return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out})
     routes = params.routing.routes

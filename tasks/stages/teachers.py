@@ -182,8 +182,7 @@ def _trained(backbone: MicroBackbone, teacher: TeacherParams, name: str, seed: i
 
 def _train(name: str, backbone: MicroBackbone, world: World, params: Params) -> list[dict[str, Any]]:
     """Trains one teacher into `backbone`, resuming where it last saved, and returns the curve; the EMA's weights
-    stay.
-    """
+    stay."""
     teacher, state, fingerprint = (
         params.teachers[name],
         params.finished(name).parent / "state",

@@ -19,9 +19,9 @@ from model.backbones import Backbone, load_backbone
 from model.families import FAMILIES
 from model.networks.student import RECORD, Student, load_student
 from model.networks.teachers import BASE, weights_sha256
+from tasks.environment import TEACHERS
 from tasks.weights.sources import Source, resolve
 
-TEACHERS = Path("data/teachers")
 CARRIED = "base"  # the folder of a registered model that holds the base of an adapter student
 PURPOSE = "sample"
 
@@ -29,8 +29,7 @@ PURPOSE = "sample"
 @dataclass(frozen=True)
 class Drawing:
     """How a student is drawn from. `steps` 0: as the paper samples, but for the micro world; `guidance` 1: the student
-    itself, which has absorbed its guidance; `resolution`: edge of a square picture in px, 0: that of its training.
-    """
+    itself, which has absorbed its guidance; `resolution`: edge of a square picture in px, 0: that of its training."""
 
     steps: int = 0
     guidance: float = 1.0
@@ -47,8 +46,7 @@ DEFAULTS = asdict(Drawing())
 @dataclass(frozen=True)
 class Model:
     """A student with its backbone, and what student.json says of it. `origin` is the pipeline folder with the parts
-    around its transformer.
-    """
+    around its transformer."""
 
     student: Student
     record: dict[str, Any]
@@ -70,8 +68,7 @@ def add_model_options(parser: ArgumentParser, default: str | None = None, more: 
 
 def base_of(folder: Path, record: dict[str, Any], project: Path, base: str = "") -> Path:
     """The pipeline folder of the base that an adapter student lies on: `base` (an address), the one it carries, or the
-    project's teachers'. Raises UserError when none of them has the hash that the student was trained on.
-    """
+    project's teachers'. Raises UserError when none of them has the hash that the student was trained on."""
     tried = []
     for place in [resolve(base, project).path] if base else [folder / CARRIED, project / TEACHERS / BASE]:
         if not (place / "model_index.json").is_file():
@@ -143,8 +140,7 @@ def draw(
 
 def carried(project: Path, checkpoint: Path) -> dict[str, Path]:
     """Name in the artifact -> file: the base's pipeline where the student is an adapter on it; nothing where the
-    checkpoint is a whole pipeline. Raises UserError when an adapter's base is not among the project's teachers.
-    """
+    checkpoint is a whole pipeline. Raises UserError when an adapter's base is not among the project's teachers."""
     record = read_json(checkpoint / RECORD) if (checkpoint / RECORD).is_file() else {"own_start": True}
     if record.get("own_start"):
         return {}

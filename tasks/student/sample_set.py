@@ -48,8 +48,7 @@ class Job:
 @dataclass(frozen=True)
 class Sampler:
     """What draws. `model`: a student's address (see tasks/weights/sources.py) or a teacher's folder, with its base
-    beside it; `base`: that of an adapter student, "" where it is carried or among the project's teachers.
-    """
+    beside it; `base`: that of an adapter student, "" where it is carried or among the project's teachers."""
 
     model: str
     base: str
@@ -77,8 +76,7 @@ class _Sections:
 @lru_cache(maxsize=1)
 def open_field(sampler: Sampler) -> tuple[Backbone, NetworkField, dict[str, Any]]:
     """The backbone, the field and what identifies it. Raises UserError for an address with neither a student nor a
-    teacher behind it, or files that do not belong together.
-    """
+    teacher behind it, or files that do not belong together."""
     folder, loading = Path(sampler.model), sampler.backbone.loading()
     if (folder / TEACHER_RECORD).exists():
         backbone, fields = load_teachers(folder.parent, [folder.name], **loading)
@@ -90,8 +88,7 @@ def open_field(sampler: Sampler) -> tuple[Backbone, NetworkField, dict[str, Any]
 
 def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
     """{"settings": {...}, "jobs": [{"id", "prompt", "seed", "path", ["source"]}]}. Raises UserErrors with every job at
-    fault.
-    """
+    fault."""
     value = read_json(path)
     jobs, faults = [], []
     for number, row in enumerate(value.get("jobs") or [] if isinstance(value, dict) else []):

@@ -1,6 +1,5 @@
 """A stage in several data-parallel processes on this machine, started and watched by the stage itself, so that DVC and
-Prefect see one command.
-"""
+Prefect see one command."""
 
 from __future__ import annotations
 

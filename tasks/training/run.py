@@ -72,8 +72,7 @@ def _fitted(
     setup: Setup, params: ExecutionParams, device: torch.device, world: World, before: Mapping[str, Any] | None
 ) -> Execution:
     """What fits the memory. A run that goes on keeps the batches that it had `before` where none is set by hand: the
-    free memory is another now, and sums in another order are other bits.
-    """
+    free memory is another now, and sums in another order are other bits."""
     student, buckets = setup.student, setup.buckets
 
     def numbers_of(capability: str) -> int:

@@ -94,8 +94,7 @@ def state_to_start_from(
     stage: str, facts: Mapping[str, Any], watch: Watch
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The run's newest state; else that of `resume_from`, if its facts agree; else None. Says so when other runs'
-    states are left aside.
-    """
+    states are left aside."""
     fingerprint = digest(dict(facts))
     folder = state_folder(stage, fingerprint)
     if (state := load_state(folder, fingerprint)) is not None:
@@ -134,8 +133,7 @@ def _tell_others(stage: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 def save_samples(state: Path, error: NotFinite) -> Path:
     """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers, rows of
-    the bucket, query indices.
-    """
+    the bucket, query indices."""
     folder, plan = state / f"not-finite-{error.plan.index:08d}", error.plan
     drawn = {"step": plan.index, **asdict(plan.route), "rows": list(plan.rows), "query": list(plan.query)}
     with atomic_folder(folder) as temporary:

@@ -178,8 +178,7 @@ def _check_shapes(backbone: Backbone, files: list[Path]) -> None:
 
 def _check_base(source: Source, base: TeacherRecord) -> None:
     """Raises UserError where the files beside the weights name another base: a record of this pipeline by its hash,
-    PEFT's config by the hub's name.
-    """
+    PEFT's config by the hub's name."""
     folder = source.path if source.path.is_dir() else source.path.parent
     for name in RECORDS:
         record = read_json(folder / name) if (folder / name).is_file() else {}

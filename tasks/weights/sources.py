@@ -36,8 +36,7 @@ HUB_PATIENCE = 10.0  # s for the answer to one question
 @dataclass(frozen=True)
 class Source:
     """Weights on this machine. `sha256`: of the file, or of the folder's list of files; `files`: relative path ->
-    SHA-256, empty for a file; `revision`: the hub's commit, or the registered version; empty for a local path.
-    """
+    SHA-256, empty for a file; `revision`: the hub's commit, or the registered version; empty for a local path."""
 
     uri: str
     path: Path
@@ -123,8 +122,7 @@ def missing_faults(uris: Mapping[str, str], project: Path) -> list[str]:
 
 def unfetchable_faults(uris: Mapping[str, str], project: Path) -> list[str]:
     """The addresses on the hub that are not on this machine and that the hub would not give now: one question each,
-    nothing is fetched.
-    """
+    nothing is fetched."""
     wanted = {label: HUB.fullmatch(uri) for label, uri in uris.items() if cached(uri, project) is None}
     faults = []
     for label, match in wanted.items():
@@ -306,8 +304,7 @@ def _ask_hub(match: re.Match[str], revision: str | None, **options: Any) -> Any:
 
 def _fetch_hub(uri: str, staged: Path, project: Path, revision: str) -> tuple[Path, str]:
     """Through huggingface_hub, which goes on where a stopped download ended. Of a pipeline only the parts that its
-    index names, in one precision.
-    """
+    index names, in one precision."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -339,8 +336,7 @@ def _fetch_hub(uri: str, staged: Path, project: Path, revision: str) -> tuple[Pa
 
 def _chosen(uri: str, file: str | None, sizes: Mapping[str, int], parts: list[str]) -> list[str]:
     """The names of a repository's files that are fetched: `file` alone, else all, of a pipeline those of its `parts`.
-    Raises UserError when there are no safetensors among them.
-    """
+    Raises UserError when there are no safetensors among them."""
     names = [name for name in sizes if (name == file if file else is_kept(name))]
     if parts:
         names = [name for name in names if name == PIPELINE or name.partition("/")[0] in parts]

@@ -1,6 +1,5 @@
 """Forms in which other tools load a student, one file a form. A further form is a file like merged.py and an entry
-here.
-"""
+here."""
 
 from tasks.student.exports import comfyui, diffusers, merged, peft
 from tasks.student.exports.form import Form

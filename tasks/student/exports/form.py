@@ -14,8 +14,7 @@ from tasks.student.opening import Model
 @dataclass(frozen=True)
 class Form:
     """`holds` and `loaded_by` describe it to people. `refusal(model)` says why the form would not be the student, ""
-    where it is. `write(folder, model, dtype)` fills an empty folder; `dtype` is that of merged weights.
-    """
+    where it is. `write(folder, model, dtype)` fills an empty folder; `dtype` is that of merged weights."""
 
     holds: str
     loaded_by: str
