@@ -106,6 +106,14 @@ def in_a_child(arguments: list[str], folder: Path) -> int:
         os._exit(status)
 
 
+def at_work(child: int) -> bool:
+    """Whether the child runs; one that has ended is taken off the process table."""
+    try:
+        return os.waitpid(child, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
+
+
 def test_two_undisturbed_runs_give_equal_bytes_and_the_speed_lies_apart(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,10 +154,13 @@ def test_killed_at_random_moments_equals_never_stopped(
     arguments = command(tiny, write_params(folder / "params.yaml", **changes))
     rng, kills, reached, torn = random.Random(0), 0, [], 0
     while kills < 20:
-        child = in_a_child(arguments, folder)
-        # Some within the time that loading takes, most within a few steps of it.
-        deadline = time.monotonic() + rng.uniform(0.05, 0.35) * whole
-        while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
+        before, child = states(folder)[-1:], in_a_child(arguments, folder)
+        # A quarter while it loads, the others a moment after its first new state, however slow the machine is just now.
+        loading, moment = rng.random() < 0.25, rng.uniform(0.0, 0.1) * whole
+        while not loading and states(folder)[-1:] == before and at_work(child):
+            time.sleep(0.002)
+        deadline = time.monotonic() + moment
+        while time.monotonic() < deadline and at_work(child):
             time.sleep(0.0005)
         try:
             os.kill(child, signal.SIGKILL)
