@@ -66,7 +66,7 @@ def read(place: Place) -> list[Entry]:
             raise UserError(f"{place}: entry {number:06d}.json is missing (next is {name}); {TAMPERED}")
         if not isinstance(content, dict) or not keys - LATER_FIELDS <= set(content) <= keys:
             raise UserError(f"{place}/{name}: not a ledger entry (its keys differ); {TAMPERED}")
-        if content["number"] != number or content["before"] != before or content["hash"] != _hash(content):
+        if content["number"] != number or content["before"] != before or content["hash"] != _sha256(content):
             fault = "its hash does not fit its content and the entries before it"
             raise UserError(f"{place}/{name}: {fault}; {TAMPERED}")
         entries.append(Entry(**content))
@@ -82,7 +82,7 @@ def append(place: Place, entries: Sequence[Entry], **decision: Any) -> Entry:
     """
     before = entries[-1].hash if entries else START
     content = {"number": len(entries) + 1, "before": before, "account": None, **decision}
-    entry = Entry(**content, hash=_hash(content))
+    entry = Entry(**content, hash=_sha256(content))
     name = f"{entry.number:06d}.json"
     text = json.dumps(asdict(entry), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
@@ -96,7 +96,7 @@ def append(place: Place, entries: Sequence[Entry], **decision: Any) -> Entry:
     return entry
 
 
-def _hash(content: dict[str, Any]) -> str:
+def _sha256(content: dict[str, Any]) -> str:
     """What an entry's `hash` must be: SHA-256 of all else in it, as canonical JSON."""
     return digest({key: value for key, value in content.items() if key != "hash"})
 
