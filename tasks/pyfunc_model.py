@@ -7,7 +7,7 @@ own and nothing is unpickled or carried along to be run. Load and serve from the
 
     frame    one row a picture: column `prompt`; optional column `source`, the image to edit as base64 of a PNG or JPEG
 (empty: draw anew)
-    params   steps (0: the family's own), guidance, seed, resolution (px, 0: the model's own)
+    params   steps and guidance (0: the student's own), seed, resolution (px, 0: the model's own)
     answer   a frame with column `image`: base64 of a PNG
 """
 

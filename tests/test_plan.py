@@ -106,10 +106,13 @@ def test_a_plan_of_the_default_and_of_a_published_network(
     made = plan(PROJECT / "params.yaml", tmp_path)
     rows = {row["stage"]: row for row in made["stages"]}
     assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
-    loop = read_yaml(PROJECT / "params.yaml")["distill"]
-    assert (loop["rollout_steps"], loop["query"], loop["method"]) == (8, "uniform", "danceopd")
-    assert rows["distill"]["evaluations"] == loop["steps"] * loop["batch"] * 5.5  # E[j] = 3.5, teacher, student
-    assert rows["validate"]["evaluations"] == (3 * 656 + 2 * 320) * 16
+    document = read_yaml(PROJECT / "params.yaml")
+    loop, routes = document["distill"], document["routing"]["routes"]
+    assert (loop["query"], loop["method"]) == ("uniform", "danceopd")
+    asked = {2 if "guidance" in route.get("field", {}) else 1 for route in routes}
+    sample = (loop["rollout_steps"] - 1) / 2 + asked.pop() + 1.0  # E[j], teacher, student
+    assert rows["distill"]["evaluations"] == loop["steps"] * loop["batch"] * sample and not asked
+    assert rows["validate"]["evaluations"] == (3 * 656 + 2 * 656) * 16  # three teachers, and each guided on its own
     published = plan(PROJECT / "presets" / "zimage_local_global.yaml", tmp_path)
     assert published["parameters"] == pytest.approx(6.155e9, rel=0.001)
     assert published["memory"]["base"] == pytest.approx(12.3, abs=0.1) and sum(published["memory"].values()) < 25

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.scores.scorecard import Scorecard, all_paths
 from data.errors import UserError
 from data.files import atomic_file
-from data.records import BENCHMARKS, RETENTION
+from data.records import BENCHMARKS, HEADLINES, RETENTION
 
 STRIPS_A_LINE = 2
 # told apart without red and green
@@ -112,6 +115,31 @@ def scorecard_plot(scorecards: Mapping[str, Scorecard], path: str | Path) -> Non
     handles = [axes.get_legend_handles_labels() for axes in figure.axes]
     entries = {label: bars for pair in handles for bars, label in zip(*pair, strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(6, len(entries)), fontsize=8)
+    _save(figure, path)
+
+
+def cost_curves(points: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """A PNG of quality against cost, one panel a benchmark: {"model", "steps", "evaluations_per_image", "path", "mean",
+    "low", "high"}, a line for each model, labelled with its steps."""
+    panels = [headline for headline in HEADLINES.values() if any(point["path"] == headline for point in points)]
+    figure = Figure(figsize=(10, 3.6 * len(panels)), layout="constrained")
+    models = list(dict.fromkeys(point["model"] for point in points))
+    for axes, headline in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
+        for model, color in zip(models, cycle(COLORS), strict=False):
+            table = pd.DataFrame([point for point in points if (point["model"], point["path"]) == (model, headline)])
+            if table.empty:
+                continue
+            spread = np.array([table["mean"] - table["low"], table["high"] - table["mean"]]).clip(min=0.0)
+            x, style = table["evaluations_per_image"], {"capsize": 2, "elinewidth": 0.8, "marker": "o", "markersize": 4}
+            axes.errorbar(x, table["mean"], yerr=spread, label=model, color=color, **style)
+            for at, mean, steps in zip(x, table["mean"], table["steps"], strict=True):
+                offset = {"xytext": (4, -9), "textcoords": "offset points"}
+                axes.annotate(str(steps), (at, mean), fontsize=7, color=color, **offset)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("network evaluations an image (beside each point: Euler steps)", fontsize=8)
+        _bare(axes, f"{headline} against cost (mean and interval)")
+        axes.legend(fontsize=8)
     _save(figure, path)
 
 

@@ -54,6 +54,9 @@ class Report:
     # paired differences: {"a", "b", "path", "difference", "low", "high", "p", "n", "discordant"}
     comparisons: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()  # sentences below the headline
+    # quality against cost: a figure's PNG, and its points {"model", "steps", "evaluations_per_image", "path", "mean"}
+    curve: Path | None = None
+    points: Sequence[Mapping[str, Any]] = ()
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -318,8 +321,19 @@ def write_report(path_html: str | Path, report: Report) -> None:
         most_images=MOST_IMAGES,
         facts=facts,
         rows=[(score, _values(score)) for score in page.ordered],
+        curve=_uri("png", report.curve.read_bytes()) if report.curve else "",
+        costs=_costs(report.points),
     )
     write_text(path_html, text)
+
+
+def _costs(points: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int, int], dict[str, Mapping[str, Any]]]:
+    """(model, steps, evaluations an image) -> path -> point: a row of the table each."""
+    rows: dict[tuple[str, int, int], dict[str, Mapping[str, Any]]] = {}
+    for point in points:
+        key = point["model"], point["steps"], point["evaluations_per_image"]
+        rows.setdefault(key, {})[point["path"]] = point
+    return rows
 
 
 def add_champion(

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, Unpack
@@ -66,15 +66,17 @@ class ExampleScore:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """A model's metrics by path; `benchmarks` says on what they were measured, `identities` what was measured."""
+    """A model's metrics by path; `benchmarks` says on what they were measured, `identities` what was measured, `cost`
+    what an image takes: {"steps", "evaluations_per_image", "base": the same of the base as users run it}."""
 
     model: str
     benchmarks: dict[str, dict[str, Any]]
     identities: dict[str, Any]
     metrics: dict[str, Metric]
+    cost: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """{"model", "benchmarks", "identities", "metrics": {path: {"mean", "stderr", "low", "high", "n"}}}."""
+        """{"model", "benchmarks", "identities", "metrics": {path: {"mean", "stderr", "low", "high", "n"}}, "cost"}."""
         return asdict(self)
 
     @classmethod
@@ -82,7 +84,8 @@ class Scorecard:
         """Raises UserError for missing keys, or a metric that is incomplete or not finite."""
         try:
             metrics = {str(path): Metric.from_json(metric) for path, metric in value["metrics"].items()}
-            card = cls(value["model"], dict(value["benchmarks"]), dict(value["identities"]), metrics)
+            known = value["model"], dict(value["benchmarks"]), dict(value["identities"]), metrics
+            card = cls(*known, dict(value.get("cost", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             needs = "it needs model, benchmarks, identities and metrics, each with mean, stderr, low, high and n"
             raise UserError(f"scorecard: {error!r}; {needs}: run the score stage again") from error

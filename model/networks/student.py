@@ -36,6 +36,24 @@ TRAINABLE = ("all", "adapter")
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """How a model is drawn: in `steps` Euler steps, guided at `guidance` (1: unguided)."""
+
+    steps: int
+    guidance: float
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network, an image."""
+        return self.steps * (1 if self.guidance == 1.0 else 2)
+
+
+def sampled(record: Mapping[str, Any], usual: int) -> Sampled:
+    """How a student's record says that it is drawn; `usual`: the steps of one that any number does for."""
+    return Sampled(record.get("steps") or usual, record.get("guidance") or 1.0)
+
+
+@dataclass(frozen=True)
 class Student:
     """`parameters` are the fp32 trainables by name; `adapter` is None when all parameters train."""
 

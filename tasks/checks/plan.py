@@ -29,13 +29,17 @@ from data.sources import SOURCES
 from data.yaml_files import read_yaml
 from model.families import FAMILIES
 from model.fields import composed
+from model.fields.base import Sampler
 from model.methods import METHODS
+from model.networks.student import Sampled
 from model.rollout import QUERY_BIAS
+from model.route import Route, asked_of, drawn_in
 from tasks.checks.preflight import check_all, evaluators
 from tasks.environment import TEACHERS
 from tasks.params.presets import preset_file
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.params.sections import SHARED
+from tasks.stages.absorb import STUDENT
 from tasks.stages.contract import STAGES, load_stage
 from tasks.training.metrics import read_metrics, speed_file
 from tasks.weights.assembly import addresses
@@ -247,24 +251,39 @@ def _training(samples: int, cost: tuple[float, int], trainable: str, shares: Map
     return Work(f"{samples} samples of {forward:.2f} evaluations{note}", round(samples * forward), counts, costs)
 
 
+def _asked(routes: Sequence[Route], family: str, student: int | None = None) -> dict[str, float]:
+    """Evaluations of a network that an answer of each route's field takes, by capability; `student`: the steps in which
+    the teacher of that name is drawn."""
+    network: Any = SimpleNamespace(evaluations=1)
+    known, usual = dict.fromkeys(asked_of(routes), network), Sampler(FAMILIES[family].steps, 1.0)
+    samplers = {STUDENT: Sampler(student or usual.steps, 1.0)}
+    return {
+        route.capability: composed(network, route.field, known, samplers.get(route.teacher, usual)).evaluations
+        for route in routes
+    }
+
+
 def _distillation(params: Any) -> Work:
     routes = params.routing.routes
-    teacher = float(len(routes)) if params.routes_taken == "soft" else 1.0
+    asked, shares = _asked(routes, params.backbone.name), {route.capability: route.weight for route in routes}
+    mean = sum(asked[name] * share for name, share in shares.items()) / sum(shares.values())
+    teacher = float(sum(asked.values())) if params.routes_taken == "soft" else mean
     cost = step_cost(params, teacher, params.method, params.states, params.query_states)
     samples = params.steps * params.batch if METHODS[params.method].compute else 0
-    shares = {route.capability: route.weight for route in routes}
     index = f"E[j] = {expected_index(params.rollout_steps, params.query):.2f} of N = {params.rollout_steps}"
     return _training(samples, cost, params.trainable, shares, f" ({index}, {params.query}); {params.method}")
 
 
-def _absorption(params: Any, trainable: str) -> Work:
-    network: Any = SimpleNamespace(evaluations=1)
-    shares = {field.capability: field.weight for field in params.fields}
-    asked = sum(field.weight * composed(network, field.field).evaluations for field in params.fields)
-    teacher = asked / sum(shares.values())
-    cost = step_cost(params, teacher, "danceopd", "on_policy", 1)
-    note = f", the guided teacher {teacher:.2f} of them"
-    return _training(params.steps * params.batch, cost, trainable, shares, note)
+def _absorption(params: Any, trainable: str, first: int | None) -> Work:
+    """All phases together; `first`: the steps in which the distilled student is drawn."""
+    shares, grids = {route.capability: route.weight for route in params.routes}, (*params.phases, params.rollout_steps)
+    forward = 0.0
+    for before, phase in zip((first, *grids), map(params.on_grid, grids), strict=False):
+        asked = _asked(phase.routes, params.backbone.name, before)
+        teacher = sum(asked[name] * share for name, share in shares.items()) / sum(shares.values())
+        forward += step_cost(phase, teacher, "danceopd", "on_policy", 1)[0] / len(grids)
+    note = f" on grids of {', '.join(map(str, grids))} steps"
+    return _training(params.steps * params.batch * len(grids), (forward, 1), trainable, shares, note)
 
 
 def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
@@ -284,33 +303,56 @@ def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
     }
 
 
-def _sampling(name: str, factor: int, params: Mapping[str, Any], images: Mapping[str, int] | None) -> Work:
-    """Images that are drawn by `factor` fields; validate draws T2I also with guidance."""
+UNKNOWN = Work("depends on the data: curate it first", None)
+
+
+def _validation(params: Any, images: Mapping[str, int] | None) -> Work:
+    """Every teacher draws all images, and its own also with guidance."""
     if images is None:
-        return Work("depends on the data: curate it first", None)
-    steps = params[name].sampling.steps
-    counts = {capability: factor * count * steps for capability, count in images.items()}
-    if name == "validate":
-        counts["t2i"] += GUIDED * images["t2i"] * steps
-    note = f"{sum(images.values())} images of {steps} steps, {factor} times; judges aside"
-    return Work(note, sum(counts.values()), counts, counts)
+        return UNKNOWN
+    routes, steps = params.routing.routes, params.sampling.steps
+    team = {"base": "t2i", **{route.teacher: route.capability for route in reversed(routes)}}
+    counts: dict[str, float] = {
+        name: steps * count * (len(team) + GUIDED * sum(own in (name, "edit") for own in team.values()))
+        for name, count in images.items()
+    }
+    note = f"{sum(images.values())} images of {steps} steps, {len(team)} times, and guided; judges aside"
+    return Work(note, round(sum(counts.values())), counts, counts)
+
+
+def _scoring(params: Mapping[str, Any], images: Mapping[str, int] | None) -> Work:
+    """Both students as they are drawn, and the curve: each of them, and the teachers with and without guidance."""
+    if images is None:
+        return UNKNOWN
+    scoring, distill, absorb = params["score"], params["distill"], params["absorb"]
+    usual, curve = scoring.sampling.steps, scoring.curve
+    first = drawn_in(distill.routing.routes) or usual
+    students = [Sampled(first, distill.guidance), Sampled(drawn_in(absorb.routes) or first, absorb.guidance)]
+    an_image = sum(how.evaluations for how in students)
+    lines = sum(GUIDED if guidance > 1 else 1 for guidance in (distill.guidance, absorb.guidance)) + 1 + GUIDED
+    counts: dict[str, float] = {}
+    for name, count in images.items():
+        part = min(curve.examples * len(CAPABILITIES[name].categories), count)
+        counts[name] = count * an_image + part * lines * sum(curve.steps)
+    drawn = " and ".join(str(how.steps) for how in students)
+    note = f"{sum(images.values())} images of {drawn} steps, and the curve; judges aside"
+    return Work(note, round(sum(counts.values())), counts, counts)
 
 
 def _work(params: Mapping[str, Any], project: Path) -> dict[str, Work]:
     """Stage -> what it runs through the network."""
     distill, teachers, images = params["distill"], params["teachers"], _images(params, project)
     trained = sum(made.training.steps * made.training.batch for made in teachers.teachers.values())
-    fields = {"base", *(route.teacher for route in distill.routing.routes)}
     bundled = Work("trained once; the weights come with the repository", trained)
     return {
         "collect": Work("no network"),
         "teachers": Work("fetched and checked") if teachers.sources else bundled,
         "curate": Work("no network"),
-        "validate": _sampling("validate", len(fields), params, images),
+        "validate": _validation(params["validate"], images),
         "encode": Work("text encoders and VAE, once a prompt and picture"),
         "distill": _distillation(distill),
-        "absorb": _absorption(params["absorb"], distill.trainable),
-        "score": _sampling("score", 2 + GUIDED, params, images),
+        "absorb": _absorption(params["absorb"], distill.trainable, drawn_in(distill.routing.routes)),
+        "score": _scoring(params, images),
     }
 
 

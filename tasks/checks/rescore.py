@@ -16,7 +16,7 @@ from benchmarks.scores.scorecard import expected_scores, write_scorecard
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from data.files import atomic_folder, read_json
 from data.progress import progress
-from model.networks.student import RECORD, load_student
+from model.networks.student import RECORD, load_student, sampled
 from model.networks.teachers import BASE, load_base, read_records
 from tasks.params.reading import PARAMS_FILE, load_params
 from tasks.registry.versions import Version, judged_file, opened
@@ -49,7 +49,8 @@ def rescore(
     with atomic_folder(out) as folder:
         with progress("rescore: images", len(evaluation.examples) * params.sampling.images_per_prompt) as advance:
             scoring = Scoring(load_base(teachers, **loading), params.sampling, scorer, folder, advance)
-            scores = score_field(student.field, evaluation, scoring, model="rescored", scale=1.0)
+            how = sampled(read_json(checkpoint / RECORD), params.sampling.steps)
+            scores = score_field(student.field, evaluation, scoring, model="rescored", how=how)
         identities |= scorer.identity(scores, evaluation.examples)
         card = make_scorecard("rescored", scores, own, expected, identities, **params.bootstrap)
         write_scorecard(folder / "scorecard.json", card)

@@ -24,6 +24,7 @@ from data.records import CAPABILITIES, Example, read_examples
 from model.backbones import Backbone
 from model.drawing import PictureJob, draw
 from model.networks.network import NetworkField
+from model.networks.student import Sampled
 from model.route import Route
 from tasks.params.sections import BackboneParams, RoutingParams, SamplingParams
 
@@ -96,18 +97,22 @@ class Scoring:
 
 
 def score_field(
-    field: NetworkField, evaluation: EvaluationSet, scoring: Scoring, *, model: str, scale: float
+    field: NetworkField, evaluation: EvaluationSet, scoring: Scoring, *, model: str, how: Sampled
 ) -> list[ExampleScore]:
-    """Samples every (example, k) with guidance `scale`, writes the images below `folder`/images/`model` and has them
-    scored. The batch size changes nothing but speed."""
+    """Samples every (example, k) as `how` says, writes the images below `folder`/images/`model` and has them scored.
+    The batch size changes nothing but speed."""
     drawn: list[DrawnImage] = []
-    what = (field, scoring.backbone, evaluation, scoring.sampling)
-    for batch in draw_field(*what, model=model, scale=scale, folder=scoring.folder):
+    for batch in draw_field(field, evaluation, scoring, model=model, how=how):
         for example, path, seed, k in zip(batch.examples, batch.paths, batch.seeds, batch.k, strict=True):
             source = evaluation.source_file(example)
             drawn.append(DrawnImage(model, example, k, seed, path, scoring.folder / path, source))
         scoring.advance(len(batch.examples))
     return scoring.scorer.score(drawn)
+
+
+def guided(name: str) -> str:
+    """The name of a teacher's rows under guidance."""
+    return f"{name}_guided"
 
 
 def reference_scores(validated: Path, routes: Sequence[Route]) -> dict[str, list[ExampleScore]]:
@@ -134,17 +139,11 @@ class Drawn:
 
 
 def draw_field(
-    field: NetworkField,
-    backbone: Backbone,
-    evaluation: EvaluationSet,
-    params: SamplingParams,
-    *,
-    model: str,
-    scale: float,
-    folder: Path,
+    field: NetworkField, evaluation: EvaluationSet, scoring: Scoring, *, model: str, how: Sampled
 ) -> Iterator[Drawn]:
-    """Samples every (example, k) with guidance `scale` and writes the images below `folder`/images/`model`; T2I in the
-    usual square, edits in their sources' bucket. The batch size changes nothing but speed."""
+    """Samples every (example, k) as `how` says and writes the images below `folder`/images/`model`; T2I in the usual
+    square, edits in their sources' bucket. The batch size changes nothing but speed."""
+    folder, params = scoring.folder, scoring.sampling
     (folder / "images" / model).mkdir(parents=True, exist_ok=True)
     samples = [(example, k) for example in evaluation.examples for k in range(params.images_per_prompt)]
     jobs = [
@@ -155,7 +154,8 @@ def draw_field(
         )
         for example, k in samples
     ]
-    for rows, pictures in draw(field, backbone, jobs, batch=params.batch, steps=params.steps, guidance=scale):
+    what = field, scoring.backbone, jobs
+    for rows, pictures in draw(*what, batch=params.batch, steps=how.steps, guidance=how.guidance):
         paths = [f"images/{model}/{samples[row][0].id}-{samples[row][1]}.png" for row in rows]
         for picture, path in zip(pictures, paths, strict=True):
             Image.fromarray(picture).save(folder / path)

@@ -1,10 +1,10 @@
-"""Stage `score`: how good the student is on held-out examples, before and after absorbing guidance, beside its teachers
-and the ends of the scale."""
+"""Stage `score`: how good the student is on held-out examples, before and after absorbing, beside its teachers as users
+run them and the ends of the scale; and what an image costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,27 @@ from benchmarks.scores.scorecard import (
 from benchmarks.scores.scorecard import scorecard as make_scorecard
 from benchmarks.scores.scorer import CONTROLS, Scorer
 from benchmarks.scores.statistics import Metric
-from data.bounds import Positive
+from data.bounds import OPTIONAL, Positive
 from data.files import atomic_folder, read_json, write_json
 from data.images import read_picture
 from data.progress import progress
-from data.records import CAPABILITIES, HEADLINES, RETENTION, Example
+from data.records import BUCKETS, CAPABILITIES, HEADLINES, RETENTION, Example
 from model.backbones import TRANSFORMER
-from model.networks.student import RECORD, load_student
-from model.networks.teachers import BASE, load_base, read_records
-from tasks.scoring.sampling import EvaluationSet, Scoring, ScoringParams, reference_scores, score_field, to_score
+from model.networks.network import NetworkField
+from model.networks.student import RECORD, Sampled, load_student, sampled
+from model.networks.teachers import BASE, load_base, load_teachers, read_records
+from tasks.scoring.cost import Contestant, Curve, quality_curves
+from tasks.scoring.sampling import (
+    EvaluationSet,
+    Scoring,
+    ScoringParams,
+    guided,
+    reference_scores,
+    score_field,
+    to_score,
+)
 
-CANDIDATE, DISTILLED, DISTILLED_GUIDED = "absorbed", "student", "student_guided"
+CANDIDATE, DISTILLED, TEACHERS = "absorbed", "student", "teachers"
 Rows = dict[str, list[ExampleScore]]  # by model
 
 
@@ -42,17 +52,21 @@ class Params(ScoringParams):
     """Section `score`. `shown`: examples a category in grids and report."""
 
     shown: Positive
+    curve: Curve = field(default=Curve((), 0), metadata=OPTIONAL, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Rows of the students (`scores`), and of teachers, base and controls (`reference`), on one evaluation set."""
+    """Rows of the students (`scores`), and of teachers, base and controls (`reference`), on one evaluation set.
+
+    `drawn`: how each student was drawn."""
 
     params: Params
     scorer: Scorer
     evaluation: EvaluationSet
     scores: Rows
     reference: Rows
+    drawn: Mapping[str, Sampled]
 
     @cached_property
     def expected(self) -> dict[str, set[tuple[str, int]]]:
@@ -65,6 +79,26 @@ class Results:
         for route in self.params.routing.routes:
             teachers |= dict.fromkeys(CAPABILITIES[route.capability].categories, route.teacher)
         return teachers
+
+    def of_teachers(self, name: str, suffix: Callable[[str], str] = str) -> list[ExampleScore]:
+        """Every category's rows of its teacher, as those of one model `name`; of `suffix(teacher)` where it was scored.
+        Categories of which no teacher was scored are left out."""
+        return [
+            replace(row, model=name)
+            for category, teacher in self.teacher_of.items()
+            for row in self.reference.get(suffix(teacher), ())
+            if row.category == category
+        ]
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Of an image of the candidate, and of the base as users run it."""
+        guided_base = Sampled(self.params.sampling.steps, self.params.sampling.guidance)
+        return {**_cost(self.drawn[CANDIDATE]), BASE: _cost(guided_base)}
+
+
+def _cost(how: Sampled) -> dict[str, int]:
+    return {"steps": how.steps, "evaluations_per_image": how.evaluations}
 
 
 def score(
@@ -85,37 +119,65 @@ def score(
     their comparisons."""
     scorer, evaluation = to_score(params, curated)
     scorer.check(evaluation.examples)
-    results = Results(params, scorer, evaluation, {}, reference_scores(validated, params.routing.routes))
     loading, base = params.backbone.loading(), read_records(teachers)[BASE].sha256
-    backbone = load_base(teachers, **loading)
-    distilled, candidate = (
-        load_student(folder, load_base(teachers, need=TRANSFORMER, **loading), base).field
-        for folder in (student, absorbed)
-    )
-    models = {
-        DISTILLED: (distilled, 1.0),
-        DISTILLED_GUIDED: (distilled, params.sampling.guidance),
-        CANDIDATE: (candidate, 1.0),
+    backbone, folders = load_base(teachers, **loading), {DISTILLED: student, CANDIDATE: absorbed}
+    fields = {
+        name: load_student(checkpoint, load_base(teachers, need=TRANSFORMER, **loading), base).field
+        for name, checkpoint in folders.items()
     }
-    total = len(models) * len(evaluation.examples) * params.sampling.images_per_prompt
+    drawn = {
+        name: sampled(read_json(checkpoint / RECORD), params.sampling.steps) for name, checkpoint in folders.items()
+    }
+    results = Results(params, scorer, evaluation, {}, reference_scores(validated, params.routing.routes), drawn)
+    total = len(fields) * len(evaluation.examples) * params.sampling.images_per_prompt
     with atomic_folder(out) as folder:
         with progress("score: images", total) as advance:
             scoring = Scoring(backbone, params.sampling, scorer, folder, advance)
-            for name, (field, scale) in models.items():
-                results.scores[name] = score_field(field, evaluation, scoring, model=name, scale=scale)
+            for name, field in fields.items():
+                results.scores[name] = score_field(field, evaluation, scoring, model=name, how=drawn[name])
+        curve = _curve(results, fields, teachers, scoring)
         cards = _cards(results, teachers, absorbed)
         comparisons = _comparisons(results)
         write_json(folder / "comparisons.json", comparisons)
+        write_json(folder / "curve.json", curve)
         write_json(folder / "scorecards.json", {name: card.to_json() for name, card in cards.items()})
         write_scores(folder, [row for rows in results.scores.values() for row in rows])
         _pictures(folder, validated, results)
         figures.scorecard_plot(cards, folder / "scorecard.png")
+        if curve:
+            figures.cost_curves(curve, folder / "curve.png")
         trainings = {"distillation": student / "steps.csv", "absorption": absorbed / "steps.csv"}
         figures.training_curves(trainings, folder / "training.png")
-        _write_report(folder, validated, results, cards, comparisons)
+        _write_report(folder, validated, results, cards, comparisons, curve)
     write_scorecard(scorecard, cards[CANDIDATE])
     headline = write_metrics(metrics, cards[CANDIDATE], cards.get(BASE))
     return {path: round(metric.mean, 3) for path, metric in headline.items()}
+
+
+def _curve(
+    results: Results, students: Mapping[str, NetworkField], teachers: Path, scoring: Scoring
+) -> list[dict[str, Any]]:
+    """Quality against cost, of the teachers with and without guidance and of the students."""
+    params, scores, drawn = results.params, results.scores, results.drawn
+    curve, usual, strong = params.curve, params.sampling.steps, params.sampling.guidance
+    if not curve.examples:
+        return []
+    names = list(dict.fromkeys([BASE, *results.teacher_of.values()]))
+    _, fields = load_teachers(teachers, names, offload=params.backbone.offload, **params.backbone.loading())
+    of = {name: fields[results.teacher_of[CAPABILITIES[name].categories[0]]] for name in BUCKETS}
+    known, known_guided = results.of_teachers(TEACHERS), results.of_teachers(guided(TEACHERS), guided)
+    lines = [
+        Contestant(name, dict.fromkeys(BUCKETS, students[name]), own.guidance, {own.steps: scores[name]})
+        for name, own in ((CANDIDATE, drawn[CANDIDATE]), (DISTILLED, drawn[DISTILLED]))
+    ]
+    lines += [
+        Contestant(TEACHERS, of, 1.0, {usual: known}),
+        Contestant(guided(TEACHERS), of, strong, {usual: known_guided}),
+    ]
+    images = len(lines) * len(curve.steps) * len(curve.part_of(results.evaluation).examples)
+    with progress("score: quality against cost", images) as advance:
+        how = replace(scoring, advance=advance)
+        return quality_curves(lines, curve, results.evaluation, how, params.bootstrap)
 
 
 def write_metrics(out: Path, card: Scorecard, base: Scorecard | None) -> dict[str, Metric]:
@@ -148,7 +210,8 @@ def _cards(results: Results, teachers: Path, absorbed: Path) -> dict[str, Scorec
         "student": record["sha256"],
         "routes": {route.capability: route.teacher for route in routes},
         "sampling": {key: value for key, value in asdict(params.sampling).items() if key != "batch"},
-        "guidance": 1.0,
+        "drawn": asdict(results.drawn[CANDIDATE]),
+        "teachers_guidance": params.sampling.guidance,
         **results.scorer.identity(scores[CANDIDATE], examples),
     }
     own = {route.capability: reference[route.teacher] for route in routes}
@@ -156,7 +219,8 @@ def _cards(results: Results, teachers: Path, absorbed: Path) -> dict[str, Scorec
         name: make_scorecard(name, scores[name], own, results.expected, of_model, **how)
         for name, of_model in ((CANDIDATE, identities), (DISTILLED, {}))
     }
-    for name, rows in {DISTILLED_GUIDED: scores[DISTILLED_GUIDED], **reference}.items():
+    cards[CANDIDATE] = replace(cards[CANDIDATE], cost=results.cost)
+    for name, rows in reference.items():
         expected = expected_scores(examples) if name in CONTROLS else results.expected  # a control has one image
         scored = {row.category for row in rows}
         kept = {category: keys for category, keys in expected.items() if category in scored}
@@ -165,19 +229,14 @@ def _cards(results: Results, teachers: Path, absorbed: Path) -> dict[str, Scorec
 
 
 def _comparisons(results: Results) -> list[dict[str, Any]]:
-    """Paired differences, on equal prompts and equal noise: what absorbing guidance cost, and what distilling did to
-    T2I."""
-    models = {**results.reference, **results.scores}
-    t2i = {name: keys for name, keys in results.expected.items() if name in CAPABILITIES["t2i"].categories}
-    pairs = (
-        (CANDIDATE, DISTILLED_GUIDED, results.expected),
-        (DISTILLED, BASE, t2i),
-        (CANDIDATE, BASE, t2i),
-        (CANDIDATE, DISTILLED, results.expected),
-    )
+    """Paired differences, on equal prompts and equal noise: against each category's teacher as users run it (guided, in
+    its own steps) and unguided, and what absorbing cost."""
+    strong = guided(TEACHERS)
+    models = {**results.scores, strong: results.of_teachers(strong, guided), TEACHERS: results.of_teachers(TEACHERS)}
     rows = []
-    for a, b, expected in pairs:
-        if expected:
+    for a, b in ((CANDIDATE, strong), (CANDIDATE, TEACHERS), (CANDIDATE, DISTILLED), (DISTILLED, TEACHERS)):
+        scored = {row.category for row in models[b]}
+        if expected := {name: keys for name, keys in results.expected.items() if name in scored}:
             of_a, of_b = ([row for row in models[name] if row.category in expected] for name in (a, b))
             differences = compare(of_a, of_b, expected=expected, **results.params.bootstrap)
             rows += [{"a": a, "b": b, "path": path, **asdict(value)} for path, value in differences.items()]
@@ -219,7 +278,12 @@ def _pictures(folder: Path, validated: Path, results: Results) -> None:
 
 
 def _write_report(
-    folder: Path, validated: Path, results: Results, cards: Mapping[str, Scorecard], comparisons: list[dict[str, Any]]
+    folder: Path,
+    validated: Path,
+    results: Results,
+    cards: Mapping[str, Scorecard],
+    comparisons: list[dict[str, Any]],
+    curve: list[dict[str, Any]],
 ) -> None:
     examples, curated, rows = results.evaluation.examples, results.evaluation.folder, results.scores[CANDIDATE]
     beside: dict[str, list[tuple[str, Path]]] = {}
@@ -241,5 +305,7 @@ def _write_report(
         comparisons=comparisons,
         notes=results.scorer.notes(rows, cards[CANDIDATE].identities),
         others=others,
+        curve=folder / "curve.png" if curve else None,
+        points=curve,
     )
     write_report(folder / "report.html", report)

@@ -20,11 +20,11 @@ from model.backbones import Backbone
 from model.drawing import encode_sources, latent_shape, picture_bucket, size_of
 from model.fields.base import condition_of
 from model.networks.network import NetworkField
+from model.networks.student import Sampled
 from model.networks.teachers import BASE, TeacherRecord, compatibility_faults, file_faults, load_teachers, read_records
 from model.randomness import noise_for
-from tasks.scoring.sampling import EvaluationSet, Scoring, ScoringParams, draw_field, score_field, to_score
+from tasks.scoring.sampling import EvaluationSet, Scoring, ScoringParams, draw_field, guided, score_field, to_score
 
-GUIDED = "base_guided"
 FINITE = 8  # examples a teacher's velocity is tried on
 PREVIEWS = 4  # images that a teacher draws where nothing scores them
 
@@ -133,8 +133,8 @@ def _preview(teacher: Teacher, evaluation: EvaluationSet, scoring: Scoring) -> N
     own, sampling = evaluation.only(teacher.capability), scoring.sampling
     few, sampling = replace(own, examples=own.examples[:PREVIEWS]), replace(sampling, images_per_prompt=1)
     scale = sampling.guidance if teacher.name == BASE else 1.0
-    what = (teacher.field, scoring.backbone, few, sampling)
-    list(draw_field(*what, model=teacher.name, scale=scale, folder=scoring.folder))
+    how, few_images = Sampled(sampling.steps, scale), replace(scoring, sampling=sampling)
+    list(draw_field(teacher.field, few, few_images, model=teacher.name, how=how))
     scoring.advance(PREVIEWS)
 
 
@@ -143,13 +143,14 @@ def _test(
 ) -> tuple[list[ExampleScore], dict[str, Any], list[str]]:
     """The teacher's rows, its metrics on all categories and on its own ("own"), and why it must not be distilled."""
     name, capability, samples = teacher.name, teacher.capability, params.sampling.images_per_prompt
-    rows = judged = score_field(teacher.field, evaluation, scoring, model=name, scale=1.0)
-    if name == BASE:
-        t2i, scale = evaluation.only("t2i"), params.sampling.guidance
-        judged = score_field(teacher.field, t2i, scoring, model=GUIDED, scale=scale)
+    plain, strong = (Sampled(params.sampling.steps, scale) for scale in (1.0, params.sampling.guidance))
+    rows = score_field(teacher.field, evaluation, scoring, model=name, how=plain)
+    own_part = evaluation.only(capability)
+    beside = score_field(teacher.field, own_part, scoring, model=guided(name), how=strong)
+    judged = beside if name == BASE else rows
     metrics = summarise(rows, expected=expected_scores(evaluation.examples, samples), **params.bootstrap)
     categories, path = CAPABILITIES[capability].categories, HEADLINES[CAPABILITIES[capability].benchmark]
-    expected = expected_scores(evaluation.only(capability).examples, samples)
+    expected = expected_scores(own_part.examples, samples)
     own, unguided = (
         summarise([row for row in of if row.category in categories], expected=expected, **params.bootstrap)[path]
         for of in (judged, rows)
@@ -162,7 +163,7 @@ def _test(
         nothing = "so no student could retain anything of it; check its weights, or route another"
         faults.append(f"{name}: scores 0 on its own {capability}, {nothing}")
     tested = {"own": asdict(own), "metrics": {path: asdict(metric) for path, metric in metrics.items()}}
-    return (judged + rows if name == BASE else rows), tested, faults
+    return beside + rows, tested, faults
 
 
 def _facts(params: Params, teacher: Teacher) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def validate(params: Params, *, curated: Path, teachers: Path, out: Path, report
     faults = _faults(params, backbone, team, evaluation, None if scored else scorer.edge, teachers)
     scorer.check(evaluation.examples)
     _refuse(report, "validate: these teachers cannot be judged:", faults)
-    images = len(team) * len(evaluation.examples) + len(evaluation.only("t2i").examples)
+    images = sum(len(evaluation.examples) + len(evaluation.only(teacher.capability).examples) for teacher in team)
     total = images * params.sampling.images_per_prompt if scored else len(team) * PREVIEWS
     summary: dict[str, Any] = {}
     tested: dict[str, dict[str, Any]] = {}

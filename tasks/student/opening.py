@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from data.randomness import seed_of
 from model import drawing
 from model.backbones import Backbone, load_backbone
 from model.families import FAMILIES
-from model.networks.student import RECORD, Student, load_student
+from model.networks.student import RECORD, Student, load_student, sampled
 from model.networks.teachers import BASE, weights_sha256
 from tasks.environment import TEACHERS
 from tasks.weights.sources import Source, resolve
@@ -28,16 +28,18 @@ PURPOSE = "sample"
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a student is drawn from. `steps` 0: as the paper samples, but for the micro world; `guidance` 1: the student
-    itself, which has absorbed its guidance; `resolution`: edge of a square picture in px, 0: that of its training."""
+    """How a student is drawn from. `steps` and `guidance` 0: as its record says; `resolution`: edge of a square picture
+    in px, 0: that of its training."""
 
     steps: int = 0
-    guidance: float = 1.0
+    guidance: float = 0.0
     seed: int = 0
     resolution: int = 0
 
-    def steps_of(self, backbone: Backbone) -> int:
-        return self.steps or FAMILIES[backbone.name].steps
+    def of(self, model: Model) -> Drawing:
+        """The same with the student's own numbers in the place of zeros."""
+        own = sampled(model.record, FAMILIES[model.backbone.name].steps)
+        return replace(self, steps=self.steps or own.steps, guidance=self.guidance or own.guidance)
 
 
 DEFAULTS = asdict(Drawing())
@@ -130,7 +132,8 @@ def draw(
         drawing.PictureJob(prompt, seed_of(how.seed, 0, row, PURPOSE), source)
         for row, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
     ]
-    sampler: dict[str, Any] = {"steps": how.steps_of(backbone), "guidance": how.guidance, "resolution": how.resolution}
+    how = how.of(model)
+    sampler: dict[str, Any] = {"steps": how.steps, "guidance": how.guidance, "resolution": how.resolution}
     drawn: dict[int, np.ndarray] = {}
     for rows, pictures in drawing.draw(model.student.field, backbone, jobs, batch=batch, **sampler):
         drawn.update(zip(rows, pictures, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", type=Path, action="append", default=[], metavar="IMAGE", help=words)
     add("--out", type=Path, required=True, metavar="DIR")
     add("--count", type=int, default=1, help="images a prompt (default: %(default)s)")
-    add("--steps", type=int, default=None, help="Euler steps (default: 16 for micro, else 28)")
-    words = "1 is the student itself, which has absorbed its guidance (default: %(default)s)"
-    add("--guidance", type=float, default=1.0, help=words)
+    add("--steps", type=int, default=None, help="Euler steps (default: as student.json says)")
+    words = "1 is unguided (default: as student.json says: 1 where the student has absorbed guidance)"
+    add("--guidance", type=float, default=None, help=words)
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=8, help="images at once (default: %(default)s)")
     words = "edge of a square picture (default: the model's own)"
@@ -75,8 +74,7 @@ def cli(argv: Sequence[str]) -> int:
     prompts = [prompt for prompt in options.prompt for _ in range(count)]
     sources = [source for source in given for _ in range(count)]
     model = open_model(options.model, Path.cwd(), base=options.base, device=options.device, dtype=options.precision)
-    how = Drawing(options.steps or 0, options.guidance, options.seed, options.resolution or 0)
-    how = replace(how, steps=how.steps_of(model.backbone))
+    how = Drawing(options.steps or 0, options.guidance or 0.0, options.seed, options.resolution or 0).of(model)
     with progress("sample: images", len(prompts)) as advance:
         pictures = draw(model, prompts, sources, how, batch=options.batch, advance=advance)
     shown, titles = [], []

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,7 @@ from data.progress import progress
 from model.backbones import Backbone
 from model.drawing import PictureJob, deal, draw
 from model.networks.network import NetworkField
+from model.networks.student import Sampled, sampled
 from model.networks.teachers import RECORD as TEACHER_RECORD
 from model.networks.teachers import load_teachers, read_records
 from tasks.params.reading import PARAMS_FILE, faults_of, load_params
@@ -48,12 +49,15 @@ class Job:
 @dataclass(frozen=True)
 class Sampler:
     """What draws. `model`: a student's address (see tasks/weights/sources.py) or a teacher's folder, with its base
-    beside it; `base`: that of an adapter student, "" where it is carried or among the project's teachers."""
+    beside it; `base`: that of an adapter student, "" where it is carried or among the project's teachers. `steps` and
+    `guidance` 0: as a student's record says; a teacher is drawn in `usual_steps`, unguided."""
 
     model: str
     base: str
     backbone: BackboneParams
-    sampling: SamplingParams
+    usual_steps: int
+    steps: int = 0
+    guidance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,24 @@ class _Sections:
 
 
 @lru_cache(maxsize=1)
-def open_field(sampler: Sampler) -> tuple[Backbone, NetworkField, dict[str, Any]]:
-    """The backbone, the field and what identifies it. Raises UserError for an address with neither a student nor a
-    teacher behind it, or files that do not belong together."""
+def open_field(sampler: Sampler) -> tuple[Backbone, NetworkField, dict[str, Any], Sampled]:
+    """The backbone, the field, what identifies it and how it is drawn. Raises UserError for an address with neither a
+    student nor a teacher behind it, or files that do not belong together."""
     folder, loading = Path(sampler.model), sampler.backbone.loading()
     if (folder / TEACHER_RECORD).exists():
         backbone, fields = load_teachers(folder.parent, [folder.name], **loading)
         sha256 = read_records(folder.parent)[folder.name].sha256
-        return backbone, fields[folder.name], {"kind": f"teacher {folder.name}", "sha256": sha256}
-    model = open_model(sampler.model, Path.cwd(), base=sampler.base, **loading)
-    return model.backbone, model.student.field, {"kind": "student", "sha256": model.record["sha256"]}
+        identity, own = {"kind": f"teacher {folder.name}", "sha256": sha256}, Sampled(sampler.usual_steps, 1.0)
+        field = fields[folder.name]
+    else:
+        model = open_model(sampler.model, Path.cwd(), base=sampler.base, **loading)
+        identity, own = (
+            {"kind": "student", "sha256": model.record["sha256"]},
+            sampled(model.record, sampler.usual_steps),
+        )
+        backbone, field = model.backbone, model.student.field
+    how = Sampled(sampler.steps or own.steps, sampler.guidance or own.guidance)
+    return backbone, field, identity, how
 
 
 def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
@@ -112,12 +124,11 @@ def _read_jobs(path: Path) -> tuple[dict[str, Any], list[Job]]:
 
 def draw_batch(batch: _Batch) -> list[bytes]:
     """The batch's images as PNG files. Runs in a worker."""
-    backbone, field, _ = open_field(batch.sampler)
+    backbone, field, _, how = open_field(batch.sampler)
     sources: list[np.ndarray | None] = [np.asarray(Image.open(io.BytesIO(content))) for content in batch.sources]
     sources = sources or [None] * len(batch.jobs)
     jobs = [PictureJob(job.prompt, job.seed, source) for job, source in zip(batch.jobs, sources, strict=True)]
-    sampling = batch.sampler.sampling
-    ((_, pictures),) = draw(field, backbone, jobs, batch=len(jobs), steps=sampling.steps, guidance=sampling.guidance)
+    ((_, pictures),) = draw(field, backbone, jobs, batch=len(jobs), steps=how.steps, guidance=how.guidance)
     return [encode_png(picture) for picture in pictures]
 
 
@@ -132,20 +143,19 @@ def _dealt(backbone: Backbone, jobs: Sequence[Job], batch: int) -> list[tuple[Jo
 
 
 def sample_set(
-    sampler: Sampler, jobs: Sequence[Job], settings: dict[str, Any], *, out: Path, workers: int, scheduler: str
+    sampler: Sampler, jobs: Sequence[Job], settings: dict[str, Any], *, out: Path, batch: int, pool: Mapping[str, Any]
 ) -> dict[str, int]:
     """Writes every job's image that is not there yet, each whole or not at all. Returns {"images", "made"}.
 
     Raises UserErrors for a folder whose images were made by another model or sampler, and for words that the text
-    encoder does not know.
+    encoder does not know. `pool`: `workers` and `scheduler` of benchmarks.parallel.each.
     """
-    backbone, _, identity = open_field(sampler)
+    backbone, _, identity, how = open_field(sampler)
     backbone.check_prompts([job.prompt for job in jobs])
-    sampling = sampler.sampling
     loading = {"scheduler": backbone.scheduler, "loading": sampler.backbone.loading()}
-    claimed = {"steps": sampling.steps, "guidance": sampling.guidance, **loading}
+    claimed = {**asdict(how), **loading}
     claim(out, {**settings, "model": identity, "sampler": claimed})
-    dealt = _dealt(backbone, jobs, sampling.batch)
+    dealt = _dealt(backbone, jobs, batch)
     todo = [members for members in dealt if any(not (out / job.path).exists() for job in members)]
     made = 0
 
@@ -164,7 +174,7 @@ def sample_set(
                     made += 1
             advance(len(contents))
 
-        each(draw_batch, todo, prepared, done, workers=workers, scheduler=scheduler)
+        each(draw_batch, todo, prepared, done, **pool)
     return {"images": len(jobs), "made": made}
 
 
@@ -179,9 +189,8 @@ def cli(arguments: Sequence[str]) -> int:
     add("--out", type=Path, required=True, metavar="DIR")
     words = "its section `sampling` has the defaults (default: %(default)s)"
     add("--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help=words)
-    add("--steps", type=int)
-    words = "1 is unguided, as a student with absorbed guidance is sampled (default: %(default)s)"
-    add("--guidance", type=float, default=1.0, help=words)
+    add("--steps", type=int, help="(default: as student.json says, else those of the section)")
+    add("--guidance", type=float, help="1 is unguided (default: as student.json says; a teacher: 1)")
     add("--batch", type=int)
     add("--workers", type=int, default=1)
     add("--scheduler", default="", metavar="ADDRESS")
@@ -193,7 +202,9 @@ def cli(arguments: Sequence[str]) -> int:
     if faults:
         raise UserErrors("sample-set:", faults)
     settings, jobs = _read_jobs(parsed.jobs)
-    sampler = Sampler(parsed.model, parsed.base, params.backbone, sampling)
-    counts = sample_set(sampler, jobs, settings, out=parsed.out, workers=parsed.workers, scheduler=parsed.scheduler)
+    given.pop("batch", None)
+    sampler = Sampler(parsed.model, parsed.base, params.backbone, params.sampling.steps, **given)
+    pool = {"workers": parsed.workers, "scheduler": parsed.scheduler}
+    counts = sample_set(sampler, jobs, settings, out=parsed.out, batch=sampling.batch, pool=pool)
     print(f"sample-set: {counts['made']} of {counts['images']} images made, the others were there")
     return 0
