@@ -56,7 +56,7 @@ class Params(TrainingParams):
 
     def faults(self) -> list[str]:
         faults = [fault.replace("routes", "fields") for fault in route_faults(self.routes())]
-        return faults + self.conflicts(self.held_out)
+        return faults + self.conflicts()
 
 
 def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out: Path) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
     fields = {
         route.teacher: composed(frozen, absorbed.field) for route, absorbed in zip(routes, params.fields, strict=True)
     }
-    buckets = load_buckets(encoded, [route.capability for route in routes], base.sha256)
+    wanted = (encoded, [route.capability for route in routes], base.sha256)
+    buckets, looked_at = load_buckets(*wanted), params.looked_at(*wanted)
     before = read_json(student / RECORD)
     facts = facts_of(
         params.loop(),
@@ -83,5 +84,5 @@ def absorb(params: Params, *, encoded: Path, teachers: Path, student: Path, out:
         student=[before["sha256"], before["start_sha256"]],
     )
     kept = {key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")}
-    setup = setup_of(learner, fields, buckets, router(routes), params.loop(), params.seed)
+    setup = setup_of(learner, fields, buckets, router(routes), params.loop(), params.seed, looked_at)
     return run_training("absorb", setup, params, facts, {**kept, "student": before["sha256"]}, out)
