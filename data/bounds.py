@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
+
+OPTIONAL = {"optional": True}  # metadata of a dataclass's field: the key may be left out, and its default counts
 
 
 class OneOf:
@@ -37,6 +39,8 @@ def expected(rule: object) -> str | None:
             return f"more than {bound}"
         case Lt(lt=bound):
             return f"less than {bound}"
+        case Le(le=most):
+            return f"{most} or less"
         case OneOf(names=names):
             return f"one of {', '.join(names)}"
     return None
@@ -50,6 +54,8 @@ def holds(value: Any, rule: object) -> bool:
             return bool(value > bound)
         case Lt(lt=bound):
             return bool(value < bound)
+        case Le(le=most):
+            return bool(value <= most)
         case OneOf(names=names):
             return value in names
     return True

@@ -98,8 +98,7 @@ def _mean(setup: Setup) -> Mean | None:
     """The one field of soft routing."""
     if setup.params.routing != "soft":
         return None
-    routes = setup.router.routes
-    return Mean(tuple(setup.teachers[route.teacher] for route in routes), tuple(route.weight for route in routes))
+    return Mean(tuple(setup.teachers[route.teacher] for route in setup.router.routes))
 
 
 def _measured(

@@ -19,7 +19,7 @@ import torch
 
 from data.errors import UserError
 from model.compute.execution import moved
-from model.fields.base import Condition, VelocityField
+from model.fields.base import Condition, VelocityField, shifted
 
 # Beta(a, b) over the step index.
 QUERY_BIAS = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}
@@ -37,13 +37,12 @@ class Query:
 def euler_grid(steps: int, shift: float = 1.0) -> torch.Tensor:
     """The noise levels t_0 = 1 > t_1 > ... > t_N = 0: (steps + 1,) float32.
 
-    `shift` s maps t to s t / (1 + (s - 1) t), as diffusers' FlowMatchEulerDiscreteScheduler does; 1 leaves the grid
-    uniform.
+    `shift` is that of `shifted`; 1 leaves the grid uniform.
     """
     if steps < 1 or shift <= 0:
         raise UserError(f"euler grid: steps = {steps} must be 1 or more and shift = {shift} above 0")
     t = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-    return (shift * t / (1.0 + (shift - 1.0) * t)).to(torch.float32)
+    return shifted(t, shift).to(torch.float32)
 
 
 def query_index(uniform_steps: int, bias: str, rng: np.random.Generator) -> int:

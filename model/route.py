@@ -4,22 +4,40 @@ is ever a mixture (DanceOPD, G = 1)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
 
-from data.bounds import Above
+from data.bounds import OPTIONAL, Above, OneOf
 from data.errors import UserErrors
 from data.records import CAPABILITIES, CapabilityName
+from model.fields import FIELDS, chord_steps, layer_faults, references
 
 
 @dataclass(frozen=True)
 class Route:
-    """Examples of `capability` are answered by `teacher`; `weight` (above 0) is its relative share of the steps."""
+    """Examples of `capability` are answered by `teacher`; `weight` (above 0) is its relative share of the steps.
+
+    `field`: layers over the teacher, the innermost first, as model/fields/ has them: {guidance: 2.0, steps: 4}.
+    """
 
     capability: CapabilityName
     teacher: str
     weight: Above
+    field: dict[Annotated[str, OneOf(FIELDS)], Any] = field(default_factory=dict, metadata=OPTIONAL)
+
+    def faults(self) -> list[str]:
+        return layer_faults(self.field)
+
+    @property
+    def asked(self) -> str:
+        """The teacher with its layers in words; the bare name where there is none."""
+        return " ".join([self.teacher, *(f"{name}={value}" for name, value in self.field.items())])
+
+    def facts(self) -> list[Any]:
+        """As JSON, in which the order of layers counts."""
+        return [self.capability, self.teacher, self.weight, list(self.field.items())]
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ def route_faults(routes: Sequence[Route], teachers: Sequence[str] | None = None)
             faults.append(f"{key}.teacher = {route.teacher!r}: no such teacher; have {sorted(teachers)}")
         if not route.weight > 0:
             faults.append(f"{key}.weight = {route.weight}: must be above 0")
+        if teachers is not None:
+            faults += [f"{key}.{fault}" for fault in layer_faults(route.field, teachers)]
     names = [route.capability for route in routes]
     for name in sorted({name for name in names if names.count(name) > 1}):
         faults.append(
@@ -57,3 +77,23 @@ def router(routes: Sequence[Route], teachers: Sequence[str] | None = None) -> Ro
     if faults:
         raise UserErrors("routes cannot be used:", faults)
     return Router(tuple(routes))
+
+
+def asked_of(routes: Sequence[Route]) -> list[str]:
+    """Every field that routes name, once: their teachers and those that layers refer to."""
+    return list(dict.fromkeys(name for route in routes for name in (route.teacher, *references(route.field))))
+
+
+def drawn_in(routes: Sequence[Route]) -> int | None:
+    """The steps in which a student of these routes is drawn: those of their chords; None where they have none."""
+    return next((steps for route in routes if (steps := chord_steps(route.field))), None)
+
+
+def grid_faults(routes: Sequence[Route], rollout_steps: int) -> list[str]:
+    """Chords over another grid than the student's own."""
+    return [
+        f"routes[{index}].field.steps = {steps}: a chord is taken over the student's own grid; "
+        f"write rollout_steps = {rollout_steps}, or set rollout_steps: {steps}"
+        for index, route in enumerate(routes)
+        if (steps := chord_steps(route.field)) not in (None, rollout_steps)
+    ]

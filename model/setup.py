@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 
+from model.backbones import Backbone
 from model.compute.execution import WHOLE_BATCH, Execution, moved, precision, rollout_ready
 from model.examples import Bucket
-from model.fields.base import Condition, VelocityField
+from model.families import FAMILIES
+from model.fields import composed
+from model.fields.base import Condition, Sampler, VelocityField
 from model.networks.student import Student
 from model.randomness import noise_for
 from model.rollout import euler_grid
-from model.route import Router
+from model.route import Route, Router, router
 from model.step import LoopParams, Plan
 
 T = TypeVar("T")
@@ -83,6 +86,23 @@ def setup_of(
     """On the noise levels that the student's backbone is sampled at, computed on the CPU in whole batches."""
     grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
     return Setup(student, teachers, buckets, router, params, grid, seed, held_out=held_out)
+
+
+def teacher_sampler(backbone: Backbone) -> Sampler:
+    """How the family's pretrained networks are drawn."""
+    return Sampler(FAMILIES[backbone.name].steps, float(backbone.scheduler["shift"]))
+
+
+def with_fields(
+    routes: Sequence[Route], known: Mapping[str, VelocityField], samplers: Mapping[str, Sampler]
+) -> tuple[Router, dict[str, VelocityField]]:
+    """A router whose teachers are the routes' fields, and these by name: each teacher under its layers.
+
+    `samplers`: how each of `known` is drawn. Raises UserErrors with all faults at once.
+    """
+    named = router(routes, list(known)).routes
+    fields = {r.asked: composed(known[r.teacher], r.field, known, samplers[r.teacher]) for r in named}
+    return Router(tuple(replace(route, teacher=route.asked, field={}) for route in named)), fields
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,11 @@ def put_params(project: Path, family: str, judge: str) -> None:
         },
         "distill": {"start": "merged", "rank": 8, "alpha": 8},
         "absorb": {
-            "fields": [
-                {"capability": "t2i", "field": {"guidance": 2.0}, "weight": 1.0},
-                {"capability": "local_edit", "field": {"guidance": 1.0}, "weight": 1.0},
-            ]
+            "routes": [
+                {"capability": "t2i", "teacher": "realism", "weight": 1.0, "field": {"guidance": 2.0, "steps": 2}},
+                {"capability": "local_edit", "teacher": "student", "weight": 1.0, "field": {"steps": 2}},
+            ],
+            "rollout_steps": 2,
         },
         "gate": {"capabilities": ["t2i", "local_edit"], "retention": 0.0, "min_prompts": {"geneval": 1, "gedit": 1}},
         "teachers": {

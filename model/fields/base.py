@@ -119,6 +119,19 @@ class VelocityField(Protocol):
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """How the model that a field asks is drawn: in so many Euler steps, on levels of this shift."""
+
+    steps: int
+    shift: float
+
+
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """s t / (1 + (s - 1) t), as diffusers' FlowMatchEulerDiscreteScheduler shifts its levels; 1 changes nothing."""
+    return shift * t / (1.0 + (shift - 1.0) * t)
+
+
 def plain_fields(field: VelocityField) -> list[VelocityField]:
     """The networks and formulas at the bottom of a field."""
     return [plain for member in field.members for plain in plain_fields(member)] or [field]

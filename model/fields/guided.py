@@ -29,7 +29,14 @@ class Guided(VelocityField):
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         if self.scale == 1.0:
             return self.field(x_t, t, condition)
-        both = concatenate([condition.dropped(), condition])
-        v = self.field(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()  # (2B, C, H, W)
-        empty, full = v.chunk(2)
+        empty, full = branches(self.field, x_t, t, condition)
         return empty + self.scale * (full - empty)
+
+
+def branches(
+    field: VelocityField, x_t: torch.Tensor, t: torch.Tensor, condition: Condition
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """v(empty) and v(c), each (B, C, H, W), of one evaluation of 2B rows."""
+    both = concatenate([condition.dropped(), condition])
+    empty, full = field(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
+    return empty, full

@@ -1,8 +1,8 @@
 """params.yaml, read strictly: it holds every number of a run once, and a mistake is told before anything runs.
 
-A stage's parameters are a frozen dataclass, filled from the section of the stage's name; defaults do not count. A field
-with the name and the type of a shared section (`SHARED`) is filled from that top-level section, so that several stages
-read the same values.
+A stage's parameters are a frozen dataclass, filled from the section of the stage's name; defaults do not count, but a
+key whose field has the metadata `OPTIONAL` may be left out. A field with the name and the type of a shared section
+(`SHARED`) is filled from that top-level section, so that several stages read the same values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-from data.bounds import OneOf, expected, holds
+from data.bounds import OPTIONAL, OneOf, expected, holds
 from data.errors import UserErrors
 from data.yaml_files import read_yaml
 from tasks.params.sections import SHARED
@@ -97,11 +97,12 @@ def _dataclass(cls: type, value: Any, key: str, faults: list[str], given: Mappin
         elif name not in names:
             _refuse(faults, f"{key}.{name}", item, f"unknown key{_nearest(name, names)}")
     hints = typing.get_type_hints(cls, include_extras=True)
+    optional = {of.name for of in dataclasses.fields(cls) if of.metadata == OPTIONAL}
     filled = dict(given)
     for name in names:
         if name in value:
             filled[name] = _convert(hints[name], value[name], f"{key}.{name}", faults)
-        else:
+        elif name not in optional:
             faults.append(f"{key}.{name}: missing; expected {_expected(hints[name])}")
     if len(faults) > before or any(section is None for section in given.values()):
         return None

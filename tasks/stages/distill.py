@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from data.bounds import OneOf, Positive
 from data.files import atomic_folder, digest
+from data.randomness import seed_of
 from model.examples import encoded_fingerprint, load_buckets
 from model.methods import METHODS, method_faults
 from model.networks.student import TRAINABLE, Student, save_student, start_student
 from model.networks.teachers import BASE, load_teachers, read_records
-from model.route import router
-from model.setup import setup_of
+from model.route import asked_of
+from model.setup import setup_of, teacher_sampler, with_fields
 from model.step import ROUTING, STATES, LoopParams
 from tasks.params.sections import RoutingParams
 from tasks.training.metrics import write_table
@@ -57,7 +58,7 @@ class Params(TrainingParams):
                 f"execution.shard_base = true must ask it equally often, which only method = {able} "
                 "with query_states = 1 does; choose one of these, or set execution.shard_base: false"
             )
-        return faults + self.conflicts()
+        return faults + self.route_faults(self.routing.routes) + self.conflicts()
 
 
 def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     if params.execution.processes > this_process().size:
         return in_processes("distill", params, {"encoded": encoded, "teachers": teachers, "out": out})
     routes = params.routing.routes
-    names = list(dict.fromkeys([BASE, *(route.teacher for route in routes)]))
+    names = list(dict.fromkeys([BASE, *asked_of(routes)]))
     options = {"need": params.parts_to_load(), **params.backbone.loading(params.execution.device)}
     backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, **options)
     records = read_records(teachers)
@@ -75,14 +76,14 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)
     hashes = {name: records[name].sha256 for name in names}
     begun = {name: getattr(params, name) for name in ("start", "trainable", "rank", "alpha")}
-    record = {"base_sha256": records[BASE].sha256, "teachers": hashes, **begun}
+    record = {"base_sha256": records[BASE].sha256, "teachers": hashes, **begun, **params.drawn(routes)}
     # Named only where they are not the paper's, so that the paper's run keeps its fingerprint.
     chosen = {"method": params.method, "query_states": params.query_states}
     chosen = {} if chosen == {"method": "danceopd", "query_states": 1} else chosen
     compute = METHODS[params.method].compute
     if compute is None:
         return _untrained(
-            student, {**record, "stage": "distill", "steps": 0, "fingerprint": digest([record, chosen])}, out
+            student, {**record, "stage": "distill", "trained_steps": 0, "fingerprint": digest([record, chosen])}, out
         )
     facts = facts_of(
         params.loop(),
@@ -90,12 +91,13 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         params.execution,
         seed=params.seed,
         **begun,
-        routes=[asdict(route) for route in routes],
+        routes=[route.facts() for route in routes],
         encoded=encoded_fingerprint(encoded),
         teachers=hashes,
         **chosen,
     )
-    setup = setup_of(student, fields, buckets, router(routes, names), params.loop(), params.seed, looked_at)
+    chosen_routes, asked = with_fields(routes, fields, dict.fromkeys(fields, teacher_sampler(backbone)))
+    setup = setup_of(student, asked, buckets, chosen_routes, params.loop(), seed_of("distill", params.seed), looked_at)
     return run_training("distill", setup, params, facts, record, out, compute(params.query_states))
 
 

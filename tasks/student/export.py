@@ -22,7 +22,16 @@ from tasks.student.exports import FORMS
 from tasks.student.opening import Model, add_model_options, open_model
 
 RECORD = "export.json"
-ORIGIN = ("backbone", "base_sha256", "sha256", "stage", "steps", "teachers")  # of student.json
+ORIGIN = (
+    "backbone",
+    "base_sha256",
+    "sha256",
+    "stage",
+    "trained_steps",
+    "steps",
+    "guidance",
+    "teachers",
+)  # of student.json
 
 
 def export(model: Model, kind: str, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from PIL import Image
 
+from data.bounds import OPTIONAL
 from data.errors import Terminated, UserError
 from data.files import atomic_file, atomic_folder, digest
 from data.progress import progress
@@ -28,6 +30,7 @@ from model.instruments import gradient_cosines, held_out_gaps, held_out_pictures
 from model.methods.danceopd import accumulate
 from model.networks.student import save_student
 from model.pixels import as_pictures
+from model.route import Route, drawn_in, grid_faults, route_faults
 from model.setup import Accumulate, Setup
 from model.step import LoopNumbers, LoopParams, NotFinite, Step
 from tasks.params.sections import BackboneParams
@@ -45,11 +48,15 @@ PICTURES = 4  # examples a capability
 
 @dataclass(frozen=True)
 class TrainingParams(LoopNumbers, Watch):
-    """What the sections `distill` and `absorb` share: `Watch`, and the loop's numbers."""
+    """What the sections `distill` and `absorb` share: `Watch`, and the loop's numbers.
+
+    `guidance`: the scale at which the student will be drawn, 1 where its routes absorb guidance (the paper's beta).
+    """
 
     backbone: BackboneParams
     execution: ExecutionParams
     seed: int
+    guidance: Annotated[float, Ge(1)] = field(default=1.0, metadata=OPTIONAL, kw_only=True)
 
     def loop_with(self, states: str, routing: str) -> LoopParams:
         numbers: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LoopNumbers)}
@@ -58,6 +65,14 @@ class TrainingParams(LoopNumbers, Watch):
     def looked_at(self, encoded: Path, capabilities: Sequence[str], base_sha256: str) -> dict[str, Bucket]:
         """What validations look at, by capability; nothing where there are none. Raises UserErrors as load_held_out."""
         return load_held_out(encoded, capabilities, base_sha256, self.held_out) if self.validate_every else {}
+
+    def route_faults(self, routes: Sequence[Route]) -> list[str]:
+        """What is wrong with the routes of a student with this grid."""
+        return [*route_faults(routes), *grid_faults(routes, self.rollout_steps)]
+
+    def drawn(self, routes: Sequence[Route], before: int | None = None) -> dict[str, Any]:
+        """How the student is drawn, for student.json. `before`: the steps of the student that goes on learning."""
+        return {"steps": drawn_in(routes) or before, "guidance": self.guidance}
 
     def parts_to_load(self) -> tuple[str, ...]:
         """The base's parts that a training reads: the VAE only where pictures are wanted."""
@@ -301,7 +316,7 @@ class _Training:
         total = sum(history.queried.values())
         shares = {f"{SHARES}t_{level}": count / total for level, count in sorted(history.queried.items())}
         self.metrics.log(done, shares)
-        extra = {"stage": self.stage, "steps": done, "fingerprint": digest(self.facts)}
+        extra = {"stage": self.stage, "trained_steps": done, "fingerprint": digest(self.facts)}
         with atomic_folder(out) as folder:
             origin = {"origin": history.origin} if history.origin else {}
             save_student(folder, student, {**record, **extra, **origin})
