@@ -360,7 +360,7 @@ def test_encode_validate_distill_absorb_sample(
     home: Home, encoded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+    sampling = SamplingParams("eval", steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
     validation = validating.Params(
         WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, seed=0, resamples=10, confidence=0.9, floors={}
     )
@@ -388,7 +388,7 @@ def test_encode_validate_distill_absorb_sample(
         assert pictures == ["local_edit-00000002.png", "t2i-00000002.png"]
     backbone = load_base(home.teachers, **home.backbone.loading())
     student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
-    evaluation = evaluation_set(read_examples(home.curated), home.curated)
+    evaluation = evaluation_set(read_examples(home.curated), home.curated, "eval")
     drawn = list(
         draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path)
     )
@@ -469,7 +469,7 @@ def test_a_base_that_reads_no_source_refuses_edits(tmp_path: Path) -> None:
             teachers=narrow.teachers,
             out=narrow.encoded,
         )
-    sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+    sampling = SamplingParams("eval", steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
     numbers: dict[str, Any] = {"seed": 0, "resamples": 10, "confidence": 0.9}
     validation = validating.Params(
         WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, **numbers, floors={"local": 1.0}

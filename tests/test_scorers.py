@@ -60,7 +60,7 @@ def validate(tiny: Tiny, out: Path, **floors: float) -> dict[str, Any]:
     params = validating.Params(
         WORLD,
         BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None),
-        SamplingParams(steps=1, guidance=2.0, images_per_prompt=1, seed=0, batch=16),
+        SamplingParams("eval", steps=1, guidance=2.0, images_per_prompt=1, seed=0, batch=16),
         RoutingParams((Route("t2i", "base", 1.0),)),
         BRIGHT,
         NOBODY,
