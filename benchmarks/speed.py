@@ -222,7 +222,6 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
         query=case.query,
         states="on_policy",
         routing="hard",
-        held_out=0,
     )
     named = zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
     routes = Router(tuple(Route(capability, name, 1.0) for capability, name in named))

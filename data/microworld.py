@@ -2,7 +2,8 @@
 
 A scene is a background and up to four things in distinct 8-pixel cells of a small grid. A style is an operator on the
 whole picture. Prompts follow GenEval's record schema (djghosh13/geneval), edits follow GEdit-Bench's task types
-(stepfun-ai/Step1X-Edit). A quarter of all attribute tuples is held out: what is scored was never trained on.
+(stepfun-ai/Step1X-Edit). Half of all attribute tuples is held out from the student: a quarter to choose numbers on,
+a quarter to report.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ OPENINGS = ("a photo of", "an image of", "a picture of", "a drawing of")
 GROUNDS = ("on", "over")
 JITTER = (-0.3, 0.0, 0.3)  # px
 RADII = (3.2, 3.5)  # px
-HOLD_OUT_EVERY = 4
+# Split -> its remainders of a tuple's sum of ranks by 4: a Latin square each. TEACHING is everything but "eval".
+TEACHING = "teaching"
+REMAINDERS = {"train": (1, 3), "dev": (2,), "eval": (0,), TEACHING: (1, 2, 3)}
 
 
 def plural(noun: str) -> str:
@@ -181,18 +184,16 @@ def tuples_of(world: World, category: str) -> list[tuple[Any, ...]]:
 
 @lru_cache(maxsize=256)
 def split_tuples(world: World, category: str, split: str) -> tuple[tuple[Any, ...], ...]:
-    """The tuples of a split, "train" or "eval".
+    """The tuples of "train" (half of all), "dev" or "eval" (a quarter each), or TEACHING (all but "eval").
 
-    A quarter is held out for "eval", spread like a Latin square, so that training still sees every single attribute.
+    Each quarter is spread like a Latin square, so that training still sees every single attribute. The frozen teachers
+    learned from TEACHING, so they have seen the tuples of "dev"; the student has not. Neither has seen those of "eval".
     """
     ranks: dict[Any, int] = {}
     for names in (world.shapes, world.colors, world.backgrounds, world.styles, RELATIONS, tuple(NUMBERS)):
         ranks.update({name: rank for rank, name in enumerate(names)})
-
-    def is_held_out(values: tuple[Any, ...]) -> bool:
-        return sum(ranks[value] for value in values) % HOLD_OUT_EVERY == 0
-
-    return tuple(values for values in tuples_of(world, category) if is_held_out(values) == (split == "eval"))
+    wanted = REMAINDERS[split]
+    return tuple(values for values in tuples_of(world, category) if sum(ranks[value] for value in values) % 4 in wanted)
 
 
 # --- scenes, prompts and edits ----------------------------------------------------------------------------------------
@@ -317,15 +318,17 @@ Drawn = tuple[dict[str, Any], Scene | None, Scene]
 
 
 def example(world: World, rng: np.random.Generator, category: str, split: str) -> Drawn:
-    """(record, source scene or None, target scene) of a GenEval tag or GEdit task type; `split` "train" or "eval"."""
+    """(record, source scene or None, target scene) of a GenEval tag or GEdit task type; `split`: see `split_tuples`."""
     if category in EDITS:
         return edit_example(world, rng, category, split)
     record, scene = t2i_example(world, rng, category, split)
     return record, None, scene
 
 
-def evaluation_examples(world: World, rng: np.random.Generator, category: str, count: int) -> Iterator[Drawn]:
-    """`count` held-out examples that differ in prompt (T2I) or in prompt and source scene (edits).
+def evaluation_examples(
+    world: World, rng: np.random.Generator, category: str, split: str, count: int
+) -> Iterator[Drawn]:
+    """`count` examples of "dev" or "eval" that differ in prompt (T2I) or in prompt and source scene (edits).
 
     Raises UserError when the world has fewer of them.
     """
@@ -333,11 +336,11 @@ def evaluation_examples(world: World, rng: np.random.Generator, category: str, c
     for _ in range(200 * count):
         if len(seen) == count:
             return
-        record, source, target = example(world, rng, category, "eval")
+        record, source, target = example(world, rng, category, split)
         key = (record["prompt"], source)
         if key not in seen:
             seen.add(key)
             yield record, source, target
     if len(seen) < count:
-        number = f"only {len(seen)} distinct held-out examples of {category}, {count} asked for"
+        number = f"only {len(seen)} distinct {split} examples of {category}, {count} asked for"
         raise UserError(f"micro world: {number}; ask for fewer or enlarge the world")

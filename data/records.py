@@ -36,7 +36,8 @@ CAPABILITIES: dict[str, Capability] = {
     "edit": Capability("edit", "gedit", EDITS, is_edit=True),
 }
 CapabilityName = Annotated[str, OneOf(CAPABILITIES)]
-SPLITS = ("train", "eval")
+SPLITS = ("train", "dev", "eval")  # to learn from, to choose numbers on, to report
+HELD_OUT = ("dev", "eval")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Example:
     """One curated row. Image paths are relative to the curated folder."""
 
     id: str
-    split: str  # "train" or "eval"
+    split: str  # one of SPLITS
     capability: str  # "t2i", "local_edit" or "global_edit"
     category: str  # GenEval tag or GEdit task type
     prompt: str

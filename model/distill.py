@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator
 import torch
 from torch import nn
 
-from data.errors import UserError
 from data.randomness import numpy_generator
 from model.checkpoint import Ema
 from model.compute.execution import EvaluationCounter, networks_of
@@ -33,12 +32,7 @@ def plan_step(setup: Setup, index: int, route: Route | None = None) -> Plan:
     """The plan of a step, from (seed, step, slot, purpose) alone; `route` given takes the place of the drawn one."""
     params, seed, slots = setup.params, setup.seed, range(setup.params.batch)
     route = route or setup.router.pick(numpy_generator(seed, index, 0, "route"))
-    examples = len(setup.buckets[route.capability])
-    rows = examples - params.held_out
-    if rows < 1:
-        raise UserError(
-            f"held_out = {params.held_out}: nothing of {route.capability} ({examples} rows) is left to train on"
-        )
+    rows = len(setup.buckets[route.capability])
     picked = [int(numpy_generator(seed, index, slot, "row").integers(rows)) for slot in slots]
     generators = [numpy_generator(seed, index, slot, "query") for slot in slots]
     query = [query_index(params.rollout_steps, params.query, generator) for generator in generators]

@@ -1,15 +1,16 @@
-"""The encoded training examples of a capability, in the form that the loops draw from."""
+"""The encoded examples of a capability, in the form that the loops draw from."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from data.errors import UserError
+from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_file
 from data.records import BUCKETS, CAPABILITIES
 from model.checkpoint import read_tensors
@@ -20,7 +21,7 @@ Rows = torch.Tensor | Sequence[torch.Tensor]  # one tensor where all rows share 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A capability's encoded training examples.
+    """A capability's encoded examples of one split.
 
     Row i has the prompt prompts[i] of the tables embeds (P, L, D), or P tensors (L_p, D) where prompts differ in
     length, and pooled (P, D'). segments (P, S) counts the tokens of each prompt's parts, None where all prompts have L
@@ -71,6 +72,14 @@ class Bucket:
             )
         return at_rows(self.target, rows)
 
+    def only(self, rows: Sequence[int]) -> Bucket:
+        """The bucket of these rows, in this order."""
+        source, target = (
+            None if latents is None else [latents[row] for row in rows] for latents in (self.source, self.target)
+        )
+        shapes = self.shapes and tuple(self.shapes[row] for row in rows)
+        return replace(self, prompts=self.prompts[list(rows)], source=source, target=target, shapes=shapes)
+
 
 def at_rows(latents: Rows, rows: Sequence[int]) -> torch.Tensor:
     """(B, C, H, W). Raises UserError when the rows differ in shape: a batch holds one shape."""
@@ -85,6 +94,7 @@ def at_rows(latents: Rows, rows: Sequence[int]) -> torch.Tensor:
 
 PROMPTS = "prompts"
 EDIT_PROMPTS = "edit_prompts"  # where a family's edits read their prompts in another form
+REMEDIES = {"train": "add examples or remove the route", "dev": "add rows of split dev, or set validate_every: 0"}
 
 
 def _rows(file: dict[str, torch.Tensor], name: str) -> Rows | None:
@@ -109,30 +119,62 @@ def _joined(files: list[dict[str, torch.Tensor]], name: str) -> Rows | None:
 def load_buckets(encoded: Path, capabilities: Iterable[str], base_sha256: str) -> dict[str, Bucket]:
     """The encoded training examples by capability; "edit" joins both edit buckets.
 
-    Raises UserError for a capability without examples, or encodings made with another base.
+    Raises UserErrors for capabilities without examples, or encodings made with another base.
     """
+    return {name: bucket for name, (bucket, _) in _load(encoded, "train", capabilities, base_sha256).items()}
+
+
+def load_held_out(encoded: Path, capabilities: Iterable[str], base_sha256: str, count: int) -> dict[str, Bucket]:
+    """Up to `count` examples of the dev split by capability, spread over its categories; without targets.
+
+    Raises as load_buckets does.
+    """
+    buckets = _load(encoded, "dev", capabilities, base_sha256)
+    return {name: bucket.only(_spread(categories, count)) for name, (bucket, categories) in buckets.items()}
+
+
+def _spread(categories: Sequence[int], count: int) -> list[int]:
+    """`count` rows: the first of every category, then the second of every category, and so on."""
+    seen, turns = Counter[int](), []
+    for row, category in enumerate(categories):
+        turns.append((seen[category], category, row))
+        seen[category] += 1
+    return [row for _, _, row in sorted(turns)[:count]]
+
+
+def _load(
+    encoded: Path, split: str, capabilities: Iterable[str], base_sha256: str
+) -> dict[str, tuple[Bucket, list[int]]]:
+    """By capability the bucket of a split and each row's category, as its index in CATEGORIES."""
     facts = read_json(encoded / "encoded.json")
     if facts["base_sha256"] != base_sha256:
         other = facts["base_sha256"][:12]
         raise UserError(
             f"{encoded}: encoded with another base ({other}, now {base_sha256[:12]}); run the encode stage again"
         )
-    paths = {name: encoded / f"{name}.safetensors" for name in (PROMPTS, EDIT_PROMPTS)}
+    examples = facts["examples"][split]
+    members = {name: [bucket for bucket in _buckets_of(name) if examples[bucket]] for name in capabilities}
+    if missing := [name for name, found in members.items() if not found]:
+        known = f"{encoded} has {examples}; {REMEDIES[split]}"
+        faults = [f"route {name}: no example of it in the {split} split; {known}" for name in missing]
+        raise UserErrors("routes without examples", faults)
+    paths = {name: encoded / split / f"{name}.safetensors" for name in (PROMPTS, EDIT_PROMPTS)}
     tables = {name: read_tensors(path) for name, path in paths.items() if path.exists()}
-    return {name: _bucket(encoded, name, facts["examples"], tables) for name in capabilities}
+    loaded = {}
+    for name, found in members.items():
+        files = [read_tensors(encoded / split / f"{bucket}.safetensors") for bucket in found]
+        loaded[name] = _bucket(files, name, tables), [i for file in files for i in file["categories"].tolist()]
+    return loaded
+
+
+def _buckets_of(capability: str) -> list[str]:
+    wanted = set(CAPABILITIES[capability].categories)
+    return [name for name in BUCKETS if wanted.issuperset(CAPABILITIES[name].categories)]
 
 
 def _bucket(
-    encoded: Path, capability: str, examples: dict[str, int], tables: dict[str, dict[str, torch.Tensor]]
+    files: list[dict[str, torch.Tensor]], capability: str, tables: dict[str, dict[str, torch.Tensor]]
 ) -> Bucket:
-    wanted = set(CAPABILITIES[capability].categories)
-    members = [name for name in BUCKETS if set(CAPABILITIES[name].categories) <= wanted and examples.get(name)]
-    if not members:
-        raise UserError(
-            f"route {capability}: no training example of it in {encoded} (have {examples}); "
-            "add examples or remove the route"
-        )
-    files = [read_tensors(encoded / f"{name}.safetensors") for name in members]
     table = tables[EDIT_PROMPTS if EDIT_PROMPTS in tables and CAPABILITIES[capability].is_edit else PROMPTS]
     segments = table.get("segments")
     return Bucket(
@@ -151,4 +193,4 @@ def _bucket(
 
 def encoded_fingerprint(encoded: Path) -> dict[str, str]:
     """SHA-256 of every file, to bind a training state to its data."""
-    return {path.name: sha256_file(path) for path in sorted(encoded.glob("*.safetensors"))}
+    return {path.relative_to(encoded).as_posix(): sha256_file(path) for path in sorted(encoded.rglob("*.safetensors"))}

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 
 import torch
 from torch import nn
 
-from data.errors import UserError
 from data.randomness import numpy_generator
 from model.distill import plan_step
 from model.fields.base import velocity_gaps
 from model.methods.danceopd import accumulate
 from model.networks.student import Student
 from model.rollout import query_index, roll_out_to_query, sample
-from model.route import Route
 from model.setup import Batch, Setup
 from model.step import Plan
 
@@ -50,59 +49,54 @@ def weights_of(student: Student, values: Mapping[str, torch.Tensor]) -> Iterator
         student.load(before)
 
 
-def _held_out(setup: Setup, route: Route, wanted: int) -> Plan:
-    """Up to `wanted` held-out rows of a route, with the same queries every time."""
-    params, size = setup.params, len(setup.buckets[route.capability])
-    first, count = size - params.held_out, min(params.held_out, wanted)
-    if count < 1 or first < 1:
-        raise UserError(
-            f"held_out = {params.held_out}: {route.capability} has {size} rows; "
-            "choose 1 or more, and fewer than there are"
-        )
-    generators = [numpy_generator(setup.seed, 0, slot, "held_out_query") for slot in range(count)]
-    query = tuple(query_index(params.rollout_steps, params.query, generator) for generator in generators)
-    return Plan(0, route, tuple(range(first, first + count)), query)
+def _on_held_out(setup: Setup) -> tuple[Setup, list[Plan]]:
+    """The setup on its held-out rows, and each route's plan: all of them, with the same queries every time."""
+    setup, params, plans = replace(setup, buckets=setup.held_out), setup.params, []
+    for route in setup.router.routes:
+        rows = range(len(setup.buckets[route.capability]))
+        generators = [numpy_generator(setup.seed, 0, slot, "held_out_query") for slot in rows]
+        query = [query_index(params.rollout_steps, params.query, generator) for generator in generators]
+        plans.append(Plan(0, route, tuple(rows), tuple(query)))
+    return setup, plans
 
 
 @torch.no_grad()
 def held_out_gaps(setup: Setup) -> dict[str, float]:
-    """Mean squared velocity gap to each route's teacher on its held-out rows, at queries of the student's own rollout;
+    """Mean squared velocity gap to each route's teacher on `Setup.held_out`, at queries of the student's own rollout;
     by capability.
 
     Noise and query indices are the same every time, so that two gaps of one run differ by the student alone.
     """
-    gaps, field = {}, setup.student.field
-    for route in setup.router.routes:
-        plan, total = _held_out(setup, route, setup.params.held_out), 0.0
+    gaps, field, (setup, plans) = {}, setup.student.field, _on_held_out(setup)
+    for plan in plans:
+        total = 0.0
         for batch in setup.batches(plan, range(len(plan.rows)), setup.execution.micro_batch):
             condition, noise = batch.condition(), batch.noise("held_out")
             with setup.precision():
                 query = roll_out_to_query(field, noise, condition, setup.grid, batch.index)
-                target = setup.teachers[route.teacher](query.x_t, query.t, condition)
+                target = setup.teachers[plan.route.teacher](query.x_t, query.t, condition)
                 total += float(velocity_gaps(field(query.x_t, query.t, condition), target).sum())
-        gaps[route.capability] = total / len(plan.rows)
+        gaps[plan.route.capability] = total / len(plan.rows)
     return gaps
 
 
 @torch.no_grad()
 def held_out_pictures(setup: Setup, count: int) -> dict[str, torch.Tensor]:
-    """By capability, up to `count` held-out examples as the student draws them: (rows, n, 3, H, W) in [0, 1]; an edit's
-    first row holds the sources.
+    """By capability, up to `count` of `Setup.held_out` as the student draws them: (rows, n, 3, H, W) in [0, 1]; an
+    edit's first row holds the sources.
 
     Rows of another latent shape than the first are left out.
     """
-    pictures, decode = {}, setup.student.backbone.decode
-    for route in setup.router.routes:
-        plan = _held_out(setup, route, count)
-        shapes = [setup.shape_of(route.capability, row) for row in plan.rows]
-        alike = tuple(row for row, shape in zip(plan.rows, shapes, strict=True) if shape == shapes[0])
-        batch = Batch(setup, Plan(0, route, alike, plan.query), list(range(len(alike))))
+    pictures, decode, (setup, plans) = {}, setup.student.backbone.decode, _on_held_out(setup)
+    for plan in plans:
+        shapes = [setup.shape_of(plan.route.capability, row) for row in plan.rows[:count]]
+        batch = Batch(setup, plan, [slot for slot, shape in enumerate(shapes) if shape == shapes[0]])
         condition, noise = batch.condition(), batch.noise("pictures")
         with setup.precision():
             latents = sample(setup.student.field, noise, condition, setup.grid)
         shown = [latents] if condition.source is None else [condition.source, latents]
         # Picture by picture: a VAE in fp32 needs several GB for each of 1024 px.
-        pictures[route.capability] = torch.stack(
+        pictures[plan.route.capability] = torch.stack(
             [torch.cat([decode(picture[None]) for picture in row.cpu()]) for row in shown]
         )
     return pictures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -28,8 +28,8 @@ T = TypeVar("T")
 class Setup:
     """Who learns from whom, on what, and how it is computed.
 
-    `teachers`: field by name. `buckets`: examples by capability. `grid` (N + 1,), on the host: the noise levels of the
-    student's rollout.
+    `teachers`: field by name. `buckets`: examples by capability; `held_out`: those of the dev split that a validation
+    looks at. `grid` (N + 1,), on the host: the noise levels of the student's rollout.
     """
 
     student: Student
@@ -40,6 +40,7 @@ class Setup:
     grid: torch.Tensor
     seed: int
     execution: Execution = WHOLE_BATCH
+    held_out: Mapping[str, Bucket] = field(default_factory=dict)
 
     def moved(self, value: T) -> T:
         return moved(value, self.execution.device)
@@ -80,10 +81,11 @@ def setup_of(
     router: Router,
     params: LoopParams,
     seed: int,
+    held_out: Mapping[str, Bucket],
 ) -> Setup:
     """On the noise levels that the student's backbone is sampled at, computed on the CPU in whole batches."""
     grid = euler_grid(params.rollout_steps, float(student.backbone.scheduler["shift"]))
-    return Setup(student, teachers, buckets, router, params, grid, seed)
+    return Setup(student, teachers, buckets, router, params, grid, seed, held_out=held_out)
 
 
 def teacher_sampler(backbone: Backbone) -> Sampler:

@@ -27,10 +27,8 @@ class LoopNumbers:
     index.
 
     `max_gradient_norm`: a larger norm (before clipping) stops the run as one that is not finite does; 0 sets no bound.
-    `held_out`: the last so many rows of every bucket are not trained on.
     """
 
-    held_out: Count
     steps: Positive
     batch: Positive
     learning_rate: Above

@@ -49,7 +49,7 @@ def scorecard(geneval: float = 0.8, gedit: float = 8.0, retention: float = 0.95)
             "base": "b" * 64,
             "teachers": {name: digest(name) for name in ("base", "local", "global")},
             "student": "s" * 64,
-            "sampling": "p" * 64,
+            "sampling": {"split": "eval", "steps": 16, "seed": 0},
         },
         "metrics": metrics,
     }

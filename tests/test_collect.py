@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,16 @@ from PIL import Image
 from data.curation.filters import Options
 from data.curation.pipeline import curate
 from data.errors import UserError, UserErrors
-from data.files import write_json
+from data.files import digest, write_json
 from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
 from data.microworld import SHAPES, Scene, World, render
-from data.records import CAPABILITIES, CATEGORIES, read_examples
+from data.records import CAPABILITIES, CATEGORIES, SPLITS, read_examples
 from data.sources import SOURCES
 from data.sources.base import Request, Source
 from data.sources.micro import draw_examples
-from tasks.params.reading import faults_of, load_params
+from tasks.environment import PROJECT
+from tasks.params.reading import PARAMS_FILE, faults_of, load_params
 from tasks.stages.collect import Params, collect
 
 WORLD = World(shapes=SHAPES[:3], backgrounds=("white", "gray", "black"))
@@ -40,16 +42,18 @@ def test_the_folder_holds_what_was_asked_for(tmp_path: Path) -> None:
     summary = collect(PARAMS, out=tmp_path / "raw")
     found = read_manifests(tmp_path / "raw")
     assert not found.rejected and not found.ignored_columns
-    train, evaluation = ([row for row in found.rows if row.split == split] for split in ("train", "eval"))
+    train, dev, evaluation = ([row for row in found.rows if row.split == split] for split in SPLITS)
     assert Counter(row.capability for row in train) == PARAMS.train
-    assert Counter(row.category for row in evaluation) == PARAMS.evaluation
-    assert {row.origin for row in train} == {"train.jsonl"} and {row.origin for row in evaluation} == {"eval.jsonl"}
+    for rows in (dev, evaluation):
+        assert Counter(row.category for row in rows) == PARAMS.evaluation
+    for split, rows in zip(SPLITS, (train, dev, evaluation), strict=True):
+        assert {row.origin for row in rows} == {f"{split}.jsonl"}
     spread = Counter(row.category for row in train)
     for capability in PARAMS.train:
         counts = [spread[category] for category in CAPABILITIES[capability].categories]
         assert max(counts) - min(counts) <= 1
     images = list((tmp_path / "raw" / "images").iterdir())
-    assert (summary["train"], summary["eval"], summary["images"]) == (44, 36, len(images))
+    assert [summary[name] for name in (*SPLITS, "images")] == [44, 36, 36, len(images)]
     for row in found.rows:
         assert (row.source is not None) == CAPABILITIES[row.capability].is_edit and row.target is not None
         if row.source:
@@ -75,7 +79,7 @@ def test_a_row_depends_on_its_own_address_only() -> None:
     larger = replace(PARAMS, train={"global_edit": 16, "t2i": 30}, evaluation=dict.fromkeys(CATEGORIES[::-1], 4))
     more = {drawn[0]: drawn for drawn in draw_examples(larger)}
     shared = fewer.keys() & more.keys()
-    assert len(shared) == 24 + 8 + 36 and all(fewer[name] == more[name] for name in shared)
+    assert len(shared) == 24 + 8 + 36 + 36 and all(fewer[name] == more[name] for name in shared)
 
 
 def test_collected_examples_pass_curation(tmp_path: Path) -> None:
@@ -84,11 +88,22 @@ def test_collected_examples_pass_curation(tmp_path: Path) -> None:
     assert set(summary["reasons"]) <= {"exact duplicate", "near duplicate", "leakage"}
     examples = read_examples(tmp_path / "out")
     assert Counter(example.category for example in examples if example.split == "eval") == PARAMS.evaluation
-    prompts = {
-        split: {example.prompt for example in examples if example.split == split and example.capability == "t2i"}
-        for split in ("train", "eval")
-    }
-    assert prompts["train"] and prompts["eval"] and not prompts["train"] & prompts["eval"]
+    prompts = [
+        {example.prompt for example in examples if example.split == split and example.capability == "t2i"}
+        for split in SPLITS
+    ]
+    assert all(prompts) and not any(one & other for one, other in combinations(prompts, 2))
+
+
+def test_the_eval_split_is_the_one_that_was_always_reported() -> None:
+    """Scores of different days are compared on these rows."""
+    params = load_params(Params, "collect", PROJECT / PARAMS_FILE)
+    rows = [
+        [name, split, capability, record, source and source.to_json(), target.to_json()]
+        for name, split, capability, record, source, target in draw_examples(params)
+        if split == "eval"
+    ]
+    assert (len(rows), digest(rows)) == (656, "da9cb68b787f480046a66498fc0f103733f60dab94071476d356b312b9375905")
 
 
 def test_a_world_too_small_for_its_evaluation_is_an_error(tmp_path: Path) -> None:
@@ -96,8 +111,14 @@ def test_a_world_too_small_for_its_evaluation_is_an_error(tmp_path: Path) -> Non
         collect(
             replace(PARAMS, evaluation={"single_object": 17}), out=tmp_path / "raw"
         )  # 4 openings, 2 grounds, 2 held-out tuples
-    with pytest.raises(UserErrors, match=r"two_object: .* held out"):
+    with pytest.raises(UserErrors) as caught:
         collect(replace(PARAMS, world=replace(WORLD, shapes=("circle", "square"))), out=tmp_path / "raw")
+    assert "two_object: this world has no examples that are held out for the eval split" in caught.value.faults
+    tiny = World(("circle", "square"), ("red", "green"), ("white", "gray"), ("plain", "night"), grid=2)
+    with pytest.raises(UserErrors) as caught:
+        collect(replace(PARAMS, world=tiny), out=tmp_path / "raw")
+    start = "color_attr: this world has no examples that are"
+    assert {f"{start} left to train on", f"{start} held out for the eval split"} <= {*caught.value.faults}
     assert list(tmp_path.iterdir()) == []
 
 

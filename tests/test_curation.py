@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from data.files import sha256_file
 from data.images import ImageFault, decode_image, distances, encode_png, fingerprint, picture_of
 from data.manifests import RawRow, write_manifest
 from data.microworld import BACKGROUNDS, COLORS, JITTER, RADII, SHAPES, Scene, Thing, World, render
-from data.records import read_examples
+from data.records import HELD_OUT, SPLITS, read_examples
 from tasks.params.reading import faults_of
 
 WORLD = World()
@@ -136,7 +136,7 @@ def test_edits_have_a_source_and_t2i_has_none() -> None:
 def test_scored_prompts_need_their_metadata() -> None:
     good = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     records = [good, {}, {**good, "tag": "counting"}, {**good, "include": []}, {**good, "include": ["circle"]}]
-    rows = [row(number, split="eval", record=record) for number, record in enumerate(records)]
+    rows = [row(number, split=HELD_OUT[number % 2], record=record) for number, record in enumerate(records)]
     kept, rejected = sift([*rows, row(9)], scorable)
     assert (
         [item.id for item in kept] == ["row-0", "row-9"]
@@ -374,10 +374,25 @@ def test_leakage_removes_the_training_row() -> None:
         candidate(9, three, scene(("circle", "green", 7)), prompt="a red circle"),  # a T2I prompt, but an edit
         candidate(10, target=three, prompt="make it blue"),
     ]
-    kept, rejected = without_leakage([*train, *evaluation], distance=6)
-    assert reasons(rejected) == [(f"row-{number}", "leakage") for number in (3, 4, 5, 6)]
-    assert [item.row.row for item in kept] == [7, 8, 9, 10, 1, 2]
-    assert "row-2 (set.jsonl row 2)" in rejected[3].detail
+    for earlier, later in combinations(SPLITS, 2):
+        rows = [*moved(train, earlier), *moved(evaluation, later)]
+        kept, rejected = without_leakage(rows, distance=6)
+        assert reasons(rejected) == [(f"row-{number}", "leakage") for number in (3, 4, 5, 6)]
+        assert kept == [item for item in rows if item.row.row not in (3, 4, 5, 6)]
+        assert "row-2 (set.jsonl row 2)" in rejected[3].detail
+        assert without_leakage([*moved(train, later), *moved(evaluation, later)], distance=6)[1] == []
+
+
+def moved(rows: list[Candidate], split: str) -> list[Candidate]:
+    return [replace(item, row=replace(item.row, split=split)) for item in rows]
+
+
+def test_a_row_that_leaks_takes_no_other_along() -> None:
+    one, two, three = (scene(("circle", "red", cell)) for cell in (0, 1, 2))
+    train = candidate(1, two, two)
+    dev, evaluation = candidate(2, one, two, split="dev"), candidate(3, one, three, split="eval", prompt="another")
+    assert without_leakage([train, dev], distance=6)[0] == [dev]
+    assert without_leakage([train, dev, evaluation], distance=6)[0] == [train, evaluation]
 
 
 def test_a_flat_image_gives_nothing_away() -> None:
@@ -519,10 +534,8 @@ def test_everything_read_is_kept_or_listed(tmp_path: Path) -> None:
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert sum(summary["reasons"].values()) == len(rejected) == sum(step["rejected"] for step in summary["filters"])
     assert all(step["kept"] + step["rejected"] == step["rows"] for step in summary["filters"])
-    assert summary["capabilities"]["local_edit"] == {"train": 2, "eval": 0} and summary["categories"]["colors"] == {
-        "train": 1,
-        "eval": 1,
-    }
+    assert summary["capabilities"]["local_edit"] == {"train": 2, "dev": 0, "eval": 0}
+    assert summary["categories"]["colors"] == {"train": 1, "dev": 0, "eval": 1}
     assert summary["manifests"] == {"a.jsonl": 12, "b.jsonl": 2}
     assert calls[-1] == (calls[-1][1], calls[-1][1], "decode")
     assert examples[3].origin == "b.jsonl" and examples[3].row == 1 and examples[2].record["tag"] == "colors"

@@ -10,19 +10,20 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.curation.expectations import expectations, validate_curated
+from data.curation.expectations import expectations, table_of, validate_curated
 from data.curation.filters import Options
 from data.errors import UserErrors
 from data.files import sha256_bytes
 from data.images import encode_png
 from data.manifests import read_manifests, write_manifest
 from data.microworld import World
-from data.records import CATEGORIES, Example, read_examples
+from data.records import CATEGORIES, HELD_OUT, SPLITS, Example, read_examples
 from tasks.stages.collect import Params as CollectParams
 from tasks.stages.collect import collect
 from tasks.stages.curate import Params, curate
@@ -70,9 +71,11 @@ def test_a_good_set_passes_and_its_pages_need_no_network(tmp_path: Path) -> None
     found = validate_curated(good_set(tmp_path), OPTIONS, tmp_path / "docs", folder=tmp_path)
     names = [outcome["name"] for outcome in found["expectations"]]
     assert (
-        found["success"] and found["evaluated"] == found["successful"] == len(names) == len(expectations(OPTIONS)) > 0
+        found["success"]
+        and found["evaluated"] == found["successful"] == len(names) == len(expectations(OPTIONS, {"train", "eval"})) > 0
     )
     assert {"count_t2i_train", "count_local_edit_train", "count_t2i_eval"} <= set(names)
+    assert "count_t2i_dev" not in names  # of a split without a row nothing is asked
     pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "docs").iterdir()}
     assert set(pages) == {"index.html", "index.md", "validation.html", "suite.html"}
     for name, page in pages.items():
@@ -104,16 +107,17 @@ def test_every_broken_promise_is_named_with_its_rows(tmp_path: Path) -> None:
         example("../escape", None, tmp_path),
         example("again", None, tmp_path),
         example("again", None, tmp_path, sha256=sha256_bytes(b"other")),
+        example("chosen", None, tmp_path, split="dev"),
         altered,
     ]
     options = replace(OPTIONS, minimum_train={"t2i": 100}, minimum_eval={"global_edit": 1})
     with pytest.raises(UserErrors) as caught:
-        validate_curated([*good, *bad], options, tmp_path / "docs", folder=tmp_path)
+        validate_curated(good + bad, options, tmp_path / "docs", folder=tmp_path)
     with pytest.raises(UserErrors):
-        validate_curated([*good, *bad], options, tmp_path / "again", folder=tmp_path)
+        validate_curated(good + bad, options, tmp_path / "again", folder=tmp_path)
     assert contents(tmp_path / "docs") == contents(tmp_path / "again")
     faults = {fault.split(" ")[0]: fault for fault in caught.value.faults}
-    assert set(faults) == set(expectations(options)) - {"columns"}
+    assert set(faults) == set(expectations(options, SPLITS)) - {"columns"}
     named = {
         "id_form": "../escape",
         "id_unique": "again",
@@ -137,13 +141,16 @@ def test_every_broken_promise_is_named_with_its_rows(tmp_path: Path) -> None:
         assert (
             re.search(r": \d+ rows, the first ", faults[name]) and identifier in faults[name].split("the first ")[1]
         ), faults[name]
-    assert "id_unique" in faults and ": 2 rows, the first again, again" in faults["id_unique"]
-    assert (
-        "observed 20" in faults["row_count"]
-        and "at least 101" in faults["row_count"]
-        and "observed 0" in faults["count_global_edit_eval"]
-    )
+    assert ": 2 rows, the first again, again" in faults["id_unique"]
+    assert "observed 21" in faults["row_count"] and "at least 102" in faults["row_count"]
+    assert all("observed 0" in faults[f"count_global_edit_{split}"] for split in HELD_OUT)
     assert "FAILS" in (tmp_path / "docs" / "index.md").read_text() and (tmp_path / "docs" / "validation.html").is_file()
+
+
+def test_a_t2i_prompt_is_in_one_split_alone(tmp_path: Path) -> None:
+    for one, other in product(SPLITS, SPLITS):
+        pair = [example(split, None, tmp_path, split=split, prompt="A prompt") for split in (one, other)]
+        assert set(table_of(pair, tmp_path)["prompt_in_other_split"]) == {one != other}, (one, other)
 
 
 def test_an_empty_set_does_not_pass_vacuously(tmp_path: Path) -> None:

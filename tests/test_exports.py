@@ -355,7 +355,7 @@ def test_a_student_with_all_its_weights_is_sampled_without_its_base(
 ) -> None:
     """Where the base is not loaded, noise goes to the student's device, not to the base's."""
     monkeypatch.chdir(project.root)
-    sampling = SamplingParams(steps=1, guidance=1.0, images_per_prompt=1, seed=0, batch=2)
+    sampling = SamplingParams("eval", steps=1, guidance=1.0, images_per_prompt=1, seed=0, batch=2)
     loading = PretrainedParams("float32", "cpu", resolution=16, max_tokens=40, offload=False)
     backbone = BackboneParams(project.family, None, loading)  # type: ignore[arg-type]
     sampler = sample_set.Sampler("whole", "", backbone, sampling)

@@ -87,8 +87,8 @@ def save_curated(folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     examples = []
     for capability, category in CATEGORIES.items():
-        for row in range(6):
-            split, name = ("train" if row < 4 else "eval"), f"{capability}-{row}"
+        for row in range(8):
+            split, name = ("train", "eval", "dev")[max(0, row // 2 - 1)], f"{capability}-{row}"
             size = SIZES[row % 3]
             paths = {}
             for part in ("source", "target") if capability != "t2i" else ("target",):
@@ -234,9 +234,10 @@ def test_changed_data_encodes_only_what_is_new(home: Home, tmp_path: Path, monke
     save_curated(curated)
     first = encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "one")
     again = encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "two")
-    assert first["encoded anew"]["images"] == 12 and again["encoded anew"] == {"prompts": 0, "images": 0}
-    for file in (tmp_path / "one").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    assert first["encoded anew"]["images"] == 12 + 2 and again["encoded anew"] == {"prompts": 0, "images": 0}
+    files = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.safetensors")]
+    assert {file.parts[0] for file in files} == {"train", "dev"}
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
     picture("another", 32, 32).save(curated / "images" / "t2i-0-target.png")
     assert encoding.encode(params, curated=curated, teachers=home.teachers, out=tmp_path / "three")["encoded anew"] == {
         "prompts": 0,
@@ -359,7 +360,7 @@ def test_encode_validate_distill_absorb_sample(
     home: Home, encoded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+    sampling = SamplingParams("eval", steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
     validation = validating.Params(
         WORLD, home.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, seed=0, resamples=10, confidence=0.9, floors={}
     )
@@ -387,7 +388,7 @@ def test_encode_validate_distill_absorb_sample(
         assert pictures == ["local_edit-00000002.png", "t2i-00000002.png"]
     backbone = load_base(home.teachers, **home.backbone.loading())
     student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
-    evaluation = evaluation_set(read_examples(home.curated), home.curated)
+    evaluation = evaluation_set(read_examples(home.curated), home.curated, "eval")
     drawn = list(
         draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path)
     )
@@ -468,7 +469,7 @@ def test_a_base_that_reads_no_source_refuses_edits(tmp_path: Path) -> None:
             teachers=narrow.teachers,
             out=narrow.encoded,
         )
-    sampling = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+    sampling = SamplingParams("eval", steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
     numbers: dict[str, Any] = {"seed": 0, "resamples": 10, "confidence": 0.9}
     validation = validating.Params(
         WORLD, narrow.backbone, sampling, ROUTES, MICRO_DETECTOR, NOBODY, **numbers, floors={"local": 1.0}

@@ -192,14 +192,15 @@ def test_losing_a_benchmark_that_the_champion_has_is_a_regression() -> None:
 def test_scores_from_another_benchmark_or_sampling_are_not_comparable(name: str) -> None:
     card = scorecard()
     if name == "sampling":
-        card["identities"]["sampling"] = "another"
+        card["identities"]["sampling"]["steps"] = 8
     else:
         card["benchmarks"][name]["digest"] = "another"
     assert failing(judged(card, champion=scorecard())) == {f"identity/{name}"}
     assert failing(judged(card)) == set()  # nobody to compare with
     assert judged(card, champion=scorecard(0.99), params=replace(STRICT, allow_benchmark_change=True))["passed"] is True
     if name == "sampling":  # settings in place of their digest: compared by content
-        settings = [{"steps": 8, "seed": 0}, {"seed": 0, "steps": 8}, {"steps": 4, "seed": 0}]
+        known = {"split": "eval", "seed": 0}
+        settings = [{"steps": 8, **known}, {**known, "steps": 8}, {"steps": 4, **known}]
         cards = [{**scorecard(), "identities": {**scorecard()["identities"], "sampling": one}} for one in settings]
         assert failing(judged(cards[1], champion=cards[0])) == set()
         assert failing(judged(cards[2], champion=cards[0])) == {"identity/sampling"}
@@ -208,7 +209,17 @@ def test_scores_from_another_benchmark_or_sampling_are_not_comparable(name: str)
         del unknown["identities"]["sampling"]
     else:
         del unknown["benchmarks"][name]["digest"]
-    assert failing(judged(unknown)) == {f"identity/{name}"}
+    assert failing(judged(unknown)) == {f"identity/{name}", *(["identity/split"] if name == "sampling" else [])}
+
+
+def test_a_scorecard_of_the_split_that_numbers_are_chosen_on_is_refused() -> None:
+    for split in ("dev", None):
+        card = scorecard()
+        card["identities"]["sampling"]["split"] = split
+        verdict = judged(card)
+        assert failing(verdict) == {"identity/split"}
+        (rule,) = (rule for rule in verdict["rules"] if rule["rule"] == "identity/split")
+        assert (rule["value"], rule["bound"]) == (split, "eval") and "sampling.split: eval" in rule["reason"]
 
 
 @pytest.mark.parametrize(

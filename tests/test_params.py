@@ -19,7 +19,7 @@ VALID = """
 world: {shapes: [circle, square], colors: [red, green], backgrounds: [white, gray],
   styles: [plain, night], grid: 3, cell: 8}
 backbone: {name: micro, micro: {width: 8, layers: 1, heads: 2, latent_channels: 4}, pretrained: null}
-sampling: {steps: 4, guidance: 1, images_per_prompt: 1, seed: 0, batch: 8}
+sampling: {split: eval, steps: 4, guidance: 1, images_per_prompt: 1, seed: 0, batch: 8}
 routing: {routes: [{capability: t2i, teacher: base, weight: 1}]}
 execution: {device: auto, processes: 1, micro_batch: 0, rollout_batch: 0, precision: fp32,
   compile: none, attention: auto, checkpointing: auto, merge_rollout: auto, shard_base: false}

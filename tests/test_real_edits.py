@@ -49,7 +49,7 @@ NUMBERS: dict[str, Any] = {"seed": 0, "resamples": 50, "confidence": 0.9}
 ROUTES = RoutingParams(
     (Route("local_edit", "local", 1.0),)
 )  # what random networks see in T2I is as likely as not nothing, of which no part can be retained
-SAMPLING = SamplingParams(steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
+SAMPLING = SamplingParams("eval", steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
 RECORD = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
 QUESTIONS = 8  # of validate: two teachers, two edits, two questions about each
 

@@ -77,6 +77,17 @@ def page(results, **changes) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_page_says_on_which_split_it_was_drawn(results):
+    folder, cards, scores, prompts = results
+    texts = {}
+    for split in ("dev", "eval"):
+        drawn = replace(cards["student"], identities={"sampling": {"split": split, "steps": 16}})
+        texts[split] = page((folder, {**cards, "student": drawn}, scores, prompts))
+    assert "drawn on the dev split, on which numbers are chosen: not to be reported" in " ".join(texts["dev"].split())
+    assert "drawn on the eval split." in texts["eval"] and "not to be reported" not in texts["eval"]
+    assert "drawn on the" not in page(results)  # images made elsewhere have no split
+
+
 def test_the_page_needs_no_other_file(results):
     text = page(results)
     sources, links = re.findall(r'src="([^"]*)"', text), re.findall(r'href="([^"]*)"', text)

@@ -233,7 +233,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
         for index, record in enumerate(wanted)
     )
     scorer, evaluation = scorer_of(benchmark, NOBODY, WORLD), EvaluationSet(examples, {}, tmp_path)
-    sampling = SamplingParams(steps=2, guidance=1.0, images_per_prompt=2, seed=0, batch=5)
+    sampling = SamplingParams("eval", steps=2, guidance=1.0, images_per_prompt=2, seed=0, batch=5)
     backbone, fields = load_teachers(teachers, [BASE])
     advanced: list[int] = []
 

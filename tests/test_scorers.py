@@ -20,7 +20,7 @@ from benchmarks.scores.scorer import DrawnImage, Scorer
 from data.errors import UserError, UserErrors
 from data.files import read_json
 from data.images import read_picture
-from data.records import CAPABILITIES, Example, read_examples, write_examples
+from data.records import CAPABILITIES, HELD_OUT, Example, read_examples, write_examples
 from model.route import Route
 from tasks.checks.preflight import evaluators, judge_faults
 from tasks.params.sections import BackboneParams, MicroParams, RoutingParams, SamplingParams
@@ -47,20 +47,21 @@ class Bright(Scorer):
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """Every second example is held out."""
+    """Every example of train is in eval, too, and there are two of each in dev and eval."""
     monkeypatch.setitem(scorers.SCORERS, "bright", scorers.Entry(lambda *_: Bright()))
     made = build(tmp_path)
     examples = [example for example in read_examples(made.curated) if example.category != "color_attr"]
-    held_out = [replace(example, split="eval", id=f"{example.id}-{k}") for example in examples for k in range(2)]
-    write_examples(made.curated, examples + held_out)
+    dev, train = ([example for example in examples if example.split == split] for split in ("dev", "train"))
+    held_out = [replace(example, split="eval", id=f"{example.id}-{k}") for example in train for k in range(2)]
+    write_examples(made.curated, examples + [replace(example, id=f"{example.id}-again") for example in dev] + held_out)
     return made
 
 
-def validate(tiny: Tiny, out: Path, **floors: float) -> dict[str, Any]:
+def validate(tiny: Tiny, out: Path, split: str = "eval", **floors: float) -> dict[str, Any]:
     params = validating.Params(
         WORLD,
         BackboneParams("micro", MicroParams(WIDTH, LAYERS, HEADS, CHANNELS), None),
-        SamplingParams(steps=1, guidance=2.0, images_per_prompt=1, seed=0, batch=16),
+        SamplingParams(split, steps=1, guidance=2.0, images_per_prompt=1, seed=0, batch=16),
         RoutingParams((Route("t2i", "base", 1.0),)),
         BRIGHT,
         NOBODY,
@@ -79,6 +80,16 @@ def test_a_made_up_evaluator_judges_what_is_its_own(tiny: Tiny, tmp_path: Path) 
     assert read_json(tmp_path / "validated.json")["teachers"]["base"]["own"]["mean"] == 1.0
     with pytest.raises(UserErrors, match=r"base: geneval/overall = 1\.000 on its own t2i, below its floor 2\.0"):
         validate(tiny, tmp_path / "again", base=2.0)
+
+
+def test_scores_are_of_the_split_that_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    for split in HELD_OUT:
+        validate(tiny, tmp_path / split, split)
+        t2i = {e.id for e in read_examples(tiny.curated) if (e.split, e.capability) == (split, "t2i")}
+        assert {row.example_id for row in read_scores(tmp_path / split)} == t2i
+    write_examples(tiny.curated, [example for example in read_examples(tiny.curated) if example.split != "dev"])
+    with pytest.raises(UserError, match=r"no example of the dev split \(sampling.split\)"):
+        validate(tiny, tmp_path / "none", "dev")
 
 
 def test_its_faults_are_told_before_anything_is_drawn(tiny: Tiny, tmp_path: Path) -> None:

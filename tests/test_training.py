@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +20,21 @@ from PIL import Image
 
 from data.errors import UserErrors
 from data.files import read_json, write_json
+from data.records import EDITS, read_examples
 from data.yaml_files import read_yaml
-from model.checkpoint import save_state
+from model.checkpoint import read_tensors, save_state
 from model.compute.settings import ExecutionParams
+from model.examples import load_held_out
 from model.fields import FIELDS
 from model.fields.base import Condition, VelocityField
+from model.networks.teachers import BASE, read_records
 from tasks.__main__ import main
 from tasks.params.reading import load_params
 from tasks.registry.tracking import named_metrics
 from tasks.stages import distill as distilling
 from tasks.training.metrics import read_metrics
 from tasks.training.states import Watch, differing, facts_of
-from tests.tiny import EXECUTION, Tiny, build, loop_params, write_params
+from tests.tiny import EACH, EXECUTION, Tiny, build, loop_params, write_params
 
 SMALL = {
     "batch": 4,
@@ -41,7 +45,7 @@ SMALL = {
     "decay_from": 1.0,
     "warmup": 0,
 }
-WATCH = Watch(2, 0, 0, 0, 0, "", ())
+WATCH = Watch(2, 0, 0, 0, 0, 0, "", ())
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +60,13 @@ def stage(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def run(out: str, **changes: Any) -> int:
+    def run(out: str, encoded: Path = tiny.encoded, **changes: Any) -> int:
         params = write_params(tmp_path / "params.yaml", **{**SMALL, **changes})
         return main(
             [
                 "distill",
                 "--encoded",
-                str(tiny.encoded),
+                str(encoded),
                 "--teachers",
                 str(tiny.teachers),
                 "--out",
@@ -101,7 +105,7 @@ def test_facts_hold_what_decides_the_result_and_nothing_else() -> None:
             replace(execution, processes=2, micro_batch=3, attention="math", merge_rollout="never"),
             teachers={"base": "a"},
         ),
-        facts_of(loop, replace(WATCH, validate_every=5), execution, teachers={"base": "a"}),
+        facts_of(loop, replace(WATCH, validate_every=5, held_out=3), execution, teachers={"base": "a"}),
     )
     assert all(other == facts for other in same)
     assert differing(
@@ -141,7 +145,7 @@ def test_a_state_of_other_facts_is_refused_unless_they_are_accepted(
 
 
 def test_instruments_are_written_under_names_and_change_no_weight(stage: Callable[..., int], tmp_path: Path) -> None:
-    assert stage("plain", steps=4, held_out=2) == 0
+    assert stage("plain", steps=4) == 0
     for folder in Path("runs").glob("*"):
         folder.rename(tmp_path / f"done-{folder.name}")
     assert stage("watched", steps=4, held_out=2, validate_every=2, cosine_every=4, save_every=1, keep_every=3) == 0
@@ -178,6 +182,38 @@ def test_instruments_are_written_under_names_and_change_no_weight(stage: Callabl
         (name, step) for name, _, step in named_metrics("distill", Path("watched/metrics.jsonl"))
     }
     assert sorted(path.name for path in Path("runs").glob("distill-*/step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_a_validation_looks_at_dev_rows_of_every_category(tiny: Tiny) -> None:
+    category_of = {}
+    for capability in ("local_edit", "global_edit"):
+        known = [e for e in read_examples(tiny.curated) if (e.split, e.capability) == ("dev", capability)]
+        (latents,) = (
+            value
+            for name, value in read_tensors(tiny.encoded / "dev" / f"{capability}.safetensors").items()
+            if name.startswith("source.")
+        )
+        category_of |= {row.numpy().tobytes(): e.category for row, e in zip(latents, known, strict=True)}
+    base = read_records(tiny.teachers)[BASE].sha256
+    for count in (6, 10):
+        bucket = load_held_out(tiny.encoded, ["edit"], base, count)["edit"]
+        assert bucket.source is not None and bucket.target is None and len(bucket) == count
+        found = Counter(category_of[row.numpy().tobytes()] for row in bucket.source)
+        assert set(found) == set(EDITS) and max(found.values()) - min(found.values()) <= 1
+    assert len(load_held_out(tiny.encoded, ["t2i"], base, 100)["t2i"]) == EACH  # as many as there are
+
+
+def test_a_validation_without_dev_rows_is_refused_before_training(
+    stage: Callable[..., int], tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny.encoded, "encoded")
+    facts = read_json(Path("encoded/encoded.json"))
+    facts["examples"]["dev"] |= {"local_edit": 0, "global_edit": 0}
+    write_json(Path("encoded/encoded.json"), facts)
+    assert stage("out", Path("encoded"), held_out=2, validate_every=2) == 2
+    error = capsys.readouterr().err
+    assert all(f"route {name}: no example of it in the dev split" in error for name in ("local_edit", "global_edit"))
+    assert "route t2i" not in error and "validate_every: 0" in error and not Path("runs").exists()
 
 
 def test_a_gap_that_does_not_fall_ends_the_run_early(
@@ -282,14 +318,12 @@ def test_every_so_many_states_are_kept_for_good(tmp_path: Path) -> None:
 
 
 def test_faults_of_what_is_watched_are_named() -> None:
-    assert WATCH.conflicts(0) == []
-    assert (
-        any("held_out" in fault for fault in replace(WATCH, validate_every=5).conflicts(0))
-        and replace(WATCH, validate_every=5).conflicts(2) == []
-    )
-    assert any("validate_every" in fault for fault in replace(WATCH, patience=1).conflicts(2))
-    assert any("keep_every" in fault for fault in replace(WATCH, keep_every=3).conflicts(0))
-    assert any("resume_from" in fault for fault in replace(WATCH, accept_changed=("steps",)).conflicts(0))
+    assert WATCH.conflicts() == []
+    assert any("held_out" in fault for fault in replace(WATCH, validate_every=5).conflicts())
+    assert replace(WATCH, validate_every=5, held_out=2).conflicts() == []
+    assert any("validate_every" in fault for fault in replace(WATCH, patience=1).conflicts())
+    assert any("keep_every" in fault for fault in replace(WATCH, keep_every=3).conflicts())
+    assert any("resume_from" in fault for fault in replace(WATCH, accept_changed=("steps",)).conflicts())
 
 
 def test_faults_of_the_loops_numbers_are_named_together(tmp_path: Path) -> None:

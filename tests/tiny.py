@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from tasks.stages import encode as encoding
 WORLD = World(shapes=("circle", "square", "triangle"), backgrounds=("white", "gray", "black"))
 WIDTH, LAYERS, HEADS, CHANNELS, SHIFT = 32, 2, 2, 8, 1.0
 LOCAL_RANK, LOCAL_ALPHA = 4, 8  # alpha / rank = 2, so that a forgotten alpha shows
-EACH = 8  # examples a bucket
+EACH = 8  # examples a bucket, of train and of dev
 EXECUTION: dict[str, Any] = {
     "device": "cpu",
     "processes": 1,
@@ -73,9 +74,9 @@ def new_backbone(seed: int = 0) -> MicroBackbone:
     return backbone
 
 
-def draw(category: str, row: int) -> tuple[dict[str, Any], np.ndarray | None, np.ndarray]:
-    """Record, source picture and target picture of one training example."""
-    record, source, target = example(WORLD, numpy_generator(0, row, 0, f"tiny/{category}"), category, "train")
+def draw(category: str, row: int, split: str = "train") -> tuple[dict[str, Any], np.ndarray | None, np.ndarray]:
+    """Record, source picture and target picture of one example."""
+    record, source, target = example(WORLD, numpy_generator(0, row, 0, f"tiny/{category}"), category, split)
     return record, None if source is None else render(WORLD, source), render(WORLD, target)
 
 
@@ -102,33 +103,20 @@ def save_teachers(folder: Path) -> None:
 
 
 def save_curated(folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
     examples = []
-    for bucket, categories in (("t2i", GENEVAL_TAGS), ("local_edit", LOCAL_EDITS), ("global_edit", GLOBAL_EDITS)):
-        for row in range(EACH):
-            category = categories[row % len(categories)]
-            record, source, target = draw(category, row)
-            paths = {"source": source, "target": target}
-            for part, picture in paths.items():
-                if picture is not None:
-                    (folder / "images").mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(picture).save(folder / f"images/{bucket}-{row}-{part}.png")
-            named = {
-                part: None if picture is None else f"images/{bucket}-{row}-{part}.png"
-                for part, picture in paths.items()
-            }
-            examples.append(
-                Example(
-                    f"{bucket}-{row}",
-                    "train",
-                    bucket,
-                    category,
-                    record["prompt"],
-                    **named,
-                    record=record,
-                    origin="tiny",
-                    row=row + 1,
-                )
-            )
+    categories = {"t2i": GENEVAL_TAGS, "local_edit": LOCAL_EDITS, "global_edit": GLOBAL_EDITS}
+    for split, bucket, row in product(("train", "dev"), categories, range(EACH)):
+        category = categories[bucket][row % len(categories[bucket])]
+        name = f"{bucket}-{row}" if split == "train" else f"{split}-{bucket}-{row}"
+        record, *pictures = draw(category, row, split)
+        paths: dict[str, str] = {}
+        for part, picture in zip(("source", "target"), pictures, strict=True):
+            if picture is not None:
+                paths[part] = f"images/{name}-{part}.png"
+                Image.fromarray(picture).save(folder / paths[part])
+        known: dict[str, Any] = {**paths, "record": record, "origin": "tiny", "row": row + 1}
+        examples.append(Example(name, split, bucket, category, record["prompt"], **known))
     write_examples(folder, examples)
 
 
@@ -190,7 +178,6 @@ def loop_params(**changes: Any) -> LoopParams:
         "query": "low",
         "states": "on_policy",
         "routing": "hard",
-        "held_out": 0,
     }
     return LoopParams(**{**numbers, **changes})
 

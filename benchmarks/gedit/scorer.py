@@ -73,7 +73,7 @@ class GeditScorer(Scorer):
     def check(self, examples: Sequence[Example]) -> None:
         if self.judge.kind == "none":
             categories = ", ".join(sorted({example.category for example in examples}))
-            advice = "name a judge there (endpoint or local), or keep edits out of the eval split"
+            advice = "name a judge there (endpoint or local), or keep edits out of the split that is scored"
             fault = f"there are edits to score ({categories}), which a detector cannot judge"
             raise UserError(f"judge.kind = none, but {fault}: {advice}")
         missing = [f"{x.origin or 'examples'}, row {x.row}" for x in examples if x.source is None]

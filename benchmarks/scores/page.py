@@ -306,12 +306,14 @@ def write_report(path_html: str | Path, report: Report) -> None:
     paths, candidate, headlines = all_paths(cards), cards[page.name], HEADLINES.values()
     first = [path for path in paths if path in headlines] + [path for path in paths if path.startswith(RETENTION)]
     facts = {**{f"benchmark {name}": value for name, value in candidate.benchmarks.items()}, **candidate.identities}
+    sampling = candidate.identities.get("sampling")
     text = render(
         "benchmarks/report.html.j2",
         page=page,
         report=report,
         title=report.title,
         candidate=candidate.model,
+        split=sampling.get("split") if isinstance(sampling, Mapping) else None,
         headline=first,
         paths=paths,
         differences=[row for row in report.comparisons if row["path"] in headlines],

@@ -1,10 +1,10 @@
-"""Duplicates and leakage: equal rows by hash, similar rows by perceptual distance, scored rows among training rows."""
+"""Duplicates and leakage: equal rows by hash, similar rows by perceptual distance, rows that give away a scored one."""
 
 from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from data.curation.filters import Candidate, normalise, sift, where
 from data.errors import RowFault
 from data.images import Picture, distances
 from data.manifests import RawRow, Rejection
+from data.records import HELD_OUT, SPLITS
 
 
 def without_exact_duplicates(rows: Sequence[Candidate]) -> tuple[list[Candidate], list[Rejection]]:
@@ -87,48 +88,56 @@ def without_near_duplicates(rows: Sequence[Candidate], *, distance: int) -> tupl
     return sift(rows, check)
 
 
-def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
-    """Training rows that give away what is scored are rejected; evaluation rows all stay.
+class _Scored:
+    """What rows of the held-out splits ask for and show, so that no row of an earlier split gives it away."""
 
-    A T2I row leaks when its normalised prompt is scored; an edit when an instruction and a near-identical source are
-    scored together; any row when one of its images is, pixel for pixel, an image of an evaluation row. Images of one
-    flat colour (what remains when the only thing is removed) give nothing away.
-    """
-    prompts: dict[str, RawRow] = {}
-    images: dict[str, RawRow] = {}
-    edits: defaultdict[tuple[Any, ...], _Neighbours] = defaultdict(lambda: _Neighbours(distance))
-    for candidate in rows:
-        if candidate.row.split != "eval":
-            continue
+    def __init__(self, distance: int) -> None:
+        self.prompts: dict[str, RawRow] = {}
+        self.images: dict[str, RawRow] = {}
+        self.edits: defaultdict[tuple[Any, ...], _Neighbours] = defaultdict(lambda: _Neighbours(distance))
+
+    def add(self, candidate: Candidate) -> None:
         for picture in (candidate.source, candidate.target):
             if picture and not picture.flat:
-                images.setdefault(picture.sha256, candidate.row)
+                self.images.setdefault(picture.sha256, candidate.row)
         if candidate.source:
-            edits[normalise(candidate.row.prompt), _size(candidate.source)].add(candidate.row, [candidate.source])
+            edits = self.edits[normalise(candidate.row.prompt), _size(candidate.source)]
+            edits.add(candidate.row, [candidate.source])
         else:
-            prompts.setdefault(normalise(candidate.row.prompt), candidate.row)
+            self.prompts.setdefault(normalise(candidate.row.prompt), candidate.row)
 
-    def check(candidate: Candidate) -> Candidate:
-        if candidate.row.split == "train" and (detail := _leak(candidate, prompts, images, edits)):
+    def check(self, candidate: Candidate) -> Candidate:
+        """Raises RowFault for a row that gives away an added one."""
+        if detail := self._leak(candidate):
             raise RowFault("leakage", detail)
         return candidate
 
-    return sift(rows, check)
+    def _leak(self, candidate: Candidate) -> str | None:
+        prompt = normalise(candidate.row.prompt)
+        if not candidate.source and prompt in self.prompts:
+            return f"the prompt is scored in {where(self.prompts[prompt])}"
+        for name, picture in (("source", candidate.source), ("target", candidate.target)):
+            if picture and picture.sha256 in self.images:
+                return f"the {name} image is an image of {where(self.images[picture.sha256])}"
+        scored = self.edits.get((prompt, _size(candidate.source)))
+        if candidate.source and scored and (near := scored.find([candidate.source])):
+            return f"the instruction and a source {near[1]} bits away are scored in {where(near[0])}"
+        return None
 
 
-def _leak(
-    candidate: Candidate,
-    prompts: Mapping[str, RawRow],
-    images: Mapping[str, RawRow],
-    edits: Mapping[tuple[Any, ...], _Neighbours],
-) -> str | None:
-    prompt = normalise(candidate.row.prompt)
-    if not candidate.source and prompt in prompts:
-        return f"the prompt is scored in {where(prompts[prompt])}"
-    for name, picture in (("source", candidate.source), ("target", candidate.target)):
-        if picture and picture.sha256 in images:
-            return f"the {name} image is an image of {where(images[picture.sha256])}"
-    scored = edits.get((prompt, _size(candidate.source)))
-    if candidate.source and scored and (near := scored.find([candidate.source])):
-        return f"the instruction and a source {near[1]} bits away are scored in {where(near[0])}"
-    return None
+def without_leakage(rows: Sequence[Candidate], *, distance: int) -> tuple[list[Candidate], list[Rejection]]:
+    """Rows that give away a row of a later split are rejected: train those of dev and eval, dev those of eval, whose
+    own rows all stay.
+
+    A T2I row leaks when its normalised prompt is scored; an edit when an instruction and a near-identical source are
+    scored together; any row when one of its images is, pixel for pixel, an image of a scored row. Images of one flat
+    colour (what remains when the only thing is removed) give nothing away.
+    """
+    scored, rejected, left = _Scored(distance), [], set[str]()
+    for split in reversed(SPLITS):
+        kept, refused = sift((item for item in rows if item.row.split == split), scored.check)
+        for item in kept if split in HELD_OUT else ():
+            scored.add(item)
+        rejected += refused
+        left |= {item.row.id for item in kept}
+    return [item for item in rows if item.row.id in left], rejected

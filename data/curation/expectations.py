@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,10 @@ def table_of(examples: Sequence[Example], folder: Path) -> pd.DataFrame:
     for example in examples:
         sizes = [_size_if_intact(folder / path) for path in (example.source, example.target) if path]
         known = [size for size in sizes if size]
-        other = prompts["eval" if example.split == "train" else "train"]
+        prompt, others = (
+            normalise(example.prompt),
+            (known for split, known in prompts.items() if split != example.split),
+        )
         is_edit = CAPABILITIES[example.capability].is_edit if example.capability in CAPABILITIES else None
         computed = {
             "task": f"{example.capability}/{example.category}",
@@ -93,7 +96,7 @@ def table_of(examples: Sequence[Example], folder: Path) -> pd.DataFrame:
             "images_intact": len(known) == len(sizes),
             "shortest_edge": min((min(size) for size in known), default=None),
             "longest_edge": max((max(size) for size in known), default=None),
-            "prompt_in_other_split": example.capability == "t2i" and normalise(example.prompt) in other,
+            "prompt_in_other_split": example.capability == "t2i" and any(prompt in known for known in others),
         }
         rows.append({**vars(example), **computed})
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
@@ -110,8 +113,8 @@ def _size_if_intact(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
-    """name -> (meaning, expectation) of everything a curated set must hold.
+def expectations(options: Options, splits: Collection[str]) -> dict[str, tuple[str, Expectation]]:
+    """name -> (meaning, expectation) of everything a curated set must hold that has rows of these `splits`.
 
     An empty table fulfils all of them but `row_count`.
     """
@@ -128,7 +131,10 @@ def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
 
     tasks = [f"{name}/{category}" for name in BUCKETS for category in CAPABILITIES[name].categories]
     words, shortest, longest = options.max_prompt_words, options.min_edge, options.max_edge
-    least = max(1, sum(options.minimum_train.values()) + sum(options.minimum_eval.values()))
+    minima = {"train": options.minimum_train, "eval": options.minimum_eval}
+    if "dev" in splits:  # a folder may bring none
+        minima["dev"] = options.minimum_eval
+    least = max(1, sum(sum(minimum.values()) for minimum in minima.values()))
     columns = gxe.ExpectTableColumnsToMatchSet(column_set=TABLE_COLUMNS, exact_match=True)
     no_twins = gxe.ExpectCompoundColumnsToBeUnique(column_list=["split", "sha256"])
     manifests = matches("origin", r".+\.(?:csv|jsonl|parquet)$")
@@ -141,7 +147,7 @@ def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
         "sha256_unique": ("no two rows of a split are equal", no_twins),
         "provenance": ("every row names its manifest", manifests),
         "provenance_row": ("rows of a manifest count from 1", between("row", 1)),
-        "split_known": ("split is train or eval", among("split", SPLITS)),
+        "split_known": ("split is train, dev or eval", among("split", SPLITS)),
         "capability_known": ("capability is one of three", among("capability", BUCKETS)),
         "category_known": ("category is a GenEval tag or a GEdit task", among("category", CATEGORIES)),
         "category_fits": ("category belongs to its capability", among("task", tasks)),
@@ -151,9 +157,9 @@ def expectations(options: Options) -> dict[str, tuple[str, Expectation]]:
         "images_intact": ("image files exist and their bytes give their names", among("images_intact", [True])),
         "image_size_min": (f"edges of {shortest} px or more", between("shortest_edge", shortest)),
         "image_size_max": (f"edges of {longest} px or less", between("longest_edge", None, longest)),
-        "no_leakage": ("no T2I prompt is both trained and scored", among("prompt_in_other_split", [False])),
+        "no_leakage": ("no T2I prompt is in two splits", among("prompt_in_other_split", [False])),
     }
-    for split, minimum in (("train", options.minimum_train), ("eval", options.minimum_eval)):
+    for split, minimum in minima.items():
         for name, count in minimum.items():
             rows = {"row_condition": f'capability == "{name}" and split == "{split}"', "condition_parser": "pandas"}
             enough = gxe.ExpectTableRowCountToBeBetween(min_value=count, **rows)
@@ -170,7 +176,7 @@ def _run(frame: pd.DataFrame, options: Options, scratch: Path, pages: Path) -> l
     from great_expectations.checkpoint import UpdateDataDocsAction
 
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
-    promised = expectations(options)
+    promised = expectations(options, set(frame["split"]))
     context = gx.get_context(mode="file", project_root_dir=scratch)
     context.variables.progress_bars = {"globally": False, "metric_calculations": False}
     site = scratch / "site"

@@ -16,7 +16,7 @@ from data.errors import RowFault
 from data.files import digest
 from data.images import Picture, decode_image, picture_of
 from data.manifests import RawRow, Rejection
-from data.records import BUCKETS, CAPABILITIES, SPLITS
+from data.records import BUCKETS, CAPABILITIES, HELD_OUT, SPLITS
 
 Progress = Callable[[int, int, str], None]
 Save = Callable[[str, bytes], None]
@@ -34,7 +34,7 @@ class Options:
     near_duplicate_distance: Count  # bits of `data.images.fingerprint`
     max_ratio: Annotated[float, Ge(1)]  # no capability has more training rows than this times the smallest one's
     minimum_train: dict[Annotated[str, OneOf(BUCKETS)], Count]  # capability -> rows that must remain
-    minimum_eval: dict[Annotated[str, OneOf(BUCKETS)], Count]
+    minimum_eval: dict[Annotated[str, OneOf(BUCKETS)], Count]  # of eval; of dev too, where dev has any row
 
     def faults(self) -> list[str]:
         faults = []
@@ -152,7 +152,7 @@ def consistent_source(row: RawRow) -> RawRow:
 
 def scorable(row: RawRow) -> RawRow:
     """Held-out T2I rows need GenEval's metadata for a verdict: a tag equal to the category and a list `include`."""
-    if row.capability != "t2i" or row.split != "eval":
+    if row.capability != "t2i" or row.split not in HELD_OUT:
         return row
     tag, include = row.record.get("tag"), row.record.get("include")
     clauses = include if isinstance(include, list) else []

@@ -19,7 +19,7 @@ class Request:
     folder: str  # with manifests and images
     seed: int
     train: dict[Annotated[str, OneOf(BUCKETS)], Count]  # capability -> rows, spread evenly over its categories
-    evaluation: dict[Annotated[str, OneOf(CATEGORIES)], Count]  # category -> held-out rows
+    evaluation: dict[Annotated[str, OneOf(CATEGORIES)], Count]  # category -> rows of dev and as many of eval
     world: World
 
 

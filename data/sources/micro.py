@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from data.manifests import write_manifest
 from data.microworld import Scene, evaluation_examples, example, render, split_tuples
 from data.progress import callback
 from data.randomness import numpy_generator
-from data.records import BUCKETS, CAPABILITIES, SPLITS
+from data.records import BUCKETS, CAPABILITIES, HELD_OUT, SPLITS
 from data.sources.base import Request, Source
 
 Drawn = tuple[str, str, str, dict[str, Any], Scene | None, Scene]
@@ -30,19 +31,19 @@ def draw_examples(request: Request) -> Iterator[Drawn]:
             category, step = categories[index % len(categories)], index // len(categories)
             rng = numpy_generator(request.seed, step, 0, f"collect/train/{category}")
             yield f"train-{category}-{step:05d}", "train", capability, *example(request.world, rng, category, "train")
-    for category, count in request.evaluation.items():
+    for split, (category, count) in product(HELD_OUT, request.evaluation.items()):
         capability = next(name for name in BUCKETS if category in CAPABILITIES[name].categories)
-        rng = numpy_generator(request.seed, 0, 0, f"collect/eval/{category}")
-        for step, drawn in enumerate(evaluation_examples(request.world, rng, category, count)):
-            yield f"eval-{category}-{step:05d}", "eval", capability, *drawn
+        rng = numpy_generator(request.seed, 0, 0, f"collect/{split}/{category}")
+        for step, drawn in enumerate(evaluation_examples(request.world, rng, category, split, count)):
+            yield f"{split}-{category}-{step:05d}", split, capability, *drawn
 
 
 def _check_splits(request: Request) -> None:
-    """A small world may have no tuple at all to train on, or none to hold out, in some category."""
-    wanted = [("eval", category) for category, count in request.evaluation.items() if count]
+    """A small world may have no tuple at all to train on, or none to choose on or to report, in some category."""
+    wanted = [(split, category) for category, count in request.evaluation.items() if count for split in HELD_OUT]
     trained = [capability for capability, count in request.train.items() if count]
     wanted += [("train", category) for name in trained for category in CAPABILITIES[name].categories]
-    words = {"train": "left to train on", "eval": "held out"}
+    words = {"train": "left to train on", "dev": "held out for the dev split", "eval": "held out for the eval split"}
     faults = [
         f"{category}: this world has no examples that are {words[split]}"
         for split, category in wanted
@@ -54,9 +55,9 @@ def _check_splits(request: Request) -> None:
 
 
 def collect(request: Request, out: Path) -> dict[str, Any]:
-    """Writes `train.jsonl`, `eval.jsonl` and `images/`. Raises UserError(s) when the world is too small."""
+    """Writes a manifest a split (`train.jsonl`, ...) and `images/`. Raises UserError(s) when the world is too small."""
     _check_splits(request)
-    total = sum(request.train.values()) + sum(request.evaluation.values())
+    total = sum(request.train.values()) + len(HELD_OUT) * sum(request.evaluation.values())
     report = callback()
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with atomic_folder(out) as folder:
@@ -79,7 +80,7 @@ def collect(request: Request, out: Path) -> dict[str, Any]:
             if drawn:
                 write_manifest(folder, f"{split}.jsonl", drawn)
         images = sum(1 for _ in (folder / "images").iterdir())
-    return {"source": "microworld", "train": len(rows["train"]), "eval": len(rows["eval"]), "images": images}
+    return {"source": "microworld", **{split: len(drawn) for split, drawn in rows.items()}, "images": images}
 
 
 def faults(request: Request) -> list[str]:

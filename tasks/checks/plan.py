@@ -288,16 +288,15 @@ def _absorption(params: Any, trainable: str, first: int | None) -> Work:
 
 def _images(params: Mapping[str, Any], project: Path) -> dict[str, int] | None:
     """Held-out images by capability: by params, or of a folder by what was curated from it (None before that)."""
-    collect, curated = params["collect"], project / "data/curated"
+    collect, sampling, curated = params["collect"], params["validate"].sampling, project / "data/curated"
     if SOURCES[collect.source].made_to_order:
         held_out = collect.evaluation
     elif (curated / "summary.json").is_file():
-        held_out = Counter(example.category for example in read_examples(curated) if example.split == "eval")
+        held_out = Counter(example.category for example in read_examples(curated) if example.split == sampling.split)
     else:
         return None
-    repeats = params["validate"].sampling.images_per_prompt
     return {
-        name: repeats * sum(held_out.get(category, 0) for category in capability.categories)
+        name: sampling.images_per_prompt * sum(held_out.get(category, 0) for category in capability.categories)
         for name, capability in CAPABILITIES.items()
         if name != "edit"  # the union of two others
     }

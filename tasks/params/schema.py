@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.bounds import OPTIONAL
 from data.files import write_json
 from tasks.params.reading import shared_fields
 from tasks.params.sections import SHARED
@@ -33,8 +34,12 @@ def schema() -> dict[str, Any]:
 def _without_shared(name: str, cls: type) -> type:
     """The dataclass without the fields that are filled from shared sections, and without defaults."""
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_fields(cls)
-    fields = [(field.name, hints[field.name]) for field in dataclasses.fields(cls) if field.name not in shared]
-    made = dataclasses.make_dataclass(name, fields)
+    fields = [
+        (of.name, hints[of.name], dataclasses.field(**({"default": of.default} if of.metadata == OPTIONAL else {})))
+        for of in dataclasses.fields(cls)
+        if of.name not in shared
+    ]
+    made = dataclasses.make_dataclass(name, fields, kw_only=True)
     made.__doc__ = cls.__doc__
     return made
 

@@ -10,6 +10,7 @@ from annotated_types import Ge
 from benchmarks.params import BenchmarkParams, JudgeParams
 from data.bounds import OneOf, Positive
 from data.microworld import World
+from data.records import HELD_OUT
 from model.compute.settings import ExecutionParams
 from model.families import FAMILIES
 from model.route import Route, route_faults
@@ -79,11 +80,13 @@ class BackboneParams:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Section `sampling`: how images are drawn for every score, unguided.
+    """Section `sampling`: which examples every score is of, and how their images are drawn, unguided.
 
-    `steps` Euler steps; `guidance` is the scale of the guided references (1 = unguided).
+    `split`: "dev" to choose numbers on, "eval" to report. `steps` Euler steps; `guidance` is the scale of the guided
+    references (1 = unguided).
     """
 
+    split: Annotated[str, OneOf(HELD_OUT)]
     steps: Positive
     guidance: Annotated[float, Ge(1), "1 (unguided) or more"]
     images_per_prompt: Positive

@@ -25,6 +25,7 @@ from tasks.registry import versions
 from tasks.release.provenance import CHECKPOINT_FOLDER, SCORECARD_FILE, VALIDATE_FILE, provenance
 
 NO_CHAMPION = "none"
+EVAL = "eval"
 # its value is the version that the candidate was compared with: promotion refuses a verdict on any other
 CHAMPION_RULE = "regression/champion"
 SCORECARD_RULE = "provenance/scorecard"  # its value ties the verdict to the bytes of one scorecard
@@ -185,8 +186,17 @@ def _identity(card: Any, name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def _split(candidate: Mapping[str, Any]) -> Rule:
+    """Numbers may be chosen on the dev split, so that only scores of the eval split are reported."""
+    split = _mapping(candidate, "identities", "sampling").get("split")
+    remedy = "set sampling.split: eval, and score again"
+    reason = "drawn on eval" if split == EVAL else f"drawn on {split or 'a split that it does not name'}; {remedy}"
+    return Rule("identity/split", split == EVAL, split and str(split), EVAL, f"the scorecard was {reason}")
+
+
 def _identities(params: Params, candidate: Mapping[str, Any], champion: Mapping[str, Any] | None) -> Iterator[Rule]:
     """Scores are comparable only on the same prompts, seeds, rules and sampling."""
+    yield _split(candidate)
     for name in _compared_things(params):
         ours, theirs = _identity(candidate, name), _identity(champion, name)
         passed, other = ours is not None, f"another {name} than the champion's"

@@ -64,19 +64,20 @@ class EvaluationSet:
         return self.folder / example.source if example.source else None
 
 
-def evaluation_set(examples: Sequence[Example], curated: Path) -> EvaluationSet:
-    """The eval split of a curated folder."""
-    chosen = tuple(example for example in examples if example.split == "eval")
+def evaluation_set(examples: Sequence[Example], curated: Path, split: str) -> EvaluationSet:
+    """A split of a curated folder. Raises UserError where it has no example."""
+    chosen = tuple(example for example in examples if example.split == split)
     if not chosen:
-        raise UserError(f"{curated}: no example of the eval split; nothing can be scored")
+        raise UserError(f"{curated}: no example of the {split} split (sampling.split); nothing can be scored")
     sources = {example.id: read_picture(curated / example.source) for example in chosen if example.source}
     return EvaluationSet(chosen, sources, curated)
 
 
 def to_score(params: ScoringParams, curated: Path) -> tuple[Scorer, EvaluationSet]:
-    """Who scores, and the examples of the eval split that it judges."""
+    """Who scores, and the examples of the split `sampling.split` that it judges."""
     scorer = scorer_of(params.benchmark, params.judge, params.world)
-    return scorer, evaluation_set([example for example in read_examples(curated) if scorer.judges(example)], curated)
+    judged = [example for example in read_examples(curated) if scorer.judges(example)]
+    return scorer, evaluation_set(judged, curated, params.sampling.split)
 
 
 def image_seed(example: Example, k: int, seed: int) -> int:

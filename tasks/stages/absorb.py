@@ -47,7 +47,7 @@ class Params(TrainingParams):
             if grids == sorted(set(grids), reverse=True)
             else [f"phases = {list(self.phases)}: expected falling numbers above rollout_steps = {grids[-1]}"]
         )
-        return faults + self.route_faults(self.routes) + self.conflicts(self.held_out)
+        return faults + self.route_faults(self.routes) + self.conflicts()
 
     def on_grid(self, steps: int) -> Params:
         """The same for a phase: its rollout and its chords are on a grid of so many steps."""
@@ -94,10 +94,11 @@ def _phase(params: Params, encoded: Path, teachers: Path, student: Path, out: Pa
     usual = teacher_sampler(backbone)
     samplers = {**dict.fromkeys(names, usual), STUDENT: Sampler(before["steps"] or usual.steps, usual.shift)}
     router, asked = with_fields(params.routes, {**fields, STUDENT: learner.frozen_copy()}, samplers)
-    buckets = load_buckets(encoded, [route.capability for route in params.routes], records[BASE].sha256)
+    wanted = (encoded, [route.capability for route in params.routes], records[BASE].sha256)
+    buckets, looked_at = load_buckets(*wanted), params.looked_at(*wanted)
     kept = {key: before[key] for key in ("base_sha256", "teachers", "start", "trainable", "rank", "alpha")}
     record = {**kept, "student": before["sha256"], **params.drawn(params.routes, before["steps"])}
-    setup = setup_of(learner, asked, buckets, router, params.loop(), seed_of("absorb", params.seed))
+    setup = setup_of(learner, asked, buckets, router, params.loop(), seed_of("absorb", params.seed), looked_at)
     summary = run_training("absorb", setup, params, facts, record, made)
     shared(0.0, this_process())  # the next phase reads what rank 0 has written
     return {**summary, "student": made}

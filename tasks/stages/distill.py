@@ -58,7 +58,7 @@ class Params(TrainingParams):
                 f"execution.shard_base = true must ask it equally often, which only method = {able} "
                 "with query_states = 1 does; choose one of these, or set execution.shard_base: false"
             )
-        return faults + self.route_faults(self.routing.routes) + self.conflicts(self.held_out)
+        return faults + self.route_faults(self.routing.routes) + self.conflicts()
 
 
 def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     options = {"need": params.parts_to_load(), **params.backbone.loading(params.execution.device)}
     backbone, fields = load_teachers(teachers, names, offload=params.backbone.offload, **options)
     records = read_records(teachers)
-    buckets = load_buckets(encoded, [route.capability for route in routes], records[BASE].sha256)
+    wanted = (encoded, [route.capability for route in routes], records[BASE].sha256)
+    buckets, looked_at = load_buckets(*wanted), params.looked_at(*wanted)
     student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)
     hashes = {name: records[name].sha256 for name in names}
     begun = {name: getattr(params, name) for name in ("start", "trainable", "rank", "alpha")}
@@ -96,7 +97,7 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         **chosen,
     )
     chosen_routes, asked = with_fields(routes, fields, dict.fromkeys(fields, teacher_sampler(backbone)))
-    setup = setup_of(student, asked, buckets, chosen_routes, params.loop(), seed_of("distill", params.seed))
+    setup = setup_of(student, asked, buckets, chosen_routes, params.loop(), seed_of("distill", params.seed), looked_at)
     return run_training("distill", setup, params, facts, record, out, compute(params.query_states))
 
 

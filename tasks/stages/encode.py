@@ -1,4 +1,4 @@
-"""Stage `encode`: prompts and images of the training split, encoded once. Training loads no text encoder or codec."""
+"""Stage `encode`: prompts and images of train and dev, encoded once. Training loads no text encoder or codec."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from data.errors import UserError
 from data.files import atomic_folder, digest, sha256_file, write_json
 from data.images import picture_size, read_picture
 from data.progress import Advance, progress
-from data.records import BUCKETS, Example, read_examples
+from data.records import BUCKETS, CATEGORIES, Example, read_examples
 from model.backbones import Backbone, check_sizes
 from model.checkpoint import read_tensors, write_tensors
 from model.examples import EDIT_PROMPTS, PROMPTS
@@ -28,6 +29,7 @@ from model.pixels import as_images
 from tasks.params.sections import BackboneParams
 
 CACHE = Path("runs/encode")
+ENCODED = ("train", "dev")  # the splits: training reads one, its validations the other
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 Size = tuple[int, int]  # width, height in px
 Tensors = dict[str, torch.Tensor]
@@ -174,7 +176,7 @@ class _Encoder:
         return digest({**self.picture, "picture": sha256_file(self.curated / path), "size": list(size)})
 
     def bucket(self, examples: list[Example], prompt_rows: dict[str, int]) -> Tensors:
-        """The tensors of a capability's examples, as model.examples.load_buckets reads them."""
+        """The tensors of a capability's examples of one split, as model.examples reads them."""
         is_edit = examples[0].is_edit
         without = [example for example in examples if is_edit and not example.source]
         if without:  # it would train as T2I without a word
@@ -188,8 +190,9 @@ class _Encoder:
         tensors = {
             "prompts": torch.tensor(prompts, dtype=torch.int64),
             "shapes": torch.tensor(shapes, dtype=torch.int64),
+            "categories": torch.tensor([CATEGORIES.index(e.category) for e in examples], dtype=torch.int64),
         }
-        for part in ("source", "target") if is_edit else ("target",):
+        for part in _parts(examples[0]):
             paths = [getattr(example, part) for example in examples]
             if all(paths):
                 tensors |= _by_shape(self.latents(paths, sizes), part)
@@ -201,14 +204,15 @@ class _Encoder:
 
 @torch.no_grad()
 def encode(params: Params, *, curated: Path, teachers: Path, out: Path) -> dict[str, Any]:
-    """Writes a prompt table, a bucket per capability and encoded.json (what it was made with) to `out`.
+    """Writes to `out` a folder a split with a prompt table and a bucket per capability, and encoded.json (what they
+    were made with).
 
     Prompts are stored without padding, pictures as latents in the bucket of their aspect. Raises UserError when there
     is nothing to train on, an edit has no source, or the base cannot read a source.
     """
     base_sha256 = read_records(teachers)[BASE].sha256
-    examples = [example for example in read_examples(curated) if example.split == "train"]
-    if not examples:
+    examples = [example for example in read_examples(curated) if example.split in ENCODED]
+    if all(example.split != "train" for example in examples):
         raise UserError(f"{curated}: no example of the train split; nothing can be trained on")
     backbone = load_base(teachers, need=("text", "vae"), **params.backbone.loading())
     edits = [example for example in examples if example.is_edit]
@@ -216,27 +220,27 @@ def encode(params: Params, *, curated: Path, teachers: Path, out: Path) -> dict[
         number = f"{len(edits)} edits to encode, the first is {edits[0].id}"
         raise UserError(f"{curated}: {number}, but the base reads no source image; take one that does")
     text, picture = _identities(params.backbone, backbone.name, teachers / BASE)
-    tables = {PROMPTS: sorted({e.prompt for e in examples if not (backbone.edit_prompts and e.is_edit)})}
-    if backbone.edit_prompts:
-        tables[EDIT_PROMPTS] = sorted({example.prompt for example in edits})
+    tables = _tables(backbone, examples)
     count = sum(map(len, tables.values()))
-    truncated, counts, sizes = Counter[str](), dict[str, int](), set[tuple[int, ...]]()
+    truncated, sizes = Counter[str](), set[tuple[int, ...]]()
+    counts: dict[str, dict[str, int]] = {split: {} for split in ENCODED}
     with atomic_folder(out) as folder, progress("encode: prompts and images", count + _pictures(examples)) as advance:
         encoder = _Encoder(
             backbone, curated, Cache(CACHE if params.cache else None), params.batch, advance, text, picture
         )
-        for name, prompts in tables.items():
+        for (split, name), prompts in tables.items():
+            (folder / split).mkdir(exist_ok=True)
             if prompts:
-                write_tensors(folder / f"{name}.safetensors", encoder.prompts(prompts, name == EDIT_PROMPTS))
+                write_tensors(folder / split / f"{name}.safetensors", encoder.prompts(prompts, name == EDIT_PROMPTS))
                 truncated.update(backbone.truncated(prompts, name == EDIT_PROMPTS))
         backbone.release("text")
-        for capability in BUCKETS:
-            chosen = [example for example in examples if example.capability == capability]
-            counts[capability] = len(chosen)
+        for split, capability in product(ENCODED, BUCKETS):
+            chosen = [example for example in examples if (example.split, example.capability) == (split, capability)]
+            counts[split][capability] = len(chosen)
             if chosen:
-                table = tables[EDIT_PROMPTS if backbone.edit_prompts and chosen[0].is_edit else PROMPTS]
+                table = tables[split, _table(backbone, chosen[0])]
                 tensors = encoder.bucket(chosen, {prompt: row for row, prompt in enumerate(table)})
-                write_tensors(folder / f"{capability}.safetensors", tensors)
+                write_tensors(folder / split / f"{capability}.safetensors", tensors)
                 sizes |= set(map(tuple, tensors["shapes"].tolist()))
         facts = {
             "base_sha256": base_sha256,
@@ -251,7 +255,7 @@ def encode(params: Params, *, curated: Path, teachers: Path, out: Path) -> dict[
             "shapes": sorted(map(list, sizes)),
         }
         write_json(folder / "encoded.json", facts)
-    summary: dict[str, Any] = {"prompts": count, **counts}
+    summary: dict[str, Any] = {"prompts": count, **counts["train"], "dev": sum(counts["dev"].values())}
     if truncated:
         summary["truncated prompts"] = dict(truncated)
     if len(sizes) > 1:
@@ -269,7 +273,31 @@ def _only(backbone: BackboneParams, *names: str) -> dict[str, Any]:
     return {} if backbone.pretrained is None else {name: getattr(backbone.pretrained, name) for name in names}
 
 
+def _table(backbone: Backbone, example: Example) -> str:
+    """The table that holds the example's prompt."""
+    return EDIT_PROMPTS if backbone.edit_prompts and example.is_edit else PROMPTS
+
+
+def _tables(backbone: Backbone, examples: list[Example]) -> dict[tuple[str, str], list[str]]:
+    """(split, table) -> its prompts in their order."""
+    return {
+        (split, name): sorted({e.prompt for e in examples if e.split == split and _table(backbone, e) == name})
+        for split, name in product(ENCODED, (PROMPTS, EDIT_PROMPTS))
+    }
+
+
+def _parts(example: Example) -> tuple[str, ...]:
+    """Which pictures of its bucket are encoded: a validation needs no targets."""
+    return (*(("source",) if example.is_edit else ()), *(("target",) if example.split == "train" else ()))
+
+
 def _pictures(examples: list[Example]) -> int:
-    """How many pictures the buckets will encode: distinct sources and distinct targets of each capability."""
-    sources = {(example.capability, example.source) for example in examples if example.is_edit and example.source}
-    return len(sources) + len({(example.capability, example.target) for example in examples if example.target})
+    """How many pictures the buckets will encode: each of a bucket's distinct sources, and of its targets, once."""
+    return len(
+        {
+            (example.split, example.capability, part, path)
+            for example in examples
+            for part in _parts(example)
+            if (path := getattr(example, part))
+        }
+    )

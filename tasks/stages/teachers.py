@@ -19,7 +19,7 @@ import torch
 from data.bounds import Count, NotNegative, OneOf, Positive
 from data.errors import UserError
 from data.files import atomic_folder, digest, sha256_file
-from data.microworld import World, example, render
+from data.microworld import TEACHING, World, example, render
 from data.progress import progress
 from data.randomness import numpy_generator
 from data.records import CATEGORIES, CapabilityName
@@ -104,11 +104,11 @@ def _pick(rng: np.random.Generator, mix: Mapping[str, float]) -> str:
 def _draw(
     world: World, mix: dict[str, float], count: int, seed: int, purpose: str
 ) -> tuple[list[str], np.ndarray | None, np.ndarray]:
-    """Prompts, sources (None when no category edits) and targets of `count` examples of the train split."""
+    """Prompts, sources (None when no category edits) and targets of `count` examples that teachers may learn from."""
     prompts, sources, targets = [], [], []
     for index in range(count):
         rng = numpy_generator(seed, index, 0, purpose)
-        record, source, target = example(world, rng, _pick(rng, mix), "train")
+        record, source, target = example(world, rng, _pick(rng, mix), TEACHING)
         prompts.append(record["prompt"])
         targets.append(render(world, target))
         if source is not None:
@@ -124,7 +124,7 @@ def _fit_codec(backbone: MicroBackbone, world: World, params: Params) -> float:
     pictures = []
     for index in range(params.codec_examples):
         category = _pick(numpy_generator(params.seed, index, 1, "codec"), mix)
-        _, _, target = example(world, numpy_generator(params.seed, index, 0, "codec"), category, "train")
+        _, _, target = example(world, numpy_generator(params.seed, index, 0, "codec"), category, TEACHING)
         pictures.append(render(world, target))
     return backbone.codec.fit(as_images(np.stack(pictures)))
 

@@ -79,7 +79,7 @@ def _faults(
     """Before anything is drawn. `edge`: the size in px that the scorer reads, where the base draws another."""
     curated, records = evaluation.folder, read_records(folder)
     unproven = [teacher for teacher in team if not evaluation.only(teacher.capability).examples]
-    where = f"in the eval split of {curated}; nothing tells what it can do"
+    where = f"in the {params.sampling.split} split of {curated}; nothing tells what it can do"
     faults = [f"{teacher.name}: no example of its own {teacher.capability} {where}" for teacher in unproven]
     faults += [
         f"validate.floors.{name} = {floor}: no such teacher; have {sorted(records)}"
@@ -94,7 +94,7 @@ def _faults(
         counted = Counter(example.category for example in evaluation.examples)
         single = "which has no standard error; hold out two or more, or none"
         faults += [
-            f"{category}: a single example in the eval split of {curated}, {single}"
+            f"{category}: a single example in the {params.sampling.split} split of {curated}, {single}"
             for category, count in sorted(counted.items())
             if count == 1
         ]

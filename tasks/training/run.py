@@ -25,6 +25,7 @@ from model.compute.optimizer import Optimizers, build_optimizer
 from model.compute.parallel import World, shard_frozen, shared
 from model.compute.settings import ExecutionParams
 from model.distill import distill
+from model.examples import Bucket, load_held_out
 from model.instruments import gradient_cosines, held_out_gaps, held_out_pictures, weights_of
 from model.methods.danceopd import accumulate
 from model.networks.student import save_student
@@ -60,6 +61,10 @@ class TrainingParams(LoopNumbers, Watch):
     def loop_with(self, states: str, routing: str) -> LoopParams:
         numbers: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LoopNumbers)}
         return LoopParams(**numbers, states=states, routing=routing)
+
+    def looked_at(self, encoded: Path, capabilities: Sequence[str], base_sha256: str) -> dict[str, Bucket]:
+        """What validations look at, by capability; nothing where there are none. Raises UserErrors as load_held_out."""
+        return load_held_out(encoded, capabilities, base_sha256, self.held_out) if self.validate_every else {}
 
     def route_faults(self, routes: Sequence[Route]) -> list[str]:
         """What is wrong with the routes of a student with this grid."""

@@ -27,10 +27,11 @@ class Watch:
     """When states are saved and the student is looked at.
 
     `save_every`: a state every so many steps, the last two kept; `keep_every`: these are kept for good (0: none).
-    `validate_every`: gap to the teachers and pictures on held-out rows (0: never); `patience`: stop after so many
-    validations without a smaller gap (0: never). `cosine_every`: cosine between the teachers' gradients, at the cost of
-    a step for every route (0: never). `resume_from`: a state's folder of another run to start from, which must agree in
-    all its facts but those in `accept_changed`.
+    `validate_every`: gap to the teachers and pictures (0: never), on `held_out` rows of the dev split a capability,
+    spread over its categories; `patience`: stop after so many validations without a smaller gap (0: never).
+    `cosine_every`: cosine between the teachers' gradients, at the cost of a step for every route (0: never).
+    `resume_from`: a state's folder of another run to start from, which must agree in all its facts but those in
+    `accept_changed`.
     """
 
     save_every: Positive
@@ -38,16 +39,17 @@ class Watch:
     validate_every: Count
     patience: Count
     cosine_every: Count
+    held_out: Count
     resume_from: str
     accept_changed: tuple[str, ...]
 
-    def conflicts(self, held_out: int) -> list[str]:
+    def conflicts(self) -> list[str]:
         faults = []
         if self.keep_every % self.save_every:
             faults.append(f"keep_every = {self.keep_every}: expected a multiple of save_every = {self.save_every}")
-        if self.validate_every > 0 and held_out < 1:
-            rows = "needs rows that are not trained on; choose 1 or more"
-            faults.append(f"held_out = {held_out}: validate_every = {self.validate_every} {rows}")
+        if self.validate_every > 0 and self.held_out < 1:
+            rows = "needs rows of the dev split to look at; choose 1 or more"
+            faults.append(f"held_out = {self.held_out}: validate_every = {self.validate_every} {rows}")
         if self.patience > 0 and self.validate_every < 1:
             wanted = f"patience = {self.patience} needs validations; choose 1 or more"
             faults.append(f"validate_every = {self.validate_every}: {wanted}")
@@ -62,7 +64,7 @@ def facts_of(loop: LoopParams, watch: Watch, execution: ExecutionParams, **other
     How it is computed (processes, batches that fit, kernels) and when it is saved is not among it: a run may go on with
     other choices.
     """
-    stopping = {"validate_every": watch.validate_every, "patience": watch.patience} if watch.patience else {}
+    stopping = {name: getattr(watch, name) for name in ("validate_every", "patience", "held_out") if watch.patience}
     origin = {"resume_from": watch.resume_from, "accept_changed": sorted(watch.accept_changed)}
     numbers = {**asdict(loop), **stopping, "precision": execution.precision}
     facts = {"params": numbers, "torch": torch.__version__, "state_layout": LAYOUT, **others}
