@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -17,7 +18,7 @@ from data.errors import UserError
 from data.randomness import numpy_generator
 from model.distill import plan_step
 from model.fields.base import velocity_gaps
-from model.methods.danceopd import accumulate
+from model.methods import danceopd
 from model.networks.student import Student
 from model.rollout import query_index, roll_out_to_query, sample
 from model.route import Route
@@ -60,8 +61,8 @@ def _held_out(setup: Setup, route: Route, wanted: int) -> Plan:
             "choose 1 or more, and fewer than there are"
         )
     generators = [numpy_generator(setup.seed, 0, slot, "held_out_query") for slot in range(count)]
-    query = tuple(query_index(params.rollout_steps, params.query, generator) for generator in generators)
-    return Plan(0, route, tuple(range(first, first + count)), query)
+    query = tuple((query_index(params.rollout_steps, params.query, generator),) for generator in generators)
+    return Plan(0, (route,) * count, tuple(range(first, first + count)), query)
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ def held_out_pictures(setup: Setup, count: int) -> dict[str, torch.Tensor]:
         plan = _held_out(setup, route, count)
         shapes = [setup.shape_of(route.capability, row) for row in plan.rows]
         alike = tuple(row for row, shape in zip(plan.rows, shapes, strict=True) if shape == shapes[0])
-        batch = Batch(setup, Plan(0, route, alike, plan.query), list(range(len(alike))))
+        batch = Batch(setup, replace(plan, rows=alike), list(range(len(alike))))
         condition, noise = batch.condition(), batch.noise("pictures")
         with setup.precision():
             latents = sample(setup.student.field, noise, condition, setup.grid)
@@ -119,8 +120,8 @@ def gradient_cosines(setup: Setup, index: int) -> dict[tuple[str, str], float]:
     for route in setup.router.routes:
         for parameter in parameters:
             parameter.grad = None
-        plan = plan_step(setup, index, route)
-        accumulate(setup, setup.teachers[route.teacher], plan, range(setup.params.batch))
+        plan = plan_step(setup, index, route=route)
+        danceopd.compute(setup, setup.teachers[route.teacher], plan, range(setup.params.batch))
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         vectors[route.capability] = torch.cat([gradient.flatten() for gradient in gradients])
     for parameter, gradient in zip(parameters, before, strict=True):

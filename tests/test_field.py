@@ -79,10 +79,10 @@ def test_guidance_is_the_linear_combination(scale: float, source: bool) -> None:
     torch.testing.assert_close(Guided(field, scale)(X_T, T, c), empty + scale * (full - empty), rtol=0, atol=0)
 
 
-def test_the_mean_weighs_its_fields() -> None:
+def test_the_mean_is_a_plain_one() -> None:
     c = condition()
-    mean = Mean((field, lambda x, t, c: 5.0 * torch.ones_like(x)), (3.0, 1.0))
-    torch.testing.assert_close(mean(X_T, T, c), 0.75 * field(X_T, T, c) + 1.25)
+    mean = Mean((field, lambda x, t, c: 5.0 * torch.ones_like(x)))
+    torch.testing.assert_close(mean(X_T, T, c), 0.5 * field(X_T, T, c) + 2.5)
 
 
 def test_loss_is_the_mean_square_over_all_elements() -> None:
@@ -97,6 +97,6 @@ def test_loss_is_the_mean_square_over_all_elements() -> None:
 def test_cost_of_a_field_counts_every_network_evaluation() -> None:
     guided = Guided(field, 3.0)
     assert field.evaluations == 1 and Guided(field, 1.0).evaluations == 1 and guided.evaluations == 2
-    mean = Mean((field, guided), (1.0, 1.0))
+    mean = Mean((field, guided))
     assert mean.evaluations == 3 and Guided(mean, 2.0).evaluations == 6
     assert plain_fields(mean) == [field, field]

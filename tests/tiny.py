@@ -190,6 +190,7 @@ def loop_params(**changes: Any) -> LoopParams:
         "query": "low",
         "states": "on_policy",
         "routing": "hard",
+        "query_states": 1,
         "held_out": 0,
     }
     return LoopParams(**{**numbers, **changes})

@@ -11,17 +11,13 @@ from model.fields.base import Condition, VelocityField
 
 @dataclass(frozen=True)
 class Mean(VelocityField):
-    """The weighted mean of `fields`: the target of soft routing (an ablation; the paper finds it worse than hard)."""
+    """The plain mean of `fields`: the target of soft routing (an ablation; the paper finds it worse than hard)."""
 
     fields: tuple[VelocityField, ...]
-    weights: tuple[float, ...]
 
     @property
     def members(self) -> tuple[VelocityField, ...]:
         return self.fields
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        total = sum(self.weights)
-        shares = [weight / total for weight in self.weights]
-        terms = [field(x_t, t, condition).float() * share for field, share in zip(self.fields, shares, strict=True)]
-        return torch.stack(terms).sum(0)
+        return torch.stack([field(x_t, t, condition).float() for field in self.fields]).mean(0)

@@ -49,7 +49,7 @@ class Params(TrainingParams):
     fields: tuple[Absorbed, ...]
 
     def loop(self) -> LoopParams:
-        return self.loop_with("on_policy", "hard")
+        return self.loop_with("on_policy", "hard", 1)
 
     def routes(self) -> list[Route]:
         return [Route(field.capability, f"guided {field.capability}", field.weight) for field in self.fields]
