@@ -139,8 +139,9 @@ def test_several_processes_give_the_result_of_one(size: int, method: str, tmp_pa
     assert sum(work) == numbers[-1][0] and max(work) < 0.75 * sum(work)
 
 
-@pytest.mark.parametrize("recompute", [0, 1])
-def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recompute", "routing"), [(0, "hard"), (1, "mixed")])
+def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, routing: str, tmp_path: Path) -> None:
+    params = replace(PARAMS, routing=routing)
     case = sd3_case("tiny", sd3_size(32, 2, 4, 3), 4, 5, None, 6)
     execution = replace(WHOLE_BATCH, merged=True, micro_batch=2, rollout_batch=2)
 
@@ -155,7 +156,7 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
             Ema(dict(student.parameters), PARAMS.ema),
         )
         buckets = {"t2i": bucket, "local_edit": bucket}
-        setup = Setup(student, teachers, buckets, ROUTER, PARAMS, euler_grid(6), 3, execution)
+        setup = Setup(student, teachers, buckets, ROUTER, params, euler_grid(6), 3, execution)
         list(distill(setup, optimizers, ema, 0, world))
         held = sum(
             value.to_local().numel() if isinstance(value, DTensor) else value.numel()
