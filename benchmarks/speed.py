@@ -38,7 +38,7 @@ from model.compute.settings import ExecutionParams
 from model.distill import distill
 from model.examples import Bucket
 from model.fields.base import Condition, VelocityField
-from model.methods.danceopd import accumulate
+from model.methods import danceopd
 from model.networks.network import NetworkField, add_adapter
 from model.networks.student import STUDENT, Student
 from model.plain import accumulate_plain, own_networks
@@ -222,14 +222,17 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
         query=case.query,
         states="on_policy",
         routing="hard",
+        query_states=1,
     )
     named = zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
     routes = Router(tuple(Route(capability, name, 1.0) for capability, name in named))
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     buckets = {route.capability: bucket for route in routes.routes}
     setup = Setup(student, teachers, buckets, routes, params, euler_grid(case.rollout_steps), seed, execution)
-    ema, compute = Ema(dict(student.parameters), 0.0), accumulate_plain if path == "plain" else accumulate
-    loop = distill(setup, optimizers, ema, compute=compute)
+    ema, method = Ema(dict(student.parameters), 0.0), danceopd.METHOD
+    loop = distill(
+        setup, optimizers, ema, method=replace(method, compute=accumulate_plain) if path == "plain" else method
+    )
     return Running(student, bucket, execution, loop)
 
 

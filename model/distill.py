@@ -9,7 +9,7 @@ model/plain.py is the paper's without any saving, for comparison.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,22 +21,33 @@ from model.compute.optimizer import SCHEDULES, Optimizers
 from model.compute.parallel import ALONE, World, deal, reduce_gradients
 from model.fields.base import VelocityField
 from model.fields.mean import Mean
-from model.methods.danceopd import accumulate
-from model.rollout import query_index
+from model.methods import danceopd
+from model.methods.base import Method
+from model.rollout import query_indices
 from model.route import Route
-from model.setup import Accumulate, Setup
+from model.setup import Setup
 from model.step import Measured, Plan, Step, read_late
 
 
-def plan_step(setup: Setup, index: int, route: Route | None = None) -> Plan:
-    """The plan of a step, from (seed, step, slot, purpose) alone; `route` given takes the place of the drawn one."""
-    params, seed, slots = setup.params, setup.seed, range(setup.params.batch)
-    route = route or setup.router.pick(numpy_generator(seed, index, 0, "route"))
-    rows = len(setup.buckets[route.capability])
-    picked = [int(numpy_generator(seed, index, slot, "row").integers(rows)) for slot in slots]
-    generators = [numpy_generator(seed, index, slot, "query") for slot in slots]
-    query = [query_index(params.rollout_steps, params.query, generator) for generator in generators]
-    return Plan(index, route, tuple(picked), tuple(query))
+def plan_step(setup: Setup, index: int, method: Method = danceopd.METHOD, route: Route | None = None) -> Plan:
+    """The plan of a step, from (seed, step, slot, purpose) alone; `route` given takes the place of the drawn ones."""
+    params, seed = setup.params, setup.seed
+    group = min(method.group, params.batch)
+    rng, groups = numpy_generator(seed, index, 0, "route"), params.batch // group
+    if route is None and params.routing == "mixed":
+        taken = setup.router.deal(groups, rng)
+    else:
+        taken = (route or setup.router.pick(rng),) * groups
+    states = params.rollout_steps if method.dense else params.query_states
+    rows, query = [], []
+    for slot in range(params.batch):
+        leader = slot - slot % group
+        examples = len(setup.buckets[taken[slot // group].capability])
+        rows.append(int(numpy_generator(seed, index, leader, "row").integers(examples)))
+        generator = numpy_generator(seed, index, slot, "query")
+        query.append(query_indices(params.rollout_steps, params.query, states, generator))
+    routes = tuple(taken[slot // group] for slot in range(params.batch))
+    return Plan(index, routes, tuple(rows), tuple(query))
 
 
 @read_late
@@ -47,15 +58,15 @@ def distill(
     start: int = 0,
     world: World = ALONE,
     stop: Callable[[], bool] = lambda: False,
-    compute: Accumulate = accumulate,
+    method: Method = danceopd.METHOD,
 ) -> Generator[Step, None, None]:
     """Trains the student in place and yields a record after every step.
 
     Every draw of step i comes from (seed, i, slot, purpose): starting at `start` with the state saved after step
     `start` equals never having stopped, and neither batch sizes nor the number of processes change more than the order
-    of sums. `stop` is asked in every step; `compute` is the method's. Raises NotFinite when loss or gradient stop being
-    finite, or grow beyond bounds; the student then still has the weights before that step. With `execution.deferred`
-    that is noticed one step later, and the device withholds every step from the first bad one on.
+    of sums. `stop` is asked in every step. Raises NotFinite when loss or gradient stop being finite, or grow beyond
+    bounds; the student then still has the weights before that step. With `execution.deferred` that is noticed one step
+    later, and the device withholds every step from the first bad one on.
     """
     params, student = setup.params, setup.student
     mean, schedule = _mean(setup), SCHEDULES[params.schedule]
@@ -65,18 +76,20 @@ def distill(
     begun = time.perf_counter()
     try:
         for i in range(start, params.steps):
-            # One route for the whole step, its examples, and how far each is rolled out.
-            plan = plan_step(setup, i)
-            teacher = mean or setup.teachers[plan.route.teacher]
+            # The step's routes, its examples, and how far each is rolled out.
+            plan = plan_step(setup, i, method)
+            fields = {route.capability: mean or setup.teachers[route.teacher] for route in plan.taken}
+            costs = _costs(setup, plan, method, fields)
             # This process's share of the slots: about as much work as the others have.
-            slots = deal([index + teacher.evaluations + 2 for index in plan.query], world.size)[world.rank]
+            slots = deal([forwards + backwards for forwards, backwards in costs], world.size)[world.rank]
             # Where the student goes, what the teacher would do there, and the gradient of the gap.
             optimizers.zero_grad()
-            losses, samples = compute(setup, teacher, plan, slots)
+            losses, samples = _computed(setup, plan, method, fields, slots)
             # The same over all processes, and whether it may be applied.
-            formula = 0 if networks_of(teacher) else teacher.evaluations * len(slots)  # counts as asked
-            numbers = _measured(setup, losses, (counter.take() + formula, stop()), world, healthy)
-            levels, floor = tuple(setup.grid[list(plan.query)].tolist()), _floor(setup, plan, teacher)
+            seen = _costs(setup, plan, method, {name: field for name, field in fields.items() if networks_of(field)})
+            formulas = sum(costs[slot][0] - seen[slot][0] for slot in slots)  # fields without a network: as asked
+            numbers = _measured(setup, losses, (counter.take() + formulas, stop()), world, healthy)
+            levels, floor = tuple(method.levels(setup, plan)), round(sum(forwards for forwards, _ in costs))
             factor = schedule(i, params.steps, params.warmup, params.decay_from)
             rate, seconds = factor * params.learning_rate, time.perf_counter() - begun
             step = Step(plan, levels, floor, rate, seconds, Measured(numbers), samples, params)
@@ -98,27 +111,48 @@ def _mean(setup: Setup) -> Mean | None:
     """The one field of soft routing."""
     if setup.params.routing != "soft":
         return None
-    return Mean(tuple(setup.teachers[route.teacher] for route in setup.router.routes))
+    names = dict.fromkeys(route.teacher for route in setup.router.routes)
+    return Mean(tuple(setup.teachers[name] for name in names))
+
+
+def _costs(setup: Setup, plan: Plan, method: Method, fields: Mapping[str, VelocityField]) -> list[tuple[float, int]]:
+    """By slot, the evaluations that it makes necessary and how many of them have a backward, with the capabilities'
+    `fields` for teachers; one that is not among them costs nothing."""
+    params, asked = setup.params, {name: field.evaluations for name, field in fields.items()}
+    reached = [max(indices) if params.states == "on_policy" else 0 for indices in plan.query]
+    return [
+        method.cost(params.rollout_steps, furthest, asked.get(route.capability, 0), params.query_states)
+        for furthest, route in zip(reached, plan.routes, strict=True)
+    ]
+
+
+def _computed(
+    setup: Setup, plan: Plan, method: Method, fields: Mapping[str, VelocityField], slots: Sequence[int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the method makes of these slots, route by route: a teacher is switched to once."""
+    if method.compute is None:
+        raise ValueError("a method without a step cannot be run")
+    parts, samples = [], dict[str, torch.Tensor]()
+    for capability, field in fields.items():
+        theirs = [slot for slot in slots if plan.routes[slot].capability == capability]
+        losses, named = method.compute(setup, field, plan, theirs)
+        parts.append(losses)
+        samples |= named
+    return torch.stack(parts).sum(0), samples
 
 
 def _measured(
     setup: Setup, losses: torch.Tensor, counts: tuple[float, ...], world: World, healthy: torch.Tensor | None
 ) -> torch.Tensor:
-    """The numbers of Step.measured, from losses (B,) and counts of this process; clips the common gradient."""
+    """The numbers of Step.measured, from the losses and counts of this process; clips the common gradient."""
     trained, bound = list(setup.student.parameters.values()), setup.params.max_gradient_norm
-    totals = torch.cat([*(torch.full((1,), float(count), device=losses.device) for count in counts), losses])
+    totals = torch.cat([*(torch.full((1,), float(count), device=losses.device) for count in counts), losses.flatten()])
     if world.size > 1:
         totals = reduce_gradients(trained, totals)
-    loss = totals[len(counts) :].sum() / setup.params.batch
+    loss = totals[len(counts) :].sum() / losses.numel()
     norm = nn.utils.clip_grad_norm_(trained, setup.params.clip)
     fine = torch.isfinite(loss) & torch.isfinite(norm)
     if bound:
         fine = fine & (norm <= bound)
     applied = fine.float() if healthy is None else fine * healthy
     return torch.cat([torch.stack([applied, loss.detach(), norm.detach()]), totals])
-
-
-def _floor(setup: Setup, plan: Plan, teacher: VelocityField) -> int:
-    """Step.floor."""
-    path = sum(plan.query) if setup.params.states == "on_policy" else 0
-    return path + setup.params.batch * (1 + teacher.evaluations)

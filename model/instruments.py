@@ -17,7 +17,7 @@ from torch import nn
 from data.randomness import numpy_generator
 from model.distill import plan_step
 from model.fields.base import velocity_gaps
-from model.methods.danceopd import accumulate
+from model.methods import danceopd
 from model.networks.student import Student
 from model.rollout import query_index, roll_out_to_query, sample
 from model.setup import Batch, Setup
@@ -55,8 +55,8 @@ def _on_held_out(setup: Setup) -> tuple[Setup, list[Plan]]:
     for route in setup.router.routes:
         rows = range(len(setup.buckets[route.capability]))
         generators = [numpy_generator(setup.seed, 0, slot, "held_out_query") for slot in rows]
-        query = [query_index(params.rollout_steps, params.query, generator) for generator in generators]
-        plans.append(Plan(0, route, tuple(rows), tuple(query)))
+        query = [(query_index(params.rollout_steps, params.query, generator),) for generator in generators]
+        plans.append(Plan(0, (route,) * len(rows), tuple(rows), tuple(query)))
     return setup, plans
 
 
@@ -68,15 +68,15 @@ def held_out_gaps(setup: Setup) -> dict[str, float]:
     Noise and query indices are the same every time, so that two gaps of one run differ by the student alone.
     """
     gaps, field, (setup, plans) = {}, setup.student.field, _on_held_out(setup)
-    for plan in plans:
+    for route, plan in zip(setup.router.routes, plans, strict=True):
         total = 0.0
         for batch in setup.batches(plan, range(len(plan.rows)), setup.execution.micro_batch):
             condition, noise = batch.condition(), batch.noise("held_out")
             with setup.precision():
                 query = roll_out_to_query(field, noise, condition, setup.grid, batch.index)
-                target = setup.teachers[plan.route.teacher](query.x_t, query.t, condition)
+                target = setup.teachers[route.teacher](query.x_t, query.t, condition)
                 total += float(velocity_gaps(field(query.x_t, query.t, condition), target).sum())
-        gaps[plan.route.capability] = total / len(plan.rows)
+        gaps[route.capability] = total / len(plan.rows)
     return gaps
 
 
@@ -88,15 +88,15 @@ def held_out_pictures(setup: Setup, count: int) -> dict[str, torch.Tensor]:
     Rows of another latent shape than the first are left out.
     """
     pictures, decode, (setup, plans) = {}, setup.student.backbone.decode, _on_held_out(setup)
-    for plan in plans:
-        shapes = [setup.shape_of(plan.route.capability, row) for row in plan.rows[:count]]
+    for route, plan in zip(setup.router.routes, plans, strict=True):
+        shapes = [setup.shape_of(route.capability, row) for row in plan.rows[:count]]
         batch = Batch(setup, plan, [slot for slot, shape in enumerate(shapes) if shape == shapes[0]])
         condition, noise = batch.condition(), batch.noise("pictures")
         with setup.precision():
             latents = sample(setup.student.field, noise, condition, setup.grid)
         shown = [latents] if condition.source is None else [condition.source, latents]
         # Picture by picture: a VAE in fp32 needs several GB for each of 1024 px.
-        pictures[plan.route.capability] = torch.stack(
+        pictures[route.capability] = torch.stack(
             [torch.cat([decode(picture[None]) for picture in row.cpu()]) for row in shown]
         )
     return pictures
@@ -113,8 +113,8 @@ def gradient_cosines(setup: Setup, index: int) -> dict[tuple[str, str], float]:
     for route in setup.router.routes:
         for parameter in parameters:
             parameter.grad = None
-        plan = plan_step(setup, index, route)
-        accumulate(setup, setup.teachers[route.teacher], plan, range(setup.params.batch))
+        plan = plan_step(setup, index, route=route)
+        danceopd.compute(setup, setup.teachers[route.teacher], plan, range(setup.params.batch))
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         vectors[route.capability] = torch.cat([gradient.flatten() for gradient in gradients])
     for parameter, gradient in zip(parameters, before, strict=True):

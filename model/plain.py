@@ -45,7 +45,7 @@ def accumulate_plain(
         batch = Batch(setup, plan, [slot])
         condition, t = batch.condition(), batch.levels(batch.index)
         with torch.no_grad(), setup.precision():
-            x_t = list(euler_path(field, batch.noise(), condition, setup.grid))[plan.query[slot]]
+            x_t = list(euler_path(field, batch.noise(), condition, setup.grid))[int(batch.index)]
             target = teacher(x_t, t, condition)
         with setup.precision():
             loss = velocity_mse(field(x_t, t, condition), target)

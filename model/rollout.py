@@ -53,6 +53,17 @@ def query_index(uniform_steps: int, bias: str, rng: np.random.Generator) -> int:
     return min(int(rng.beta(*QUERY_BIAS[bias]) * uniform_steps), uniform_steps - 1)
 
 
+def query_indices(uniform_steps: int, bias: str, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """`count` distinct ones, each drawn as `query_index` does and again where it is there already; all N, in order,
+    where `count` is N or more."""
+    if count >= uniform_steps:
+        return tuple(range(uniform_steps))
+    found: dict[int, None] = {}
+    while len(found) < count:
+        found[query_index(uniform_steps, bias, rng)] = None
+    return tuple(found)
+
+
 @torch.no_grad()
 def roll_out_to_query(
     field: VelocityField, noise: torch.Tensor, condition: Condition, grid: torch.Tensor, index: torch.Tensor

@@ -1,5 +1,5 @@
-"""Which teacher answers for which capability. Hard routing: every optimizer step follows one route, so that no target
-is ever a mixture (DanceOPD, G = 1)."""
+"""Which teacher answers for which capability. A step follows one route (DanceOPD, G = 1) or, mixed, holds a group of
+each (G = M); a sample has one teacher either way, so that no target is ever a mixture."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ class Router:
     def pick(self, rng: np.random.Generator) -> Route:
         weights = np.array([route.weight for route in self.routes], dtype=np.float64)
         return self.routes[int(rng.choice(len(self.routes), p=weights / weights.sum()))]
+
+    def deal(self, count: int, rng: np.random.Generator) -> tuple[Route, ...]:
+        """The routes of `count` groups of one step, in order. A route has its share of them, rounded up or down at
+        random (systematic sampling): exactly its share on average, and exactly one group each for equal weights and as
+        many groups as routes."""
+        ends = np.cumsum([route.weight for route in self.routes])
+        places = (np.arange(count) + rng.random()) / count
+        return tuple(self.routes[int(index)] for index in np.searchsorted(ends[:-1] / ends[-1], places, side="right"))
 
 
 def route_faults(routes: Sequence[Route], teachers: Sequence[str] | None = None) -> list[str]:

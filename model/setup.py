@@ -63,11 +63,12 @@ class Setup:
     def batches(
         self, plan: Plan, slots: Sequence[int], size: int, order: Callable[[int], int] | None = None
     ) -> Iterator[Batch]:
-        """The slots in batches of at most `size`, all of one latent shape; within a shape sorted by `order` where there
-        is more than one batch."""
-        shapes = {slot: self.shape_of(plan.route.capability, plan.rows[slot]) for slot in slots}
-        for shape in dict.fromkeys(shapes.values()):
-            group = [slot for slot in slots if shapes[slot] == shape]
+        """The slots in batches of at most `size`, all of one capability and latent shape; within these sorted by
+        `order` where there is more than one batch."""
+        named = {slot: plan.routes[slot].capability for slot in slots}
+        kinds = {slot: (name, self.shape_of(name, plan.rows[slot])) for slot, name in named.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            group = [slot for slot in slots if kinds[slot] == kind]
             if order is not None and len(group) > size:
                 group.sort(key=order)
             for first in range(0, len(group), size):
@@ -107,15 +108,19 @@ def with_fields(
 
 @dataclass(frozen=True)
 class Batch:
-    """Slots of a plan, n of them, whose latents share one shape, so that they are computed together."""
+    """Slots of a plan, n of them, of one capability and one latent shape, so that they are computed together."""
 
     setup: Setup
     plan: Plan
     slots: list[int]
 
     @property
+    def capability(self) -> str:
+        return self.plan.routes[self.slots[0]].capability
+
+    @property
     def bucket(self) -> Bucket:
-        return self.setup.buckets[self.plan.route.capability]
+        return self.setup.buckets[self.capability]
 
     @property
     def rows(self) -> list[int]:
@@ -123,15 +128,15 @@ class Batch:
 
     @property
     def index(self) -> torch.Tensor:
-        """(n,) on the host: the query indices."""
-        return torch.tensor([self.plan.query[slot] for slot in self.slots])
+        """(n,) on the host: the (first) query indices."""
+        return torch.tensor([self.plan.query[slot][0] for slot in self.slots])
 
     def condition(self) -> Condition:
         return self.setup.moved(self.bucket.at(self.rows))
 
     def noise(self, purpose: str = "noise") -> torch.Tensor:
         """(n, C, H, W), independent of the batch that a slot is in."""
-        shape = self.setup.shape_of(self.plan.route.capability, self.rows[0])
+        shape = self.setup.shape_of(self.capability, self.rows[0])
         return self.setup.moved(noise_for(self.setup.seed, self.plan.index, self.slots, shape, purpose))
 
     def targets(self) -> torch.Tensor:
@@ -147,6 +152,7 @@ class Batch:
         return torch.full((len(self.slots),), t, device=self.setup.execution.device)
 
 
-# (setup, the field to learn from, plan, this process's slots) -> losses (B,) by slot, 0 for the slots of others, and
-# samples by name. Adds the gradient of the step's mean loss, as far as the slots go, to the student's.
+# (setup, the field to learn from, plan, slots of one route and this process) -> losses, (B,) by slot or (B, K) by slot
+# and state, 0 for other slots, whose mean is the step's loss; and samples by name. Adds the gradient of the step's mean
+# loss, as far as the slots go, to the student's.
 Accumulate = Callable[[Setup, VelocityField, Plan, Sequence[int]], tuple[torch.Tensor, dict[str, torch.Tensor]]]

@@ -18,7 +18,7 @@ from model.route import Route
 
 P = ParamSpec("P")
 STATES = ("on_policy", "off_policy")
-ROUTING = ("hard", "soft")
+ROUTING = ("hard", "mixed", "soft")
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,29 @@ class LoopNumbers:
 
 @dataclass(frozen=True)
 class LoopParams(LoopNumbers):
-    """`states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data. `routing`: "hard"
-    takes one teacher a step, "soft" the mean of all."""
+    """`states`: "on_policy" queries the student's own rollout, "off_policy" the forward-noised data; `query_states`: K
+    of them. `routing`: "hard" takes one route a step (G = 1), "mixed" a group of each in every step, sized by the
+    routes' weights (G = M), "soft" one route's examples and the mean of all teachers."""
 
     states: str
     routing: str
+    query_states: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is random in one step but the noise: its route, and by slot the bucket's row and the query index."""
+    """All that is random in one step but the noise, by slot: its route, its bucket's row and the indices of its K query
+    states, which differ."""
 
     index: int
-    route: Route
+    routes: tuple[Route, ...]
     rows: tuple[int, ...]
-    query: tuple[int, ...]
+    query: tuple[tuple[int, ...], ...]
+
+    @property
+    def taken(self) -> list[Route]:
+        """The routes of the step, each once."""
+        return list({route.capability: route for route in self.routes}.values())
 
 
 class NotFinite(UserError):
@@ -96,9 +104,10 @@ class Measured:
 class Step:
     """One optimizer step; its numbers are read when asked for, and raise NotFinite where the step was withheld.
 
-    `levels`: the queried t by slot. `floor`: the network evaluations that the step's indices make necessary, counting
-    single samples: rollout, teacher's field and student, the backward not among them. `seconds`: since the step before.
-    `measured`: whether the step was applied (1 or 0), loss, gradient norm, evaluations, wishes to stop, the losses.
+    `levels`: the t that were asked, by slot and state. `floor`: the network evaluations that these make necessary,
+    counting single samples: rollout, teacher's field and student, the backward not among them. `seconds`: since the
+    step before. `measured`: whether the step was applied (1 or 0), loss, gradient norm, evaluations, wishes to stop,
+    the losses.
     """
 
     plan: Plan
@@ -116,11 +125,13 @@ class Step:
 
     @property
     def route(self) -> str:
-        return self.plan.route.capability
+        """The capabilities taken, joined by "-"."""
+        return "-".join(route.capability for route in self.plan.taken)
 
     @property
     def teacher(self) -> str:
-        return self.plan.route.teacher
+        """Theirs, joined by "-"."""
+        return "-".join(route.teacher for route in self.plan.taken)
 
     @property
     def t(self) -> float:
@@ -162,7 +173,7 @@ class Step:
 
     @property
     def losses(self) -> list[float]:
-        """By slot."""
+        """As `levels`: by slot and state. Their mean is the loss."""
         return self.read()[4:]
 
 

@@ -37,6 +37,7 @@ from model.examples import Bucket
 from model.fields.base import VelocityField
 from model.fields.guided import Guided
 from model.instruments import gradient_cosines, held_out_gaps, weights_of
+from model.methods import danceopd
 from model.methods.danceopd import accumulate
 from model.networks.student import Student
 from model.plain import accumulate_plain, own_networks
@@ -98,7 +99,7 @@ def one_step(
     for parameter in s.student.parameters.values():
         parameter.grad = None
     plan = plan_step(s, index)
-    losses, _ = compute(replace(s, execution=execution), s.teachers[plan.route.teacher], plan, range(PARAMS.batch))
+    losses, _ = compute(replace(s, execution=execution), s.teachers[plan.routes[0].teacher], plan, range(PARAMS.batch))
     return losses, gradients(s.student)
 
 
@@ -231,7 +232,7 @@ def test_evaluations_are_counted_at_the_networks_and_equal_the_floor() -> None:
     for teachers, cost in ((s.teachers, 1), (guided, 2)):
         execution = replace(WHOLE_BATCH, micro_batch=2, rollout_batch=3, merged=True)
         for step in distill(replace(s, teachers=teachers, execution=execution), *trained(s)):
-            assert step.evaluations == step.floor == sum(step.plan.query) + PARAMS.batch * (1 + cost)
+            assert step.evaluations == step.floor == sum(j for (j,) in step.plan.query) + PARAMS.batch * (1 + cost)
             s.student.field(
                 torch.zeros(1, 16, 4, 4), torch.ones(1), s.buckets["t2i"].at([0])
             )  # the caller's own question is not the step's
@@ -270,7 +271,7 @@ def test_rows_of_several_shapes_are_computed_apart_and_weigh_the_same() -> None:
     together = one_step(s)
     same(together, one_step(s, compute=accumulate_plain))
     torch.testing.assert_close(together[0], one_step(s, replace(WHOLE_BATCH, micro_batch=1))[0], rtol=1e-6, atol=1e-6)
-    batches = list(s.batches(plan, range(5), 2, lambda slot: -plan.query[slot]))
+    batches = list(s.batches(plan, range(5), 2, lambda slot: -plan.query[slot][0]))
     assert sorted(slot for batch in batches for slot in batch.slots) == list(range(5))
     assert all(len({mixed.shape_of(row) for row in batch.rows}) == 1 for batch in batches)
 
@@ -290,7 +291,7 @@ def test_a_step_read_late_is_withheld_by_the_device_itself(optimizer: str) -> No
             return losses, batch
 
         try:
-            for step in distill(s, optimizers, ema, compute=compute):
+            for step in distill(s, optimizers, ema, method=replace(danceopd.METHOD, compute=compute)):
                 if step.index + 1 == poisoned and not deferred:
                     break
         except NotFinite as error:

@@ -322,7 +322,7 @@ def test_offloaded_teachers_wait_on_the_host_and_the_plan_says_so(home: Home, of
     student = start_student(backbone, fields, BASE, "adapter", RANK, ALPHA, seed=0)
     execution = ExecutionParams(**EXECUTION)
     assert execution.precision == "fp32"
-    soft = Mean(tuple(fields.values()), (0.5, 0.5))
+    soft = Mean(tuple(fields.values()))
     teachers = [Guided(fields["whole"], 3.0), soft]
     prepare_networks(execution, torch.device("meta"), student.network, student.parameters.values(), teachers)
     networks = [backbone.network, fields["whole"].network]

@@ -87,7 +87,7 @@ def test_guidance_is_the_linear_combination(scale: float, source: bool) -> None:
     torch.testing.assert_close(Guided(field, scale)(X_T, T, c), empty + scale * (full - empty), rtol=0, atol=0)
 
 
-def test_the_mean_weighs_its_fields() -> None:
+def test_the_mean_is_a_plain_one() -> None:
     c = condition()
     mean = Mean((field, lambda x, t, c: 5.0 * torch.ones_like(x)))
     torch.testing.assert_close(mean(X_T, T, c), 0.5 * field(X_T, T, c) + 2.5)

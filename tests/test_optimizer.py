@@ -99,6 +99,22 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
     assert len(build_optimizer("muon", parameters[:2], 0.1, BLOCKS).optimizers) == 1  # an adapter has matrices only
 
 
+@pytest.mark.parametrize(("name", "beta2"), [("adamw", 0.999), ("muon", 0.99)])
+def test_adamw_alone_is_torchs_and_beside_muon_forgets_sooner(name: str, beta2: float) -> None:
+    """Of two gradients of 1 and 0, the second moment keeps beta2 of the first."""
+    parameters = named()
+    optimizers = build_optimizer(name, parameters, 0.1, BLOCKS)
+    usual = torch.optim.AdamW([nn.Parameter(normal(2))]).defaults
+    assert usual["betas"][1] == 0.999
+    for gradient in (1.0, 0.0):
+        for _, value in parameters:
+            value.grad = torch.full_like(value, gradient)
+        optimizers.step()
+    rest = optimizers.optimizers[-1]
+    (state,) = [rest.state[value] for key, value in parameters if key == "embed"]
+    torch.testing.assert_close(state["exp_avg_sq"], torch.full((5, 6), beta2 * (1.0 - beta2)))
+
+
 FAMILIES: dict[str, Any] = {
     "micro": new_backbone,
     "sd3": lambda: SD3Backbone(Path("sd3"), sd3_network(), {}, 8, 256),

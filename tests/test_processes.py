@@ -29,6 +29,7 @@ from model.compute.execution import WHOLE_BATCH, EvaluationCounter, Execution, b
 from model.compute.optimizer import build_optimizer
 from model.compute.parallel import ALONE, World, deal, joined, shard_frozen
 from model.distill import distill
+from model.methods import METHODS
 from model.rollout import euler_grid
 from model.route import Route, Router
 from model.setup import Setup
@@ -82,9 +83,10 @@ def test_dealing_balances_and_loses_no_slot() -> None:
     assert deal([3, 1], 3) == [[0], [1], []] and deal([1, 2, 3], 1) == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "method"), [(2, "danceopd"), (3, "danceopd"), (2, "diffusionopd")])
+def test_several_processes_give_the_result_of_one(size: int, method: str, tmp_path: Path) -> None:
     case = sd3_case("tiny", sd3_size(32, 2, 4, 3), 4, 5, None, 6)
+    params = replace(PARAMS, routing=METHODS[method].routing or "hard")
 
     def run(world: World) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
         student, teachers, bucket = build(case, torch.device("cpu"), 0)
@@ -95,8 +97,8 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
         buckets = {"t2i": bucket, "local_edit": bucket}
         counter = EvaluationCounter([student.network])
         execution = replace(WHOLE_BATCH, merged=True)
-        setup = Setup(student, teachers, buckets, ROUTER, PARAMS, euler_grid(6), 3, execution)
-        loop = distill(setup, optimizers, ema, 0, world, lambda: world.rank == 1)
+        setup = Setup(student, teachers, buckets, ROUTER, params, euler_grid(6), 3, execution)
+        loop = distill(setup, optimizers, ema, 0, world, lambda: world.rank == 1, METHODS[method])
         numbers = [
             [
                 step.loss,
@@ -137,8 +139,9 @@ def test_several_processes_give_the_result_of_one(size: int, tmp_path: Path) -> 
     assert sum(work) == numbers[-1][0] and max(work) < 0.75 * sum(work)
 
 
-@pytest.mark.parametrize("recompute", [0, 1])
-def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recompute", "routing"), [(0, "hard"), (1, "mixed")])
+def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, routing: str, tmp_path: Path) -> None:
+    params = replace(PARAMS, routing=routing)
     case = sd3_case("tiny", sd3_size(32, 2, 4, 3), 4, 5, None, 6)
     execution = replace(WHOLE_BATCH, merged=True, micro_batch=2, rollout_batch=2)
 
@@ -153,7 +156,7 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, tmp_path
             Ema(dict(student.parameters), PARAMS.ema),
         )
         buckets = {"t2i": bucket, "local_edit": bucket}
-        setup = Setup(student, teachers, buckets, ROUTER, PARAMS, euler_grid(6), 3, execution)
+        setup = Setup(student, teachers, buckets, ROUTER, params, euler_grid(6), 3, execution)
         list(distill(setup, optimizers, ema, 0, world))
         held = sum(
             value.to_local().numel() if isinstance(value, DTensor) else value.numel()

@@ -65,13 +65,14 @@ def test_an_adapter_teacher_is_folded_into_the_weights_with_its_alpha(tiny: Tiny
     assert float((folded - values[f"{module}.base_layer.weight"]).abs().max()) > 0.01
 
 
-def test_merged_is_the_base_plus_the_mean_difference(tiny: Tiny) -> None:
-    student, fields = started(tiny, "merged", "all")
-    base, local, full = (plain_weights(fields[name]) for name in NAMES)
+@pytest.mark.parametrize("routed", [NAMES, ["local", "global"], [BASE, "global"]])
+def test_merged_is_the_mean_of_every_routed_teacher(tiny: Tiny, routed: list[str]) -> None:
+    """The base among them, where it is routed: T2I and an editor merge into half an editor, not into the editor."""
+    backbone, fields = load_teachers(tiny.teachers, NAMES)
+    weights = [plain_weights(fields[name]) for name in routed]
+    student = start_student(backbone, {name: fields[name] for name in routed}, "merged", "all", 4, 4, seed=0)
     for name, value in student.network.state_dict().items():
-        torch.testing.assert_close(
-            value, base[name] + ((local[name] - base[name]) + (full[name] - base[name])) / 2, rtol=0, atol=1e-7
-        )
+        torch.testing.assert_close(value, sum(each[name] for each in weights) / len(weights), rtol=0, atol=1e-6)
     alone = merged_weights(fields[BASE], {"global": fields["global"]})
     for name, value in plain_weights(fields["global"]).items():
         torch.testing.assert_close(alone[name], value, rtol=0, atol=1e-6)
@@ -213,10 +214,7 @@ def test_a_start_from_adapters_lies_in_the_students_own_adapter_on_the_shared_ba
         seed=4,
     )
     fields["other"] = NetworkField(backbone, backbone.network, "other")
-    mean = {
-        name: value.clone()
-        for name, value in merged_weights(fields[BASE], {name: fields[name] for name in ("local", "other")}).items()
-    }
+    mean = {name: value.clone() for name, value in merged_weights(fields[BASE], fields).items()}
     with pytest.raises(UserError, match="start = 'merged' takes rank 6 .* rank = 5"):
         start_student(backbone, fields, "merged", "adapter", 5, 5, seed=0)
     student = start_student(backbone, fields, "merged", "adapter", 7, 3, seed=0)

@@ -178,6 +178,7 @@ def loop_params(**changes: Any) -> LoopParams:
         "query": "low",
         "states": "on_policy",
         "routing": "hard",
+        "query_states": 1,
     }
     return LoopParams(**{**numbers, **changes})
 

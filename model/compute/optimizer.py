@@ -1,5 +1,9 @@
 """AdamW, or Muon on the blocks' matrices with AdamW on the rest.
 
+AdamW alone has torch's betas (.9, .999), which the paper's trainers have too. Beside Muon its second moment has .99:
+there it moves the embeddings, norms and biases of runs of some hundred steps, which would be over before .999 forgets
+their first gradients; the bundled teachers were trained so.
+
 Muon follows Keller Jordan's description (KellerJordan/Muon): momentum, then the update's nearest semi-orthogonal matrix
 by five quintic Newton-Schulz steps. torch.optim.Muon casts that iteration to bfloat16 and takes one matrix at a time;
 on a CPU without bfloat16 units that costs as much as the network itself. Ours keeps fp32 and iterates all matrices of
@@ -119,12 +123,12 @@ class Optimizers:
             optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
 
 
-def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+def _adamw(parameters: list[nn.Parameter], learning_rate: float, beta2: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
 
 
 def _build_adamw(named: list[tuple[str, nn.Parameter]], learning_rate: float, backbone: Backbone) -> Optimizers:
-    return Optimizers([_adamw([parameter for _, parameter in named], learning_rate)])
+    return Optimizers([_adamw([parameter for _, parameter in named], learning_rate, beta2=0.999)])
 
 
 def _build_muon(named: list[tuple[str, nn.Parameter]], learning_rate: float, backbone: Backbone) -> Optimizers:
@@ -137,7 +141,8 @@ def _build_muon(named: list[tuple[str, nn.Parameter]], learning_rate: float, bac
         raise UserError(f"optimizer = 'muon': no trained parameter is a matrix in {where}; choose adamw")
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    return Optimizers([Muon(matrices, lr=learning_rate), *([_adamw(rest, learning_rate)] if rest else [])])
+    companion = [_adamw(rest, learning_rate, beta2=0.99)] if rest else []
+    return Optimizers([Muon(matrices, lr=learning_rate), *companion])
 
 
 OPTIMIZERS = {"adamw": _build_adamw, "muon": _build_muon}

@@ -13,29 +13,38 @@ from model.setup import Accumulate, Batch, Setup
 from model.step import Plan
 
 Backward = Callable[[torch.Tensor], None]
-# (batch, the field to learn from, backward) -> (n,): the losses of its slots, their gradients added by
-# `backward(losses of the slots, or terms of them)`.
+# (batch, the field to learn from, backward) -> (n,) or (n, K): the losses of its slots, or of their K states (whose
+# mean is the slot's). `backward(losses of the slots, or terms of them)` adds their gradients.
 Losses = Callable[[Batch, VelocityField, Backward], torch.Tensor]
+
+
+def queried(setup: Setup, plan: Plan) -> list[float]:
+    """The noise levels of a plan's query indices, by slot and state."""
+    return [level for indices in plan.query for level in setup.grid[list(indices)].tolist()]
 
 
 @dataclass(frozen=True)
 class Method:
     """An entry of `METHODS`.
 
-    `compute`: from K = query_states, what computes a step; None: there is no step, the student is its start.
-    `cost`: from (N, E[j] of the furthest query, evaluations of the teacher's field, K), the network evaluations of one
-    sample, and how many of them have a backward.
-    `states`: the one kind that it queries, None: either. `several`: K may be above 1. `lockstep`: with K = 1 all
-    processes make equally many forwards, as a shared base needs. `start`: the one start that it takes, None: any.
-    `group`: slots that belong together.
+    `compute`: what computes a step; None: there is no step, the student is its start. `cost`: from (N, the furthest
+    query index, evaluations of the teacher's field, K), the network evaluations of one sample, and how many of them
+    have a backward. `levels`: the t at which student and target meet, as Step.levels.
+
+    `states`, `routing`, `start`: the one choice that it takes, None: any. `dense`: it compares all N states. `several`:
+    K may be above 1. `lockstep`: with K = 1 all processes make equally many forwards, as a shared base needs. `group`:
+    so many slots share an example.
     """
 
-    compute: Callable[[int], Accumulate] | None
+    compute: Accumulate | None
     cost: Callable[[int, float, float, int], tuple[float, int]]
+    levels: Callable[[Setup, Plan], list[float]] = queried
     states: str | None = "on_policy"
+    routing: str | None = None
+    start: str | None = None
+    dense: bool = False
     several: bool = False
     lockstep: bool = False
-    start: str | None = None
     group: int = 1
 
 
@@ -45,9 +54,11 @@ def by_batch(losses_of: Losses) -> Accumulate:
     def accumulate(
         setup: Setup, teacher: VelocityField, plan: Plan, slots: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        losses = torch.zeros(len(plan.rows), device=setup.execution.device)
+        count = len(plan.rows)
+        losses = torch.zeros(count, len(plan.query[0]), device=setup.execution.device)
         for batch in setup.batches(plan, slots, setup.execution.micro_batch):
-            losses[batch.slots] = losses_of(batch, teacher, lambda loss: (loss.sum() / len(plan.rows)).backward())
+            answer = losses_of(batch, teacher, lambda loss: (loss.sum() / count).backward())
+            losses[batch.slots] = answer.reshape(len(batch.slots), -1)
         return losses, {}
 
     return accumulate

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from data.randomness import numpy_generator
 from model.compute.lockstep import filled_up, missing
 from model.fields.base import Condition, VelocityField, noised, velocity_gaps
-from model.methods.base import Backward, Losses, Method, by_batch, gaps_to, rollout
-from model.rollout import query_index, roll_out_to_query
-from model.setup import Accumulate, Batch, Setup
+from model.methods.base import Backward, Method, by_batch, gaps_to, rollout
+from model.rollout import roll_out_to_query
+from model.setup import Batch, Setup
 from model.step import Plan
 
 
@@ -56,7 +55,7 @@ def accumulate(
 def roll_out(setup: Setup, plan: Plan, slots: Sequence[int]) -> dict[int, torch.Tensor]:
     """Where the student goes: x_t (C, H, W) by slot, on its own path or, off-policy, on the data's."""
     on_policy = setup.params.states == "on_policy"
-    batches = list(setup.batches(plan, slots, setup.execution.rollout_batch, lambda slot: -plan.query[slot]))
+    batches = list(setup.batches(plan, slots, setup.execution.rollout_batch, lambda slot: -plan.query[slot][0]))
     forwards = sum(int(batch.index.max()) for batch in batches) if on_policy else 0
     idle = missing(forwards, setup.execution)
     states: dict[int, torch.Tensor] = {}
@@ -98,41 +97,33 @@ def _question(batch: Batch, states: dict[int, torch.Tensor]) -> Question:
 
 def _idle(setup: Setup, plan: Plan) -> Question:
     """A question that counts nothing."""
-    batch, shape = Batch(setup, plan, [0]), setup.shape_of(plan.route.capability, plan.rows[0])
+    batch = Batch(setup, plan, [0])
+    shape = setup.shape_of(batch.capability, plan.rows[0])
     return Question(torch.zeros(1, *shape, device=setup.execution.device), batch.at(1.0), batch.condition(), 0.0)
 
 
-def several_states(count: int) -> Losses:
-    """K query states of one rollout, all drawn as a single one is: the mean of their losses (the ablation of K)."""
-
-    def losses(batch: Batch, teacher: VelocityField, backward: Backward) -> torch.Tensor:
-        setup, condition = batch.setup, batch.condition()
-        index = torch.stack([batch.index, *(_further_index(batch, k) for k in range(1, count))])
-        states = torch.stack(rollout(batch, int(index.max())))
-        total = batch.at(0.0)
-        for at_k in index:
-            x_t = states[setup.moved(at_k), setup.moved(torch.arange(len(at_k)))]
-            loss = gaps_to(teacher, setup, x_t, batch.levels(at_k), condition) / count
-            backward(loss)
-            total += loss.detach()
-        return total
-
-    return losses
+def several_states(batch: Batch, teacher: VelocityField, backward: Backward) -> torch.Tensor:
+    """K query states of one rollout: the mean of their losses (the ablation of K)."""
+    setup, condition = batch.setup, batch.condition()
+    index = torch.tensor([batch.plan.query[slot] for slot in batch.slots]).T
+    states, gaps = torch.stack(rollout(batch, int(index.max()))), []
+    for at_k in index:
+        x_t = states[setup.moved(at_k), setup.moved(torch.arange(len(at_k)))]
+        gap = gaps_to(teacher, setup, x_t, batch.levels(at_k), condition)
+        backward(gap / len(index))
+        gaps.append(gap.detach())
+    return torch.stack(gaps, dim=1)
 
 
-def _further_index(batch: Batch, k: int) -> torch.Tensor:
-    setup, plan = batch.setup, batch.plan
-    steps, bias = setup.params.rollout_steps, setup.params.query
-    generators = [numpy_generator(setup.seed, plan.index, slot, f"query/{k}") for slot in batch.slots]
-    return torch.tensor([query_index(steps, bias, generator) for generator in generators])
-
-
-def step_with(query_states: int) -> Accumulate:
-    return accumulate if query_states == 1 else by_batch(several_states(query_states))
+def compute(
+    setup: Setup, teacher: VelocityField, plan: Plan, slots: Sequence[int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    step = accumulate if setup.params.query_states == 1 else by_batch(several_states)
+    return step(setup, teacher, plan, slots)
 
 
 def cost(steps: int, reached: float, teacher: float, query_states: int) -> tuple[float, int]:
     return reached + query_states * (teacher + 1.0), query_states
 
 
-METHOD = Method(step_with, cost, states=None, several=True, lockstep=True)
+METHOD = Method(compute, cost, several=True, states=None, lockstep=True)

@@ -1,4 +1,4 @@
-"""Joint training on the data, without a teacher; buckets take turns by the routes' weights."""
+"""Joint training on the data, without a teacher: every step mixes rows of all buckets, by the routes' weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import torch
 from data.randomness import numpy_generator
 from model.fields.base import VelocityField, noised, velocity_gaps
 from model.methods.base import Backward, Method, by_batch
-from model.setup import Batch
+from model.setup import Batch, Setup
+from model.step import Plan
+
+
+def times(setup: Setup, plan: Plan) -> list[float]:
+    """A uniform t by slot."""
+    return [float(numpy_generator(setup.seed, plan.index, slot, "time").uniform()) for slot in range(len(plan.rows))]
 
 
 def flow_matching(batch: Batch, teacher: VelocityField, backward: Backward) -> torch.Tensor:
     """x_t = (1 - t) x_0 + t eps with t uniform, target eps - x_0."""
     setup = batch.setup
-    draws = [numpy_generator(setup.seed, batch.plan.index, slot, "time").uniform() for slot in batch.slots]
-    t = torch.tensor(draws, dtype=torch.float32, device=setup.execution.device)
+    t = setup.moved(torch.tensor(times(setup, batch.plan))[batch.slots])
     clean, noise = batch.targets(), batch.noise()
     with setup.precision():
         loss = velocity_gaps(setup.student.field(noised(clean, noise, t), t, batch.condition()), noise - clean)
@@ -23,5 +28,8 @@ def flow_matching(batch: Batch, teacher: VelocityField, backward: Backward) -> t
 
 
 METHOD = Method(
-    compute=lambda _: by_batch(flow_matching), cost=lambda steps, reached, teacher, query_states: (1.0, query_states)
+    compute=by_batch(flow_matching),
+    cost=lambda steps, reached, teacher, query_states: (1.0, query_states),
+    levels=times,
+    routing="mixed",
 )

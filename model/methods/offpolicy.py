@@ -5,4 +5,4 @@ from __future__ import annotations
 from model.methods import danceopd
 from model.methods.base import Method
 
-METHOD = Method(danceopd.step_with, danceopd.cost, states="off_policy", lockstep=True)
+METHOD = Method(danceopd.compute, danceopd.cost, states="off_policy", lockstep=True)

@@ -108,10 +108,12 @@ def plain_weights(field: NetworkField) -> dict[str, torch.Tensor]:
 
 
 def merged_weights(base: NetworkField, teachers: Mapping[str, NetworkField]) -> dict[str, torch.Tensor]:
-    """The base plus the mean of the teachers' differences from it (the paper's `merge` baseline)."""
-    start, others = plain_weights(base), [plain_weights(field) for field in teachers.values()]
+    """The base plus the mean of the teachers' differences from it (the paper's `merge` baseline). The base, where it is
+    one of them, counts with difference 0."""
+    start = plain_weights(base)
+    others = [plain_weights(field) for teacher, field in teachers.items() if teacher != BASE]
     return {
-        name: value + sum(other[name].to(value.device) - value for other in others) / len(others)
+        name: value + sum(other[name].to(value.device) - value for other in others) / len(teachers)
         for name, value in start.items()
     }
 
@@ -135,10 +137,11 @@ def start_student(
 ) -> Student:
     """A student before its first step.
 
-    `start`: "base", a teacher's name, or "merged" (the base plus the mean difference of all teachers but the base).
-    `trainable`: "all" or "adapter". An adapter that starts from the base or from adapters on it shares the base's
-    weights in memory: what it starts from lies in its first ranks, so it stays a plain adapter. Every other start is a
-    network of its own. Raises UserError for an unknown name, or a rank too small for the start.
+    `teachers`: the routed ones, the base among them where it is. `start`: "base", a teacher's name, or "merged" (the
+    base plus the mean difference of all of them). `trainable`: "all" or "adapter". An adapter that starts from the base
+    or from adapters on it shares the base's weights in memory: what it starts from lies in its first ranks, so it stays
+    a plain adapter. Every other start is a network of its own. Raises UserError for an unknown name, or a rank too
+    small for the start.
     """
     others = {name: field for name, field in teachers.items() if name != BASE}
     base = NetworkField(backbone, backbone.network)
@@ -149,23 +152,23 @@ def start_student(
         raise UserError(f"start = {start!r}: choose {choices}")
     if trainable == "all":
         # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.
-        network = _network_with(backbone, _weights_at(start, base, others))
+        network = _network_with(backbone, _weights_at(start, base, teachers))
         network.requires_grad_(True)
         return Student(backbone, network, None, dict(network.named_parameters()))
     sources = list(others.values()) if start == MERGED else [others[start]] if start in others else []
     network = backbone.network
     if sources and all(field.adapter and field.network is network for field in sources):
-        share = 1.0 / len(sources)
+        share = 1.0 / len(teachers) if start == MERGED else 1.0
         adapters = [(adapter_of(network, str(field.adapter)), share) for field in sources]
         return _start_in_adapter(backbone, concatenated(adapters), start, rank, alpha, seed)
     if sources:
-        network = _network_with(backbone, _weights_at(start, base, others), base_weight(backbone).dtype)
+        network = _network_with(backbone, _weights_at(start, base, teachers), base_weight(backbone).dtype)
     network.requires_grad_(False)
     return Student(backbone, network, STUDENT, add_adapter(backbone, network, STUDENT, rank, alpha, seed))
 
 
-def _weights_at(start: str, base: NetworkField, others: Mapping[str, NetworkField]) -> dict[str, torch.Tensor]:
-    return merged_weights(base, others) if start == MERGED else plain_weights({**others, BASE: base}[start])
+def _weights_at(start: str, base: NetworkField, teachers: Mapping[str, NetworkField]) -> dict[str, torch.Tensor]:
+    return merged_weights(base, teachers) if start == MERGED else plain_weights({**teachers, BASE: base}[start])
 
 
 def _start_in_adapter(backbone: Backbone, joined: Adapter, start: str, rank: int, alpha: int, seed: int) -> Student:

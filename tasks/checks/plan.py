@@ -24,6 +24,7 @@ from scipy import stats
 
 from data.errors import UserError
 from data.files import read_json
+from data.randomness import numpy_generator
 from data.records import CAPABILITIES, read_examples
 from data.sources import SOURCES
 from data.yaml_files import read_yaml
@@ -69,9 +70,14 @@ def query_distribution(steps: int, bias: str) -> np.ndarray:
 
 
 def expected_index(steps: int, bias: str, count: int = 1) -> float:
-    """E[max of `count` independent query indices]: the length of the rollout that reaches them all."""
-    cumulative = np.cumsum(query_distribution(steps, bias)) ** count
-    return float(np.sum(1.0 - cumulative[:-1]))
+    """E[max of `count` distinct query indices]: the length of the rollout that reaches them all. Exact for one and for
+    all of them, else the mean of a hundred thousand draws."""
+    chances = query_distribution(steps, bias)
+    if count == 1 or count >= steps:
+        return float(np.arange(steps) @ chances) if count == 1 else steps - 1.0
+    # Clocks that ring after exponential times of these rates ring in the order of draws without replacement.
+    rings = numpy_generator(0, 0, 0, "expected_index").exponential(size=(100_000, steps)) / chances
+    return float(np.argpartition(rings, count - 1)[:, :count].max(axis=1).mean())
 
 
 def step_cost(params: Any, teacher: float, method: str, states: str, query_states: int) -> tuple[float, int]:
@@ -267,7 +273,8 @@ def _distillation(params: Any) -> Work:
     routes = params.routing.routes
     asked, shares = _asked(routes, params.backbone.name), {route.capability: route.weight for route in routes}
     mean = sum(asked[name] * share for name, share in shares.items()) / sum(shares.values())
-    teacher = float(sum(asked.values())) if params.routes_taken == "soft" else mean
+    different = {route.asked: asked[route.capability] for route in routes}
+    teacher = float(sum(different.values())) if params.routes_taken == "soft" else mean
     cost = step_cost(params, teacher, params.method, params.states, params.query_states)
     samples = params.steps * params.batch if METHODS[params.method].compute else 0
     index = f"E[j] = {expected_index(params.rollout_steps, params.query):.2f} of N = {params.rollout_steps}"

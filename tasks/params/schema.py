@@ -35,7 +35,11 @@ def _without_shared(name: str, cls: type) -> type:
     """The dataclass without the fields that are filled from shared sections, and without defaults."""
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_fields(cls)
     fields = [
-        (of.name, hints[of.name], dataclasses.field(**({"default": of.default} if of.metadata == OPTIONAL else {})))
+        (
+            of.name,
+            hints[of.name],
+            dataclasses.field(default=of.default) if of.metadata == OPTIONAL else dataclasses.field(),
+        )
         for of in dataclasses.fields(cls)
         if of.name not in shared
     ]

@@ -38,7 +38,7 @@ class Params(TrainingParams):
     phases: tuple[Positive, ...] = field(default=(), metadata=OPTIONAL, kw_only=True)
 
     def loop(self) -> LoopParams:
-        return self.loop_with("on_policy", "hard")
+        return self.loop_with("on_policy", "hard", 1)
 
     def faults(self) -> list[str]:
         grids = [*self.phases, self.rollout_steps]

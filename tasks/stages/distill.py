@@ -44,11 +44,11 @@ class Params(TrainingParams):
     query_states: QueryStates
 
     def loop(self) -> LoopParams:
-        return self.loop_with(self.states, self.routes_taken)
+        return self.loop_with(self.states, self.routes_taken, self.query_states)
 
     def faults(self) -> list[str]:
         method = METHODS[self.method]
-        faults = method_faults(self.method, self.states, self.query_states, self.start, self.batch)
+        faults = method_faults(self.method, self.loop(), self.start, self.routing.routes)
         if self.execution.shard_base and self.trainable == "all" and method.compute:
             faults.append(f"trainable = 'all': execution.shard_base = true {SHARED_BASE}")
         if self.execution.shard_base and not (method.lockstep and self.query_states == 1):
@@ -73,18 +73,15 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
     records = read_records(teachers)
     wanted = (encoded, [route.capability for route in routes], records[BASE].sha256)
     buckets, looked_at = load_buckets(*wanted), params.looked_at(*wanted)
-    student = start_student(backbone, fields, params.start, params.trainable, params.rank, params.alpha, params.seed)
+    routed = {route.teacher: fields[route.teacher] for route in routes}
+    student = start_student(backbone, routed, params.start, params.trainable, params.rank, params.alpha, params.seed)
     hashes = {name: records[name].sha256 for name in names}
     begun = {name: getattr(params, name) for name in ("start", "trainable", "rank", "alpha")}
     record = {"base_sha256": records[BASE].sha256, "teachers": hashes, **begun, **params.drawn(routes)}
-    # Named only where they are not the paper's, so that the paper's run keeps its fingerprint.
-    chosen = {"method": params.method, "query_states": params.query_states}
-    chosen = {} if chosen == {"method": "danceopd", "query_states": 1} else chosen
-    compute = METHODS[params.method].compute
-    if compute is None:
-        return _untrained(
-            student, {**record, "stage": "distill", "trained_steps": 0, "fingerprint": digest([record, chosen])}, out
-        )
+    method = METHODS[params.method]
+    if method.compute is None:
+        fingerprint = digest([record, params.method])
+        return _untrained(student, {**record, "stage": "distill", "trained_steps": 0, "fingerprint": fingerprint}, out)
     facts = facts_of(
         params.loop(),
         params,
@@ -94,11 +91,11 @@ def distill(params: Params, *, encoded: Path, teachers: Path, out: Path) -> dict
         routes=[route.facts() for route in routes],
         encoded=encoded_fingerprint(encoded),
         teachers=hashes,
-        **chosen,
+        method=params.method,
     )
-    chosen_routes, asked = with_fields(routes, fields, dict.fromkeys(fields, teacher_sampler(backbone)))
-    setup = setup_of(student, asked, buckets, chosen_routes, params.loop(), seed_of("distill", params.seed), looked_at)
-    return run_training("distill", setup, params, facts, record, out, compute(params.query_states))
+    chosen, asked = with_fields(routes, fields, dict.fromkeys(fields, teacher_sampler(backbone)))
+    setup = setup_of(student, asked, buckets, chosen, params.loop(), seed_of("distill", params.seed), looked_at)
+    return run_training("distill", setup, params, facts, record, out, method)
 
 
 def _untrained(student: Student, record: dict[str, Any], out: Path) -> dict[str, Any]:

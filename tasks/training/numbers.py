@@ -14,7 +14,13 @@ from tasks.training.metrics import Metrics, read_metrics
 
 
 def step_metrics(step: Step, batch: int) -> dict[str, float]:
-    named = {f"loss/{step.route}/{name}": value for name, value in binned(step.losses, step.levels).items()}
+    named: dict[str, float] = {}
+    losses, levels, states = step.losses, step.levels, len(step.levels) // batch
+    names = [route.capability for route in step.plan.routes for _ in range(states)]
+    for capability in dict.fromkeys(names):
+        theirs = [index for index, name in enumerate(names) if name == capability]
+        bins = binned([losses[index] for index in theirs], [levels[index] for index in theirs])
+        named |= {f"loss/{capability}/{name}": value for name, value in bins.items()}
     named |= {f"gradient_norm/{step.route}": step.gradient_norm, "learning_rate": step.learning_rate}
     return named | {"evaluations_per_sample": step.evaluations / batch, "floor_per_sample": step.floor / batch}
 

@@ -27,11 +27,12 @@ from model.compute.settings import ExecutionParams
 from model.distill import distill
 from model.examples import Bucket, load_held_out
 from model.instruments import gradient_cosines, held_out_gaps, held_out_pictures, weights_of
-from model.methods.danceopd import accumulate
+from model.methods import danceopd
+from model.methods.base import Method
 from model.networks.student import save_student
 from model.pixels import as_pictures
 from model.route import Route, drawn_in, grid_faults, route_faults
-from model.setup import Accumulate, Setup
+from model.setup import Setup
 from model.step import LoopNumbers, LoopParams, NotFinite, Step
 from tasks.params.sections import BackboneParams
 from tasks.training.metrics import METRICS, SHARES, SPEED, Metrics, state_folder, write_table
@@ -58,9 +59,9 @@ class TrainingParams(LoopNumbers, Watch):
     seed: int
     guidance: Annotated[float, Ge(1)] = field(default=1.0, metadata=OPTIONAL, kw_only=True)
 
-    def loop_with(self, states: str, routing: str) -> LoopParams:
+    def loop_with(self, states: str, routing: str, query_states: int) -> LoopParams:
         numbers: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LoopNumbers)}
-        return LoopParams(**numbers, states=states, routing=routing)
+        return LoopParams(**numbers, states=states, routing=routing, query_states=query_states)
 
     def looked_at(self, encoded: Path, capabilities: Sequence[str], base_sha256: str) -> dict[str, Bucket]:
         """What validations look at, by capability; nothing where there are none. Raises UserErrors as load_held_out."""
@@ -137,7 +138,7 @@ def run_training(
     facts: Mapping[str, Any],
     record: Mapping[str, Any],
     out: Path,
-    compute: Accumulate = accumulate,
+    method: Method = danceopd.METHOD,
 ) -> dict[str, Any]:
     """Runs the loop and writes `out`: the student with its EMA weights, student.json, steps.csv, metrics.jsonl and the
     pictures of its validations.
@@ -169,7 +170,7 @@ def run_training(
             print(f"{stage}: goes on at step {start} of {setup.params.steps} ({state})", flush=True)
     setup = replace(setup, execution=fitted)
     training = _Training(stage, setup, params, dict(facts), start, optimizers, ema, history)
-    done = training.go(compute)
+    done = training.go(method)
     if world.rank == 0:
         training.write(out, done, record)
     return summary(setup, history.rows, history.ended, training.speed)
@@ -193,7 +194,7 @@ class _Training:
         writes = self.world.rank == 0
         self.metrics, self.speed = (Metrics(self.state / name, self.start, writes) for name in (METRICS, SPEED))
 
-    def go(self, compute: Accumulate) -> int:
+    def go(self, method: Method) -> int:
         """Trains to the end, and returns the number of steps."""
         asked: list[bool] = []
         with on_sigterm(lambda: asked.append(True)):  # the current step ends and its state is saved
@@ -202,14 +203,14 @@ class _Training:
             if self.history.ended:
                 return self.start
             with _progress(self.stage, self.setup.params.steps - self.start, self.world) as advance:
-                return self._train(advance, lambda: bool(asked), compute)
+                return self._train(advance, lambda: bool(asked), method)
 
-    def _train(self, advance: Any, stop: Callable[[], bool], compute: Accumulate) -> int:
+    def _train(self, advance: Any, stop: Callable[[], bool], method: Method) -> int:
         """The loop. `stop` is this process's wish, which nothing here may follow: `Step.stopped` is all processes'."""
         stage, steps = self.stage, self.setup.params.steps
         done = saved_at = self.start
         waiting: list[Step] = []
-        loop = distill(self.setup, self.optimizers, self.ema, self.start, self.world, stop, compute)
+        loop = distill(self.setup, self.optimizers, self.ema, self.start, self.world, stop, method)
         try:
             for step in loop:
                 waiting.append(step)

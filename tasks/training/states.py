@@ -134,10 +134,11 @@ def _tell_others(stage: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def save_samples(state: Path, error: NotFinite) -> Path:
-    """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers, rows of
-    the bucket, query indices."""
+    """The samples of a step that was withheld, for whoever wants to know why: states and the teacher's answers; and by
+    slot its route, the bucket's row, the query indices."""
     folder, plan = state / f"not-finite-{error.plan.index:08d}", error.plan
-    drawn = {"step": plan.index, **asdict(plan.route), "rows": list(plan.rows), "query": list(plan.query)}
+    routes = [asdict(route) for route in plan.routes]
+    drawn = {"step": plan.index, "routes": routes, "rows": plan.rows, "query": plan.query}
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / "samples.safetensors", {name: value.clone() for name, value in error.batch.items()})
         write_json(temporary / "samples.json", {**drawn, "reason": str(error)})
