@@ -17,7 +17,8 @@ from benchmarks.gedit import rules
 from benchmarks.gedit.judging import Asking, MadeEdit, answers_of, ask_about
 from benchmarks.gedit.questions import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, job_key, read_manifest
 from benchmarks.gedit.rules import COLUMNS, Aggregate, Sample, sample_scores
-from benchmarks.judge.protocol import JudgeSettings, Outcome, outcome, stored_replies
+from benchmarks.judge.protocol import JudgeSettings, outcome, stored_replies
+from benchmarks.judge.reading import Outcome
 from benchmarks.judge.wording import KINDS, Wording
 from benchmarks.scores.scorecard import ExampleScore, Scorecard, identity_of, summarise
 from benchmarks.scores.statistics import compare_paired
