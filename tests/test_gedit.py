@@ -72,6 +72,19 @@ def test_failures_are_bounds_and_not_scores():
     assert means.statuses == {"ok": 2, "refused": 1, "unparseable": 1}
 
 
+def test_coverage_is_over_all_categories():
+    """One failed row of 99 refuses no headline where the whole set has enough."""
+    rows = [sample(str(index), "x", 8.0, 8.0) for index in range(98)] + [Sample("98", "x", status="refused")]
+    total = aggregate([*rows, *(sample(str(index), "y", 4.0, 4.0) for index in range(60))], ["x", "y"])
+    assert total.average.coverage == 158 / 159 and total.categories["x"].coverage < 0.99
+    assert (total.average.low, total.average.high) == (
+        pytest.approx((8 * 98 / 99 + 4) / 2),
+        pytest.approx(((8 * 98 + 10) / 99 + 4) / 2),
+    )
+    with pytest.raises(UserErrors, match=r"98 of 99 samples have a score .*: judge the rest.*would be 7\.92 or 8\.02"):
+        aggregate(rows, ["x"])
+
+
 @pytest.mark.parametrize("status", [status for status in STATUSES if status != "ok"])
 def test_a_failed_judgement_with_a_score_is_refused(status):
     with pytest.raises(UserErrors, match=status):

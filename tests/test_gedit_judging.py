@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,11 +110,28 @@ def test_scores_pass_from_the_judge_to_rows_and_scorecard(tmp_path: Path) -> Non
     identity = card.identities["gedit"]
     known = {"language": "en", "subset": "full", "set": "custom", "repeats": 1, "coverage": 1.0, "images": {}}
     assert card.benchmarks["gedit"]["n"] == 6 and known.items() <= identity.items()
-    assert identity["statuses"] == {"ok": 6} and identity["judge"]["answered_by"] == "m1"
+    assert (
+        identity["statuses"] == {"ok": 6}
+        and identity["bounds"] == [6.0, 6.0]
+        and identity["judge"]["answered_by"] == "m1"
+    )
     assert identity["judge"]["wording"] == WORDING.identity()
     means = columns(found, allow_partial=False)
     assert list(means) == ["en/full", "en/intersection", "en/paper"]
     assert means["en/intersection"].average.n == 4 and list(means["en/paper"].categories) == ["subject-add"]
+
+
+def test_a_category_without_intersection_rows_is_said_and_not_dropped(tmp_path: Path) -> None:
+    entries = [
+        row(f"k{index}", "x", ("subject-add", "tone_transfer")[index % 2], intersection=index % 2 == 0)
+        for index in range(6)
+    ]
+    judge(tmp_path, tasks_of(tmp_path, entries), constant()[0])
+    found, without = read_judgements(tmp_path / "out", WORDING), r"en/intersection: no row of \['tone_transfer'\]"
+    table = columns(found, allow_partial=True)
+    assert re.search(without, table["en/intersection"]) and list(table["en/paper"].categories) == ["subject-add"]
+    with pytest.raises(UserError, match=without):
+        column_scorecard(found, "en/intersection", allow_partial=True, **HOW)
 
 
 def test_the_macro_average_is_not_the_mean_over_samples(tmp_path: Path) -> None:
@@ -142,7 +160,8 @@ def test_images_that_cannot_be_judged_have_a_status_and_cost_nothing(tmp_path: P
     found = read_judgements(tmp_path / "out", WORDING)
     assert [score.status for score in rows_of(found)] == ["missing_image", "bad_image", "ok", "ok"] and len(asked) == 4
     assert [score.values for score in rows_of(found)][:2] == [{}, {}]
-    assert columns(found, allow_partial=False)["en/full"].count("at least 99%") == 2
+    refused = columns(found, allow_partial=False)["en/full"]
+    assert "2 of 4 samples have a score" in refused and "would be 2.50 or 7.50" in refused
     with pytest.raises(UserErrors, match="have no score"):
         column_scorecard(found, "en/full", allow_partial=False, **HOW)
     whole = summary(found, allow_partial=True, **HOW)

@@ -5,7 +5,16 @@ records.
 import numpy as np
 import pytest
 
-from benchmarks.geneval.rules import OFFICIAL, RELATIONS, Detection, parse_record, relation_table, relations, verdict
+from benchmarks.geneval.rules import (
+    OFFICIAL,
+    RELATIONS,
+    Detection,
+    parse_record,
+    relation_table,
+    relations,
+    surviving,
+    verdict,
+)
 from benchmarks.geneval.shapes import detect
 from data.errors import UserError
 from data.microworld import World, render, t2i_example
@@ -53,13 +62,27 @@ RED_CAT = record("colors", {**A, "color": "red"})
 LEFT = record("position", B, {**A, "position": ["left of", 0]})
 WEST, EAST = (0, 0, 100, 100), (200, 0, 300, 100)
 OBJECTS = [("cat", 0.95)] * 3
+JUST_ABOVE = np.nextafter(np.float32(0.3), np.float32(1))
 
 VERDICTS = [
     ("one is there", record("single_object", A), seen(("cat", 0.5)), []),
     ("none is there", record("single_object", A), seen(("dog", 0.99)), ["expected cat >= 1, found 0"]),
     ("extras are free", record("single_object", A), seen(("cat", 0.5), ("cat", 0.5), ("dog", 0.9)), []),
     ("a score of 0.3 is not above 0.3", record("single_object", A), seen(("cat", 0.3)), ["expected cat >= 1, found 0"]),
-    ("a score just above 0.3", record("single_object", A), seen(("cat", np.nextafter(0.3, 1))), []),
+    ("a score just above 0.3", record("single_object", A), seen(("cat", float(JUST_ABOVE))), []),
+    (
+        "a score that is 0.3 as a float32 is not above it",
+        record("single_object", A),
+        seen(("cat", float(np.float32(0.3)))),
+        ["expected cat >= 1, found 0"],
+    ),
+    (
+        "of equal scores the later comes first",
+        RED_CAT,
+        seen(("cat", 0.9, "red"), ("cat", 0.9, "blue")),
+        ["expected red cat >= 1, found 0 (seen: blue)"],
+    ),
+    ("equal as float32", RED_CAT, seen(("cat", np.nextafter(0.9, 1), "blue"), ("cat", 0.9, "red")), []),
     (
         "both missing, both reported",
         record("two_object", A, B),
@@ -143,6 +166,39 @@ def test_relations_are_antisymmetric_and_do_not_depend_on_where():
             == {OPPOSITE[name] for name in relations(b[row], a[row])}
             == {n for n, one in zip(RELATIONS, forward[row]) if one}
         )
+
+
+def reference_order(scores: list[float], threshold: float, most: int) -> list[int]:
+    """Which detections of a class the reference takes, in its order: float32, sorted upwards and read backwards."""
+    values = np.array(scores, dtype=np.float32)
+    order = np.argsort(values, kind="stable")[::-1]
+    return order[values[order] > threshold][:most].tolist()
+
+
+@pytest.mark.parametrize("tag", ["counting", "single_object"])
+def test_detections_survive_in_the_reference_s_order(tag):
+    """Scores from a coarse grid round the thresholds, so that many are equal, some only as float32."""
+    rng = numpy_generator(0, 0, 0, f"order/{tag}")
+    steps = [0.1, 0.3, float(np.float32(0.3)), 0.5, np.nextafter(0.5, 1), 0.9, float(np.float32(0.9)), 0.95]
+    threshold = 0.9 if tag == "counting" else 0.3
+    for _ in range(300):
+        scores = [steps[int(place)] for place in rng.integers(len(steps), size=rng.integers(1, 30))]
+        found = seen(*(("cat", score, None, (0, 0, place, 1)) for place, score in enumerate(scores)))
+        kept = surviving(parse_record(record(tag, A)), found)["cat"]
+        assert [thing.box[2] for thing in kept] == reference_order(scores, threshold, 16)
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), GOLDEN)
+def test_corners_may_come_in_any_order(a, b, expected):
+    for flipped in ((a[2], a[1], a[0], a[3]), (a[0], a[3], a[2], a[1]), (a[2], a[3], a[0], a[1])):
+        assert relations(flipped, b) == expected and relations(flipped, flipped) == set()
+
+
+@pytest.mark.parametrize("box", [(10, 0, 0, 10), (0, 10, 10, 0), (np.nan, 0, 1, 1)])
+def test_an_impossible_box_is_refused(box):
+    with pytest.raises(UserError, match="a detected cat has the box .* x0 <= x1 and y0 <= y1 are needed"):
+        seen(("cat", 0.9, None, box))
+    assert seen(("cat", 0.9, None, (5, 5, 5, 5)))  # the box of an empty mask
 
 
 @pytest.mark.parametrize(("a_width", "holds"), [(99, True), (100, False), (101, False)])

@@ -100,6 +100,8 @@ def official_folder(root: Path, records: list[dict[str, Any]], samples: int) -> 
         (folder / "metadata.jsonl").write_text(json.dumps(dict(reversed(record.items()))) + "\n")
         (folder / "grid.png").write_bytes(b"")
         (folder / "samples" / "notes.png").write_bytes(b"")
+        (folder / "samples" / "00001_mask.png").write_bytes(b"")
+        (folder / "samples" / "1 (copy).png").write_bytes(b"")
         for k in range(samples):
             (folder / "samples" / f"{k:04d}.png").write_bytes(encode_png(np.zeros((4, 4, 3), np.uint8)))
     (root / "README").mkdir()

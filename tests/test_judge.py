@@ -12,16 +12,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.judge.endpoint import Endpoint, endpoint_judge, retry_after
-from benchmarks.judge.protocol import (
-    Question,
-    Reply,
-    ask_once_or_twice,
-    declined,
-    fake_judge,
-    outcome,
-    parse_reply,
-    replay_judge,
-)
+from benchmarks.judge.protocol import Question, Reply, ask_once_or_twice, fake_judge, outcome, replay_judge
 from benchmarks.judge.wording import OWN_QUALITY, OWN_SEMANTIC, PLACEHOLDER, QUALITY, SEMANTIC, load_wording
 from data.errors import UserError
 from data.files import sha256_bytes
@@ -30,70 +21,9 @@ from tests.judge_server import MODEL, Server, judge_server
 
 KEY = "sk-test-6d1f"
 
-# --- the parser -------------------------------------------------------------------------------------------------------
-
 OBJECT = '{"score": [6, 7.5], "reasoning": "fine"}'
-READ = {
-    "clean": OBJECT,
-    "fenced": f"```json\n{OBJECT}\n```",
-    "prose around": f"Here it is: {OBJECT} Anything else?",
-    "braces in the reasoning": '{"score": [6, 7.5], "reasoning": "the {cat} } is gone"}',
-    "escaped quotes": '{"score": [6, 7.5], "reasoning": "the \\"cat\\" {"}',
-    "trailing commas": '{"score": [6, 7.5,], "reasoning": "a, ]b",}',
-    "line break in a string": '{"score": [6, 7.5], "reasoning": "one\ntwo"}',
-    "two objects, the last counts": f'{{"score": [1, 1]}} no: {OBJECT}',
-    "an open brace before": f"{{ well, {OBJECT}",
-    "nested": '{"score": [6, 7.5], "reasoning": {"a": {"score": [1, 1]}}}',
-}
-UNREAD = {
-    "scalar": '{"score": 7, "reasoning": ""}',
-    "one element": '{"score": [6]}',
-    "three elements": '{"score": [6, 7, 8]}',
-    "out of range": '{"score": [85, 7]}',
-    "negative": '{"score": [-1, 7]}',
-    "bare list": "[6, 0]",
-    "bare number": "7",
-    "bare decimal": "7.5",
-    "cut off": '{"score": [6, 7.5], "reasoning": "fi',
-    "empty": "",
-    "refusal": "I'm sorry, but I can't help with that.",
-    "inner quotes": '{"score": [6, 7.5], "reasoning": "the "cat" is gone"}',
-    "single quotes": "{'score': [6, 7.5]}",
-    "no score": '{"scores": [6, 7.5]}',
-    "last object without score": f'{OBJECT} {{"note": 1}}',
-    "unquoted list": '{"score": 6, 7}',
-    "strings": '{"score": ["6", "7"]}',
-    "booleans": '{"score": [true, false]}',
-    "nested lists": '{"score": [[6, 7]]}',
-    "dict": '{"score": {"a": 6, "b": 7}}',
-    "empty list": '{"score": []}',
-    "null": '{"score": [null, 7]}',
-    "nan": '{"score": [NaN, 7]}',
-    "infinite": '{"score": [1e999, 7]}',
-    "a score twice": '{"score": [1, 1], "score": [9, 9]}',
-    "the form echoed": '{"score": [a, b], "reasoning": "..."}',
-    "many open braces": "{" * 5000,
-    "deeply nested": '{"score":' + "[" * 5000 + "]" * 5000 + "}",
-}
 
-
-@pytest.mark.parametrize("name", READ)
-def test_a_plain_reply_is_read_whatever_stands_around_it(name: str) -> None:
-    found = parse_reply(READ[name])
-    assert (found.status, found.scores) == ("ok", (6.0, 7.5))
-
-
-@pytest.mark.parametrize("name", UNREAD)
-def test_anything_else_has_no_score(name: str) -> None:
-    found = parse_reply(UNREAD[name])
-    assert (found.status, found.scores) == ("unparseable", ()) and found.fault
-
-
-def test_a_refusal_in_words_is_told_from_a_clumsy_answer() -> None:
-    assert declined("I'm sorry, I cannot assist with this request.")
-    assert declined("I am unable to evaluate images of people.")
-    grades = ("", "7", "Sorry, I can't provide details, but I rate it 7 of 10", "[6, 7] sorry, I can't help more")
-    assert not any(map(declined, (*grades, "The edit is fine.")))
+# --- asking -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_unusable_reply_is_asked_for_once_more_and_no_more() -> None:
@@ -107,9 +37,9 @@ def test_an_unusable_reply_is_asked_for_once_more_and_no_more() -> None:
         return ask, told
 
     question = Question(SEMANTIC, "?", (), "image/png", 0)
-    ask, told = judge_of("[6, 7]", OBJECT)
+    ask, told = judge_of("6 and 7", OBJECT)
     assert outcome(ask_once_or_twice(ask, question)).scores == (6.0, 7.5)
-    assert told[0] == [] and told[1][0][0] == "[6, 7]" and "no complete JSON object" in told[1][0][1]
+    assert told[0] == [] and told[1][0][0] == "6 and 7" and "no complete JSON object" in told[1][0][1]
     ask, told = judge_of("7", "8")
     assert outcome(ask_once_or_twice(ask, question)).status == "unparseable" and len(told) == 2
     ask, told = judge_of("I'm sorry, I can't assist with that.")

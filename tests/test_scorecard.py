@@ -13,6 +13,7 @@ from benchmarks.gedit.rules import Sample, aggregate
 from benchmarks.scores.scorecard import (
     ExampleScore,
     Scorecard,
+    bounds,
     check_complete,
     compare,
     expected_scores,
@@ -155,7 +156,7 @@ def test_the_order_of_rows_does_not_matter():
         ([*ROWS[:-1], replace(ROWS[-1], status="refused")], "a failed judgement has none"),
         (
             [*ROWS[:-1], replace(ROWS[-1], status="refused", values={})],
-            r"1 of 25 images have no score \(\{'refused': 1\}\)",
+            r"style_change: 1 of 25 images have no score \(\{'refused': 1\}\)",
         ),
         ([], "single_object: 10 of 10 images are missing"),
     ],
@@ -174,6 +175,29 @@ def test_every_fault_is_listed_at_once():
     assert len(caught.value.faults) >= 5
     with pytest.raises(UserErrors, match="nothing is expected"):
         check_complete([], {})
+
+
+def test_coverage_is_over_all_categories_and_the_missing_are_bounds():
+    """One failed row of 99 is 1 % of its category and less of the set."""
+    every = rows_of("student", {"subject-add": 99, "style_change": 60})
+    rows = [replace(every[0], status="refused", values={}), *every[1:]]
+    assert summarise(rows, expected=expected_of(every), **HOW)["gedit/subject-add"].n == 98
+    low, high = bounds(rows)
+    assert high - low == pytest.approx(10 / 99 / 2)
+    mean = np.mean([primary(rows[1:], "subject-add").mean() * 98 / 99, primary(rows, "style_change").mean()])
+    assert low == pytest.approx(mean) and bounds(every)[0] == bounds(every)[1]
+    fewer = [replace(row, status="refused", values={}) for row in every[:2]] + every[2:]
+    with pytest.raises(UserErrors) as caught:
+        summarise(fewer, expected=expected_of(every), **HOW)
+    low, high = bounds(fewer)
+    where, whole = caught.value.faults
+    assert where == "subject-add: 2 of 99 images have no score ({'refused': 2})"
+    assert whole.startswith("gedit: 2 of 159 images have no score ({'refused': 2})") and "at least 99%" in whole
+    assert f"{low:.4g} or {high:.4g}" in whole
+    assert summarise(fewer, expected=expected_of(every), allow_partial=True, **HOW)["gedit/subject-add"].n == 97
+    nothing = [replace(row, status="refused", values={}) for row in every[:99]] + every[99:]
+    with pytest.raises(UserErrors, match="subject-add: 99 of 99 images have no score .* an average over nothing"):
+        summarise(nothing, expected=expected_of(every), allow_partial=True, **HOW)
 
 
 def test_a_rare_failed_judgement_is_left_out_and_not_a_zero():

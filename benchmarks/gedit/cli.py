@@ -104,7 +104,7 @@ COLUMN: Options = {
     "--resamples": setting(10_000, "of the bootstrap"),
     "--confidence": setting(0.95, "of the intervals"),
     "--column": _choice("en/full", "the scorecard's column", COLUMNS),
-    "--allow-partial": {**FLAG, "help": "give means although fewer than 99 percent of a category have a score"},
+    "--allow-partial": {**FLAG, "help": "give means although fewer than 99 percent of the images have a score"},
 }
 REPORT: Options = {
     "--beside": path("scorecards of champion, teachers, base", "FILE", nargs="*", default=[]),

@@ -21,6 +21,7 @@ from data.records import GEDIT_CATEGORIES
 PAPER_CATEGORIES = GEDIT_CATEGORIES[:6]
 LANGUAGES = ("en", "cn")
 SUBSETS = ("full", "intersection", "paper")  # all rows; those flagged Intersection_exist; the paper's six categories
+FAULTY = "GEdit scores cannot be averaged:"
 COLUMNS = tuple(f"{language}/{subset}" for language in LANGUAGES for subset in SUBSETS)
 
 
@@ -103,15 +104,14 @@ def _faults(samples: Sequence[Sample], categories: Sequence[str]) -> list[str]:
     return faults if categories else [*faults, "no category to average over"]
 
 
-def _coverage_fault(category: str, samples: Sequence[Sample], allow_partial: bool) -> str | None:
-    total, failed = len(samples), Counter(sample.status for sample in samples if sample.status != "ok")
-    scored = total - failed.total()
-    if not scored:
-        return f"{category}: none of {total} samples has a score; an average over nothing does not exist"
-    if allow_partial or scored >= MINIMUM_COVERAGE * total:
+def _coverage_fault(average: Means) -> str | None:
+    if average.coverage >= MINIMUM_COVERAGE:
         return None
+    failed = {status: count for status, count in average.statuses.items() if status != "ok"}
+    total = sum(average.statuses.values())
+    what = f"had the rest earned 0 or 10, the average would be {average.low:.2f} or {average.high:.2f}"
     advice = f"at least {MINIMUM_COVERAGE:.0%} are needed: judge the rest, or allow a partial result"
-    return f"{category}: {scored} of {total} samples have a score ({dict(failed)}); {advice}"
+    return f"{average.n} of {total} samples have a score ({failed}); {advice}; {what}"
 
 
 def _means(samples: Sequence[Sample]) -> Means:
@@ -125,15 +125,21 @@ def _means(samples: Sequence[Sample]) -> Means:
 def aggregate(samples: Sequence[Sample], categories: Sequence[str], *, allow_partial: bool = False) -> Aggregate:
     """Means per category and their unweighted average.
 
-    Raises UserErrors for malformed or repeated samples, for a category without any score, and, unless `allow_partial`,
-    where fewer than MINIMUM_COVERAGE of a category's samples have one."""
+    Raises UserErrors for malformed or repeated samples, for a category without any sample or any score, and, unless
+    `allow_partial`, where fewer than MINIMUM_COVERAGE of all samples have one."""
     groups = {category: [sample for sample in samples if sample.category == category] for category in categories}
-    coverage = [_coverage_fault(category, members, allow_partial) for category, members in groups.items()]
-    faults = _faults(samples, categories) + [fault for fault in coverage if fault]
+    faults = _faults(samples, categories)
+    for category, members in groups.items():
+        if not any(sample.status == "ok" for sample in members):
+            nothing = "an average over nothing does not exist"
+            faults.append(f"{category}: none of {len(members)} samples has a score; {nothing}")
     if faults:
-        raise UserErrors("GEdit scores cannot be averaged:", faults)
+        raise UserErrors(FAULTY, faults)
     means = {category: _means(members) for category, members in groups.items()}
     columns = [(mean.sc, mean.pq, mean.overall, mean.low, mean.high) for mean in means.values()]
     sc, pq, o, low, high = (float(value) for value in np.mean(columns, axis=0))
     statuses = Counter(sample.status for sample in samples)
-    return Aggregate(means, Means(sc, pq, o, low, high, statuses["ok"], dict(statuses)))
+    average = Means(sc, pq, o, low, high, statuses["ok"], dict(statuses))
+    if (fault := _coverage_fault(average)) and not allow_partial:
+        raise UserErrors(FAULTY, [fault])
+    return Aggregate(means, average)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pandas as pd
-
 from benchmarks.gedit.judging import Asking, MadeEdit
 from benchmarks.gedit.rows import EditTask
 from benchmarks.gedit.rules import LANGUAGES
@@ -20,7 +18,7 @@ from benchmarks.judge.access import Access, name_of_local
 from benchmarks.judge.protocol import JudgeSettings
 from benchmarks.judge.wording import load_wording
 from benchmarks.params import BenchmarkParams, JudgeParams
-from benchmarks.scores.scorecard import HIGHEST, ExampleScore
+from benchmarks.scores.scorecard import ExampleScore
 from benchmarks.scores.scorer import DrawnImage, Scorer
 from data.errors import UserError, UserErrors
 from data.files import digest, sha256_file
@@ -112,8 +110,7 @@ class GeditScorer(Scorer):
                 "repeats": self.judge.repeats,
                 "prompts": digest(prompts),
                 "language": self.judge.language,
-                "coverage": coverage_of(rows),
-                "statuses": dict(sorted(Counter(score.status for score in rows).items())),
+                **coverage_of(rows),
             }
         }
 
@@ -129,9 +126,8 @@ class GeditScorer(Scorer):
         rows = [score for score in scores if score.benchmark == "gedit"]
         failed = sorted(Counter((row.category, row.status) for row in rows if row.status != "ok").items())
         if failed:
-            table = pd.DataFrame([(row.category, row.primary) for row in rows], columns=["category", "O"])
-            low, high = (table.fillna(least).groupby("category")["O"].mean().mean() for least in (0.0, HIGHEST))
+            low, high = about["bounds"]
             left = ", ".join(f"{count} {status} in {category}" for (category, status), count in failed)
-            bounds = f"the average would be {low:.2f} or {high:.2f}"
-            notes.append(f"Without a score: {left}. Had these images earned 0 or 10, {bounds}.")
+            what = f"the average would be {low:.2f} or {high:.2f}"
+            notes.append(f"Without a score: {left}. Had these images earned 0 or 10, {what}.")
         return notes

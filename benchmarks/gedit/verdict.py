@@ -17,9 +17,10 @@ from benchmarks.gedit import rules
 from benchmarks.gedit.judging import Asking, MadeEdit, answers_of, ask_about
 from benchmarks.gedit.questions import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, job_key, read_manifest
 from benchmarks.gedit.rules import COLUMNS, Aggregate, Sample, sample_scores
-from benchmarks.judge.protocol import JudgeSettings, Outcome, outcome, stored_replies
+from benchmarks.judge.protocol import JudgeSettings, outcome, stored_replies
+from benchmarks.judge.reading import Outcome
 from benchmarks.judge.wording import KINDS, Wording
-from benchmarks.scores.scorecard import ExampleScore, Scorecard, identity_of, summarise
+from benchmarks.scores.scorecard import ExampleScore, Scorecard, bounds, identity_of, summarise
 from benchmarks.scores.statistics import compare_paired
 from benchmarks.store import read_results, read_settings
 from data.errors import UserError, UserErrors
@@ -183,10 +184,11 @@ def score_made(
     return rows
 
 
-def coverage_of(rows: Sequence[ExampleScore]) -> float:
-    """The lowest share, over the categories, of images that have a score."""
-    groups = [[row.status == "ok" for row in rows if row.category == name] for name in {row.category for row in rows}]
-    return min(float(np.mean(group)) for group in groups)
+def coverage_of(rows: Sequence[ExampleScore]) -> dict[str, Any]:
+    """What a scorecard says of images without a score: the share that has one ("coverage"), how many ended how
+    ("statuses"), and the average had the others earned 0 or the highest ("bounds")."""
+    statuses = dict(sorted(Counter(row.status for row in rows).items()))
+    return {"coverage": statuses.get("ok", 0) / len(rows), "statuses": statuses, "bounds": list(bounds(rows))}
 
 
 def answered_by(store: Path, settings: JudgeSettings) -> str:
@@ -213,21 +215,36 @@ def _members(judgements: Judgements, column: str) -> list[Entry]:
     return [entry for entry in members if entry.category in rules.PAPER_CATEGORIES] if subset == "paper" else members
 
 
-def categories_of(entries: Sequence[Entry]) -> list[str]:
-    present = {entry.category for entry in entries}
-    return [category for category in GEDIT_CATEGORIES if category in present]
+def _categories(judgements: Judgements, column: str) -> list[str]:
+    """The categories that a column averages over: those that the set has in its language, whether or not the column has
+    a row of them; the paper's among them in its column."""
+    language, subset = column.split("/")
+    present = {entry.category for entry, _ in judgements.samples if entry.language == language}
+    known = rules.PAPER_CATEGORIES if subset == "paper" else GEDIT_CATEGORIES
+    return [category for category in known if category in present]
+
+
+def _check_categories(column: str, members: Sequence[Entry], categories: Sequence[str]) -> None:
+    """Raises UserError where the column has no row of a category: an average over the others would be another number
+    under the same name."""
+    if missing := sorted(set(categories) - {entry.category for entry in members}):
+        advice = "compare the full set, or flag rows of every category"
+        raise UserError(
+            f"column {column}: no row of {missing}, so its average over categories does not exist; {advice}"
+        )
 
 
 def columns(judgements: Judgements, *, allow_partial: bool) -> dict[str, Aggregate | str]:
-    """ "LANGUAGE/SUBSET" -> its means, or the sentence why it has none (too few judged). Languages are never mixed:
-    there is no such number."""
+    """ "LANGUAGE/SUBSET" -> its means, or the sentence why it has none (too few judged, a category without rows).
+    Languages are never mixed: there is no such number."""
     samples = {entry.id: sample_of(entry, judged) for entry, judged in judgements.samples}
     table: dict[str, Aggregate | str] = {}
     for column in COLUMNS:
         members = _members(judgements, column)
         if members:
-            chosen, categories = [samples[entry.id] for entry in members], categories_of(members)
+            chosen, categories = [samples[entry.id] for entry in members], _categories(judgements, column)
             try:
+                _check_categories(column, members, categories)
                 table[column] = rules.aggregate(chosen, categories, allow_partial=allow_partial)
             except UserError as error:
                 table[column] = str(error)
@@ -244,12 +261,10 @@ def column_scorecard(
     members = _members(judgements, column)
     if not members:
         raise UserError(f"column {column}: the set has no such row")
-    ids = {entry.id for entry in members}
+    ids, categories = {entry.id for entry in members}, _categories(judgements, column)
+    _check_categories(column, members, categories)
     rows = [row for row in rows_of(judgements) if row.example_id in ids]
-    expected = {
-        category: {(entry.id, 0) for entry in members if entry.category == category}
-        for category in categories_of(members)
-    }
+    expected = {name: {(entry.id, 0) for entry in members if entry.category == name} for name in categories}
     metrics = summarise(rows, expected=expected, allow_partial=allow_partial, **bootstrap)
     language, subset = column.split("/")
     identity = {
@@ -259,8 +274,7 @@ def column_scorecard(
         "subset": subset,
         "judge": {**judgements.identity, "answered_by": judgements.answered_by},
         "repeats": judgements.about["repeats"],
-        "coverage": coverage_of(rows),
-        "statuses": dict(sorted(Counter(row.status for row in rows).items())),
+        **coverage_of(rows),
         "images": judgements.about["made_with"],
     }
     return Scorecard(judgements.about["model"], identity_of(expected), {"gedit": identity}, metrics), rows

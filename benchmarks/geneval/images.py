@@ -1,13 +1,12 @@
 """GenEval's folder of images, as its own scripts write and read it: ROOT/00017/metadata.jsonl and
 ROOT/00017/samples/00000.png, one folder a prompt.
 
-Images made elsewhere are read too: any folder whose name is a number, any PNG whose name begins with a number. The
-metadata alone tells which prompt a folder belongs to."""
+Images made elsewhere are read too: any folder whose name is a number, any PNG whose name is one ("00001_mask.png" is no
+sample). The metadata alone tells which prompt a folder belongs to."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +122,11 @@ def _folders(root: Path, records: Records, faults: list[str]) -> dict[int, Path]
 
 
 def _samples(folder: Path, faults: list[str]) -> list[str]:
-    """The PNG files whose names begin with a number, in the order of these numbers."""
+    """The PNG files whose names are numbers, in the order of these numbers."""
     files: dict[int, str] = {}
     for file in sorted((folder / SAMPLES).glob("*.png")):
-        if match := re.match(r"\d+", file.name):
-            first = files.setdefault(int(match.group()), file.name)
+        if file.stem.isdecimal():
+            first = files.setdefault(int(file.stem), file.name)
             if first != file.name:
                 faults.append(f"{folder.name}: {first} and {file.name} have the same number; keep one")
     return [files[number] for number in sorted(files)]

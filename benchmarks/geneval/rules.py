@@ -6,9 +6,9 @@ the position of their clause, when a relation holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -35,14 +35,26 @@ DETECTOR, CLASSIFIER = "facebook/mask2former-swin-small-coco-instance", "openai/
 @dataclass(frozen=True)
 class Detection:
     """A detected object. `score` lies in [0, 1]; `box` is (x0, y0, x1, y1) in pixels, y down; `color` None: not
-    classified."""
+    classified. Raises UserError for an inverted box, or one that is no box at all (NaN)."""
 
     class_name: str
     color: str | None
     score: float
     box: tuple[float, float, float, float]
 
+    def __post_init__(self) -> None:
+        x0, y0, x1, y1 = self.box
+        if not (x0 <= x1 and y0 <= y1):
+            needs = "x0 <= x1 and y0 <= y1 are needed: detect this image again"
+            raise UserError(f"a detected {self.class_name} has the box {self.box}; {needs}")
 
+
+class _HasScore(Protocol):
+    @property
+    def score(self) -> float: ...
+
+
+Scored = TypeVar("Scored", bound=_HasScore)
 Detections = Mapping[str, Sequence[Detection]]  # by class
 
 
@@ -110,10 +122,10 @@ def relation_table(a: np.ndarray, b: np.ndarray, threshold: float = OFFICIAL.pos
     None, one or two of them hold.
 
     The offset of the centres shrinks by `threshold` times both extents, and is then divided by its unshrunken length: a
-    component above one half counts."""
+    component above one half counts. The corners of a box may come in any order."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     offset = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]) / 2
-    extents = (a[:, 2:] - a[:, :2]) + (b[:, 2:] - b[:, :2])
+    extents = np.abs(a[:, 2:] - a[:, :2]) + np.abs(b[:, 2:] - b[:, :2])
     shrunken = np.sign(offset) * np.maximum(np.abs(offset) - threshold * extents, 0.0)
     apart = (np.abs(shrunken) >= 1e-3).any(1, keepdims=True)
     length = np.linalg.norm(offset, axis=1, keepdims=True)
@@ -135,15 +147,21 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / (sum(areas) - width * height)
 
 
+def ranked(things: Iterable[Scored]) -> list[Scored]:
+    """Most confident first, scores compared as the reference's float32. Of equal scores the later given comes first:
+    the reference sorts upwards, in which equals keep their order, and reads that backwards."""
+    return sorted(things, key=lambda thing: np.float32(thing.score))[::-1]
+
+
 def surviving(record: Record, detections: Detections, thresholds: Thresholds = OFFICIAL) -> dict[str, list[Detection]]:
-    """Class -> its detections that count, most confident first: above the tag's threshold, at most `thresholds.most`,
-    then without overlaps."""
-    threshold = thresholds.counting if record.tag == "counting" else thresholds.score
+    """Class -> its detections that count, as `ranked`: above the tag's threshold (as float32, like the scores), at most
+    `thresholds.most`, then without overlaps."""
+    threshold = np.float32(thresholds.counting if record.tag == "counting" else thresholds.score)
     survivors: dict[str, list[Detection]] = {}
     for name, objects in detections.items():
-        ranked = sorted(objects, key=lambda detection: -detection.score)
         kept = survivors[name] = []
-        for detection in [detection for detection in ranked if detection.score > threshold][: thresholds.most]:
+        above = [detection for detection in ranked(objects) if np.float32(detection.score) > threshold]
+        for detection in above[: thresholds.most]:
             if thresholds.overlap >= 1.0 or all(overlap(detection.box, k.box) < thresholds.overlap for k in kept):
                 kept.append(detection)
     return survivors
@@ -176,7 +194,8 @@ def _failure(clause: Clause, top: Sequence[Detection], target: Group, target_nam
 
 
 def verdict(record: Record | Mapping[str, Any], detections: Detections, thresholds: Thresholds = OFFICIAL) -> Verdict:
-    """Whether the detections (any order) fulfil the record, with every reason why not.
+    """Whether the detections (any order; it decides between equal scores, see `ranked`) fulfil the record, with every
+    reason why not.
 
     Only the `count` most confident objects of a class need the colour and position of their clause. Extra objects are
     free, except where `exclude` forbids them (it does so for counting alone). Raises UserError for a malformed record.

@@ -136,7 +136,7 @@ def _network_detections(batch: _Batch) -> list[list[Row]]:
     for image, record, instances in zip(batch.images, batch.records, every, strict=True):
         chosen = []
         for name, count in color_counts(record).items():
-            chosen += [instance for instance in instances if instance.class_name == name][:count]
+            chosen += rules.ranked(instance for instance in instances if instance.class_name == name)[:count]
         colors = {}
         if chosen:
             classifier = load_classifier(batch.evaluator.classifier, device)
@@ -211,11 +211,15 @@ def _detect(
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def _detections(row: Row) -> dict[str, list[rules.Detection]]:
+def _detections(path: str, row: Row) -> dict[str, list[rules.Detection]]:
+    """The stored row of the picture at `path`. Raises UserError, naming it, for an impossible detection."""
     by_class: dict[str, list[rules.Detection]] = {}
     for value in row["detections"]:
         x0, y0, x1, y1 = value["box"]
-        detection = rules.Detection(value["class"], value["color"], value["score"], (x0, y0, x1, y1))
+        try:
+            detection = rules.Detection(value["class"], value["color"], value["score"], (x0, y0, x1, y1))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         by_class.setdefault(detection.class_name, []).append(detection)
     return by_class
 
@@ -291,7 +295,8 @@ def judge_images(
     `intervals`: seed, resamples and confidence, as `scorecard` takes them. Raises UserError as `stored_detections`
     does, and where the detector saw nothing in any image."""
     to = to or out / VERDICT
-    found = [_detections(row) for row in stored_detections(images, out)]
+    rows = zip(images.items, stored_detections(images, out), strict=True)
+    found = [_detections(item.path, row) for item, row in rows]
     records = [rules.parse_record(item.record) for item in images.items]
     seen = [rules.surviving(record, things, thresholds) for record, things in zip(records, found, strict=True)]
     if not any(things for survivors in seen for things in survivors.values()):
@@ -346,7 +351,8 @@ def judge_pictures(
     folder = store / digest(identity)[:16]
     claim(folder, {"suite": SUITE, "evaluator": identity})
     _, rows = _detect(root, folder, pictures, evaluator, identity)
-    return [rules.verdict(record, _detections(row)) for record, row in zip(records, rows, strict=True)], identity
+    pairs = zip(pictures, rows, strict=True)
+    return [rules.verdict(record, _detections(path, row)) for (path, record), row in pairs], identity
 
 
 # --- two detectors ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from typing import Any
 import openai
 import tenacity
 
-from benchmarks.judge.protocol import SCORES_A_REPLY, Ask, JudgeSettings, Question, Reply, Turn, out_of_range
+from benchmarks.judge.protocol import Ask, JudgeSettings, Question, Reply, Turn, out_of_range
+from benchmarks.judge.reading import SCORES_A_REPLY
 from data.bounds import Above, Count, NotNegative, Positive
 from data.errors import UserError, UserErrors
 from data.randomness import seed_of

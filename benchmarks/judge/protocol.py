@@ -1,4 +1,4 @@
-"""The protocol between GEdit-Bench and a judge: settings, questions, and how a reply becomes scores or a status.
+"""The protocol between GEdit-Bench and a judge: settings, questions, replies and how a question ends.
 
 A judge answers two questions on 0 to 10 about an edited image: the semantic one sees source, result and instruction and
 grades success and over-editing; the quality one sees the result alone and grades naturalness and artifacts (the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,21 +18,18 @@ from typing import Annotated, Any, get_type_hints
 import numpy as np
 from PIL import Image
 
+from benchmarks.judge.reading import CUT, SCORES_A_REPLY, Outcome, declined, parse_reply
 from benchmarks.judge.wording import REPAIR, Wording
-from benchmarks.scores.scorecard import HIGHEST
 from data.bounds import NotNegative, OneOf, Positive, expected, holds
 from data.errors import UserError, UserErrors
 from data.files import digest, sha256_bytes
 from data.images import decode_image, encode_png
 from data.randomness import seed_of
 
-SCORES_A_REPLY = 2
 RESIZES = ("match-source", "area512", "none")
 IMAGE_FORMATS = ("png", "jpeg")
 JUDGES = ("endpoint", "local", "fake", "replay")
 MAX_PIXELS = 64_000_000
-LONGEST_REPLY = 20_000  # characters that are read; a judge limited to a few hundred tokens stays far below
-UNCLOSED_BRACES = 20  # after so many opening braces that are never closed, a reply is read no further
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -120,94 +116,13 @@ Turn = tuple[str, str]  # (the judge's unusable reply, what it is told)
 Ask = Callable[[Question, Sequence[Turn]], Reply]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a question ended: with two scores in [0, 10] and the judge's reasoning if and only if the status is ok."""
-
-    status: str
-    scores: tuple[float, ...] = ()
-    reasoning: str = ""
-    fault: str = ""
-
-
-# A string, which ends at the next quote that no backslash escapes, or with the text; or a brace outside strings.
-STRING_OR_BRACE = re.compile(r'"(?:[^"\\]|\\.?)*"?|[{}]', re.DOTALL)
-
-
-def _end_of_object(text: str, start: int) -> int | None:
-    """Where the object that opens at `start` ends; None where its brace is never closed."""
-    depth = 0
-    for token in STRING_OR_BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0:
-            return token.end()
-    return None
-
-
-def last_object(text: str) -> str | None:
-    """The last balanced {...} at the outermost level; braces inside strings do not count. None where there is none."""
-    last, start, unclosed = None, text.find("{"), 0
-    while start >= 0 and unclosed < UNCLOSED_BRACES:
-        end = _end_of_object(text, start)
-        if end is None:
-            unclosed += 1
-        else:
-            last = text[start:end]
-        start = text.find("{", end or start + 1)
-    return last
-
-
-def _without_trailing_commas(text: str) -> str:
-    """Commas before a closing bracket, outside strings, are dropped."""
-    return re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', lambda match: match.group(1) or "", text)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def parse_reply(text: str) -> Outcome:
-    """Reads a judge's text: the last JSON object's `score`, a list of exactly two finite numbers from 0 to 10.
-
-    Code fences, prose around the object and trailing commas are tolerated, nothing else: the outcome is then
-    `unparseable` with the fault in words."""
-    body = last_object(text[:LONGEST_REPLY])
-    if body is None:
-        return Outcome("unparseable", fault="it holds no complete JSON object")
-    try:
-        value = json.loads(_without_trailing_commas(body), strict=False, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
-        return Outcome("unparseable", fault="its JSON object is malformed")
-    scores, reasoning = value.get("score"), value.get("reasoning", "")
-    if not isinstance(scores, list) or len(scores) != SCORES_A_REPLY:
-        return Outcome("unparseable", fault='it has no "score" that is a list of two numbers')
-    if not all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
-        return Outcome("unparseable", fault="its scores are not numbers")
-    if not all(0 <= score <= HIGHEST for score in scores):
-        return Outcome("unparseable", fault="its scores do not lie between 0 and 10")
-    words = reasoning if isinstance(reasoning, str) else json.dumps(reasoning)
-    return Outcome("ok", tuple(map(float, scores)), words)
-
-
-DECLINED = re.compile(
-    r"\b(sorry|apologi[sz]e|unable to|can(?:no|['’])t|not able to|won['’]t)\b.*"
-    r"\b(assist|help|comply|provide|evaluate|rate|analy[sz]e|process|view|fulfil)",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def declined(text: str) -> bool:
-    """Whether a reply without any JSON, list or grade in it says in words that the judge will not answer."""
-    return not re.search(r"[{}\[\]]|\d", text) and bool(DECLINED.search(text))
-
-
 def outcome(replies: Sequence[Reply]) -> Outcome:
     """How a question ended, by the last of its replies. A pure function: stored replies can be read again."""
     last = replies[-1]
     if last.status != "ok":
         return Outcome(last.status, fault=last.error)
+    if last.finish_reason.lower() in CUT:
+        return Outcome("unparseable", fault="it was cut off by the limit of its length")
     return Outcome("refused", fault=last.text[:200]) if declined(last.text) else parse_reply(last.text)
 
 

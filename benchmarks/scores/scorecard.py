@@ -26,7 +26,7 @@ from data.records import BENCHMARKS, CAPABILITIES, GEDIT_CATEGORIES, HEADLINES, 
 
 SCORES_FILE = "scores.parquet"
 STATUSES = ("ok", "unparseable", "refused", "api_error", "missing_image", "bad_image")
-MINIMUM_COVERAGE = 0.99  # below this share of judged samples no headline is given
+MINIMUM_COVERAGE = 0.99  # below this share of judged samples, over all categories, no headline is given
 HIGHEST = BENCHMARKS["gedit"].highest
 # keys of identities/BENCHMARK: scores are comparable only where they are equal
 SCORED_WITH = ("evaluator", "judge", "prompts", "thresholds")
@@ -169,9 +169,7 @@ def _row_fault(score: ExampleScore, benchmark: str) -> str | None:
     return None
 
 
-def _category_faults(
-    members: Sequence[ExampleScore], category: str, wanted: set[Key], allow_partial: bool
-) -> list[str]:
+def _category_faults(members: Sequence[ExampleScore], category: str, wanted: set[Key]) -> list[str]:
     """Faults of the rows of one category; `check_complete` says which."""
     counts = Counter(score.key for score in members)
     wrong = {
@@ -184,11 +182,47 @@ def _category_faults(
     rows = [(score, _row_fault(score, BENCHMARK_OF.get(category, score.benchmark))) for score in members]
     broken = [f"{score.example_id} (k={score.k}): {fault}" for score, fault in rows if fault]
     faults += broken[:3] + ([f"{len(broken) - 3} more rows with such faults"] if len(broken) > 3 else [])
-    failed = Counter(score.status for score in members if score.status != "ok")
-    highest = len(members) - 1 if allow_partial else (1.0 - MINIMUM_COVERAGE) * len(members)
-    if members and failed.total() > highest:
-        bound = f"at least {MINIMUM_COVERAGE:.0%} must: judge them again"
-        faults.append(f"{failed.total()} of {len(members)} images have no score ({dict(failed)}); {bound}")
+    failed = _failed(members)
+    if members and failed.total() == len(members):
+        faults.append(f"{_without_score(members)}; an average over nothing does not exist: judge them again")
+    return faults
+
+
+def _failed(scores: Sequence[ExampleScore]) -> Counter[str]:
+    return Counter(score.status for score in scores if score.status != "ok")
+
+
+def _without_score(scores: Sequence[ExampleScore]) -> str:
+    failed = _failed(scores)
+    return f"{failed.total()} of {len(scores)} images have no score ({dict(failed)})"
+
+
+def bounds(scores: Sequence[ExampleScore]) -> tuple[float, float]:
+    """A benchmark's macro average had its images without a score earned 0, and had they earned the highest; equal where
+    every image has one."""
+    columns = ["category", "example", "value"]
+    frame = pd.DataFrame([(row.category, row.example_id, row.primary) for row in scores], columns=columns)
+    keys, highest = columns[:2], BENCHMARKS[scores[0].benchmark].highest
+    filled = (frame.fillna({"value": value}).groupby(keys)["value"].mean() for value in (0.0, highest))
+    low, high = (float(prompts.groupby("category").mean().mean()) for prompts in filled)
+    return low, high
+
+
+def _coverage_faults(scores: Sequence[ExampleScore], expected: Expected) -> list[str]:
+    """Of each benchmark with too few scores over all of its categories: where they are missing, and what they could
+    do."""
+    faults = []
+    for benchmark in HEADLINES:
+        rows = [row for row in scores if row.category in expected and row.benchmark == benchmark]
+        if _failed(rows).total() <= (1.0 - MINIMUM_COVERAGE) * len(rows):
+            continue
+        for name in expected:
+            members = [row for row in rows if row.category == name]
+            faults += [f"{name}: {_without_score(members)}"] if _failed(members) else []
+        low, high = bounds(rows)
+        what = f"the average would be {low:.4g} or {high:.4g} had they earned 0 or the highest"
+        needs = f"at least {MINIMUM_COVERAGE:.0%} must have one: judge them again"
+        faults.append(f"{benchmark}: {_without_score(rows)}; {what}; {needs}")
     return faults
 
 
@@ -196,7 +230,8 @@ def check_complete(scores: Sequence[ExampleScore], expected: Expected, *, allow_
     """Raises UserErrors unless the rows are one model's, one for each expected (category, id, k) and no other, with
     usable values.
 
-    Fewer than MINIMUM_COVERAGE of a category with a score are a fault unless `allow_partial`; none at all always is."""
+    Fewer than MINIMUM_COVERAGE of a benchmark's images with a score are a fault unless `allow_partial`; none at all in
+    a category always is."""
     unknown = [name for name in expected if name not in BENCHMARK_OF]
     faults = [f"category {name!r} is unknown; choose of {sorted(BENCHMARK_OF)}" for name in unknown]
     models = sorted({score.model for score in scores})
@@ -208,7 +243,8 @@ def check_complete(scores: Sequence[ExampleScore], expected: Expected, *, allow_
     foreign = sorted(members.keys() - expected.keys())
     faults += [f"{name}: {len(members[name])} rows of a category that is not part of the set" for name in foreign]
     for name, wanted in expected.items():
-        faults += [f"{name}: {fault}" for fault in _category_faults(members.get(name, []), name, wanted, allow_partial)]
+        faults += [f"{name}: {fault}" for fault in _category_faults(members.get(name, []), name, wanted)]
+    faults += [] if allow_partial else _coverage_faults(scores, expected)
     if not expected:
         faults.append("nothing is expected; give at least one category")
     if faults:
