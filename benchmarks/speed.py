@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from model.compute.optimizer import build_optimizer
 from model.compute.settings import ExecutionParams
 from model.distill import distill
 from model.examples import Bucket
+from model.fields import Layers
 from model.fields.base import Condition, VelocityField
 from model.methods import danceopd
 from model.networks.network import NetworkField, add_adapter
@@ -44,12 +45,12 @@ from model.networks.student import STUDENT, Student
 from model.plain import accumulate_plain, own_networks
 from model.randomness import torch_generator
 from model.rollout import euler_grid
-from model.route import Route, Router
-from model.setup import Setup
+from model.route import Route
+from model.setup import Setup, teacher_sampler, with_fields
 from model.step import LoopParams, Step
 
 ALTERNATIONS = 5
-MICRO, SD3_14M, SD35_M, ZIMAGE = "micro", "sd3-14m", "sd35-m", "zimage"
+MICRO, MICRO_CHORD, SD3_14M, SD35_M, ZIMAGE = "micro", "micro-chord", "sd3-14m", "sd35-m", "zimage"
 PATHS = ("plain", "fast")
 ROWS = 8  # distinct random examples
 
@@ -60,7 +61,7 @@ class Case:
     and student are adapters on one base.
 
     `budget`: bytes that the fast path may spend on a micro-batch's activations; None takes its share of the free
-    memory.
+    memory. `field`: layers over every teacher, as a route has them.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Case:
     optimizer: str
     execution: ExecutionParams
     budget: int | None
+    field: Layers = field(default_factory=dict)
 
 
 FP32 = ExecutionParams("auto", 1, 0, 8, "fp32", "none", "auto", "auto", "auto", False)
@@ -111,6 +113,11 @@ def _micro(_: int) -> Case:
     return Case(MICRO, size, None, 0, 2, 64, 8, "uniform", "muon", execution, None)
 
 
+def _micro_chord(_: int) -> Case:
+    """Guidance and sixteen steps into four, in one pass."""
+    return replace(_micro(0), name=MICRO_CHORD, rollout_steps=4, field={"guidance": 2.0, "steps": 4})
+
+
 def _sd3_14m(_: int) -> Case:
     # 32 x 32 latents in patches of 2 are 256 image tokens; CLIP's 77 of text.
     case = sd3_case(SD3_14M, sd3_size(256, 6, 32, 77), 32, 8, 29 * MB)
@@ -123,6 +130,7 @@ def _published(name: str, teachers: int) -> Callable[[int], Case]:
 
 CASES: dict[str, Callable[[int], Case]] = {
     MICRO: _micro,
+    MICRO_CHORD: _micro_chord,
     SD3_14M: _sd3_14m,
     SD35_M: _published(SD35_M, 2),
     ZIMAGE: _published(ZIMAGE, 4),
@@ -225,10 +233,11 @@ def start(case: Case, path: str, device: torch.device, seed: int, steps: int) ->
         query_states=1,
     )
     named = zip(("t2i", "local_edit", "global_edit", "edit"), teachers, strict=False)
-    routes = Router(tuple(Route(capability, name, 1.0) for capability, name in named))
+    listed = [Route(capability, name, 1.0, dict(case.field)) for capability, name in named]
+    routes, fields = with_fields(listed, teachers, dict.fromkeys(teachers, teacher_sampler(student.backbone)))
     optimizers = build_optimizer(params.optimizer, student.parameters.items(), params.learning_rate, student.backbone)
     buckets = {route.capability: bucket for route in routes.routes}
-    setup = Setup(student, teachers, buckets, routes, params, euler_grid(case.rollout_steps), seed, execution)
+    setup = Setup(student, fields, buckets, routes, params, euler_grid(case.rollout_steps), seed, execution)
     ema, method = Ema(dict(student.parameters), 0.0), danceopd.METHOD
     loop = distill(
         setup, optimizers, ema, method=replace(method, compute=accumulate_plain) if path == "plain" else method

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,14 @@ def test_both_paths_take_the_same_steps_and_the_figures_are_written(
 ) -> None:
     size, written_to = speed.sd3_size(32, 2, 4, 3), tmp_path / "speed.json"
     adapters, full = speed.sd3_case("tiny", size, 4, 3, 1 << 20, 4), speed.sd3_case("whole", size, 0, 3, None, 4)
-    monkeypatch.setattr(speed, "CASES", {"tiny": lambda _: adapters, "whole": lambda _: full})
+    chord = replace(full, field={"guidance": 2.0, "steps": {"steps": 4, "substeps": 2}})
+    monkeypatch.setattr(speed, "CASES", {"tiny": lambda _: adapters, "whole": lambda _: full, "chord": lambda _: chord})
     options = ["--json", str(written_to), "--alternations", "2", "--seed", "4", "--threads", "1"]
-    assert speed.main(["--case", "tiny", "whole", *options]) == 0
+    assert speed.main(["--case", "tiny", "whole", "chord", *options]) == 0
     written = json.loads(written_to.read_text())
-    assert set(written) == {"tiny", "whole"}
+    assert set(written) == {"tiny", "whole", "chord"}
+    # A teacher's answer is four evaluations, two sub-steps of two each, and was one.
+    assert written["chord"]["evaluations_per_sample"] == written["whole"]["evaluations_per_sample"] + 3
     for found in written.values():
         assert set(found) >= KEYS and found["seed"] == 4 and "CPU" in found["device"]
         assert found["ratio_min"] <= found["ratio_median"] <= found["ratio_max"] and found["ratio_min"] > 0
@@ -57,7 +61,7 @@ def test_both_paths_take_the_same_steps_and_the_figures_are_written(
 def test_the_case_of_14_million_parameters_is_one() -> None:
     network = random_backbone(speed.CASES["sd3-14m"](512).size, device="meta").network
     assert sum(value.numel() for value in network.parameters()) == pytest.approx(14e6, rel=0.03)
-    assert set(speed.CASES) == {"micro", "sd3-14m", "sd35-m", "zimage"}
+    assert set(speed.CASES) == {"micro", "micro-chord", "sd3-14m", "sd35-m", "zimage"}
 
 
 @pytest.mark.parametrize("name", ["sd35-m", "zimage"])
