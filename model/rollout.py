@@ -21,8 +21,8 @@ from data.errors import UserError
 from model.compute.execution import moved
 from model.fields.base import Condition, VelocityField, shifted
 
-# Beta(a, b) over the step index.
-QUERY_BIAS = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0)}
+# Beta(a, b) over the step index. "early" falls steadily from the first step on, where a picture's layout is decided.
+QUERY_BIAS = {"low": (5.0, 2.0), "mid": (5.0, 5.0), "high": (2.0, 5.0), "uniform": (1.0, 1.0), "early": (1.0, 2.0)}
 
 
 @dataclass(frozen=True)
