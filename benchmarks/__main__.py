@@ -1,5 +1,5 @@
-"""`python -m benchmarks NAME STEP ...`: GenEval and GEdit-Bench step by step on any model or folder of images, and the
-table beside the paper's rows. data/commands.py says how they end."""
+"""`python -m benchmarks NAME STEP ...`: GenEval, GEdit-Bench and pairwise judging, step by step on any model or folder
+of images, and the table beside the paper's rows. data/commands.py says how they end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from data import commands
 COMMANDS = {
     "geneval": ("benchmarks.geneval.cli", "GenEval: prompts, generate, detect, verdict, report"),
     "gedit": ("benchmarks.gedit.cli", "GEdit-Bench: prompts, generate, judge, verdict, report"),
+    "pairwise": ("benchmarks.pairwise.cli", "which of two models a judge prefers on the same prompts: judge, verdict"),
     "compare": ("benchmarks.compare", "a scorecard beside the paper's rows, with what differs"),
 }
 ENVIRONMENT = {  # read by libraries when they are imported; what the user has set stays

@@ -28,6 +28,9 @@ TEXTS = {  # action -> the text of an HTTP 200 completion
     "declines": "I'm sorry, but I can't assist with that.",
     "empty": "",
     "cut": '{"score": [8, 6], "reasoning": "the ha',
+    "first": '{"winner": "A", "reasoning": "the {hat} is red"}',
+    "second": '{"winner": "B", "reasoning": "the {hat} is red"}',
+    "tie": '{"winner": "tie", "reasoning": "no difference"}',
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.judge.protocol import Reply, outcome
 from benchmarks.judge.reading import LONGEST_REPLY, declined, parse_reply, without_thoughts
 from benchmarks.judge.refusals import refuses
+from benchmarks.judge.wording import PREFERENCES
 
 OBJECT = '{"score": [6, 7.5], "reasoning": "fine"}'
 OTHER = '{"score": [1, 1], "reasoning": "a draft"}'
@@ -430,6 +431,81 @@ ALSO_REFUSED = {
     "fenced zeros": '```json\n{"score": [0, 0], "reasoning": "The images were not attached."}\n```',
     "zeros in single quotes": "{'score': [0, 0], 'reasoning': 'No image was provided.'}",
 }
+
+
+CHOICES = {
+    "A": [
+        '{"winner": "A", "reasoning": "the hat is red"}',
+        'Well. ```json\n{"winner": "a"}\n``` That is all.',
+        '{"winner": "Image A"}',
+        '{"winner": "image_a"}',
+        '{"winner": "Result A wins."}',
+        '{"winner": "**A**"}',
+        "{'winner': 'A'}",
+        "{“winner”: “A”}",
+        '{"winner":\u00a0"A"} {}',
+        "A",
+        "**A**",
+        '"A".',
+        '<think>{"winner": "B"}</think>{"winner": "A"}',
+        '{"winner": "A", "reasoning": "In B I cannot view the images of the sign."}',
+        '{"winner": "A", "reasoning": "first"} {"winner": "a", "reasoning": "again"}',
+    ],
+    "B": ['{"winner": "B"}', "b", '{"reasoning": "A is worse", "winner": "picture B"}'],
+    "tie": [
+        '{"winner": "tie"}',
+        '{"winner": "Tie", "reasoning": "I cannot see any difference."}',
+        '{"winner": "both"}',
+        '{"winner": "Neither."}',
+        '{"winner": "equal"}',
+        "tie",
+        "TIE.",
+    ],
+    "unparseable": [
+        "",
+        "A is better",
+        "A, B",
+        "A or B",
+        "C",
+        "1",
+        '{"winner": "C"}',
+        '{"winner": "A or B"}',
+        '{"winner": "not A"}',
+        '{"winner": 1}',
+        '{"winner": null}',
+        '{"winner": ["A"]}',
+        '{"winner": true}',
+        '{"winner": "first"}',
+        '{"score": [8, 6]}',
+        '{"winner": "A"',
+        '{"draft": {"winner": "A"}',
+        '{"draft": {"winner": "A"}}',
+        '{"winner": "A"} {"winner": "B"}',
+        '{"winner": "A", "winner": "B"}',
+        '<think>{"winner": "A"}</think>',
+        '<think>{"winner": "A"}',
+        '{"winner": "A" | "B" | "tie"}',
+        '{"winner": "A", "reasoning": "the "hat""}',
+        '{"winner": "A"} {"note": "B"}',
+        '{"winner": "A"}' + " " * LONGEST_REPLY,
+    ],
+    "refused": [
+        REFUSALS[0],
+        '{"winner": "tie", "reasoning": "No image was provided."}',
+        'I cannot view images. {"winner": "neither"}',
+        '{"winner": "none", "reasoning": "抱歉，我无法查看图片。"}',
+        '{"winner": null, "reasoning": "I\'m sorry, but I can\'t assist with that."}',
+    ],
+}
+SHARES = {"A": (1.0,), "B": (0.0,), "tie": (0.5,)}
+
+
+@pytest.mark.parametrize(("meant", "text"), [(meant, text) for meant, texts in CHOICES.items() for text in texts])
+def test_a_preference_is_read_or_it_is_none(meant: str, text: str) -> None:
+    for kind in PREFERENCES:
+        found = outcome([Reply("ok", text, finish_reason="stop")], kind)
+        assert (found.status, found.scores) == (("ok", SHARES[meant]) if meant in SHARES else (meant, ()))
+        assert outcome([Reply("ok", text, finish_reason="length")], kind).status == "unparseable"
 
 
 def read(text: str, finish: str = "stop") -> tuple[str, tuple[float, ...]]:

@@ -55,22 +55,34 @@ class Preview:
             raise UserError(f"judge: that is not within the highest price, {highest:g}: {advice}")
 
 
-def preview(
-    jobs: Sequence[Job],
-    answered: int,
-    unjudgeable: int,
-    settings: JudgeSettings,
-    rule: str,
-    prices: tuple[float, float] | None,
+Size = tuple[float, float]  # (width, height) in px
+Prices = tuple[float, float] | None  # per million prompt and completion tokens
+
+
+def estimate(
+    asked: Sequence[tuple[str, Sequence[Size]]], counts: tuple[int, int], resize: str, rule: str, prices: Prices
 ) -> Preview:
-    """An estimate for `jobs`; `rule` is one of IMAGE_TOKENS, `prices` are per million prompt and completion tokens."""
+    """For questions given as text and sizes of images, which `resize` may change; `rule` is one of IMAGE_TOKENS. The
+    `counts` are of questions answered before, and of images that cannot be judged."""
     tokens = 0
-    for job in jobs:
-        tokens += math.ceil(len(settings.wording.text(job.kind, job.entry.instruction)) / CHARACTERS_A_TOKEN)
-        edited = job.entry.source_size if settings.resize == "match-source" else job.entry.edited_size
-        for width, height in (job.entry.source_size, edited) if job.kind == SEMANTIC else (edited,):
-            scale = math.sqrt(512 * 512 / (width * height)) if settings.resize == "area512" else 1.0
+    for text, sizes in asked:
+        tokens += math.ceil(len(text) / CHARACTERS_A_TOKEN)
+        for width, height in sizes:
+            scale = math.sqrt(512 * 512 / (width * height)) if resize == "area512" else 1.0
             tokens += IMAGE_TOKENS[rule](width * scale, height * scale)
-    completion = COMPLETION_TOKENS * len(jobs)
+    completion = COMPLETION_TOKENS * len(asked)
     price = None if prices is None else (tokens * prices[0] + completion * prices[1]) / 1e6
-    return Preview(len(jobs), answered, unjudgeable, tokens, completion, price)
+    return Preview(len(asked), *counts, tokens, completion, price)
+
+
+def preview(
+    jobs: Sequence[Job], answered: int, unjudgeable: int, settings: JudgeSettings, rule: str, prices: Prices
+) -> Preview:
+    """An estimate for `jobs`; `rule` is one of IMAGE_TOKENS."""
+    asked = []
+    for job in jobs:
+        source = job.entry.source_size
+        edited = source if settings.resize == "match-source" else job.entry.edited_size
+        sizes = [source, edited] if job.kind == SEMANTIC else [edited]
+        asked.append((settings.wording.text(job.kind, job.entry.instruction), sizes))
+    return estimate(asked, (answered, unjudgeable), settings.resize, rule, prices)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks.gedit.rows import EditTask, check_folder, edited_path
 from benchmarks.judge.protocol import JudgeSettings, Question, match_source, prepare_images, read_rgb
-from benchmarks.judge.wording import KINDS, SEMANTIC, Wording
+from benchmarks.judge.wording import KINDS, SEMANTIC, PairWording, Wording
 from benchmarks.store import SETTINGS_FILE, read_settings, result_key
 from data.errors import UserError, UserErrors
 from data.files import read_json, sha256_bytes, sha256_file
@@ -75,20 +77,35 @@ def made_with(folder: Path) -> dict[str, Any]:
     return read_settings(folder) if (folder / SETTINGS_FILE).exists() else {}
 
 
-def entry_of(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> Entry:
-    """The entry of a row and its edited image. Raises UserError for a source image that cannot be read."""
-    status, fault, sha256, size = "ok", "", "", (0, 0)
+def size_of_source(task: EditTask) -> tuple[int, int]:
+    """(width, height) in px. Raises UserError for a source image that cannot be read."""
     try:
-        source_size = read_rgb(task.source).size
+        return read_rgb(task.source).size
     except ImageFault as error:
         raise UserError(f"{task.id}: its source image cannot be read ({error}); mend the set") from error
-    if not edited.is_file():
-        status, fault = "missing_image", "no such file"
-    else:
-        try:
-            size, sha256 = read_rgb(edited).size, sha256_file(edited)
-        except ImageFault as error:
-            status, fault = "bad_image", str(error)
+
+
+def look_at(image: Path) -> tuple[str, str, str, tuple[int, int]]:
+    """(status, fault, SHA-256, (width, height)) of a model's image: status "ok", "missing_image" or "bad_image"."""
+    if not image.is_file():
+        return "missing_image", "no such file", "", (0, 0)
+    try:
+        return "ok", "", sha256_file(image), read_rgb(image).size
+    except ImageFault as error:
+        return "bad_image", str(error), "", (0, 0)
+
+
+def read_unchanged(file: Path, sha256: str) -> Image.Image:
+    """The image that was planned for. Raises UserError when it is no longer there."""
+    if not file.is_file() or sha256_file(file) != sha256:
+        raise UserError(f"{file}: missing or changed since the command began; run it again")
+    return read_rgb(file)
+
+
+def entry_of(task: EditTask, edited: Path, out: Path, purpose: str, seed: int) -> Entry:
+    """The entry of a row and its edited image. Raises UserError for a source image that cannot be read."""
+    source_size = size_of_source(task)
+    status, fault, sha256, size = look_at(edited)
     source = {"source": os.path.relpath(task.source, out), "source_size": source_size}
     image = {"edited": os.path.relpath(edited, out), "edited_sha256": sha256, "edited_size": size, "seed": seed}
     row: dict[str, Any] = {**vars(task), "id": task.id, **source, **image}
@@ -142,7 +159,7 @@ def read_anchors(folder: Path, out: Path) -> tuple[list[Entry], dict[str, Any]]:
     return entries, dict(frozen)
 
 
-def job_key(job: Job, identity: Mapping[str, Any], wording: Wording) -> str:
+def job_key(job: Job, identity: Mapping[str, Any], wording: Wording | PairWording) -> str:
     """The address of a question's result. An anchor's differs from a sample's, and the same quality question about one
     image is asked once."""
     entry, kind = job.entry, job.kind
@@ -162,12 +179,8 @@ def jobs_of(entries: Sequence[Entry], repeats: int) -> list[Job]:
 def question_of(job: Job, settings: JudgeSettings, out: Path) -> Question:
     """The request's content. Raises UserError when an image is no longer the one that was planned for."""
     entry = job.entry
-    source_file, edited_file = out / entry.source, out / entry.edited
-    for file, expected in ((source_file, entry.source_sha256), (edited_file, entry.edited_sha256)):
-        if not file.is_file() or sha256_file(file) != expected:
-            raise UserError(f"{file}: missing or changed since the command began; run it again")
-    source = read_rgb(source_file)
-    edited = match_source(source.size, read_rgb(edited_file), settings)
+    source = read_unchanged(out / entry.source, entry.source_sha256)
+    edited = match_source(source.size, read_unchanged(out / entry.edited, entry.edited_sha256), settings)
     images = prepare_images(source if job.kind == SEMANTIC else None, edited, settings)
     text = settings.wording.text(job.kind, entry.instruction)
     return Question(job.kind, text, images, f"image/{settings.image_format}", job.repeat)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.gedit.judging import Asking, MadeEdit
+from benchmarks.gedit.judging import MadeEdit
 from benchmarks.gedit.rows import EditTask
 from benchmarks.gedit.rules import LANGUAGES
 from benchmarks.gedit.verdict import answered_by, coverage_of, score_made
 from benchmarks.judge.access import Access, name_of_local
+from benchmarks.judge.asking import Asking
 from benchmarks.judge.protocol import JudgeSettings
 from benchmarks.judge.wording import load_wording
 from benchmarks.params import BenchmarkParams, JudgeParams

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gedit import rules
-from benchmarks.gedit.judging import Asking, MadeEdit, answers_of, ask_about
+from benchmarks.gedit.judging import MadeEdit, answers_of, ask_about
 from benchmarks.gedit.questions import ANCHOR, ANCHORS_FILE, SAMPLE, Entry, Job, job_key, read_manifest
 from benchmarks.gedit.rules import COLUMNS, Aggregate, Sample, sample_scores
-from benchmarks.judge.protocol import JudgeSettings, outcome, stored_replies
+from benchmarks.judge.asking import Answers, Asking
+from benchmarks.judge.protocol import JudgeSettings, stored_replies
 from benchmarks.judge.reading import Outcome
-from benchmarks.judge.wording import KINDS, Wording
+from benchmarks.judge.wording import KINDS, PairWording, Wording
 from benchmarks.scores.scorecard import ExampleScore, Scorecard, bounds, identity_of, summarise
 from benchmarks.scores.statistics import compare_paired
 from benchmarks.store import read_results, read_settings
-from data.errors import UserError, UserErrors
+from data.errors import UserError
 from data.files import atomic_folder, digest, write_json
 from data.randomness import numpy_generator
 from data.records import GEDIT_CATEGORIES
@@ -45,50 +46,17 @@ class Judgements:
     usage: dict[str, int]
 
 
-class _Replies:
-    """Stored replies, read image by image; counts what is missing, who answered and what it took."""
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any], wording: Wording, repeats: int) -> None:
-        self._folder, self._identity, self._wording, self._repeats = folder, identity, wording, repeats
-        self._results = read_results(folder)
-        self._counted: set[str] = set()
-        self._unanswered = 0
-        self._models: Counter[str] = Counter()
-        self.usage: Counter[str] = Counter()
-
-    def _outcome(self, key: str) -> Outcome | None:
-        if key not in self._results:
-            self._unanswered += 1
-            return None
-        replies = stored_replies(self._results[key])
-        if key not in self._counted:  # equal images share a question
-            self._counted.add(key)
-            self._models.update({reply.model for reply in replies if reply.status == "ok" and reply.model})
-            for reply in replies:
-                self.usage.update({"requests": reply.attempts, **(reply.usage or {})})
-        return outcome(replies)
-
-    def of(self, entry: Entry) -> Judged:
-        judged: Judged = []
-        for repeat in range(self._repeats) if entry.status == "ok" else ():
-            jobs = [Job(entry, kind, repeat) for kind in KINDS]
-            semantic, quality = [self._outcome(job_key(job, self._identity, self._wording)) for job in jobs]
-            if semantic and quality:
-                judged.append((semantic, quality))
-        return judged
-
-    def answered_by(self) -> str:
-        """Who gave the answers that were read. Raises UserErrors where some are missing or several models answered."""
-        faults = []
-        if self._unanswered:
-            advice = "run `python -m benchmarks gedit judge` again, it goes on"
-            faults.append(f"{self._unanswered} questions have no answer yet; {advice}")
-        if len(self._models) > 1:
-            advice = "name one with its date, and judge anew into another folder"
-            faults.append(f"{len(self._models)} models answered: {dict(sorted(self._models.items()))}; {advice}")
-        if faults:
-            raise UserErrors(f"{self._folder}: these judgements make no score:", faults)
-        return next(iter(self._models), "")
+def _judged(
+    answers: Answers, entry: Entry, identity: Mapping[str, Any], wording: Wording | PairWording, repeats: int
+) -> Judged:
+    """What the judge of this identity said of an entry, in each repeat that has both answers."""
+    judged: Judged = []
+    for repeat in range(repeats) if entry.status == "ok" else ():
+        jobs = [Job(entry, kind, repeat) for kind in KINDS]
+        semantic, quality = [answers.outcome(job_key(job, identity, wording), job.kind) for job in jobs]
+        if semantic and quality:
+            judged.append((semantic, quality))
+    return judged
 
 
 def read_judgements(folder: Path, wording: Wording) -> Judgements:
@@ -99,11 +67,11 @@ def read_judgements(folder: Path, wording: Wording) -> Judgements:
     if identity["wording"] != wording.identity():
         names = f"the {identity['wording']['name']!r} wording, not with this {wording.name!r} one"
         raise UserError(f"{folder}: was judged with {names}; give the same --wording")
-    replies = _Replies(folder, identity, wording, about["repeats"])
+    answers = Answers(folder)
     judged: dict[str, list[tuple[Entry, Judged]]] = {SAMPLE: [], ANCHOR: []}
     for entry in entries:
-        judged[entry.purpose].append((entry, replies.of(entry)))
-    who, usage = replies.answered_by(), dict(replies.usage)
+        judged[entry.purpose].append((entry, _judged(answers, entry, identity, wording, about["repeats"])))
+    who, usage = answers.answered_by(), dict(answers.usage)
     return Judgements(folder, about, identity, who, judged[SAMPLE], judged[ANCHOR], usage)
 
 
@@ -175,12 +143,11 @@ def score_made(
     """Rows of scores for images that a stage has made itself, in order; `example_id` is the row's key. Raises
     UserError(s) as `ask_about` does, and for a run that several models answered."""
     folder, entries = ask_about(made, store, settings, asking)
-    replies = _Replies(folder, settings.identity(), settings.wording, settings.repeats)
-    rows = []
+    answers, identity, rows = Answers(folder), settings.identity(), []
     for edit, entry in zip(made, entries, strict=True):
-        row = _row(model, entry, replies.of(entry))
+        row = _row(model, entry, _judged(answers, entry, identity, settings.wording, settings.repeats))
         rows.append(replace(row, example_id=edit.task.key, k=edit.k, seed=edit.seed, image=edit.image))
-    replies.answered_by()
+    answers.answered_by()
     return rows
 
 

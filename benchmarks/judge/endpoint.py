@@ -19,8 +19,7 @@ from typing import Any
 import openai
 import tenacity
 
-from benchmarks.judge.protocol import Ask, JudgeSettings, Question, Reply, Turn, out_of_range
-from benchmarks.judge.reading import SCORES_A_REPLY
+from benchmarks.judge.protocol import FORMS, Ask, JudgeSettings, Question, Reply, Turn, out_of_range
 from data.bounds import Above, Count, NotNegative, Positive
 from data.errors import UserError, UserErrors
 from data.randomness import seed_of
@@ -38,14 +37,6 @@ UNREADABLE = (openai.APIConnectionError, openai.APIResponseValidationError, json
 REJECTED = (openai.BadRequestError, openai.UnprocessableEntityError)
 LONGEST_ERROR = 500  # characters kept of an error's text
 LONGEST_CHECK_S = 20.0  # seconds that a try to reach the server may take
-SCORE = {"type": "array", "items": {"type": "number"}, "minItems": SCORES_A_REPLY, "maxItems": SCORES_A_REPLY}
-SCHEMA = {
-    "type": "object",
-    "properties": {"score": SCORE, "reasoning": {"type": "string"}},
-    "required": ["score", "reasoning"],
-    "additionalProperties": False,
-}
-RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": SCHEMA}}
 
 
 @dataclass(frozen=True)
@@ -208,7 +199,10 @@ def _send(
 ) -> Reply:
     """One HTTP request, with the reply's schema or without. Raises _Failed or UserError."""
     optional: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed + question.repeat}
-    optional |= {"response_format": RESPONSE_FORMAT} if schema else {}
+    if schema:
+        form = FORMS[question.kind]
+        enforced = {"name": form.name, "strict": True, "schema": form.schema}
+        optional |= {"response_format": {"type": "json_schema", "json_schema": enforced}}
     messages: Any = _messages(question, turns, settings.text_first)
     try:
         completion = client.chat.completions.create(

@@ -18,8 +18,8 @@ from typing import Annotated, Any, get_type_hints
 import numpy as np
 from PIL import Image
 
-from benchmarks.judge.reading import CUT, SCORES_A_REPLY, Outcome, declined, parse_reply
-from benchmarks.judge.wording import REPAIR, Wording
+from benchmarks.judge.reading import CUT, SCORES_A_REPLY, Outcome, declined, parse_choice, parse_reply
+from benchmarks.judge.wording import CHOICE_REPLY, GRADES_REPLY, KINDS, PREFERENCES, SEMANTIC, PairWording, Wording
 from data.bounds import NotNegative, OneOf, Positive, expected, holds
 from data.errors import UserError, UserErrors
 from data.files import digest, sha256_bytes
@@ -63,7 +63,7 @@ class JudgeSettings:
     json_schema: bool  # ask the server to enforce the reply's form
     repeats: Positive
     extra: dict[str, Any]  # further fields of the request's body
-    wording: Wording
+    wording: Wording | PairWording
 
     def __post_init__(self) -> None:
         faults = out_of_range(self)
@@ -116,23 +116,51 @@ Turn = tuple[str, str]  # (the judge's unusable reply, what it is told)
 Ask = Callable[[Question, Sequence[Turn]], Reply]
 
 
-def outcome(replies: Sequence[Reply]) -> Outcome:
-    """How a question ended, by the last of its replies. A pure function: stored replies can be read again."""
+@dataclass(frozen=True)
+class Form:
+    """What a kind of question wants to hear: how the judge is told, how its text is read, and the schema (named) that a
+    server may enforce."""
+
+    told: str
+    read: Callable[[str], Outcome]
+    name: str
+    schema: Mapping[str, Any]
+
+
+def _schema(**properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an object with these properties and the judge's reasoning, and no others."""
+    every = {**properties, "reasoning": {"type": "string"}}
+    return {"type": "object", "properties": every, "required": list(every), "additionalProperties": False}
+
+
+_SCORE = {"type": "array", "items": {"type": "number"}, "minItems": SCORES_A_REPLY, "maxItems": SCORES_A_REPLY}
+_GRADES = Form(GRADES_REPLY, parse_reply, "grades", _schema(score=_SCORE))
+_WINNER = {"type": "string", "enum": ["A", "B", "tie"]}
+_PREFERENCE = Form(CHOICE_REPLY, parse_choice, "preference", _schema(winner=_WINNER))
+FORMS = {**dict.fromkeys(KINDS, _GRADES), **dict.fromkeys(PREFERENCES, _PREFERENCE)}  # by the question's kind
+
+
+def outcome(replies: Sequence[Reply], kind: str = SEMANTIC) -> Outcome:
+    """How a question of this kind ended, by the last of its replies. A pure function: stored replies can be read
+    again."""
     last = replies[-1]
     if last.status != "ok":
         return Outcome(last.status, fault=last.error)
     if last.finish_reason.lower() in CUT:
         return Outcome("unparseable", fault="it was cut off by the limit of its length")
-    return Outcome("refused", fault=last.text[:200]) if declined(last.text) else parse_reply(last.text)
+    found = FORMS[kind].read(last.text)
+    refused = found.status == "unparseable" and declined(last.text)
+    return Outcome("refused", fault=last.text[:200]) if refused else found
 
 
 def ask_once_or_twice(ask: Ask, question: Question) -> list[Reply]:
     """The judge's replies: a second one only where the first was a text that cannot be read."""
     first = ask(question, ())
-    read = outcome([first])
-    if read.status != "unparseable":
+    found = outcome([first], question.kind)
+    if found.status != "unparseable":
         return [first]
-    return [first, ask(question, [(first.text, REPAIR.replace("<fault>", read.fault))])]
+    told = f"That reply cannot be used: {found.fault}. {FORMS[question.kind].told}"
+    return [first, ask(question, [(first.text, told)])]
 
 
 def stored_replies(value: Mapping[str, Any]) -> list[Reply]:
@@ -167,7 +195,11 @@ def prepare_images(source: Image.Image | None, edited: Image.Image, settings: Ju
     """The images of a question, encoded as the judge receives them: (source, edited) or, without a source, (edited,).
 
     "match-source" needs the source's size: pass what `match_source` returns."""
-    images = [edited] if source is None else [source, edited]
+    return encoded([edited] if source is None else [source, edited], settings)
+
+
+def encoded(images: Sequence[Image.Image], settings: JudgeSettings) -> tuple[bytes, ...]:
+    """Images as the judge receives them: under "area512" in that area, else in the size that they have."""
     if settings.resize == "area512":
         images = [_to_area(image, 512 * 512) for image in images]
     return tuple(_encoded(image, settings.image_format) for image in images)
@@ -185,11 +217,12 @@ def _encoded(image: Image.Image, image_format: str) -> bytes:
 
 
 def fake_judge() -> Ask:
-    """Scores that are a function of the question's digest: for trials of the pipeline, never for a result."""
+    """Answers that are a function of the question's digest: for trials of the pipeline, never for a result."""
 
     def ask(question: Question, turns: Sequence[Turn]) -> Reply:
-        scores = [seed_of(0, 0, slot, question.digest()) % 11 for slot in range(SCORES_A_REPLY)]
-        text = json.dumps({"score": scores, "reasoning": "made up from the images' digest"})
+        draws = [seed_of(0, 0, slot, question.digest()) for slot in range(SCORES_A_REPLY)]
+        grades = {"score": [draw % 11 for draw in draws]} if question.kind in KINDS else {"winner": "AB"[draws[0] % 2]}
+        text = json.dumps({**grades, "reasoning": "made up from the images' digest"})
         return Reply("ok", text, model="fake", finish_reason="stop")
 
     return ask

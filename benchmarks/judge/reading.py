@@ -19,12 +19,13 @@ SCORES_A_REPLY = 2
 LONGEST_REPLY = 20_000  # characters; a judge limited to a few hundred tokens stays far below
 CUT = ("length", "max_tokens", "model_length")  # finish reasons of servers for a text that the limit has ended
 
-Answer = tuple[Any, ...]  # what a judge's object says, without its words
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a question ended: with two scores in [0, 10] and the judge's reasoning if and only if the status is ok."""
+    """How a question ended: with scores and the judge's reasoning if and only if the status is ok.
+
+    Grades are two scores in [0, 10]. A preference is one: 1 where the first image wins, 0 where the second does, 0.5
+    for a tie."""
 
     status: str
     scores: tuple[float, ...] = ()
@@ -122,22 +123,58 @@ def _loaded(body: str) -> dict[str, Any]:
     return value
 
 
-def _answers(text: str, key: str, says: re.Pattern[str], read: Callable[[Mapping[str, Any]], Answer]) -> dict[str, Any]:
-    """The last object of `text`, in which `read` finds the answer under `key`. Objects without what an answer must hold
-    (`says`) are passed over: {}, a word in braces. Raises _Unreadable unless all that have the key say the same."""
-    bodies = [body for body in _objects(text) if says.search(body)]
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What an answer looks like: the key of its object that `read` takes the scores from, what an object must hold to
+    count at all, how an answer that stands alone becomes an object, and the scores of a judge that judges nothing."""
+
+    key: str
+    says: re.Pattern[str]
+    read: Callable[[Mapping[str, Any]], tuple[float, ...]]
+    whole: Callable[[str], str]
+    nothing: tuple[float, ...]
+
+
+def _outside_thoughts(text: str) -> str:
+    if len(text) > LONGEST_REPLY:
+        raise _Unreadable(f"it is longer than {LONGEST_REPLY:,} characters")
+    answer = without_thoughts(text)
+    if answer is None:
+        raise _Unreadable("its thoughts never end")
+    return answer
+
+
+def _answer(text: str, form: _Form) -> tuple[tuple[float, ...], str]:
+    """The scores of the last object and its words. {} and words in braces are passed over; all objects that have the
+    key must say the same."""
+    bodies = [body for body in _objects(form.whole(text)) if form.says.search(body)]
     if not bodies:
         raise _Unreadable("it holds no complete JSON object with an answer")
-    values = [_loaded(body) for body in bodies if key in body.casefold() or body is bodies[-1]]
-    if len({read(value) for value in values}) > 1:
+    values = [_loaded(body) for body in bodies if form.key in body.casefold() or body is bodies[-1]]
+    scores = [form.read(value) for value in values]
+    if len(set(scores)) > 1:
         raise _Unreadable("it holds several JSON objects with different answers")
-    return values[-1]
+    reasoning = values[-1].get("reasoning", "")
+    return scores[-1], reasoning if isinstance(reasoning, str) else json.dumps(reasoning, ensure_ascii=False)
+
+
+def _outcome(text: str, form: _Form) -> Outcome:
+    try:
+        outside = _outside_thoughts(text)
+        scores, words = _answer(outside, form)
+    except _Unreadable as error:
+        return Outcome("unparseable", fault=str(error))
+    if scores == form.nothing and (refuses(words) or refuses(outside)):
+        return Outcome("refused", fault=(words or outside)[:200])
+    return Outcome("ok", scores, words)
 
 
 # --- grades -----------------------------------------------------------------------------------------------------------
 
 NUMBER = re.compile(r"(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
-DIGIT = re.compile(r"\d")
 LIST_ALONE = re.compile(r"\s*(?:```\w*)?\s*(?P<list>\[[^\[\]{}]*\])\s*(?:```)?\s*")
 
 
@@ -159,37 +196,56 @@ def _grades(value: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(map(float, numbers))
 
 
-def _outside_thoughts(text: str) -> str:
-    if len(text) > LONGEST_REPLY:
-        raise _Unreadable(f"it is longer than {LONGEST_REPLY:,} characters")
-    answer = without_thoughts(text)
-    if answer is None:
-        raise _Unreadable("its thoughts never end")
-    return answer
+def _grades_alone(text: str) -> str:
+    alone = LIST_ALONE.fullmatch(text)
+    return f'{{"score": {alone["list"]}}}' if alone else text
 
 
-def _words(value: Mapping[str, Any]) -> str:
-    reasoning = value.get("reasoning", "")
-    return reasoning if isinstance(reasoning, str) else json.dumps(reasoning, ensure_ascii=False)
+GRADES = _Form("score", re.compile(r"\d"), _grades, _grades_alone, (0.0, 0.0))
 
 
 def parse_reply(text: str) -> Outcome:
-    """Reads a judge's text: the JSON object's `score`, a list of exactly two finite numbers from 0 to 10, or such a
+    """Reads a judge's grades: the JSON object's `score`, a list of exactly two finite numbers from 0 to 10, or such a
     list that stands alone.
 
     Anything else is `unparseable` with the fault in words. Two zeros with words that nothing was judged or shown are
     `refused`."""
-    try:
-        answer = _outside_thoughts(text)
-        alone = LIST_ALONE.fullmatch(answer)
-        value = _answers(f'{{"score": {alone["list"]}}}' if alone else answer, "score", DIGIT, _grades)
-        scores = _grades(value)
-    except _Unreadable as error:
-        return Outcome("unparseable", fault=str(error))
-    words = _words(value)
-    if not any(scores) and (refuses(words) or refuses(answer)):
-        return Outcome("refused", fault=(words or answer)[:200])
-    return Outcome("ok", scores, words)
+    return _outcome(text, GRADES)
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+FIRST_WINS, TIE, SECOND_WINS = 1.0, 0.5, 0.0
+WINNER = re.compile(r"(?:the )?(?:(?:image|picture|photo|result|edit|option|answer) )?(?P<name>[ab])(?: wins)?")
+TIES = ("tie", "a tie", "tied", "draw", "equal", "both", "neither", "none", "same")
+WORD_ALONE = re.compile(r"\s*(?:```\w*)?[\s\W]*(?P<word>a|b|tie)[\s\W]*", re.IGNORECASE)
+
+
+def _preferred(value: Mapping[str, Any]) -> tuple[float, ...]:
+    winner = value.get("winner")
+    words = " ".join(re.sub(r"[\W_]+", " ", winner.casefold()).split()) if isinstance(winner, str) else ""
+    if words in TIES:
+        return (TIE,)
+    named = WINNER.fullmatch(words)
+    if named is None:
+        raise _Unreadable('it has no "winner" that is "A", "B" or "tie"')
+    return (FIRST_WINS,) if named["name"] == "a" else (SECOND_WINS,)
+
+
+def _preferred_alone(text: str) -> str:
+    alone = WORD_ALONE.fullmatch(text)
+    return f'{{"winner": "{alone["word"]}"}}' if alone else text
+
+
+PREFERENCE = _Form("winner", re.compile(r"\w"), _preferred, _preferred_alone, (TIE,))
+
+
+def parse_choice(text: str) -> Outcome:
+    """Reads which of two images a judge prefers: the JSON object's `winner`, or "A", "B" or "tie" that stands alone.
+
+    Anything else is `unparseable` with the fault in words. A tie with words that nothing was judged or shown is
+    `refused`."""
+    return _outcome(text, PREFERENCE)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -204,4 +260,4 @@ def declined(text: str) -> bool:
     if len(text) > LONGEST_REPLY:
         return False
     answer = without_thoughts(text) or ""
-    return not DIGIT.search(SCALE.sub("", answer)) and refuses(answer)
+    return not GRADES.says.search(SCALE.sub("", answer)) and refuses(answer)

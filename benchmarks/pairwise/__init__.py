@@ -1,0 +1,1 @@
+"""Which of two models does better on the same prompts, as a judge prefers their images."""
