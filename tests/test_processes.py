@@ -177,7 +177,7 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(recompute: int, routing:
         trained = load_file(tmp_path / f"{rank}.safetensors")
         for name, value in expected.items():
             torch.testing.assert_close(
-                trained[name], value.detach(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+                trained[name], value.detach(), rtol=1e-6, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 
