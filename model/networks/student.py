@@ -30,7 +30,7 @@ from model.networks.teachers import ADAPTER_WEIGHTS, BASE, WEIGHTS
 
 STUDENT = "student"  # the adapter's name
 FROZEN = "frozen"  # of its frozen copy
-MERGED = "merged"
+MERGED, SPECIALISTS = "merged", "specialists"
 RECORD = "student.json"
 TRAINABLE = ("all", "adapter")
 
@@ -137,18 +137,22 @@ def start_student(
 ) -> Student:
     """A student before its first step.
 
-    `teachers`: the routed ones, the base among them where it is. `start`: "base", a teacher's name, or "merged" (the
-    base plus the mean difference of all of them). `trainable`: "all" or "adapter". An adapter that starts from the base
-    or from adapters on it shares the base's weights in memory: what it starts from lies in its first ranks, so it stays
-    a plain adapter. Every other start is a network of its own. Raises UserError for an unknown name, or a rank too
-    small for the start.
+    `teachers`: the routed ones, the base among them where it is. `start`: "base", a teacher's name, "merged" (the base
+    plus the mean difference of all of them) or "specialists" (the same without the base among them). `trainable`: "all"
+    or "adapter". An adapter that starts from the base or from adapters on it shares the base's weights in memory: what
+    it starts from lies in its first ranks, so it stays a plain adapter. Every other start is a network of its own.
+    Raises UserError for an unknown name, or a rank too small for the start.
     """
     others = {name: field for name, field in teachers.items() if name != BASE}
+    if start == SPECIALISTS and others:
+        start, teachers = MERGED, others
     base = NetworkField(backbone, backbone.network)
     if trainable not in TRAINABLE:
         raise UserError(f"trainable = {trainable!r}: choose one of {list(TRAINABLE)}")
     if start not in (BASE, *others) and not (start == MERGED and others):
-        choices = f"{BASE!r}, {MERGED!r} (needs a teacher besides the base) or one of {sorted(others)}"
+        choices = (
+            f"{BASE!r}, {MERGED!r}, {SPECIALISTS!r} (both need a teacher besides the base) or one of {sorted(others)}"
+        )
         raise UserError(f"start = {start!r}: choose {choices}")
     if trainable == "all":
         # What trains is fp32; what is frozen keeps the base's precision, so that student and teachers compute alike.

@@ -34,7 +34,7 @@ RECORD = "teacher.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KINDS = ("base", "full", "adapter")
-RESERVED = ("student", "frozen", "merged")  # the student's adapter, its frozen copy, and a student's start
+RESERVED = ("student", "frozen", "merged", "specialists")  # the student's adapter, its frozen copy, two starts
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ QueryStates = Literal[1, 2, 4, 8, 16]  # K, the ablation's values
 
 @dataclass(frozen=True)
 class Params(TrainingParams):
-    """Section `distill`. `start`: "base", "merged" or a teacher; `trainable`: "all" or "adapter" (of `rank`, `alpha`).
+    """Section `distill`. `start`: "base", "merged", "specialists" or a teacher; `trainable`: "all" or "adapter" (of
+    `rank`, `alpha`).
 
     The rest is tasks.training.run.TrainingParams; the shared section `execution` is
     model.compute.settings.ExecutionParams.
