@@ -19,7 +19,7 @@ from benchmarks.judge.asking import Asking
 from benchmarks.judge.protocol import JudgeSettings
 from benchmarks.judge.wording import load_wording
 from benchmarks.params import BenchmarkParams, JudgeParams
-from benchmarks.scores.scorecard import ExampleScore
+from benchmarks.scores.scorecard import ExampleScore, bounds
 from benchmarks.scores.scorer import DrawnImage, Scorer
 from data.errors import UserError, UserErrors
 from data.files import digest, sha256_file
@@ -127,7 +127,7 @@ class GeditScorer(Scorer):
         rows = [score for score in scores if score.benchmark == "gedit"]
         failed = sorted(Counter((row.category, row.status) for row in rows if row.status != "ok").items())
         if failed:
-            low, high = about["bounds"]
+            low, high = bounds(rows)
             left = ", ".join(f"{count} {status} in {category}" for (category, status), count in failed)
             what = f"the average would be {low:.2f} or {high:.2f}"
             notes.append(f"Without a score: {left}. Had these images earned 0 or 10, {what}.")

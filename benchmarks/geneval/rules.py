@@ -149,7 +149,8 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def ranked(things: Iterable[Scored]) -> list[Scored]:
     """Most confident first, scores compared as the reference's float32. Of equal scores the later given comes first:
-    the reference sorts upwards, in which equals keep their order, and reads that backwards."""
+    the reference sorts upwards and reads that backwards. (In the numpy that it pins, up to 16 equals keep their order;
+    newer ones may sort them otherwise from machine to machine.)"""
     return sorted(things, key=lambda thing: np.float32(thing.score))[::-1]
 
 
