@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.micro import MicroScorer
 from benchmarks.params import BenchmarkParams
 from data.errors import UserError, UserErrors
 from data.files import read_json
@@ -33,7 +34,7 @@ from model.fields.base import velocity_mse
 from model.fields.guided import Guided
 from model.fields.mean import Mean
 from model.networks.network import NetworkField, add_adapter, visiting
-from model.networks.student import load_student, merged_weights, start_student
+from model.networks.student import load_student, merged_weights, sampled, start_student
 from model.networks.teachers import BASE, load_base, load_teachers, read_records, save_teacher
 from model.randomness import noise_for
 from model.rollout import euler_grid, roll_out_to_query
@@ -41,7 +42,7 @@ from model.route import Route, Router
 from model.setup import Setup
 from tasks.checks.plan import Size, memory, waiting_memory
 from tasks.params.sections import BackboneParams, PretrainedParams, RoutingParams, SamplingParams
-from tasks.scoring.sampling import draw_field, evaluation_set
+from tasks.scoring.sampling import Scoring, draw_field, evaluation_set
 from tasks.stages import absorb as absorbing
 from tasks.stages import distill as distilling
 from tasks.stages import encode as encoding
@@ -378,10 +379,12 @@ def test_encode_validate_distill_absorb_sample(
     looked = {"validate_every": 2, "held_out": 1}  # whose pictures need the VAE, which training itself does without
     summary = distilling.distill(distil_params(home, **looked), **folders, out=tmp_path / "student")
     assert summary["steps"] == 2
-    scales = {"t2i": 2.0, "local_edit": 1.5}
-    fields = tuple(absorbing.Absorbed(capability, {"guidance": scale}, 1.0) for capability, scale in scales.items())
-    numbers = {**LOOP, **looked, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 4}
-    absorption = absorbing.Params(backbone=home.backbone, fields=fields, **numbers)
+    routes = (  # guidance and steps of a teacher in one pass, and steps of the student itself
+        Route("t2i", "realism", 1.0, {"guidance": 2.0, "steps": {"steps": 2, "substeps": 2}}),
+        Route("local_edit", "student", 1.0, {"steps": {"steps": 2, "substeps": 2}}),
+    )
+    numbers = {**LOOP, **looked, "steps": 2, "learning_rate": 1e-3, "rollout_steps": 2}
+    absorption = absorbing.Params(backbone=home.backbone, routes=routes, **numbers)
     absorbing.absorb(absorption, **folders, student=tmp_path / "student", out=tmp_path / "absorbed")
     for out in ("student", "absorbed"):
         pictures = sorted(path.name for path in (tmp_path / out / "validation").iterdir())
@@ -389,9 +392,11 @@ def test_encode_validate_distill_absorb_sample(
     backbone = load_base(home.teachers, **home.backbone.loading())
     student = load_student(tmp_path / "absorbed", backbone, read_records(home.teachers)[BASE].sha256)
     evaluation = evaluation_set(read_examples(home.curated), home.curated, "eval")
-    drawn = list(
-        draw_field(student.field, backbone, evaluation, sampling, model="absorbed", scale=1.0, folder=tmp_path)
-    )
+    record = read_json(tmp_path / "absorbed" / "student.json")
+    assert (record["steps"], record["guidance"]) == (2, 1.0)
+    assert read_json(tmp_path / "student" / "student.json")["steps"] is None
+    scoring = Scoring(backbone, sampling, MicroScorer(WORLD), tmp_path, lambda n=1, **_: None)
+    drawn = list(draw_field(student.field, evaluation, scoring, model="absorbed", how=sampled(record, 16)))
     sizes = {
         example.id: Image.open(tmp_path / path).size
         for batch in drawn

@@ -51,7 +51,7 @@ ROUTES = RoutingParams(
 )  # what random networks see in T2I is as likely as not nothing, of which no part can be retained
 SAMPLING = SamplingParams("eval", steps=2, guidance=2.0, images_per_prompt=1, seed=0, batch=4)
 RECORD = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
-QUESTIONS = 8  # of validate: two teachers, two edits, two questions about each
+QUESTIONS = 12  # of validate: two teachers, the second guided as well, two edits, two questions about each
 
 
 def judge_params(url: str, **changes: Any) -> JudgeParams:
@@ -104,9 +104,9 @@ def students(home: Home) -> dict[str, Path]:
     os.chdir(home.curated.parent)  # states for resuming lie in runs/
     try:
         distilling.distill(distil_params(home, steps=1, routing=ROUTES), **folders, out=home.curated.parent / "student")
-        fields = (absorbing.Absorbed("local_edit", {"guidance": 1.5}, 1.0),)
+        routes = (Route("local_edit", "student", 1.0, {"guidance": 1.5}),)
         absorption = absorbing.Params(
-            backbone=home.backbone, fields=fields, steps=1, learning_rate=1e-3, rollout_steps=4, **LOOP
+            backbone=home.backbone, routes=routes, steps=1, learning_rate=1e-3, rollout_steps=4, **LOOP
         )
         absorbing.absorb(
             absorption, **folders, student=home.curated.parent / "student", out=home.curated.parent / "absorbed"
@@ -162,8 +162,8 @@ def test_a_killed_validation_ends_as_an_unbroken_one_and_asks_nothing_twice(home
         assert QUESTIONS < asked <= QUESTIONS + 2  # an unreadable reply is asked for once more
     rows = [row for row in read_scores(tmp_path / "unbroken" / "validated") if row.benchmark == "gedit"]
     assert {(row.model, row.category, row.status) for row in rows} == {
-        (name, "subject-add", "ok") for name in ("base", "local")
-    } and len(rows) == 4
+        (name, "subject-add", "ok") for name in ("base", "local", "local_guided")
+    } and len(rows) == 6
     assert all(
         row.values["O"] == 6.0 and row.values["sc1"] == 8.0 and "the {hat} is red" in row.reasons[0] for row in rows
     )
