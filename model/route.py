@@ -98,10 +98,10 @@ def drawn_in(routes: Sequence[Route]) -> int | None:
 
 
 def grid_faults(routes: Sequence[Route], rollout_steps: int) -> list[str]:
-    """Chords over another grid than the student's own."""
+    """Chords over a grid that the student's states do not lie on."""
     return [
-        f"routes[{index}].field.steps = {steps}: a chord is taken over the student's own grid; "
-        f"write rollout_steps = {rollout_steps}, or set rollout_steps: {steps}"
+        f"routes[{index}].field.steps = {steps}: with rollout_steps = {rollout_steps} the student's states are not on "
+        f"its grid; set rollout_steps: {steps}"
         for index, route in enumerate(routes)
-        if (steps := chord_steps(route.field)) not in (None, rollout_steps)
+        if (steps := chord_steps(route.field)) and steps % rollout_steps
     ]

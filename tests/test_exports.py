@@ -32,7 +32,7 @@ from model.randomness import noise_for, torch_generator
 from model.rollout import euler_grid
 from model.rollout import sample as sample_latents
 from tasks.__main__ import main
-from tasks.params.sections import BackboneParams, PretrainedParams, SamplingParams
+from tasks.params.sections import BackboneParams, PretrainedParams
 from tasks.student import sample, sample_set
 from tasks.student.export import cli, export
 from tasks.student.exports import FORMS, comfyui
@@ -355,12 +355,11 @@ def test_a_student_with_all_its_weights_is_sampled_without_its_base(
 ) -> None:
     """Where the base is not loaded, noise goes to the student's device, not to the base's."""
     monkeypatch.chdir(project.root)
-    sampling = SamplingParams("eval", steps=1, guidance=1.0, images_per_prompt=1, seed=0, batch=2)
     loading = PretrainedParams("float32", "cpu", resolution=16, max_tokens=40, offload=False)
     backbone = BackboneParams(project.family, None, loading)  # type: ignore[arg-type]
-    sampler = sample_set.Sampler("whole", "", backbone, sampling)
+    sampler = sample_set.Sampler("whole", "", backbone, 2)
     jobs = [sample_set.Job(f"{seed}", "a red circle", seed, f"{seed}.png") for seed in range(3)]
-    counts = sample_set.sample_set(sampler, jobs, {}, out=tmp_path / "out", workers=1, scheduler="")
+    counts = sample_set.sample_set(sampler, jobs, {}, out=tmp_path / "out", batch=2, workers=1, scheduler="")
     assert counts == {"images": 3, "made": 3} == {"images": 3, "made": len(list((tmp_path / "out").glob("*.png")))}
 
 

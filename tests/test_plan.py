@@ -109,10 +109,13 @@ def test_a_plan_of_the_default_and_of_a_published_network(
     assert tuple(rows) == STAGES and made["weights"] == [] and made["parameters"] < 1e7
     document = read_yaml(PROJECT / "params.yaml")
     loop, routes = document["distill"], document["routing"]["routes"]
-    assert (loop["query"], loop["method"]) == ("uniform", "danceopd")
-    asked = {2 if "guidance" in route.get("field", {}) else 1 for route in routes}
-    sample = (loop["rollout_steps"] - 1) / 2 + asked.pop() + 1.0  # E[j], teacher, student
-    assert rows["distill"]["evaluations"] == loop["steps"] * loop["batch"] * sample and not asked
+    assert (loop["rollout_steps"], loop["query"], loop["method"]) == (4, "early", "danceopd")
+    # E[j] of Beta(1, 2) over four steps; guidance asks twice a sub-step, four sub-steps of T2I and two of edits.
+    shares = {route["capability"]: route["weight"] for route in routes}
+    reached = sum((1 - k / 4) ** 2 for k in (1, 2, 3))
+    asked = (8 * shares["t2i"] + 4 * (shares["local_edit"] + shares["global_edit"])) / sum(shares.values())
+    samples = loop["steps"] * loop["batch"]
+    assert rows["distill"]["evaluations"] == pytest.approx(samples * (reached + asked + 1.0), abs=1)
     assert rows["validate"]["evaluations"] == (3 * 656 + 2 * 656) * 16  # three teachers, and each guided on its own
     published = plan(PROJECT / "presets" / "zimage_local_global.yaml", tmp_path)
     assert published["parameters"] == pytest.approx(6.155e9, rel=0.001)

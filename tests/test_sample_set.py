@@ -20,6 +20,7 @@ from benchmarks.scorers import scorer_of
 from benchmarks.scores.scorecard import read_scores
 from data.errors import UserError
 from data.records import Example
+from model.networks.student import Sampled
 from model.networks.teachers import BASE, load_teachers
 from tasks.__main__ import main
 from tasks.params.sections import SamplingParams
@@ -240,7 +241,7 @@ def test_a_stage_scores_with_the_real_networks(teachers: Path, tmp_path: Path, m
     def rows() -> list[Any]:
         with torch.no_grad():
             scoring = Scoring(backbone, sampling, scorer, tmp_path, lambda n=1, **_: advanced.append(n))
-            return score_field(fields[BASE], evaluation, scoring, model="m", scale=1.0)
+            return score_field(fields[BASE], evaluation, scoring, model="m", how=Sampled(2, 1.0))
 
     scores = rows()
     assert [(score.example_id, score.k, score.seed) for score in scores] == [

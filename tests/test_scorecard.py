@@ -244,7 +244,7 @@ def test_a_teacher_s_incomplete_rows_are_refused_too():
 def test_the_format_is_the_promised_one(tmp_path):
     write_scorecard(tmp_path / "scorecard.json", card())
     value = json.loads((tmp_path / "scorecard.json").read_text())
-    assert list(value) == ["model", "benchmarks", "identities", "metrics"]
+    assert list(value) == ["model", "benchmarks", "identities", "metrics", "cost"]
     assert all(
         list(metric) == ["mean", "stderr", "low", "high", "n"] and isinstance(metric["n"], int)
         for metric in value["metrics"].values()

@@ -333,7 +333,7 @@ def test_faults_of_the_loops_numbers_are_named_together(tmp_path: Path) -> None:
     assert sorted(told.value.faults) == [
         "distill.ema = 1.0: expected 0 or more and less than 1",
         "distill.learning_rate = 0.0: expected more than 0",
-        "distill.query = 'lo': expected one of low, mid, high, uniform; did you mean 'low'?",
+        "distill.query = 'lo': expected one of low, mid, high, uniform, early; did you mean 'low'?",
         "distill.routes_taken = 'sfot': expected one of hard, mixed, soft; did you mean 'soft'?",
         "distill.states = 'of_policy': expected one of on_policy, off_policy; did you mean 'off_policy'?",
         "distill.steps = 0: expected 1 or more",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -143,12 +143,19 @@ def _dealt(backbone: Backbone, jobs: Sequence[Job], batch: int) -> list[tuple[Jo
 
 
 def sample_set(
-    sampler: Sampler, jobs: Sequence[Job], settings: dict[str, Any], *, out: Path, batch: int, pool: Mapping[str, Any]
+    sampler: Sampler,
+    jobs: Sequence[Job],
+    settings: dict[str, Any],
+    *,
+    out: Path,
+    batch: int,
+    workers: int,
+    scheduler: str,
 ) -> dict[str, int]:
     """Writes every job's image that is not there yet, each whole or not at all. Returns {"images", "made"}.
 
     Raises UserErrors for a folder whose images were made by another model or sampler, and for words that the text
-    encoder does not know. `pool`: `workers` and `scheduler` of benchmarks.parallel.each.
+    encoder does not know.
     """
     backbone, _, identity, how = open_field(sampler)
     backbone.check_prompts([job.prompt for job in jobs])
@@ -174,7 +181,7 @@ def sample_set(
                     made += 1
             advance(len(contents))
 
-        each(draw_batch, todo, prepared, done, **pool)
+        each(draw_batch, todo, prepared, done, workers=workers, scheduler=scheduler)
     return {"images": len(jobs), "made": made}
 
 
@@ -205,6 +212,6 @@ def cli(arguments: Sequence[str]) -> int:
     given.pop("batch", None)
     sampler = Sampler(parsed.model, parsed.base, params.backbone, params.sampling.steps, **given)
     pool = {"workers": parsed.workers, "scheduler": parsed.scheduler}
-    counts = sample_set(sampler, jobs, settings, out=parsed.out, batch=sampling.batch, pool=pool)
+    counts = sample_set(sampler, jobs, settings, out=parsed.out, batch=sampling.batch, **pool)
     print(f"sample-set: {counts['made']} of {counts['images']} images made, the others were there")
     return 0
