@@ -30,7 +30,7 @@ OVERRIDES: dict[str, Any] = {
     "absorb.rollout_steps": 2,
     "score.resamples": 50,
     "score.shown": 1,
-    "score.curve": {"steps": [1, 2], "examples": 1},
+    "score.curve": {"steps": [1, 2], "examples": 2},
     "gate.resamples": 50,
 }
 

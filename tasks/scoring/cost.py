@@ -23,6 +23,9 @@ class Curve:
     steps: tuple[Positive, ...]
     examples: Count
 
+    def faults(self) -> list[str]:
+        return ["examples = 1: one has no standard error; choose 0 or two or more"] if self.examples == 1 else []
+
     def part_of(self, evaluation: EvaluationSet) -> EvaluationSet:
         """The same examples every time: the first of every category, by id."""
         chosen: dict[str, list[Example]] = {}
